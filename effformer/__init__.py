@@ -1,0 +1,69 @@
+"""effformer: the components zoo for efficient transformers.
+
+Public names are loaded on first use, so that ``effformer --help`` does not import torch.
+
+Example:
+    >>> import effformer
+    >>> model = effformer.build_model("dit-tiny", attn="flow")
+    >>> model.config.attn.core
+    Flow.Config(causal=False, kernel='sigmoid', clamp=1.0, eps=1e-06, flow_eps=0.0, chunk=128)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from . import compress as compress
+    from . import export as export
+    from . import flow as flow
+    from . import models as models
+    from . import profile as profile
+    from . import train as train
+    from .build import build_model as build_model
+    from .build import list_attention as list_attention
+    from .build import list_blocks as list_blocks
+    from .build import list_ffn as list_ffn
+    from .build import list_models as list_models
+    from .checks import CapabilityError as CapabilityError
+    from .checks import FormatError as FormatError
+    from .checks import MissingExtra as MissingExtra
+    from .context import Context as Context
+    from .context import Ledger as Ledger
+    from .context import Packing as Packing
+    from .context import Rope as Rope
+    from .context import Site as Site
+    from .context import Tap as Tap
+    from .io import load_model as load_model
+    from .io import load_weights as load_weights
+    from .io import save_pretrained as save_pretrained
+    from .io import save_weights as save_weights
+    from .optimize import optimize as optimize
+
+_HOME = {
+    "build_model": "build", "list_attention": "build", "list_blocks": "build", "list_ffn": "build",
+    "list_models": "build", "CapabilityError": "checks", "FormatError": "checks", "MissingExtra": "checks",
+    "Context": "context", "Ledger": "context", "Packing": "context", "Rope": "context", "Site": "context",
+    "Tap": "context", "load_model": "io", "load_weights": "io", "save_pretrained": "io", "save_weights": "io",
+    "optimize": "optimize",
+}  # fmt: skip
+_PACKAGES = ("compress", "export", "flow", "models", "profile", "train")
+
+__all__ = ["__version__", *_HOME, *_PACKAGES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,80 @@
+"""Errors that say what to do next, and the checks that raise them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CapabilityError", "FormatError", "MissingExtra", "check_shape", "need", "suggest", "unknown"]
+
+
+class CapabilityError(ValueError):
+    """A part was asked for something that it cannot do; the message names parts that can."""
+
+
+class FormatError(ValueError):
+    """A file or folder is not what it should be: truncated, foreign, newer than this version, or half-written."""
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed; the message carries the install command."""
+
+
+def need(module: str, extra: str | None = None) -> ModuleType:
+    """Import an optional package where it is used.
+
+    Args:
+        module: dotted name of the module, for instance ``"onnxruntime"``.
+        extra: the extra of effformer that installs it; None means the package belongs to the default install.
+
+    Raises:
+        MissingExtra: the package cannot be imported. The message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        target = f"effformer[{extra}]" if extra else "effformer"
+        raise MissingExtra(f"{module!r} cannot be imported ({error}); pip install '{target}'") from error
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest of ``choices``, or an empty string."""
+    near = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.55)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def unknown(what: str, name: str, choices: Sequence[str], *, where: str = "", hint: str = "") -> ValueError:
+    """Build the error for a name that is not among ``choices`` (suggestion, then the choices or how to list them)."""
+    listed = hint or "choices: " + ", ".join(choices)
+    prefix = f"{where}: " if where else ""
+    return ValueError(f"{prefix}unknown {what} {name!r}{suggest(name, choices)} ({listed})")
+
+
+def check_shape(x: Tensor, expected: str, sizes: Sequence[int | None], *, where: str) -> None:
+    """Check a tensor against ``sizes`` (None accepts any length).
+
+    Args:
+        x: the tensor.
+        expected: the shape in words, for instance ``"(B, 4, 32, 32)"``.
+        sizes: one entry per dimension.
+        where: the public entry point that was called.
+
+    Raises:
+        TypeError: ``x`` is not a tensor.
+        ValueError: the number of dimensions or a length differs.
+    """
+    from torch import Tensor  # here, so that the command line can print its help without torch
+
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{where}: expected a tensor {expected}, got {type(x).__name__}")
+    fits = x.dim() == len(sizes) and all(
+        want is None or have == want for have, want in zip(x.shape, sizes, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{where}: expected shape {expected}, got {tuple(x.shape)}")

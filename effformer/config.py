@@ -1,0 +1,209 @@
+"""Frozen configs: typed, comparable, JSON-able; strings and dicts resolve to the parts that they name.
+
+A component owns a nested ``Config`` with its own knobs only. Fields that hold another part are declared with `part`,
+so that ``attn="flow"``, ``attn={"name": "flow", "eps": 1e-6}`` and ``attn=Attention.Config(core=Flow.Config())`` mean
+the same thing everywhere: in Python, in JSON and on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+from . import registry
+from .checks import unknown
+
+__all__ = ["Config", "Spec", "part", "resolve"]
+
+Spec = Union[str, Mapping[str, Any], "Config"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Base of all configs. Unknown keys and values of the wrong type are errors."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build from plain values; nested parts may be names, dicts or configs.
+
+        Raises:
+            ValueError: an unknown key, or a value outside its choices.
+            TypeError: a value of the wrong type.
+        """
+        given = {k: v for k, v in data.items() if k != "name"}
+        return cls(**_convert(cls, given, None, where or cls.__qualname__))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``"name"`` is added if the config belongs to a registered part."""
+        named = {} if (name := _name_of(self)) is None else {"name": name}
+        return named | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def replace(self, *, where: str = "", **changes: Any) -> Self:
+        """A copy with changes; a change to a nested part starts from the present part."""
+        converted = _convert(type(self), changes, self, where or type(self).__qualname__)
+        return dataclasses.replace(self, **converted)
+
+
+def part(kind: str, default: Config | None = None) -> Any:
+    """Declare a dataclass field that holds a registered part of ``kind`` (None: the field is required)."""
+    metadata = {"kind": kind}
+    if default is None:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "") -> Config:
+    """Turn a name, a dict or a config into the config of a registered part.
+
+    Args:
+        kind: registry, for instance ``"attention"``. The name of a core is accepted as an attention: it becomes a
+            multi-head attention around that core and keeps the projections of ``base``.
+        spec: what was given. A dict without ``"name"`` changes ``base``.
+        base: what stands there now.
+        where: prefix of error messages.
+
+    Raises:
+        ValueError: unknown name or option.
+        TypeError: ``spec`` is none of the accepted forms.
+    """
+    entries = registry.KINDS[kind]
+    if isinstance(spec, Config):
+        return _accept(kind, spec, base, where)
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"{where or kind}: expected a name, a dict or a Config, got {type(spec).__name__}")
+    options = {k: v for k, v in spec.items() if k != "name"}
+    if "name" not in spec:
+        if base is None:
+            raise ValueError(f"{where or kind}: the dict has no 'name' ({entries.kind} names: effformer list {kind})")
+        name = _name_of(base)
+        assert name is not None
+    else:
+        name = spec["name"]
+    if kind == "attention" and name not in registry.attention and name in registry.core:
+        return _lift(name, options, base, where)
+    if kind == "attention" and "core" not in options and "name" not in spec:
+        return _lift(None, options, base, where)
+    entry = entries.get(name)
+    if entry.config is None:
+        raise TypeError(f"{where or kind}: {name!r} takes no config")
+    if type(base) is entry.config and base is not None:
+        return base.replace(where=where, **options)
+    return typing.cast(Config, entry.config.from_dict(options, where=where or f"{kind} {entry.name!r}"))
+
+
+def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:
+    if registry.KINDS[kind].owner(spec) is not None:
+        return spec
+    if kind == "attention" and (entry := registry.core.owner(spec)) is not None:
+        return _lift(entry.name, {}, base, where, core=spec)
+    raise TypeError(f"{where or kind}: {type(spec).__qualname__} is not the config of a registered {kind}")
+
+
+def _lift(
+    name: str | None, options: dict[str, Any], base: Config | None, where: str, core: Config | None = None
+) -> Config:
+    """Put a core into a multi-head attention; options go to whichever of the two owns them."""
+    multihead = registry.attention.get("multihead").config
+    assert multihead is not None
+    if type(base) is not multihead or base is None:
+        if name is None and base is not None:
+            return base.replace(where=where, **options)
+        base = multihead()
+    own = {f.name for f in dataclasses.fields(multihead)} - {"core"}
+    outer = {k: v for k, v in options.items() if k in own}
+    inner: dict[str, Any] = {k: v for k, v in options.items() if k not in own}
+    if core is None:
+        present: Config = base.core  # type: ignore[attr-defined]
+        core = resolve("core", inner if name is None else {"name": name, **inner}, present, where=where)
+    return base.replace(where=where, core=core, **outer)
+
+
+@functools.lru_cache(maxsize=None)
+def _hints(cls: type[Config]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _convert(cls: type[Config], given: Mapping[str, Any], base: Config | None, where: str) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    out = {}
+    for key, value in given.items():
+        if key not in fields:
+            raise unknown("option", key, sorted(fields), where=where)
+        field, path = fields[key], f"{where}.{key}"
+        if "kind" in field.metadata:
+            if base is not None:
+                present = getattr(base, key)
+            else:
+                present = None if field.default is dataclasses.MISSING else field.default
+            out[key] = None if value is None else resolve(field.metadata["kind"], value, present, where=path)
+        else:
+            out[key] = _check(value, _hints(cls)[key], path)
+    return out
+
+
+def _check(value: Any, hint: Any, where: str) -> Any:
+    """Check a plain value against a type hint; lists become tuples, ints become floats where a float is asked for."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _check_union(value, args, where)
+    if origin is Literal:
+        if value not in args:
+            raise unknown("value", str(value), [str(a) for a in args], where=where)
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{where}: expected a list, got {value!r}")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ValueError(f"{where}: expected {len(args)} values, got {len(value)}")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_check(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where}: expected a dict, got {value!r}")
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
+        return hint.from_dict(value, where=where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _check_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    errors = []
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _check(value, option, where)
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _name_of(config: Config) -> str | None:
+    for kind in ("attention", "core", "ffn", "block", "objective", "sampler", "quantizer"):
+        if (entry := registry.KINDS[kind].owner(config)) is not None:
+            return entry.name
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

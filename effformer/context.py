@@ -1,0 +1,238 @@
+"""What travels through a forward pass beside the tokens, and where a part stands in a model.
+
+`Site` is known when the model is built, `Context` when it runs. A part takes what it needs from the two and refuses a
+`Context` field that it cannot honour; it never ignores one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .checks import CapabilityError
+
+if TYPE_CHECKING:
+    from .registry import Caps
+
+__all__ = ["EMPTY", "Context", "Ledger", "Packing", "Rope", "Site", "Tap", "check_context"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a part is placed: what the model, not the part, decides.
+
+    Attributes:
+        dim: width of the tokens.
+        heads: number of attention heads.
+        cond_dim: width of the conditioning vector, None if the model has none.
+        memory_dim: width of ``ctx.memory``; None means ``dim``.
+        tokens: number of tokens where the model fixes it, else None.
+        norm: "layer" or "rms".
+        norm_eps: epsilon of every norm.
+        norm_affine: the norms have a learned scale (and bias); modulated branches never have one.
+        dropout: probability after each part.
+        drop_path: probability of dropping a whole branch (stochastic depth).
+        layer_scale: initial value of a learned per-channel factor on each branch, None for no factor.
+        path: dotted name of the part in the model, for messages, `Tap` and `Ledger`.
+    """
+
+    dim: int
+    heads: int = 1
+    cond_dim: int | None = None
+    memory_dim: int | None = None
+    tokens: int | None = None
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    norm_affine: bool = True
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding, tables for queries and keys.
+
+    ``rotate(x) = x * cos + rotate_pairs(x) * sin``; tables are (N, K) or broadcastable to (B, H, N, K).
+
+    Attributes:
+        cos: cosine table of the queries.
+        sin: sine table of the queries.
+        key_cos: table of the keys if they differ (cross attention), else None.
+        key_sin: likewise.
+        interleaved: pairs are (0, 1), (2, 3), ... (True) or (0, K/2), (1, K/2 + 1), ... (False).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    key_cos: Tensor | None = None
+    key_sin: Tensor | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Several sequences in one row: only real tokens are stored, sequence after sequence.
+
+    Attributes:
+        indices: (T,) int64, flat index b * padded + position of each packed row.
+        offsets: (B + 1,) int64, rows of sample b are ``offsets[b]:offsets[b + 1]``.
+        lengths: number of tokens of each sample.
+        padded: length of the padded layout.
+
+    Reference: ByteTransformer: A High-Performance Transformer Boosted for Variable-Length Inputs, 2022,
+    arXiv 2210.03052. Differs from the paper: any key mask packs (left padding, holes), not right padding only.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    lengths: tuple[int, ...]
+    padded: int
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Packing:
+        """Build from a (B, N) mask, True = real token.
+
+        Raises:
+            ValueError: the mask is not (B, N).
+        """
+        if mask.dim() != 2:
+            raise ValueError(f"Packing.from_mask: expected a mask (B, N), got {tuple(mask.shape)}")
+        lengths = mask.bool().sum(1)
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        indices = mask.bool().flatten().nonzero().flatten()
+        return cls(indices, offsets, tuple(lengths.tolist()), mask.shape[1])
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
+    def positions(self) -> Tensor:
+        """(T,) position of each packed row in the padded layout."""
+        return self.indices % self.padded
+
+    @property
+    def samples(self) -> Tensor:
+        """(T,) sample index of each packed row."""
+        return self.indices // self.padded
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, N, ...) -> (1, T, ...)."""
+        return x.flatten(0, 1).index_select(0, self.indices)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, N, ...), zeros on padding."""
+        flat = x.new_zeros(len(self.lengths) * self.padded, *x.shape[2:])
+        return flat.index_copy(0, self.indices, x[0]).unflatten(0, (len(self.lengths), self.padded))
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Where dynamic parts write what the output tensor cannot carry.
+
+    Attributes:
+        losses: auxiliary losses by name; the trainer adds `total_loss` to its objective.
+        executed: fraction of its dense work that each part executed, (B,) tensors in [0, 1]; the profiler reports
+            executed = dense x fraction.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    executed: dict[str, Tensor] = field(default_factory=dict)
+
+    def loss(self, name: str, value: Tensor) -> None:
+        """Record an auxiliary loss; the same name adds up."""
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def work(self, name: str, fraction: Tensor) -> None:
+        """Record the executed fraction (B,) of the part at path ``name``."""
+        self.executed[name] = fraction.detach()
+
+    def total_loss(self) -> Tensor | float:
+        """Sum of the auxiliary losses, 0.0 if there are none."""
+        return sum(self.losses.values(), start=0.0)
+
+
+@dataclass(slots=True)
+class Tap:
+    """Reads, and optionally replaces, tensors at named places.
+
+    Places are ``<path>.q``, ``<path>.k``, ``<path>.v`` of an attention (B, H, N, K) and ``<path>`` of a branch (its
+    output before gate and residual), with the path of the part in the model, for instance ``blocks.3.attn.q``.
+
+    Attributes:
+        keep: glob patterns of places whose values are stored in ``seen``.
+        edit: called with (place, value) at places that match ``at``; its result replaces the value.
+        at: glob patterns for ``edit``.
+        seen: values by place.
+    """
+
+    keep: Sequence[str] = ()
+    edit: Callable[[str, Tensor], Tensor] | None = None
+    at: Sequence[str] = ("*",)
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, place: str, value: Tensor) -> Tensor:
+        if self.edit is not None and any(fnmatch.fnmatch(place, p) for p in self.at):
+            value = self.edit(place, value)
+        if any(fnmatch.fnmatch(place, p) for p in self.keep):
+            self.seen[place] = value
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Everything that a part may need beside its tokens; a model builds one per forward.
+
+    Attributes:
+        cond: (B, Dc) conditioning vector (time + class or text) of modulated branches.
+        time: (B, Dt) time embedding alone, for timestep-wise routers that must not see the label.
+        memory: (B, M, Dm) tokens to attend to; None = self-attention.
+        mask: bool, True = may attend; (B, M) over keys, or broadcastable to (B, H, N, M).
+        rope: rotary tables.
+        grid: layout of the token axis, for instance (T, H, W).
+        packing: several sequences in one row.
+        ledger: dynamic parts write auxiliary losses and executed work here.
+        tap: reads or replaces values at named places.
+    """
+
+    cond: Tensor | None = None
+    time: Tensor | None = None
+    memory: Tensor | None = None
+    mask: Tensor | None = None
+    rope: Rope | None = None
+    grid: tuple[int, ...] | None = None
+    packing: Packing | None = None
+    ledger: Ledger | None = None
+    tap: Tap | None = None
+
+
+EMPTY = Context()
+
+
+def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
+    """Refuse context fields that a part cannot honour, naming parts that can.
+
+    Raises:
+        CapabilityError: a field is set that ``caps`` does not declare.
+    """
+    wants: Mapping[str, object] = {
+        "rope": ctx.rope is not None or None,
+        "cross": ctx.memory is not None or None,
+        "packed": ctx.packing is not None or None,
+        "mask": None if ctx.mask is None else "key" if ctx.mask.dim() == 2 else "full",
+    }
+    for field_name, wanted in wants.items():
+        if wanted is not None and not caps.satisfies(**{field_name: wanted}):
+            able = ", ".join(registry.KINDS[kind].names(**{field_name: wanted}))
+            raise CapabilityError(
+                f"{where}: this {kind} cannot honour {field_name}={wanted}; choices that can: {able}"
+            )

@@ -1,0 +1,226 @@
+"""One registry class, one instance per kind of part: a name reaches everything.
+
+Every entry carries its class, its config class, what it can do (`Caps`), its paper and a one-line summary. Lists in
+the documentation, the command line and the contract tests are generated from these entries.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeVar
+
+from .checks import unknown
+
+__all__ = [
+    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "model", "quantizer", "sampler", "target",
+]  # fmt: skip
+
+T = TypeVar("T")
+When = Literal["never", "optional", "always"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """What a part can do. A model states its needs per slot; they are compared before weights are allocated.
+
+    Attributes:
+        causal: output i may be restricted to tokens <= i ("always": the part has no other form).
+        cross: attends to ``ctx.memory`` with another number of tokens.
+        joint: works on concatenated streams (a `Core` that needs no order of tokens).
+        mask: "none", "key" (B, M) validity of keys, or "full" (any boolean pattern, key masks included).
+        rope: applies ``ctx.rope`` to queries and keys.
+        packed: honours ``ctx.packing`` (several sequences in one row).
+        streaming: has ``init_state`` and ``step``.
+        grid: needs ``ctx.grid``.
+        cond: uses the conditioning vector ``ctx.cond``.
+        dynamic: executes a part of its work that depends on the input, and reports it to ``ctx.ledger``.
+        onnx: exports to ONNX.
+        cost: growth with the number of tokens, "n", "n log n" or "n^2".
+    """
+
+    causal: When = "never"
+    cross: bool = False
+    joint: bool = False
+    mask: Literal["none", "key", "full"] = "none"
+    rope: bool = False
+    packed: bool = False
+    streaming: bool = False
+    grid: bool = False
+    cond: When = "never"
+    dynamic: bool = False
+    onnx: bool = True
+    cost: str = "n"
+
+    def satisfies(self, **wanted: object) -> bool:
+        """True if every wanted capability is offered (``causal=True``, ``mask="key"``, ``cost="n"``, ...)."""
+        return all(_offers(getattr(self, key), value) for key, value in wanted.items())
+
+
+def _offers(have: object, want: object) -> bool:
+    if have in ("never", "optional", "always"):
+        return have != "never" if want is True else have != "always" if want is False else have == want
+    if have in ("none", "key", "full"):
+        order = ("none", "key", "full")
+        return order.index(str(have)) >= order.index(str(want))
+    return have == want
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One registered part.
+
+    Attributes:
+        name: the name in lower-case kebab.
+        kind: the registry it lives in.
+        build: the class (or function) behind the name.
+        config: its config class, or None.
+        preset: a config instance that this name stands for (models), or None.
+        caps: what the part can do.
+        paper: arXiv id or another stable reference, empty if there is none.
+        summary: one line.
+        aliases: other accepted spellings.
+        facts: more data about the entry, for instance the published parameter count.
+    """
+
+    name: str
+    kind: str
+    build: Callable[..., Any]
+    config: type[Any] | None = None
+    preset: Any = None
+    caps: Caps = field(default_factory=Caps)
+    paper: str = ""
+    summary: str = ""
+    aliases: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Registry:
+    """Names of one kind.
+
+    Args:
+        kind: singular noun used in messages.
+        home: module that registers the built-in entries when it is imported; loaded on the first look-up.
+    """
+
+    def __init__(self, kind: str, home: str) -> None:
+        self.kind = kind
+        self._home = home
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, str] = {}
+        self._loaded = False
+        self._plugins_loaded = False
+
+    def register(self, name: str, **facts: Any) -> Callable[[T], T]:
+        """Class decorator. Keywords are the fields of `Entry`; config and summary default to the class's own."""
+
+        def add(part: T) -> T:
+            facts.setdefault("config", getattr(part, "Config", None))
+            facts.setdefault("caps", Caps())
+            part.caps = facts["caps"]  # type: ignore[attr-defined]
+            facts.setdefault("summary", (getattr(part, "__doc__", None) or "").strip().split("\n")[0])
+            self.add(Entry(name=name, kind=self.kind, build=part, **facts))  # type: ignore[arg-type]
+            return part
+
+        return add
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry.
+
+        Raises:
+            ValueError: the name or an alias is taken.
+        """
+        for key in (entry.name, *entry.aliases):
+            if key.lower() in self._aliases:
+                raise ValueError(f"{self.kind} {key!r} is already registered")
+        self._entries[entry.name] = entry
+        for key in (entry.name, *entry.aliases):
+            self._aliases[key.lower()] = entry.name
+
+    def get(self, name: str) -> Entry:
+        """Look a name or alias up.
+
+        Raises:
+            ValueError: unknown name; the nearest known one is suggested.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"{self.kind} names are strings, got {type(name).__name__}")
+        self._load()
+        if name.lower() not in self._aliases:
+            self._load_plugins()
+        if name.lower() not in self._aliases:
+            hint = f"{len(self._entries)} known: effformer list {self.kind}"
+            raise unknown(self.kind, name, list(self._aliases), hint=hint)
+        return self._entries[self._aliases[name.lower()]]
+
+    def names(self, like: str = "*", **caps: object) -> list[str]:
+        """Sorted names matching a glob and offering capabilities: ``names(like="flow*", causal=True)``.
+
+        Raises:
+            ValueError: a capability that does not exist.
+        """
+        self._load()
+        known = [f.name for f in fields(Caps)]
+        for key in caps:
+            if key not in known:
+                raise unknown("capability", key, known)
+        chosen = (n for n, e in self._entries.items() if e.caps.satisfies(**caps))
+        return sorted(n for n in chosen if fnmatch.fnmatch(n, like.lower()))
+
+    def describe(self, name: str) -> str:
+        """One paragraph about an entry: summary, capabilities, paper, aliases."""
+        entry = self.get(name)
+        caps = {f.name: getattr(entry.caps, f.name) for f in fields(Caps)}
+        able = ", ".join(k if v is True else f"{k}={v}" for k, v in caps.items() if v not in (False, "never", "none"))
+        lines = [f"{entry.kind} {entry.name}: {entry.summary}", f"  can: {able}"]
+        if entry.paper:
+            lines.append(f"  paper: {entry.paper}")
+        if entry.aliases:
+            lines.append(f"  also: {', '.join(entry.aliases)}")
+        return "\n".join(lines)
+
+    def owner(self, config: object) -> Entry | None:
+        """The entry whose config class is exactly ``type(config)``, or None (models: the first of the family)."""
+        self._load()
+        return next((e for e in self._entries.values() if e.config is type(config)), None)
+
+    def __iter__(self) -> Iterator[Entry]:
+        self._load()
+        return iter(list(self._entries.values()))
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return isinstance(name, str) and name.lower() in self._aliases
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._entries)
+
+    def _load(self) -> None:
+        if not self._loaded:
+            self._loaded = True
+            importlib.import_module(self._home)
+
+    def _load_plugins(self) -> None:
+        if not self._plugins_loaded:
+            self._plugins_loaded = True
+            for point in entry_points(group="effformer.parts"):
+                point.load()
+
+
+core = Registry("core", "effformer.attention")
+attention = Registry("attention", "effformer.attention")
+ffn = Registry("ffn", "effformer.ffn")
+block = Registry("block", "effformer.blocks")
+model = Registry("model", "effformer.models")
+sampler = Registry("sampler", "effformer.flow")
+objective = Registry("objective", "effformer.flow")
+quantizer = Registry("quantizer", "effformer.compress.quant")
+target = Registry("target", "effformer.export.targets")
+
+KINDS: dict[str, Registry] = {
+    r.kind: r for r in (core, attention, ffn, block, model, sampler, objective, quantizer, target)
+}
