@@ -1,0 +1,1 @@
+"""Blockwise weight quantization."""

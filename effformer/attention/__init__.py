@@ -1,0 +1,1 @@
+"""Token mixers and attention cores."""

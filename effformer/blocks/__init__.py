@@ -1,0 +1,1 @@
+"""Blocks: ordered lists of residual branches."""

@@ -1,0 +1,1 @@
+"""Rectified flow: conventions, paths, objectives, samplers, guidance."""

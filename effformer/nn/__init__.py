@@ -1,0 +1,1 @@
+"""Norms, embeddings, rotary tables, patching."""

@@ -1,0 +1,1 @@
+"""Cost: multiply-adds, latency, memory, with pictures."""

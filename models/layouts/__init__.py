@@ -1,0 +1,1 @@
+"""Published key layouts, one file per family."""
