@@ -52,7 +52,7 @@ _HOME = {
 }  # fmt: skip
 _PACKAGES = ("compress", "export", "flow", "models", "profile", "train")
 
-__all__ = ["__version__", *_HOME, *_PACKAGES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:

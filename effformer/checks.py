@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CapabilityError", "FormatError", "MissingExtra", "check_shape", "need", "suggest", "unknown"]
+__all__ = [
+    "CapabilityError",
+    "FormatError",
+    "MissingExtra",
+    "check_shape",
+    "need",
+    "suggest",
+    "unknown",
+]
 
 
 class CapabilityError(ValueError):
@@ -19,7 +27,9 @@ class CapabilityError(ValueError):
 
 
 class FormatError(ValueError):
-    """A file or folder is not what it should be: truncated, foreign, newer than this version, or half-written."""
+    """A file or folder is not what it should be: truncated, foreign, newer than this version, or
+    half-written.
+    """
 
 
 class MissingExtra(ImportError):
@@ -31,7 +41,8 @@ def need(module: str, extra: str | None = None) -> ModuleType:
 
     Args:
         module: dotted name of the module, for instance ``"onnxruntime"``.
-        extra: the extra of effformer that installs it; None means the package belongs to the default install.
+        extra: the extra of effformer that installs it; None means the package belongs to the
+            default install.
 
     Raises:
         MissingExtra: the package cannot be imported. The message says how to install it.
@@ -40,7 +51,9 @@ def need(module: str, extra: str | None = None) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         target = f"effformer[{extra}]" if extra else "effformer"
-        raise MissingExtra(f"{module!r} cannot be imported ({error}); pip install '{target}'") from error
+        raise MissingExtra(
+            f"{module!r} cannot be imported ({error}); pip install '{target}'"
+        ) from error
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
@@ -49,8 +62,12 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def unknown(what: str, name: str, choices: Sequence[str], *, where: str = "", hint: str = "") -> ValueError:
-    """Build the error for a name that is not among ``choices`` (suggestion, then the choices or how to list them)."""
+def unknown(
+    what: str, name: str, choices: Sequence[str], *, where: str = "", hint: str = ""
+) -> ValueError:
+    """Build the error for a name that is not among ``choices`` (suggestion, then the choices or how
+    to list them).
+    """
     listed = hint or "choices: " + ", ".join(choices)
     prefix = f"{where}: " if where else ""
     return ValueError(f"{prefix}unknown {what} {name!r}{suggest(name, choices)} ({listed})")

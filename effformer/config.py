@@ -1,8 +1,10 @@
-"""Frozen configs: typed, comparable, JSON-able; strings and dicts resolve to the parts that they name.
+"""Frozen configs: typed, comparable, JSON-able; strings and dicts resolve to the parts that they
+name.
 
-A component owns a nested ``Config`` with its own knobs only. Fields that hold another part are declared with `part`,
-so that ``attn="flow"``, ``attn={"name": "flow", "eps": 1e-6}`` and ``attn=Attention.Config(core=Flow.Config())`` mean
-the same thing everywhere: in Python, in JSON and on the command line.
+A component owns a nested ``Config`` with its own knobs only. Fields that hold another part are
+declared with `part`, so that ``attn="flow"``, ``attn={"name": "flow", "eps": 1e-6}`` and
+``attn=Attention.Config(core=Flow.Config())`` mean the same thing everywhere: in Python, in JSON and
+on the command line.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Config:
 
 
 def part(kind: str, default: Config | None = None) -> Any:
-    """Declare a dataclass field that holds a registered part of ``kind`` (None: the field is required)."""
+    """Declare a dataclass field that holds a registered part of ``kind`` (None: the field is
+    required).
+    """
     metadata = {"kind": kind}
     if default is None:
         return dataclasses.field(metadata=metadata)
@@ -60,8 +64,9 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
     """Turn a name, a dict or a config into the config of a registered part.
 
     Args:
-        kind: registry, for instance ``"attention"``. The name of a core is accepted as an attention: it becomes a
-            multi-head attention around that core and keeps the projections of ``base``.
+        kind: registry, for instance ``"attention"``. The name of a core is accepted as an
+            attention: it becomes a multi-head attention around that core and keeps the projections
+                of ``base``.
         spec: what was given. A dict without ``"name"`` changes ``base``.
         base: what stands there now.
         where: prefix of error messages.
@@ -76,11 +81,15 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise TypeError(f"{where or kind}: expected a name, a dict or a Config, got {type(spec).__name__}")
+        raise TypeError(
+            f"{where or kind}: expected a name, a dict or a Config, got {type(spec).__name__}"
+        )
     options = {k: v for k, v in spec.items() if k != "name"}
     if "name" not in spec:
         if base is None:
-            raise ValueError(f"{where or kind}: the dict has no 'name' ({entries.kind} names: effformer list {kind})")
+            raise ValueError(
+                f"{where or kind}: the dict has no 'name' ({entries.kind} names: effformer list {kind})"
+            )
         name = _name_of(base)
         assert name is not None
     else:
@@ -89,12 +98,19 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
         return _lift(name, options, base, where)
     if kind == "attention" and "core" not in options and "name" not in spec:
         return _lift(None, options, base, where)
+    if kind == "attention" and name not in registry.attention:
+        known = [*registry.attention.names(), *registry.core.names()]
+        raise unknown(
+            kind, name, known, where=where, hint=f"{len(known)} known: effformer list {kind}"
+        )
     entry = entries.get(name)
     if entry.config is None:
         raise TypeError(f"{where or kind}: {name!r} takes no config")
     if type(base) is entry.config and base is not None:
         return base.replace(where=where, **options)
-    return typing.cast(Config, entry.config.from_dict(options, where=where or f"{kind} {entry.name!r}"))
+    return typing.cast(
+        Config, entry.config.from_dict(options, where=where or f"{kind} {entry.name!r}")
+    )
 
 
 def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:
@@ -102,11 +118,17 @@ def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:
         return spec
     if kind == "attention" and (entry := registry.core.owner(spec)) is not None:
         return _lift(entry.name, {}, base, where, core=spec)
-    raise TypeError(f"{where or kind}: {type(spec).__qualname__} is not the config of a registered {kind}")
+    raise TypeError(
+        f"{where or kind}: {type(spec).__qualname__} is not the config of a registered {kind}"
+    )
 
 
 def _lift(
-    name: str | None, options: dict[str, Any], base: Config | None, where: str, core: Config | None = None
+    name: str | None,
+    options: dict[str, Any],
+    base: Config | None,
+    where: str,
+    core: Config | None = None,
 ) -> Config:
     """Put a core into a multi-head attention; options go to whichever of the two owns them."""
     multihead = registry.attention.get("multihead").config
@@ -120,16 +142,20 @@ def _lift(
     inner: dict[str, Any] = {k: v for k, v in options.items() if k not in own}
     if core is None:
         present: Config = base.core  # type: ignore[attr-defined]
-        core = resolve("core", inner if name is None else {"name": name, **inner}, present, where=where)
+        core = resolve(
+            "core", inner if name is None else {"name": name, **inner}, present, where=where
+        )
     return base.replace(where=where, core=core, **outer)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hints(cls: type[Config]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _convert(cls: type[Config], given: Mapping[str, Any], base: Config | None, where: str) -> dict[str, Any]:
+def _convert(
+    cls: type[Config], given: Mapping[str, Any], base: Config | None, where: str
+) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     out = {}
     for key, value in given.items():
@@ -141,14 +167,20 @@ def _convert(cls: type[Config], given: Mapping[str, Any], base: Config | None, w
                 present = getattr(base, key)
             else:
                 present = None if field.default is dataclasses.MISSING else field.default
-            out[key] = None if value is None else resolve(field.metadata["kind"], value, present, where=path)
+            out[key] = (
+                None
+                if value is None
+                else resolve(field.metadata["kind"], value, present, where=path)
+            )
         else:
             out[key] = _check(value, _hints(cls)[key], path)
     return out
 
 
 def _check(value: Any, hint: Any, where: str) -> Any:
-    """Check a plain value against a type hint; lists become tuples, ints become floats where a float is asked for."""
+    """Check a plain value against a type hint; lists become tuples, ints become floats where a
+    float is asked for.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -164,7 +196,9 @@ def _check(value: Any, hint: Any, where: str) -> Any:
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise ValueError(f"{where}: expected {len(args)} values, got {len(value)}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_check(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+        return tuple(
+            _check(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True))
+        )
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise TypeError(f"{where}: expected a dict, got {value!r}")

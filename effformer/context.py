@@ -1,7 +1,7 @@
 """What travels through a forward pass beside the tokens, and where a part stands in a model.
 
-`Site` is known when the model is built, `Context` when it runs. A part takes what it needs from the two and refuses a
-`Context` field that it cannot honour; it never ignores one.
+`Site` is known when the model is built, `Context` when it runs. A part takes what it needs from the
+two and refuses a `Context` field that it cannot honour; it never ignores one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Site:
         norm_affine: the norms have a learned scale (and bias); modulated branches never have one.
         dropout: probability after each part.
         drop_path: probability of dropping a whole branch (stochastic depth).
-        layer_scale: initial value of a learned per-channel factor on each branch, None for no factor.
+        layer_scale: initial value of a learned per-channel factor on each branch, None for no
+            factor.
         path: dotted name of the part in the model, for messages, `Tap` and `Ledger`.
     """
 
@@ -60,7 +61,8 @@ class Site:
 class Rope:
     """Rotary position embedding, tables for queries and keys.
 
-    ``rotate(x) = x * cos + rotate_pairs(x) * sin``; tables are (N, K) or broadcastable to (B, H, N, K).
+    ``rotate(x) = x * cos + rotate_pairs(x) * sin``; tables are (N, K) or broadcastable to (B, H, N,
+    K).
 
     Attributes:
         cos: cosine table of the queries.
@@ -87,8 +89,9 @@ class Packing:
         lengths: number of tokens of each sample.
         padded: length of the padded layout.
 
-    Reference: ByteTransformer: A High-Performance Transformer Boosted for Variable-Length Inputs, 2022,
-    arXiv 2210.03052. Differs from the paper: any key mask packs (left padding, holes), not right padding only.
+    Reference: ByteTransformer: A High-Performance Transformer Boosted for Variable-Length Inputs,
+    2022, arXiv 2210.03052. Differs from the paper: any key mask packs (left padding, holes), not
+    right padding only.
     """
 
     indices: Tensor
@@ -141,8 +144,8 @@ class Ledger:
 
     Attributes:
         losses: auxiliary losses by name; the trainer adds `total_loss` to its objective.
-        executed: fraction of its dense work that each part executed, (B,) tensors in [0, 1]; the profiler reports
-            executed = dense x fraction.
+        executed: fraction of its dense work that each part executed, (B,) tensors in [0, 1]; the
+            profiler reports executed = dense x fraction.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -165,8 +168,9 @@ class Ledger:
 class Tap:
     """Reads, and optionally replaces, tensors at named places.
 
-    Places are ``<path>.q``, ``<path>.k``, ``<path>.v`` of an attention (B, H, N, K) and ``<path>`` of a branch (its
-    output before gate and residual), with the path of the part in the model, for instance ``blocks.3.attn.q``.
+    Places are ``<path>.q``, ``<path>.k``, ``<path>.v`` of an attention (B, H, N, K) and ``<path>``
+    of a branch (its output before gate and residual), with the path of the part in the model, for
+    instance ``blocks.3.attn.q``.
 
     Attributes:
         keep: glob patterns of places whose values are stored in ``seen``.

@@ -1,7 +1,8 @@
 """One registry class, one instance per kind of part: a name reaches everything.
 
-Every entry carries its class, its config class, what it can do (`Caps`), its paper and a one-line summary. Lists in
-the documentation, the command line and the contract tests are generated from these entries.
+Every entry carries its class, its config class, what it can do (`Caps`), its paper and a one-line
+summary. Lists in the documentation, the command line and the contract tests are generated from
+these entries.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ When = Literal["never", "optional", "always"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caps:
-    """What a part can do. A model states its needs per slot; they are compared before weights are allocated.
+    """What a part can do. A model states its needs per slot; they are compared before weights are
+    allocated.
 
     Attributes:
         causal: output i may be restricted to tokens <= i ("always": the part has no other form).
         cross: attends to ``ctx.memory`` with another number of tokens.
         joint: works on concatenated streams (a `Core` that needs no order of tokens).
-        mask: "none", "key" (B, M) validity of keys, or "full" (any boolean pattern, key masks included).
+        mask: "none", "key" (B, M) validity of keys, or "full" (any boolean pattern, key masks
+            included).
         rope: applies ``ctx.rope`` to queries and keys.
         packed: honours ``ctx.packing`` (several sequences in one row).
         streaming: has ``init_state`` and ``step``.
         grid: needs ``ctx.grid``.
         cond: uses the conditioning vector ``ctx.cond``.
-        dynamic: executes a part of its work that depends on the input, and reports it to ``ctx.ledger``.
+        dynamic: executes a part of its work that depends on the input, and reports it to
+            ``ctx.ledger``.
         onnx: exports to ONNX.
         cost: growth with the number of tokens, "n", "n log n" or "n^2".
     """
@@ -56,13 +60,17 @@ class Caps:
     cost: str = "n"
 
     def satisfies(self, **wanted: object) -> bool:
-        """True if every wanted capability is offered (``causal=True``, ``mask="key"``, ``cost="n"``, ...)."""
+        """True if every wanted capability is offered (``causal=True``, ``mask="key"``,
+        ``cost="n"``, ...).
+        """
         return all(_offers(getattr(self, key), value) for key, value in wanted.items())
 
 
 def _offers(have: object, want: object) -> bool:
     if have in ("never", "optional", "always"):
-        return have != "never" if want is True else have != "always" if want is False else have == want
+        return (
+            have != "never" if want is True else have != "always" if want is False else have == want
+        )
     if have in ("none", "key", "full"):
         order = ("none", "key", "full")
         return order.index(str(have)) >= order.index(str(want))
@@ -103,7 +111,8 @@ class Registry:
 
     Args:
         kind: singular noun used in messages.
-        home: module that registers the built-in entries when it is imported; loaded on the first look-up.
+        home: module that registers the built-in entries when it is imported; loaded on the first
+            look-up.
     """
 
     def __init__(self, kind: str, home: str) -> None:
@@ -115,13 +124,17 @@ class Registry:
         self._plugins_loaded = False
 
     def register(self, name: str, **facts: Any) -> Callable[[T], T]:
-        """Class decorator. Keywords are the fields of `Entry`; config and summary default to the class's own."""
+        """Class decorator. Keywords are the fields of `Entry`; config and summary default to the
+        class's own.
+        """
 
         def add(part: T) -> T:
             facts.setdefault("config", getattr(part, "Config", None))
             facts.setdefault("caps", Caps())
             part.caps = facts["caps"]  # type: ignore[attr-defined]
-            facts.setdefault("summary", (getattr(part, "__doc__", None) or "").strip().split("\n")[0])
+            facts.setdefault(
+                "summary", (getattr(part, "__doc__", None) or "").strip().split("\n")[0]
+            )
             self.add(Entry(name=name, kind=self.kind, build=part, **facts))  # type: ignore[arg-type]
             return part
 
@@ -157,7 +170,8 @@ class Registry:
         return self._entries[self._aliases[name.lower()]]
 
     def names(self, like: str = "*", **caps: object) -> list[str]:
-        """Sorted names matching a glob and offering capabilities: ``names(like="flow*", causal=True)``.
+        """Sorted names matching a glob and offering capabilities: ``names(like="flow*",
+        causal=True)``.
 
         Raises:
             ValueError: a capability that does not exist.
@@ -174,7 +188,11 @@ class Registry:
         """One paragraph about an entry: summary, capabilities, paper, aliases."""
         entry = self.get(name)
         caps = {f.name: getattr(entry.caps, f.name) for f in fields(Caps)}
-        able = ", ".join(k if v is True else f"{k}={v}" for k, v in caps.items() if v not in (False, "never", "none"))
+        able = ", ".join(
+            k if v is True else f"{k}={v}"
+            for k, v in caps.items()
+            if v not in (False, "never", "none")
+        )
         lines = [f"{entry.kind} {entry.name}: {entry.summary}", f"  can: {able}"]
         if entry.paper:
             lines.append(f"  paper: {entry.paper}")
@@ -183,7 +201,9 @@ class Registry:
         return "\n".join(lines)
 
     def owner(self, config: object) -> Entry | None:
-        """The entry whose config class is exactly ``type(config)``, or None (models: the first of the family)."""
+        """The entry whose config class is exactly ``type(config)``, or None (models: the first of
+        the family).
+        """
         self._load()
         return next((e for e in self._entries.values() if e.config is type(config)), None)
 

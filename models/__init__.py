@@ -1,4 +1,14 @@
-"""Backbones assembled from registered parts; one family per file."""
+"""Backbones assembled from registered parts; one family per file. Importing this package registers
+their presets.
+"""
 
 if not __name__.startswith("effformer."):
-    raise ImportError("import effformer.models, not models: a second copy of every class would be loaded")
+    raise ImportError(
+        "import effformer.models, not models: a second copy of every class would be loaded"
+    )
+
+from .base import Model, Preset
+from .dit import DiT
+from .sit import SiT
+
+__all__ = ["DiT", "Model", "Preset", "SiT"]

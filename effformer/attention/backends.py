@@ -1,0 +1,108 @@
+"""Evaluations of softmax attention; none of them ever drops an argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effformer.checks import CapabilityError, need, unknown
+
+__all__ = ["attend"]
+
+
+def attend(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """``softmax(scale * q k^T + mask) v`` by the named backend.
+
+    Args:
+        backend: "sdpa", "xformers" or "reference".
+        q: (B, H, N, K).
+        k: (B, H, M, K).
+        v: (B, H, M, V).
+        mask: bool, True = may attend, broadcastable to (B, H, N, M), or None.
+        causal: query i attends to keys <= i (needs N = M).
+        scale: factor of the scores, None means K^-0.5.
+
+    Returns:
+        (B, H, N, V); rows that may attend to nothing are zero.
+
+    Raises:
+        CapabilityError: xformers on a tensor that is not on a CUDA device, or causal with N != M.
+        ValueError: unknown backend.
+    """
+    if causal and q.shape[2] != k.shape[2]:
+        raise CapabilityError(
+            f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}"
+        )
+    if backend == "sdpa":
+        return _sdpa(q, k, v, mask, causal, scale)
+    if backend == "reference":
+        return _reference(q, k, v, mask, causal, scale)
+    if backend == "xformers":
+        return _xformers(q, k, v, mask, causal, scale)
+    raise unknown("backend", backend, ["sdpa", "xformers", "reference"], where="softmax")
+
+
+def _causal_mask(q: Tensor, mask: Tensor | None) -> Tensor:
+    lower = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    return lower if mask is None else lower & mask
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if causal:
+        mask = _causal_mask(q, mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # The fused operators disagree about rows without a key (nan, mean or zero); zero is ours.
+    return out * mask.any(dim=-1, keepdim=True)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if causal:
+        mask = _causal_mask(q, mask)
+    if mask is None:
+        return scores.softmax(dim=-1) @ v
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return (weights * mask) @ v
+
+
+def _xformers(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    if not q.is_cuda:
+        raise CapabilityError(
+            f"softmax: backend 'xformers' runs on CUDA devices only, got a tensor on {q.device}; "
+            "choices here: sdpa, reference"
+        )
+    ops = need("xformers.ops", "xformers")
+    if mask is None:
+        bias = ops.LowerTriangularMask() if causal else None
+    else:
+        allowed = _causal_mask(q, mask) if causal else mask
+        bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(
+            ~allowed, float("-inf")
+        )
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()
+    heads_last = (x.transpose(1, 2) for x in (q, k, v))
+    out: Tensor = ops.memory_efficient_attention(
+        *heads_last, attn_bias=bias, scale=scale
+    ).transpose(1, 2)
+    if mask is None:
+        return out
+    some = (_causal_mask(q, mask) if causal else mask).any(dim=-1, keepdim=True)
+    return torch.where(some, out, 0.0)

@@ -1,0 +1,85 @@
+"""What every token mixer and every attention core is.
+
+Shape legend: B batch, H heads, N queries, M keys, K key width, V value width, D token width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from effformer.config import Config
+from effformer.context import EMPTY, Context, Site
+
+__all__ = ["Core", "CoreConfig", "Mixer", "Streaming"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreConfig(Config):
+    """Knobs shared by the cores.
+
+    Attributes:
+        causal: output i depends on tokens <= i only.
+    """
+
+    causal: bool = False
+
+
+class Core(nn.Module, ABC):
+    """Kind "core": what happens between the projections of an attention.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+    """
+
+    def __init__(self, config: CoreConfig, site: Site) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.site = site
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        """Mix: q (B, H, N, K), k (B, H, M, K), v (B, H, M, V) -> (B, H, N, V)."""
+
+    @abstractmethod
+    def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
+        """Dense multiply-adds of one sample with n queries and m keys (None: n)."""
+
+
+class Mixer(nn.Module, ABC):
+    """Kind "attention": any token mixer, (B, N, D) -> (B, N, D).
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+    """
+
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.site = site
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        """Mix tokens (B, N, D)."""
+
+    @abstractmethod
+    def macs(self, n: int, m: int | None = None) -> int:
+        """Dense multiply-adds of one sample with n tokens (m in the memory)."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """Mixers with ``caps.streaming``: state goes in, state comes out."""
+
+    def init_state(self, batch: int, *, like: Tensor) -> Any:
+        """The state before the first token, with the dtype and device of ``like``."""
+        ...
+
+    def step(self, x: Tensor, state: Any, ctx: Context = EMPTY) -> tuple[Tensor, Any]:
+        """Feed the next tokens x (B, n, D), n >= 1; returns their outputs and the new state."""
+        ...

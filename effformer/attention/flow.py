@@ -1,0 +1,234 @@
+"""Flow-Attention: softmax attention replaced by two competitions under flow conservation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effformer.context import EMPTY, Context
+from effformer.registry import Caps, core
+
+from .base import Core, CoreConfig
+from .scan import causal_product, causal_product_macs, running_sum
+
+__all__ = ["FLOW_PRESETS", "Flow", "FlowState"]
+
+
+class FlowState(NamedTuple):
+    """Sums over the past of a causal Flow-Attention; the size does not depend on the number of
+    tokens.
+
+    Attributes:
+        count: (B, 1) number of tokens.
+        k: (B, H, K) sum of keys.
+        q: (B, H, K) sum of queries.
+        ko: (B, H, K) sum of keys times outgoing flow.
+        qi: (B, H, K) sum of queries times incoming flow.
+        e: (B, H) sum of exp(conserved outgoing flow).
+        kv: (B, H, K, V) sum of keys times competing values.
+    """
+
+    count: Tensor
+    k: Tensor
+    q: Tensor
+    ko: Tensor
+    qi: Tensor
+    e: Tensor
+    kv: Tensor
+
+
+@core.register(
+    "flow",
+    caps=Caps(
+        causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, cost="n"
+    ),
+    paper="2202.06258",
+)
+class Flow(Core):
+    """Flow-Attention: linear cost, no locality assumption, competition instead of a softmax over
+    pairs.
+
+    With phi(x) = sigmoid(x) on queries and keys, N sinks (queries) and M sources (keys)::
+
+        I_i = 1 / ((q_i + eps) . (sum_j k_j + eps))          incoming flow of sink i
+        O_j = 1 / ((k_j + eps) . (sum_i q_i + eps))          outgoing flow of source j
+        I'_i = (q_i + eps) . (sum_j k_j O_j + eps)           conserved incoming flow
+        O'_j = (k_j + eps) . (sum_i q_i I_i + eps)           conserved outgoing flow, clamped
+        c_j = M softmax_j(O'_j)                              competition among sources
+        a_i = sigmoid(I'_i N / M)                            allocation to sinks
+        out_i = a_i I_i q_i (sum_j k_j^T v_j c_j)
+
+    The causal form replaces every sum by its prefix and N, M by the number of tokens so far; a
+    token's competition weight is fixed when it appears, so decoding needs a state of constant size.
+
+    With a key mask, padded tokens carry no flow and N, M count valid tokens per sample; in
+    self-attention the mask stands for the queries too, because sums over sinks enter every source.
+
+    Differs from the paper: masks (not in the paper); prefix sums in chunks, so that the causal form
+    needs memory linear in tokens; ``(q + eps) . s`` is evaluated as ``q . s + eps sum(s)``, which
+    is the same number.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+
+    Reference: Flowformer: Linearizing Transformers with Conservation Flows, 2022, arXiv 2202.06258.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(CoreConfig):
+        """Knobs of `Flow`; `FLOW_PRESETS` lists the published settings.
+
+        Attributes:
+            kernel: phi, "sigmoid" or "relu" (``relu(x) + 1e-6``).
+            clamp: bound of the conserved outgoing flow, None for no bound.
+            eps: added to every component in the dot products.
+            flow_eps: added once more to the denominators of I and O and to I' and O' (vision
+                preset).
+            chunk: tokens per chunk of the causal form; changes speed, not results.
+        """
+
+        kernel: Literal["sigmoid", "relu"] = "sigmoid"
+        clamp: float | None = 1.0
+        eps: float = 1e-6
+        flow_eps: float = 0.0
+        chunk: int = 128
+
+        def __post_init__(self) -> None:
+            if self.clamp is not None and self.clamp <= 0:
+                raise ValueError(f"flow: clamp must be positive or None, got {self.clamp}")
+            if self.chunk < 1:
+                raise ValueError(f"flow: chunk must be at least 1, got {self.chunk}")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        dtype = v.dtype
+        q, k, v = self._phi(q), self._phi(k), _full(v)
+        mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(k.dtype)
+        if self.config.causal:
+            return self._scan(q, k, v, mask, None)[0].to(dtype)
+        return self._parallel(q, k, v, mask, self_attention=ctx.memory is None).to(dtype)
+
+    def _phi(self, x: Tensor) -> Tensor:
+        x = _full(x)
+        return x.sigmoid() if self.config.kernel == "sigmoid" else x.relu() + 1e-6
+
+    def _clamp(self, flow: Tensor) -> Tensor:
+        bound = self.config.clamp
+        return flow if bound is None else flow.clamp(-bound, bound)
+
+    def _against(self, x: Tensor, total: Tensor) -> Tensor:
+        """``(x + eps) . (total + eps)`` for x (B, H, N, K) and total (B, H, 1, K): (B, H, N, 1)."""
+        total = total + self.config.eps
+        return x @ total.transpose(-2, -1) + self.config.eps * total.sum(dim=-1, keepdim=True)
+
+    def _parallel(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
+    ) -> Tensor:
+        extra = self.config.flow_eps
+        sinks, sources = q.shape[2], k.shape[2]
+        q_mask = mask if self_attention else None
+        k = k if mask is None else k * mask
+        q = q if q_mask is None else q * q_mask
+        incoming = _masked(1 / (self._against(q, k.sum(dim=2, keepdim=True)) + extra), q_mask)
+        outgoing = _masked(1 / (self._against(k, q.sum(dim=2, keepdim=True)) + extra), mask)
+        conserved_in = self._against(q, outgoing.transpose(-2, -1) @ k) + extra
+        conserved_out = self._clamp(self._against(k, incoming.transpose(-2, -1) @ q) + extra)
+        if mask is None:
+            allocation = torch.sigmoid(conserved_in * sinks / sources)
+            competition = conserved_out.softmax(dim=2) * sources
+        else:
+            valid = mask.sum(dim=2, keepdim=True).clamp(min=1)
+            queries = valid if self_attention else sinks
+            allocation = torch.sigmoid(conserved_in * queries / valid)
+            lowest = torch.finfo(k.dtype).min
+            competition = conserved_out.masked_fill(mask == 0, lowest).softmax(dim=2) * mask * valid
+        values = k.transpose(-2, -1) @ (v * competition)
+        return (q @ values) * (incoming * allocation)
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: FlowState | None
+    ) -> tuple[Tensor, FlowState]:
+        """The causal form on the next tokens, from the sums of the past (None: none)."""
+        eps, extra = self.config.eps, self.config.flow_eps
+        if mask is None:
+            count = torch.ones_like(q[:, :1, :, :1]).cumsum(dim=2)
+        else:
+            q, k, count = q * mask, k * mask, mask.cumsum(dim=2)
+        if state is not None:
+            count = count + state.count[:, None, :, None]
+        # before the first valid token every sum is zero and nothing valid is computed
+        n = count.clamp(min=1)
+
+        def dot(x: Tensor, total: Tensor) -> Tensor:
+            return ((x + eps) * (total + eps)).sum(dim=-1, keepdim=True)
+
+        sum_k = running_sum(k, None if state is None else state.k)
+        sum_q = running_sum(q, None if state is None else state.q)
+        incoming = _masked(n / (dot(q, sum_k) + extra), mask)
+        outgoing = _masked(n / (dot(k, sum_q) + extra), mask)
+        sum_ko = running_sum(k * outgoing, None if state is None else state.ko)
+        sum_qi = running_sum(q * incoming, None if state is None else state.qi)
+        conserved_in = dot(q, sum_ko) / n + extra
+        conserved_out = self._clamp(dot(k, sum_qi) / n + extra)
+        allocation = conserved_in.sigmoid()
+        weight = _masked(conserved_out.exp(), mask)
+        sum_e = running_sum(weight, None if state is None else state.e.unsqueeze(-1))
+        competition = n * weight / sum_e.clamp(min=torch.finfo(sum_e.dtype).tiny)
+        start = None if state is None else state.kv
+        out, kv = causal_product(q, k, v * competition, start, chunk=self.config.chunk)
+        last = FlowState(
+            count[:, 0, -1], sum_k[:, :, -1], sum_q[:, :, -1], sum_ko[:, :, -1], sum_qi[:, :, -1],
+            sum_e[:, :, -1, 0], kv,
+        )  # fmt: skip
+        return out * (allocation * incoming / n), last
+
+    def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
+        """Two products and four dot products per token; weighted sums count as elementwise work."""
+        if self.config.causal:
+            return causal_product_macs(n, self.config.chunk, heads=heads, head_dim=head_dim)
+        keys = n if m is None else m
+        return heads * (n + keys) * (head_dim**2 + 2 * head_dim)
+
+    def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> FlowState:
+        """Zero sums, in float32 at least."""
+        like = _full(like)
+        width = like.new_zeros(batch, heads, head_dim)
+        square = like.new_zeros(batch, heads, head_dim, head_dim)
+        return FlowState(
+            like.new_zeros(batch, 1),
+            width,
+            width,
+            width,
+            width,
+            like.new_zeros(batch, heads),
+            square,
+        )
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, state: FlowState) -> tuple[Tensor, FlowState]:
+        """Feed the next tokens (B, H, n, K)."""
+        out, state = self._scan(self._phi(q), self._phi(k), _full(v), None, state)
+        return out.to(v.dtype), state
+
+
+FLOW_PRESETS: dict[str, Flow.Config] = {
+    "flowformer": Flow.Config(),
+    "gpt": Flow.Config(causal=True),
+    "vision": Flow.Config(flow_eps=1e-6),
+    "time-series": Flow.Config(clamp=None),
+    "long-range-arena": Flow.Config(kernel="relu", clamp=None),
+    "language-model": Flow.Config(causal=True, clamp=5.0),
+    "reinforcement-learning": Flow.Config(causal=True, clamp=10.0),
+}
+"""Published settings of `Flow` by task."""
+
+
+def _full(x: Tensor) -> Tensor:
+    """Float32 for half precisions: sums of flows lose 1e-6 in half."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask

@@ -1,0 +1,94 @@
+"""Linear attention with a positive feature map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from effformer.context import EMPTY, Context
+from effformer.registry import Caps, core
+
+from .base import Core, CoreConfig
+from .scan import causal_product, causal_product_macs, running_sum
+
+__all__ = ["Linear", "LinearState"]
+
+
+class LinearState(NamedTuple):
+    """``sum phi(k)`` (B, H, K) and ``sum phi(k)^T v`` (B, H, K, V) of the past."""
+
+    k: Tensor
+    kv: Tensor
+
+
+@core.register(
+    "linear",
+    caps=Caps(
+        causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, cost="n"
+    ),
+    paper="2006.16236",
+)
+class Linear(Core):
+    """Linear attention: ``phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j) + eps)``, phi
+    = elu + 1.
+
+    Costs O(N K V) instead of O(N^2 K). The causal form replaces the sums by prefix sums.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+
+    Reference: Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, 2020,
+    arXiv 2006.16236.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(CoreConfig):
+        """Knobs of `Linear`.
+
+        Attributes:
+            eps: added to the normaliser.
+            chunk: tokens per chunk of the causal form; changes speed, not results.
+        """
+
+        eps: float = 1e-6
+        chunk: int = 128
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        if ctx.mask is not None:
+            k = k * ctx.mask[:, None, :, None]
+        if self.config.causal:
+            return self._scan(q, k, v, None)[0]
+        normaliser = q @ k.sum(dim=2).unsqueeze(-1) + self.config.eps
+        return (q @ (k.transpose(-2, -1) @ v)) / normaliser
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None
+    ) -> tuple[Tensor, LinearState]:
+        sums = running_sum(k, None if state is None else state.k)
+        out, kv = causal_product(
+            q, k, v, None if state is None else state.kv, chunk=self.config.chunk
+        )
+        normaliser = (q * sums).sum(dim=-1, keepdim=True) + self.config.eps
+        return out / normaliser, LinearState(sums[:, :, -1], kv)
+
+    def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
+        if self.config.causal:
+            return causal_product_macs(n, self.config.chunk, heads=heads, head_dim=head_dim)
+        keys = n if m is None else m
+        return heads * head_dim * ((n + keys) * head_dim + n)
+
+    def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> LinearState:
+        """Zero sums."""
+        sums = like.new_zeros(batch, heads, head_dim)
+        return LinearState(sums, like.new_zeros(batch, heads, head_dim, head_dim))
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState
+    ) -> tuple[Tensor, LinearState]:
+        """Feed the next tokens; the state has a fixed size."""
+        return self._scan(F.elu(q) + 1, F.elu(k) + 1, v, state)

@@ -1,0 +1,183 @@
+"""Multi-head attention: projections around a core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effformer.checks import CapabilityError
+from effformer.config import Config, part
+from effformer.context import EMPTY, Context, Packing, Site, check_context
+from effformer.nn.norms import make_norm
+from effformer.nn.rope import apply_rope
+from effformer.registry import Caps, attention, core
+
+from .base import Core, CoreConfig, Mixer
+from .softmax import Softmax
+
+__all__ = ["Attention"]
+
+
+@attention.register(
+    "multihead",
+    caps=Caps(
+        causal="optional",
+        cross=True,
+        mask="full",
+        rope=True,
+        packed=True,
+        streaming=True,
+        cost="n^2",
+    ),
+    paper="1706.03762",
+)
+class Attention(Mixer):
+    """Multi-head attention around any core: ``proj(core(heads(q x), heads(k x), heads(v x)))``.
+
+    Self-attention has one fused projection ``qkv`` (rows q, k, v; head-major inside each). With
+    ``site.memory_dim`` the part is a cross-attention: ``q`` reads the tokens, ``kv`` reads
+    ``ctx.memory``.
+
+    Args:
+        config: the core and the projections.
+        site: the place in the model.
+
+    Raises:
+        ValueError: the width is not divisible by the heads.
+        CapabilityError: at call, a `Context` field that the core cannot honour.
+
+    Reference: Attention Is All You Need, 2017, arXiv 1706.03762.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(Config):
+        """Knobs of `Attention`.
+
+        Attributes:
+            core: what happens between the projections.
+            qkv_bias: the input projections have biases.
+            proj_bias: the output projection has a bias.
+            qk_norm: queries and keys are normalised per head before the core (and before rotary
+                embedding).
+            head_dim: width of a head; None means dim / heads.
+        """
+
+        core: CoreConfig = part("core", Softmax.Config())
+        qkv_bias: bool = True
+        proj_bias: bool = True
+        qk_norm: bool = False
+        head_dim: int | None = None
+
+    def __init__(self, config: Attention.Config, site: Site) -> None:
+        super().__init__(config, site)
+        if config.head_dim is None and site.dim % site.heads:
+            raise ValueError(
+                f"{site.path or 'attention'}: width {site.dim} is not divisible by {site.heads} heads; "
+                "change heads or give head_dim"
+            )
+        self.heads = site.heads
+        self.head_dim = config.head_dim or site.dim // site.heads
+        inner = self.heads * self.head_dim
+        self.cross = site.memory_dim is not None
+        if self.cross:
+            assert site.memory_dim is not None
+            self.q = nn.Linear(site.dim, inner, bias=config.qkv_bias)
+            self.kv = nn.Linear(site.memory_dim, 2 * inner, bias=config.qkv_bias)
+        else:
+            self.qkv = nn.Linear(site.dim, 3 * inner, bias=config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm = make_norm(site, self.head_dim)
+            self.k_norm = make_norm(site, self.head_dim)
+        entry = core.owner(config.core)
+        assert entry is not None
+        self.core: Core = entry.build(config.core, site)
+        self.core_caps = entry.caps
+        self.proj = nn.Linear(inner, site.dim, bias=config.proj_bias)
+        self.drop = nn.Dropout(site.dropout)
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        check_context(ctx, self.core_caps, "core", self.site.path or "attention")
+        q, k, v = self._heads(x, ctx)
+        if ctx.packing is None:
+            out = self.core(q, k, v, ctx)
+        else:
+            out = _per_sequence(self.core, q, k, v, ctx.packing)
+        return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def macs(self, n: int, m: int | None = None) -> int:
+        inner, dim = self.heads * self.head_dim, self.site.dim
+        keys = n if m is None else m
+        source = self.site.memory_dim if self.site.memory_dim is not None else dim
+        projections = 2 * n * dim * inner + 2 * keys * source * inner
+        return projections + self.core.macs(n, keys, heads=self.heads, head_dim=self.head_dim)
+
+    def init_state(self, batch: int, *, like: Tensor) -> Any:
+        """State before the first token.
+
+        Raises:
+            CapabilityError: the core has no streaming form, or is not causal.
+        """
+        self._check_streaming()
+        return self.core.init_state(batch, heads=self.heads, head_dim=self.head_dim, like=like)  # type: ignore[operator]
+
+    def step(self, x: Tensor, state: Any, ctx: Context = EMPTY) -> tuple[Tensor, Any]:
+        """Feed the next tokens x (B, n, D)."""
+        self._check_streaming()
+        q, k, v = self._heads(x, ctx)
+        out, state = self.core.step(q, k, v, state)  # type: ignore[operator]
+        return self.proj(out.transpose(1, 2).flatten(2)), state
+
+    def _heads(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        if self.cross:
+            if ctx.memory is None:
+                raise CapabilityError(
+                    f"{self.site.path or 'attention'}: built for cross-attention, but ctx.memory is None"
+                )
+            q = self.q(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+            kv = self.kv(ctx.memory).unflatten(-1, (2, self.heads, self.head_dim))
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            if ctx.memory is not None:
+                raise CapabilityError(
+                    f"{self.site.path or 'attention'}: built for self-attention, but ctx.memory is given; "
+                    "build it with Site(memory_dim=...)"
+                )
+            qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if ctx.rope is not None:
+            q, k = apply_rope(q, k, ctx.rope)
+        if ctx.tap is not None:
+            place = self.site.path
+            q, k, v = (
+                ctx.tap(f"{place}.{name}", x) for name, x in zip("qkv", (q, k, v), strict=True)
+            )
+        return q, k, v
+
+    def _check_streaming(self) -> None:
+        if not self.core_caps.streaming or not self.core.config.causal:
+            able = ", ".join(core.names(streaming=True))
+            raise CapabilityError(
+                f"{self.site.path or 'attention'}: streaming needs a causal core with a step; "
+                f"choices, with causal=True: {able}"
+            )
+
+
+def _per_sequence(module: Core, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Run a core on each sequence of a packed row; sequences do not see each other."""
+    if q.shape[0] != 1 or q.shape[2] != sum(packing.lengths):
+        raise ValueError(
+            f"packed input: expected one row of {sum(packing.lengths)} tokens, got {q.shape[0]} of {q.shape[2]}"
+        )
+    outputs, start = [], 0
+    for length in packing.lengths:
+        rows = slice(start, start + length)
+        outputs.append(
+            module(q[:, :, rows], k[:, :, rows], v[:, :, rows]) if length else v[:, :, rows]
+        )
+        start += length
+    return torch.cat(outputs, dim=2)

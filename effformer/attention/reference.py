@@ -1,0 +1,79 @@
+"""The slow obvious forms, token by token in float64; every fast path is tested against them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .flow import Flow
+
+__all__ = ["flow_reference", "linear_reference", "softmax_reference"]
+
+
+def softmax_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    """Softmax attention, one query at a time; q (N, K), k (M, K), v (M, V)."""
+    rows = []
+    for i in range(q.shape[0]):
+        last = i + 1 if causal else k.shape[0]
+        scores = torch.stack([(q[i] * k[j]).sum() for j in range(last)]) / q.shape[1] ** 0.5
+        weights = scores.exp() / scores.exp().sum()
+        rows.append(sum(weights[j] * v[j] for j in range(last)))
+    return torch.stack(rows)  # type: ignore[arg-type]
+
+
+def linear_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """Linear attention, one pair at a time; q (N, K), k (M, K), v (M, V)."""
+    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    rows = []
+    for i in range(q.shape[0]):
+        last = i + 1 if causal else k.shape[0]
+        weights = torch.stack([(q[i] * k[j]).sum() for j in range(last)])
+        rows.append(sum(weights[j] * v[j] for j in range(last)) / (weights.sum() + eps))
+    return torch.stack(rows)
+
+
+def flow_reference(q: Tensor, k: Tensor, v: Tensor, config: Flow.Config) -> Tensor:
+    """Flow-Attention from its definition; q (N, K), k (M, K), v (M, V)."""
+    q, k = _phi(q, config), _phi(k, config)
+    return _flow_causal(q, k, v, config) if config.causal else _flow(q, k, v, config)
+
+
+def _phi(x: Tensor, config: Flow.Config) -> Tensor:
+    return torch.sigmoid(x) if config.kernel == "sigmoid" else torch.relu(x) + 1e-6
+
+
+def _bound(x: Tensor, config: Flow.Config) -> Tensor:
+    return x if config.clamp is None else x.clamp(-config.clamp, config.clamp)
+
+
+def _flow(q: Tensor, k: Tensor, v: Tensor, config: Flow.Config) -> Tensor:
+    e, extra, (n, m) = config.eps, config.flow_eps, (q.shape[0], k.shape[0])
+    i = torch.stack([1 / (((q[a] + e) * (k.sum(0) + e)).sum() + extra) for a in range(n)])
+    o = torch.stack([1 / (((k[b] + e) * (q.sum(0) + e)).sum() + extra) for b in range(m)])
+    ko, qi = (k * o[:, None]).sum(0), (q * i[:, None]).sum(0)
+    i2 = torch.stack([((q[a] + e) * (ko + e)).sum() + extra for a in range(n)])
+    o2 = _bound(torch.stack([((k[b] + e) * (qi + e)).sum() + extra for b in range(m)]), config)
+    c = m * o2.exp() / o2.exp().sum()
+    a = torch.sigmoid(i2 * n / m)
+    values = sum(torch.outer(k[b], v[b] * c[b]) for b in range(m))
+    return torch.stack([a[s] * (q[s] * i[s]) @ values for s in range(n)])
+
+
+def _flow_causal(q: Tensor, k: Tensor, v: Tensor, config: Flow.Config) -> Tensor:
+    e, extra = config.eps, config.flow_eps
+    rows: list[Tensor] = []
+    ko, qi, total = torch.zeros_like(k[0]), torch.zeros_like(q[0]), torch.zeros_like(q[0, 0])
+    values = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype)
+    for t in range(q.shape[0]):
+        n = t + 1
+        i = n / (((q[t] + e) * (k[:n].sum(0) + e)).sum() + extra)
+        o = n / (((k[t] + e) * (q[:n].sum(0) + e)).sum() + extra)
+        ko, qi = ko + k[t] * o, qi + q[t] * i
+        i2 = ((q[t] + e) * (ko + e)).sum() / n + extra
+        weight = _bound(((k[t] + e) * (qi + e)).sum() / n + extra, config).exp()
+        total = total + weight
+        values = values + torch.outer(k[t], v[t] * n * weight / total)
+        rows.append(torch.sigmoid(i2) * (q[t] * i / n) @ values)
+    return torch.stack(rows)

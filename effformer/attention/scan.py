@@ -1,0 +1,60 @@
+"""Causal sums in chunks: exact, linear in tokens, one graph for any length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["causal_product", "causal_product_macs", "running_sum"]
+
+
+def running_sum(x: Tensor, start: Tensor | None = None) -> Tensor:
+    """Inclusive prefix sum over the tokens of x (B, H, N, ...); ``start`` (B, H, ...) is what came
+    before.
+    """
+    total = x.cumsum(dim=2)
+    return total if start is None else total + start.unsqueeze(2)
+
+
+def causal_product(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, *, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """``out_i = q_i (start + sum_{j <= i} k_j^T v_j)`` in chunks of tokens.
+
+    Inside a chunk the masked product of scores, between chunks the carried (K, V) matrix: O(N
+    chunk) work and O(N / chunk) matrices, never an N x N tensor. The result does not depend on
+    ``chunk``.
+
+    Args:
+        q: (B, H, N, K).
+        k: (B, H, N, K).
+        v: (B, H, N, V).
+        start: (B, H, K, V) sum of the past, None for zero.
+        chunk: tokens per chunk.
+
+    Returns:
+        out (B, H, N, V) and the sum after the last token (B, H, K, V).
+    """
+    n = q.shape[2]
+    if not torch.compiler.is_exporting():  # an exported graph serves every length
+        chunk = min(chunk, n)
+    pad = (-n) % chunk
+    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    sums = k.transpose(-2, -1) @ v
+    before = sums.cumsum(dim=2) - sums
+    if start is not None:
+        before = before + start.unsqueeze(2)
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    inside = (q @ k.transpose(-2, -1)).masked_fill(~lower, 0.0)
+    out = (q @ before + inside @ v).flatten(2, 3)[:, :, :n]
+    return out, before[:, :, -1] + sums[:, :, -1]
+
+
+def causal_product_macs(n: int, chunk: int, *, heads: int, head_dim: int) -> int:
+    """Multiply-adds of `causal_product` for one sample: four products on tokens padded to whole
+    chunks.
+    """
+    chunk = min(chunk, n)
+    padded = -(-n // chunk) * chunk
+    return heads * padded * (2 * head_dim**2 + 2 * chunk * head_dim)

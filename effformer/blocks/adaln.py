@@ -1,0 +1,37 @@
+"""The conditioned block of DiT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effformer.config import Config
+from effformer.context import Site
+from effformer.registry import Caps, block
+
+from .prenorm import PreNorm
+
+__all__ = ["AdaLNZero"]
+
+
+@block.register("adaln-zero", caps=Caps(cond="always"), paper="2212.09748")
+class AdaLNZero(PreNorm):
+    """Pre-norm block whose branches are shifted, scaled and gated by the conditioning (adaLN-Zero).
+
+    ``x + gate * attn(norm(x) * (1 + scale) + shift)``, the same for the FFN; the six vectors are
+    ``Linear(silu(cond))``, zero at initialisation, so that the block starts as the identity.
+
+    Args:
+        config: no knobs.
+        site: the place in the model; ``site.cond_dim`` is required.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network.
+
+    Reference: Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(Config):
+        """`AdaLNZero` has no knobs."""
+
+    def __init__(self, config: AdaLNZero.Config, site: Site, *, attn: Config, ffn: Config) -> None:
+        super().__init__(PreNorm.Config(), site, attn=attn, ffn=ffn)

@@ -1,0 +1,71 @@
+"""The Macaron block: half an FFN before attention, half behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effformer.config import Config
+from effformer.context import Site
+from effformer.ffn import FFNConfig
+from effformer.nn.activations import Activation
+from effformer.registry import Caps, block
+
+from .base import Block, Branch, below, make_ffn, make_mixer
+
+__all__ = ["Macaron"]
+
+
+@block.register("macaron", caps=Caps(cond="optional", packed=True), paper="1906.02762")
+class Macaron(Block):
+    """Macaron block: ``x + 1/2 ffn1(norm(x))``, ``x + attn(norm(x))``, ``x + 1/2 ffn2(norm(x))``.
+
+    The two FFNs have separate weights and, by default, half of the inner width each, so that the
+    block has the parameters of an ordinary one. In a conditioned model each branch is modulated and
+    gated (nine vectors).
+
+    Differs from the paper: the conditioned form is ours.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network as an ordinary block would have it.
+
+    Reference: Understanding and Improving Transformer From a Multi-Particle Dynamic System Point of
+    View, 2019, arXiv 1906.02762.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(Config):
+        """Knobs of `Macaron`.
+
+        Attributes:
+            share: fraction of the FFN's inner width that each half step gets.
+            first_act: activation of the leading FFN if it differs (the published BERT models:
+                "relu").
+            post_norm: norms stand behind the sums.
+        """
+
+        share: float = 0.5
+        first_act: Activation | None = None
+        post_norm: bool = False
+
+        def __post_init__(self) -> None:
+            if not 0 < self.share <= 1:
+                raise ValueError(f"macaron: share must lie in (0, 1], got {self.share}")
+
+    def __init__(self, config: Macaron.Config, site: Site, *, attn: Config, ffn: FFNConfig) -> None:
+        if config.post_norm and site.cond_dim is not None:
+            raise ValueError(
+                f"{site.path or 'macaron'}: post_norm has no conditioned form; use post_norm=False"
+            )
+        half = ffn.scaled(config.share)
+        first = half if config.first_act is None else half.replace(act=config.first_act)
+        a, f1, f2 = (below(site, name) for name in ("attn", "ffn1", "ffn2"))
+        post = config.post_norm
+        branches = {
+            "ffn1": Branch(make_ffn(first, f1), f1, factor=0.5, post_norm=post),
+            "attn": Branch(make_mixer(attn, a), a, post_norm=post),
+            "ffn2": Branch(make_ffn(half, f2), f2, factor=0.5, post_norm=post),
+        }
+        super().__init__(branches, site)

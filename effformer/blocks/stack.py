@@ -1,0 +1,237 @@
+"""Stacks of blocks: per-layer patterns and the check of capabilities before weights are
+allocated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from effformer import registry
+from effformer.attention import Attention
+from effformer.checks import CapabilityError, unknown
+from effformer.config import Config, part, resolve
+from effformer.context import Site
+from effformer.ffn import MLP
+
+from .base import Block
+from .prenorm import PreNorm
+
+__all__ = ["BackboneConfig", "Layer", "Needs", "build_stack"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneConfig(Config):
+    """Knobs shared by backbones that are a stack of blocks.
+
+    Attributes:
+        dim: width of the tokens.
+        depth: number of blocks.
+        heads: number of attention heads.
+        attn: token mixer of every block.
+        ffn: position-wise network of every block.
+        block: arrangement of every block.
+        layers: changes for some blocks, slice -> parts: ``{"0:4": {"attn": "softmax"}, "3::4":
+            {...}, "-1": {...}}``; later entries win.
+        dropout: probability after each part.
+        drop_path: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    attn: Config = part("attention", Attention.Config())
+    ffn: Config = part("ffn", MLP.Config())
+    block: Config = part("block", PreNorm.Config())
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """The parts of one block."""
+
+    attn: Config
+    ffn: Config
+    block: Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a model asks of the parts in its blocks.
+
+    Attributes:
+        causal: tokens must not see later ones (False: the model attends both ways).
+        mask: mask that the model passes, "none", "key" or "full".
+        cond: the model has a conditioning vector.
+        rope: the model passes rotary tables.
+        grid: the model passes the layout of its tokens.
+        cross: mixers attend to a memory.
+    """
+
+    causal: bool = False
+    mask: str = "none"
+    cond: bool = False
+    rope: bool = False
+    grid: bool = False
+    cross: bool = False
+
+
+def build_stack(config: BackboneConfig, site: Site, needs: Needs, *, name: str) -> nn.ModuleList:
+    """Build the blocks of a model at paths ``blocks.0``, ``blocks.1``, ...
+
+    Args:
+        config: the model's config.
+        site: facts shared by all blocks.
+        needs: what the model asks of the parts.
+        name: the model's name, for messages.
+
+    Raises:
+        CapabilityError: a part cannot do what the model needs; parts that can are named.
+        ValueError: a bad slice or part in ``config.layers``.
+    """
+    layers = _layers(config, name)
+    for where, layer in _runs(layers, name):
+        _check_layer(layer, needs, where)
+    blocks = nn.ModuleList()
+    prefix = f"{site.path}.blocks" if site.path else "blocks"
+    for i, layer in enumerate(layers):
+        rate = config.drop_path * i / max(len(layers) - 1, 1)
+        here = replace(site, path=f"{prefix}.{i}", dropout=config.dropout, drop_path=rate)
+        blocks.append(_build_block(layer, here, needs))
+    return blocks
+
+
+def _build_block(layer: Layer, site: Site, needs: Needs) -> Block:
+    entry = registry.block.owner(layer.block)
+    assert entry is not None
+    block: Block = entry.build(
+        layer.block, site, attn=with_causal(layer.attn, needs.causal), ffn=layer.ffn
+    )
+    return block
+
+
+def with_causal(attn: Config, causal: bool) -> Config:
+    """The mixer in causal form if the model needs it."""
+    if not causal or _caps(attn).causal == "always":
+        return attn
+    if isinstance(attn, Attention.Config):
+        return attn.replace(core={"causal": True})
+    return attn.replace(causal=True)
+
+
+def _layers(config: BackboneConfig, name: str) -> list[Layer]:
+    layers = [Layer(attn=config.attn, ffn=config.ffn, block=config.block)] * config.depth
+    for key, changes in config.layers.items():
+        where = f"{name} layers[{key!r}]"
+        chosen = range(config.depth)[_slice(key, where)]
+        if not chosen:
+            raise ValueError(f"{where}: selects none of the {config.depth} blocks")
+        if not isinstance(changes, Mapping):
+            raise TypeError(
+                f"{where}: expected a dict such as {{'attn': 'softmax'}}, got {changes!r}"
+            )
+        for i in chosen:
+            new = {k: _resolve_part(k, v, layers[i], where) for k, v in changes.items()}
+            layers[i] = replace(layers[i], **new)
+    return layers
+
+
+def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config:
+    kinds = {"attn": "attention", "ffn": "ffn", "block": "block"}
+    if slot not in kinds:
+        raise unknown("part", slot, list(kinds), where=where)
+    return resolve(kinds[slot], spec, getattr(layer, slot), where=f"{where}.{slot}")
+
+
+def _slice(key: str, where: str) -> slice:
+    if not re.fullmatch(r"-?\d+|(-?\d*)(:-?\d*){1,2}", key):
+        raise ValueError(f"{where}: expected an index or a slice such as '0:4', '-1' or '3::4'")
+    if ":" not in key:
+        start = int(key)
+        return slice(start, start + 1 or None)
+    return slice(*(int(p) if p else None for p in key.split(":")))
+
+
+def _runs(layers: list[Layer], name: str) -> Iterator[tuple[str, Layer]]:
+    """Runs of equal layers with the words that name them."""
+    start = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or layers[i] != layers[start]:
+            yield f"{name} blocks[{start}:{i}]", layers[start]
+            start = i
+
+
+def _caps(config: Config) -> registry.Caps:
+    if isinstance(config, Attention.Config):
+        entry = registry.core.owner(config.core)
+    else:
+        entry = registry.attention.owner(config)
+    assert entry is not None, type(config)
+    return entry.caps
+
+
+def _part_name(config: Config) -> str:
+    inner = config.core if isinstance(config, Attention.Config) else config
+    return str(inner.to_dict().get("name", type(inner).__qualname__))
+
+
+def _check_layer(layer: Layer, needs: Needs, where: str) -> None:
+    _check_mixer(layer.attn, needs, f"{where}.attn")
+    entry = registry.block.owner(layer.block)
+    assert entry is not None
+    if entry.caps.cond == "always" and not needs.cond:
+        able = ", ".join(e.name for e in registry.block if e.caps.cond != "always")
+        raise CapabilityError(
+            f"{where}.block: {entry.name!r} needs a conditioning vector, but this model has none; choices: {able}"
+        )
+    if entry.caps.cond == "never" and needs.cond:
+        able = ", ".join(e.name for e in registry.block if e.caps.cond != "never")
+        raise CapabilityError(
+            f"{where}.block: {entry.name!r} cannot use this model's conditioning vector; choices: {able}"
+        )
+
+
+def _check_mixer(config: Config, needs: Needs, where: str) -> None:
+    caps, name = _caps(config), _part_name(config)
+    kind = registry.core if isinstance(config, Attention.Config) else registry.attention
+    inner: Any = config.core if isinstance(config, Attention.Config) else config
+    wanted: dict[str, object] = {"causal": needs.causal}
+    if needs.mask != "none":
+        wanted["mask"] = needs.mask
+    for flag in ("rope", "cross"):
+        if getattr(needs, flag):
+            wanted[flag] = True
+    reasons = {
+        "causal": "is not causal, but this model must not see later tokens"
+        if needs.causal
+        else "needs causal order, but this model attends both ways",
+        "mask": f"cannot honour a {needs.mask} mask",
+        "rope": "cannot apply rotary embedding",
+        "cross": "cannot attend to a memory",
+    }
+    able = ", ".join(kind.names(**wanted))
+    for key, value in wanted.items():
+        if not caps.satisfies(**{key: value}):
+            raise CapabilityError(f"{where}: {name!r} {reasons[key]}; choices: {able}")
+    if caps.grid and not needs.grid:
+        raise CapabilityError(
+            f"{where}: {name!r} needs a token grid, which this model has not; choices: {able}"
+        )
+    if not needs.causal and getattr(inner, "causal", False):
+        raise CapabilityError(
+            f"{where}: {name!r} has causal=True, but this model attends both ways"
+        )

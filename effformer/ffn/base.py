@@ -1,0 +1,70 @@
+"""What every position-wise network is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor, nn
+
+from effformer.config import Config
+from effformer.context import EMPTY, Context, Site
+from effformer.nn.activations import Activation
+
+__all__ = ["FFN", "FFNConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FFNConfig(Config):
+    """Knobs shared by the position-wise networks.
+
+    Attributes:
+        ratio: inner width over token width.
+        hidden: inner width; overrides ``ratio``.
+        act: activation.
+        bias: the linear layers have biases.
+    """
+
+    ratio: float = 4.0
+    hidden: int | None = None
+    act: Activation = "gelu-tanh"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.ratio <= 0 or (self.hidden is not None and self.hidden < 1):
+            raise ValueError(
+                f"ffn: inner width must be positive, got ratio={self.ratio}, hidden={self.hidden}"
+            )
+
+    def width(self, dim: int) -> int:
+        """Inner width for tokens of width ``dim``."""
+        return int(dim * self.ratio) if self.hidden is None else self.hidden
+
+    def scaled(self, share: float) -> Self:
+        """The same network with ``share`` of the inner width (Macaron's half steps)."""
+        hidden = None if self.hidden is None else int(self.hidden * share)
+        return self.replace(ratio=self.ratio * share, hidden=hidden)
+
+
+class FFN(nn.Module, ABC):
+    """Kind "ffn": acts on every token alone, (B, N, D) -> (B, N, D).
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+    """
+
+    def __init__(self, config: FFNConfig, site: Site) -> None:
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.hidden = config.width(site.dim)
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+
+    @abstractmethod
+    def macs(self, n: int) -> int:
+        """Dense multiply-adds for n tokens of one sample."""

@@ -1,0 +1,69 @@
+"""Gated linear units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from effformer.context import EMPTY, Context, Site
+from effformer.nn.activations import ACTIVATIONS, Activation
+from effformer.registry import Caps, ffn
+
+from .base import FFN, FFNConfig
+
+__all__ = ["GEGLU", "SwiGLU"]
+
+
+class _Gated(FFN):
+    """``W2 (act(Wg x) * (Wv x))``; ``fc1`` holds the rows of Wg, then those of Wv."""
+
+    def __init__(self, config: FFNConfig, site: Site) -> None:
+        super().__init__(config, site)
+        self.act = ACTIVATIONS[config.act]
+        self.fc1 = nn.Linear(site.dim, 2 * self.hidden, bias=config.bias)
+        self.fc2 = nn.Linear(self.hidden, site.dim, bias=config.bias)
+        self.drop = nn.Dropout(site.dropout)
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.drop(self.fc2(self.drop(self.act(gate) * value)))
+
+    def macs(self, n: int) -> int:
+        return 3 * n * self.site.dim * self.hidden
+
+
+@ffn.register("swiglu", caps=Caps(packed=True), paper="2002.05202")
+class SwiGLU(_Gated):
+    """Gated unit with SiLU: ``W2 (silu(Wg x) * (Wv x))``.
+
+    The default inner width is 8/3 of the token width, which has as many parameters as an `MLP` of
+    ratio 4.
+
+    Reference: GLU Variants Improve Transformer, 2020, arXiv 2002.05202.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(FFNConfig):
+        """Knobs of `SwiGLU`; see `FFNConfig`."""
+
+        ratio: float = 8 / 3
+        act: Activation = "silu"
+
+
+@ffn.register("geglu", caps=Caps(packed=True), paper="2002.05202")
+class GEGLU(_Gated):
+    """Gated unit with GELU (erf form): ``W2 (gelu(Wg x) * (Wv x))``.
+
+    The default inner width is 8/3 of the token width, which has as many parameters as an `MLP` of
+    ratio 4.
+
+    Reference: GLU Variants Improve Transformer, 2020, arXiv 2002.05202.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(FFNConfig):
+        """Knobs of `GEGLU`; see `FFNConfig`."""
+
+        ratio: float = 8 / 3
+        act: Activation = "gelu"

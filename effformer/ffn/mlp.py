@@ -1,0 +1,40 @@
+"""Two linear layers with an activation between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from effformer.context import EMPTY, Context, Site
+from effformer.nn.activations import ACTIVATIONS
+from effformer.registry import Caps, ffn
+
+from .base import FFN, FFNConfig
+
+__all__ = ["MLP"]
+
+
+@ffn.register("mlp", caps=Caps(packed=True), paper="1706.03762")
+class MLP(FFN):
+    """Two linear layers: ``W2 act(W1 x + b1) + b2``.
+
+    Reference: Attention Is All You Need, 2017, arXiv 1706.03762.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(FFNConfig):
+        """Knobs of `MLP`; see `FFNConfig`."""
+
+    def __init__(self, config: FFNConfig, site: Site) -> None:
+        super().__init__(config, site)
+        self.act = ACTIVATIONS[config.act]
+        self.fc1 = nn.Linear(site.dim, self.hidden, bias=config.bias)
+        self.fc2 = nn.Linear(self.hidden, site.dim, bias=config.bias)
+        self.drop = nn.Dropout(site.dropout)
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+    def macs(self, n: int) -> int:
+        return 2 * n * self.site.dim * self.hidden

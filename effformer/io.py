@@ -1,0 +1,358 @@
+"""Saving and loading: folders of ``config.json`` + ``model.safetensors``, and foreign weight files
+as data.
+
+Files are written to a temporary name and renamed; foreign pickles are read with
+``weights_only=True``, always.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .checks import FormatError, unknown
+from .layout import Layout, StateDict
+from .version import VERSION
+
+if TYPE_CHECKING:
+    from effformer.models.base import Model
+
+__all__ = [
+    "LoadReport", "atomic_folder", "atomic_path", "load_model", "load_weights", "read_json", "read_weights",
+    "save_pretrained", "save_weights", "write_json",
+]  # fmt: skip
+
+FORMAT = 1
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What `load_weights` did.
+
+    Attributes:
+        layout: name of the layout that was recognised.
+        missing: our keys that the file does not have.
+        unexpected: keys of the file that the model does not have.
+        reshaped: our keys whose tensors were viewed into another shape of equal size.
+    """
+
+    layout: str
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; rename it on success, remove it on failure.
+
+    Raises:
+        FormatError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
+        )
+    except OSError as error:
+        raise FormatError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path, *, marker: str) -> Iterator[Path]:
+    """Yield a temporary folder; it replaces ``folder`` on success and vanishes on failure.
+
+    Args:
+        folder: the target. It may exist if it is empty or holds ``marker`` (an earlier result of
+            the same kind).
+        marker: file that identifies the kind of folder.
+
+    Raises:
+        FormatError: the target is a file, holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FormatError(f"{folder}: is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
+        raise FormatError(
+            f"{folder}: holds other files and no {marker}; choose an empty or new folder"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise FormatError(
+            f"{folder}: cannot be written ({error.strerror}); choose another place"
+        ) from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        old = temporary.with_name(temporary.name + ".old")
+        if folder.exists():
+            folder.replace(old)
+        temporary.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write JSON atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FormatError: the file is missing or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: is not readable JSON ({error})") from error
+
+
+def save_pretrained(model: Model, folder: str | Path) -> Path:
+    """Write ``config.json`` and ``model.safetensors``; an earlier save at the same place is
+    replaced whole.
+
+    Raises:
+        FormatError: the folder holds other files or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    facts = {
+        "format": FORMAT,
+        "effformer": VERSION,
+        "family": model.FAMILY,
+        "name": model.name,
+        "config": model.config.to_dict(),
+        "transforms": list(model.transforms),
+    }
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    with atomic_folder(folder, marker=_CONFIG) as temporary:
+        save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / _CONFIG, facts)
+    return Path(folder)
+
+
+def load_model(folder: str | Path) -> Model:
+    """Rebuild a model saved by `save_pretrained`, quantized ones included.
+
+    Raises:
+        FormatError: not such a folder, written by a newer version, or the weights do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / _CONFIG).is_file():
+        raise FormatError(f"{folder}: no {_CONFIG}; expected a folder written by save_pretrained")
+    facts = read_json(folder / _CONFIG)
+    if not isinstance(facts, dict) or not {"format", "family", "config"} <= set(facts):
+        raise FormatError(f"{folder / _CONFIG}: is not an effformer config")
+    if facts["format"] > FORMAT:
+        raise FormatError(
+            f"{folder / _CONFIG}: written by effformer {facts.get('effformer')} in format {facts['format']}, "
+            f"this is effformer {VERSION} (format {FORMAT}); pip install -U effformer"
+        )
+    families = {e.facts["family"]: e for e in registry.model}
+    if facts["family"] not in families:
+        raise unknown(
+            "model family", str(facts["family"]), list(families), where=str(folder / _CONFIG)
+        )
+    entry = families[facts["family"]]
+    config = type(entry.preset).from_dict(facts["config"], where=str(folder / _CONFIG))
+    model: Model = entry.build(config, name=facts.get("name"))
+    for record in facts.get("transforms", ()):
+        model = _replay(model, record)
+    load_weights(model, folder / _WEIGHTS, layout="effformer")
+    return model.eval()
+
+
+def _replay(model: Model, record: Mapping[str, Any]) -> Model:
+    from effformer import compress
+
+    changed: Model = compress.replay(model, record)
+    return changed
+
+
+def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
+    """Read a state dict from safetensors, or from a torch file with ``weights_only=True``.
+
+    Training checkpoints are unwrapped ("ema" before "model"), and the prefixes of wrappers
+    ("module.") removed.
+
+    Raises:
+        FormatError: missing, truncated or foreign file, or one that would run code when unpickled.
+    """
+    state = dict(source) if isinstance(source, Mapping) else _read_file(Path(source))
+    for wrapper in _WRAPPERS:
+        if isinstance(state.get(wrapper), Mapping):
+            state = dict(state[wrapper])
+    where = "state dict" if isinstance(source, Mapping) else str(source)
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
+    for prefix in ("module.", "_orig_mod."):
+        if all(k.startswith(prefix) for k in tensors):
+            tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise FormatError(
+                f"{path}: is truncated or not a safetensors file ({error})"
+            ) from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FormatError(
+            f"{path}: holds pickled objects other than tensors, or is no checkpoint; effformer reads data, not code: "
+            "save a plain state dict or safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise FormatError(f"{path}: is truncated or not a torch checkpoint ({error})") from error
+    if not isinstance(state, Mapping):
+        raise FormatError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return dict(state)
+
+
+def load_weights(
+    model: Model,
+    source: str | Path | Mapping[str, Tensor],
+    layout: str = "auto",
+    *,
+    strict: bool = True,
+) -> LoadReport:
+    """Load weights in our layout or in a published one.
+
+    Args:
+        model: the model; nothing is changed unless everything fits.
+        source: a safetensors or torch file, or a state dict.
+        layout: "auto", "effformer" or a published layout of the model's family.
+        strict: missing or unexpected keys are an error.
+
+    Raises:
+        FormatError: the file cannot be read, its layout is not recognised, or keys or shapes do not
+            fit.
+        ValueError: unknown layout.
+    """
+    state = read_weights(source)
+    where = "state dict" if isinstance(source, Mapping) else str(source)
+    chosen = _choose_layout(model, state, layout, where)
+    if chosen is not None:
+        state = chosen.to_ours(state, model.config)
+    own = model.state_dict()
+    reshaped, wrong = [], []
+    for key in state.keys() & own.keys():
+        if state[key].shape == own[key].shape:
+            continue
+        if state[key].numel() == own[key].numel():
+            state[key] = state[key].reshape(own[key].shape)
+            reshaped.append(key)
+        else:
+            wrong.append(
+                f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
+            )
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if wrong or (strict and (missing or unexpected)):
+        parts = [f"wrong shapes: {_some(wrong)}"] if wrong else []
+        parts += [f"missing: {_some(missing)}"] if missing else []
+        parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
+        raise FormatError(f"{where} does not fit {model.name}: {'; '.join(parts)}")
+    model.load_state_dict({k: state[k] for k in state.keys() & own.keys()}, strict=False)
+    return LoadReport(
+        layout="effformer" if chosen is None else chosen.name,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        reshaped=tuple(sorted(reshaped)),
+    )
+
+
+def save_weights(model: Model, path: str | Path, layout: str = "effformer") -> Path:
+    """Write the weights as one safetensors file, in our layout or in a published one.
+
+    Raises:
+        ValueError: unknown layout.
+        FormatError: the place cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    state = dict(model.state_dict())
+    if layout != "effformer":
+        state = _by_name(model, layout).from_ours(state, model.config)
+    with atomic_path(path) as temporary:
+        save_file(
+            {k: v.contiguous().clone() for k, v in state.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
+    return Path(path)
+
+
+def _by_name(model: Model, layout: str) -> Layout:
+    known = {lay.name: lay for lay in model.LAYOUTS}
+    if layout not in known:
+        raise unknown("layout", layout, ["effformer", *known], where=model.name)
+    return known[layout]
+
+
+def _choose_layout(model: Model, state: StateDict, layout: str, where: str) -> Layout | None:
+    """The foreign layout to convert from, None for our own."""
+    if layout == "effformer":
+        return None
+    if layout != "auto":
+        return _by_name(model, layout)
+    own = model.state_dict().keys()
+    if len(own & state.keys()) > len(own) // 2:
+        return None
+    for candidate in model.LAYOUTS:
+        if candidate.recognise(state.keys()):
+            return candidate
+    names = ", ".join(["effformer", *(lay.name for lay in model.LAYOUTS)])
+    sample = _some(sorted(state))
+    raise FormatError(
+        f"{where}: keys such as {sample} fit none of the layouts of {model.name} ({names})"
+    )
+
+
+def _some(items: list[str], most: int = 4) -> str:
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -1,0 +1,118 @@
+"""Embeddings: time steps, labels, fixed sin-cos positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LabelEmbedding", "TimeEmbedding", "sincos_1d", "sincos_2d", "time_features"]
+
+
+def time_features(t: Tensor, dim: int = 256, *, freq_shift: int = 0, period: float = 1e4) -> Tensor:
+    """Sinusoidal features ``[cos(t f) | sin(t f)]``, ``f_i = exp(-ln(period) i / (dim/2 -
+    freq_shift))``.
+
+    Args:
+        t: (B,) times, any float or integer type; computed in float32 (float64 stays).
+        dim: number of features, even.
+        freq_shift: 0 as in DiT, 1 as in diffusers' default.
+        period: longest period over 2 pi.
+
+    Returns:
+        (B, dim).
+    """
+    half = dim // 2
+    t = t if t.dtype == torch.float64 else t.float()
+    steps = torch.arange(half, dtype=t.dtype, device=t.device)
+    angles = t[:, None] * torch.exp(-math.log(period) * steps / (half - freq_shift))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """``W2 silu(W1 features(t) + b1) + b2``.
+
+    Args:
+        dim: output width.
+        features: number of sinusoidal features.
+        freq_shift: see `time_features`.
+    """
+
+    def __init__(self, dim: int, features: int = 256, freq_shift: int = 0) -> None:
+        super().__init__()
+        self.features = features
+        self.freq_shift = freq_shift
+        self.fc1 = nn.Linear(features, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map t (B,) to (B, D)."""
+        e = time_features(t, self.features, freq_shift=self.freq_shift).to(self.fc1.weight.dtype)
+        return self.fc2(nn.functional.silu(self.fc1(e)))
+
+
+class LabelEmbedding(nn.Module):
+    """Class table; with ``null=True`` one more row stands for "no label" (classifier-free
+    guidance).
+
+    Args:
+        num_classes: number of classes; id ``num_classes`` is the null class.
+        dim: width.
+        null: the table has the null row.
+    """
+
+    def __init__(self, num_classes: int, dim: int, *, null: bool) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.null = null
+        self.table = nn.Embedding(num_classes + null, dim)
+
+    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Map labels y (B,) to (B, D); where ``drop`` (B,) is True the null class is taken.
+
+        Raises:
+            ValueError: ``drop`` is given but there is no null class.
+        """
+        if drop is not None:
+            if not self.null:
+                raise ValueError(
+                    "drop: this model has no null class; build it with label_dropout > 0"
+                )
+            y = torch.where(drop, self.num_classes, y)
+        return self.table(y)
+
+
+def sincos_1d(positions: Tensor, dim: int, *, period: float = 1e4) -> Tensor:
+    """``[sin(s w) | cos(s w)]`` with ``w_i = period^(-i / (dim/2))``, computed in float64.
+
+    Args:
+        positions: (N,) coordinates.
+        dim: width, even.
+        period: base of the frequencies.
+
+    Returns:
+        (N, dim) float64.
+    """
+    steps = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
+    angles = positions.double()[:, None] * (1.0 / period ** (steps / (dim / 2)))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+    """Fixed 2-D positions on integer coordinates: ``[code(column) | code(row)]``, row-major.
+
+    Args:
+        height: rows of the grid.
+        width: columns of the grid.
+        dim: width of a code, divisible by 4.
+
+    Returns:
+        (1, height * width, dim) float32.
+
+    Reference: Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748 (official layout:
+    the first half of a code stands for the column).
+    """
+    rows = sincos_1d(torch.arange(height), dim // 2)[:, None].expand(-1, width, -1)
+    columns = sincos_1d(torch.arange(width), dim // 2)[None].expand(height, -1, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()

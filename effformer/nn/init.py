@@ -1,0 +1,16 @@
+"""Initialisations named after what they do."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["xavier_linears"]
+
+
+def xavier_linears(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every `nn.Linear` below ``module``."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)

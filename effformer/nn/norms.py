@@ -1,0 +1,66 @@
+"""Norms chosen by a `Site`, and the adaLN modulation around them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effformer.checks import unknown
+from effformer.context import Site
+
+__all__ = ["Modulation", "make_norm", "modulate"]
+
+
+def make_norm(site: Site, dim: int | None = None, *, affine: bool | None = None) -> nn.Module:
+    """The norm of a site over the last dimension.
+
+    Args:
+        site: gives kind, epsilon and whether there are learned factors.
+        dim: width if it is not ``site.dim`` (heads).
+        affine: overrides ``site.norm_affine``; modulated branches have no learned factors.
+
+    Raises:
+        ValueError: ``site.norm`` is neither "layer" nor "rms".
+    """
+    width = site.dim if dim is None else dim
+    learned = site.norm_affine if affine is None else affine
+    if site.norm == "layer":
+        return nn.LayerNorm(width, eps=site.norm_eps, elementwise_affine=learned)
+    if site.norm == "rms":
+        return nn.RMSNorm(width, eps=site.norm_eps, elementwise_affine=learned)
+    raise unknown("norm", site.norm, ["layer", "rms"], where=site.path)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``; x (B, N, D), shift and scale (B, 1, D), one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Modulation(nn.Module):
+    """Vectors from the conditioning: ``Linear(silu(c))`` cut into ``parts`` chunks of (B, 1, D).
+
+    Weights and bias start at zero, so that every gated branch starts as the identity (adaLN-Zero).
+
+    Args:
+        cond_dim: width of the conditioning vector.
+        dim: width of the tokens.
+        parts: number of vectors.
+
+    Reference: Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748.
+    """
+
+    def __init__(self, cond_dim: int, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(cond_dim, parts * dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero weight and bias."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """Map cond (B, Dc) to ``parts`` tensors (B, 1, D)."""
+        return self.linear(F.silu(cond)).unsqueeze(1).chunk(self.parts, dim=-1)

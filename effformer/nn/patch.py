@@ -1,0 +1,43 @@
+"""Images to tokens and back."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["PatchEmbed", "unpatchify"]
+
+
+class PatchEmbed(nn.Module):
+    """Convolution with kernel = stride = patch, flattened row-major: (B, C, H, W) -> (B, N, D).
+
+    Args:
+        channels: input channels.
+        dim: token width.
+        patch: patch side in pixels.
+        bias: the convolution has a bias.
+    """
+
+    def __init__(self, channels: int, dim: int, patch: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, H/p * W/p, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(x: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Tokens with (row, column, channel) inside, channel fastest, to an image.
+
+    Args:
+        x: (B, height * width, patch * patch * C).
+        height: rows of the token grid.
+        width: columns of the token grid.
+        patch: patch side in pixels.
+
+    Returns:
+        (B, C, height * patch, width * patch).
+    """
+    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

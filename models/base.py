@@ -1,0 +1,95 @@
+"""What every model is: a module with a config that rebuilds it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from effformer import registry
+from effformer.config import Config
+from effformer.layout import Layout
+
+__all__ = ["Model", "Preset", "register_presets"]
+
+
+class Model(nn.Module, ABC):
+    """Base of all models.
+
+    Args:
+        config: the config; ``type(model)(model.config)`` rebuilds the model.
+        name: preset name, for messages and saved folders.
+
+    Attributes:
+        FAMILY: family name, which saved folders carry.
+        LAYOUTS: published key layouts that `effformer.load_weights` understands, beside our own.
+        transforms: JSON-able records of structural changes since the build (quantization), in
+            order; `load_model` replays them.
+    """
+
+    FAMILY: ClassVar[str]
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = ()
+
+    def __init__(self, config: Config, name: str | None = None) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.name = name or self.FAMILY
+        self.transforms: tuple[dict[str, Any], ...] = ()
+
+    @abstractmethod
+    def example_inputs(
+        self, batch: int = 1, *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Valid keyword arguments of forward, for profiling and export."""
+
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Axes that may vary at run time: input name -> axis -> symbol (equal symbols have equal
+        lengths).
+        """
+        return {name: {0: "batch"} for name in self.example_inputs()}
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A published size of a family.
+
+    Attributes:
+        config: the config.
+        params: expected number of parameters as the source counts them, None for sizes of ours.
+        source: where the size comes from.
+        aliases: other spellings of the name.
+        summary: one line.
+    """
+
+    config: Config
+    params: int | None = None
+    source: str = ""
+    aliases: tuple[str, ...] = ()
+    summary: str = ""
+
+
+def register_presets(cls: type[Model], presets: Mapping[str, Preset], *, paper: str) -> None:
+    """Register every preset of a family as a model name."""
+    for name, preset in presets.items():
+        facts = {"params": preset.params, "source": preset.source, "family": cls.FAMILY}
+        summary = preset.summary or (cls.__doc__ or "").strip().split("\n")[0]
+        registry.model.add(
+            registry.Entry(
+                name=name,
+                kind="model",
+                build=cls,
+                config=type(preset.config),
+                preset=preset.config,
+                paper=paper,
+                summary=summary,
+                aliases=preset.aliases,
+                facts=facts,
+            )  # fmt: skip
+        )

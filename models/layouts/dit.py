@@ -1,0 +1,122 @@
+"""Key layouts of DiT and SiT: the official one and diffusers' ``DiTTransformer2DModel``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from effformer.checks import FormatError
+from effformer.layout import Layout, StateDict, has_keys, renamed
+from effformer.nn.embeddings import sincos_2d
+
+__all__ = ["DIFFUSERS", "OFFICIAL"]
+
+_NAMES = renamed(
+    "official",
+    [
+        ("patch_embed.proj", "x_embedder.proj"),
+        ("time_embed.fc1", "t_embedder.mlp.0"),
+        ("time_embed.fc2", "t_embedder.mlp.2"),
+        ("label_embed.table", "y_embedder.embedding_table"),
+        ("blocks.{i}.attn.part", "blocks.{i}.attn"),
+        ("blocks.{i}.ffn.part", "blocks.{i}.mlp"),
+        ("blocks.{i}.modulation.linear", "blocks.{i}.adaLN_modulation.1"),
+        ("final.modulation.linear", "final_layer.adaLN_modulation.1"),
+        ("final.linear", "final_layer.linear"),
+    ],
+    recognise=has_keys("x_embedder.proj.weight", "t_embedder.mlp.0.weight"),
+)
+
+
+def _check_positions(state: StateDict, config: Any) -> StateDict:
+    """Refuse a position table that is not the fixed one, unless the model has a learned table."""
+    table = state.get("pos_embed")
+    if table is None or config.positions == "learned":
+        return state
+    side = config.input_size // config.patch
+    expected = sincos_2d(side, side, config.dim)
+    if table.shape == expected.shape and not torch.allclose(table.float(), expected, atol=1e-4):
+        raise FormatError(
+            "pos_embed is not the fixed sin-cos table; build the model with positions='learned'"
+        )
+    return state
+
+
+OFFICIAL = Layout(
+    name="official",
+    recognise=_NAMES.recognise,
+    to_ours=lambda state, config: _check_positions(_NAMES.to_ours(state, config), config),
+    from_ours=_NAMES.from_ours,
+)
+
+_EMBED = "transformer_blocks.{}.norm1.emb."
+_SHARED = {
+    "time_embed.fc1": "timestep_embedder.linear_1",
+    "time_embed.fc2": "timestep_embedder.linear_2",
+    "label_embed.table": "class_embedder.embedding_table",
+}
+_RENAMES = renamed(
+    "diffusers",
+    [
+        ("patch_embed.proj", "pos_embed.proj"),
+        ("blocks.{i}.attn.part.proj", "transformer_blocks.{i}.attn1.to_out.0"),
+        ("blocks.{i}.ffn.part.fc1", "transformer_blocks.{i}.ff.net.0.proj"),
+        ("blocks.{i}.ffn.part.fc2", "transformer_blocks.{i}.ff.net.2"),
+        ("blocks.{i}.modulation.linear", "transformer_blocks.{i}.norm1.linear"),
+        ("final.modulation.linear", "proj_out_1"),
+        ("final.linear", "proj_out_2"),
+    ],
+    recognise=has_keys("pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"),
+)
+
+
+def _from_diffusers(state: StateDict, config: Any) -> StateDict:
+    """Merge q, k, v; take the embedders from block 0 (every block holds a copy); add the fixed
+    positions.
+    """
+    state = dict(state)
+    out: StateDict = {}
+    for i in range(config.depth):
+        for kind in ("weight", "bias"):
+            keys = [f"transformer_blocks.{i}.attn1.to_{x}.{kind}" for x in "qkv"]
+            if all(k in state for k in keys):
+                out[f"blocks.{i}.attn.part.qkv.{kind}"] = torch.cat([state.pop(k) for k in keys])
+        for ours, theirs in _SHARED.items():
+            for kind in ("weight", "bias"):
+                key = f"{_EMBED.format(i)}{theirs}.{kind}"
+                if key in state:
+                    value = state.pop(key)
+                    first = out.setdefault(f"{ours}.{kind}", value)
+                    if not torch.equal(first, value):
+                        raise FormatError(
+                            f"{key} differs from block 0's copy; this model has one embedder"
+                        )
+    side = config.input_size // config.patch
+    out.setdefault("pos_embed", sincos_2d(side, side, config.dim))
+    return out | _RENAMES.to_ours(state, config)
+
+
+def _to_diffusers(state: StateDict, config: Any) -> StateDict:
+    out: StateDict = {}
+    for key, value in state.items():
+        if key == "pos_embed":
+            continue
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.part\.qkv\.(weight|bias)", key):
+            for name, third in zip("qkv", value.chunk(3), strict=True):
+                out[f"transformer_blocks.{match[1]}.attn1.to_{name}.{match[2]}"] = third
+        elif (stem := key.rpartition(".")[0]) in _SHARED:
+            for i in range(config.depth):
+                out[f"{_EMBED.format(i)}{_SHARED[stem]}.{key.rpartition('.')[2]}"] = value
+        else:
+            out |= _RENAMES.from_ours({key: value}, config)
+    return out
+
+
+DIFFUSERS = Layout(
+    name="diffusers",
+    recognise=_RENAMES.recognise,
+    to_ours=_from_diffusers,
+    from_ours=_to_diffusers,
+)

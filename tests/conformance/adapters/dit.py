@@ -1,0 +1,80 @@
+"""DiT: official blocks, conditioning, label drop, guidance and gradients."""
+
+from __future__ import annotations
+
+import torch
+from effformer.models.dit import DiT
+from harness import Golden
+
+import effformer
+from effformer.context import Context, Tap
+from effformer.nn.embeddings import time_features
+
+
+def build(golden: Golden, family: str) -> DiT:
+    c = golden.config
+    model = effformer.build_model(
+        f"{family}-nano",
+        input_size=c["input_size"],
+        patch=c["patch_size"],
+        channels=c["in_channels"],
+        dim=c["hidden_size"],
+        depth=c["depth"],
+        heads=c["num_heads"],
+        ffn={"ratio": float(c.get("mlp_ratio", 4.0))},
+        num_classes=c["num_classes"],
+        learn_sigma=c["learn_sigma"],
+        label_dropout=c.get("class_dropout_prob", 0.1),
+    )
+    report = effformer.load_weights(model, golden.weights())
+    assert report.layout == "official"
+    assert isinstance(model, DiT)
+    return model.eval()
+
+
+def check(golden: Golden) -> None:
+    model = build(golden, "dit")
+    x, t, y = (golden.tensor(f"in.{name}") for name in "xty")
+    _check_parts(golden, model, x, t, y)
+    _check_output(golden, model, x, t, y)
+
+
+def _check_parts(
+    golden: Golden, model: DiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+) -> None:
+    tokens = model.patch_embed(x)
+    golden.assert_close(tokens, "out.patch_tokens")
+    golden.assert_close(time_features(t), "out.freq_embed")
+    time, label = model.time_embed(t), model.label_embed(y)
+    golden.assert_close(time, "out.t_emb")
+    golden.assert_close(label, "out.y_emb")
+    if "in.force_drop_ids" in golden.tensors:
+        drop = golden.tensor("in.force_drop_ids") == 1
+        golden.assert_close(model.label_embed(y, drop), "out.y_emb_dropped")
+    tap = Tap(keep=("blocks.0.*",))
+    ctx = Context(cond=time + label, time=time, grid=model.grid, tap=tap)
+    h = tokens + model.pos_embed
+    for i, block in enumerate(model.blocks):
+        h = block(h, ctx)
+        golden.assert_close(h, f"out.block{i}")
+    golden.assert_close(tap.seen["blocks.0.attn"], "out.block0.attn")
+    golden.assert_close(tap.seen["blocks.0.ffn"], "out.block0.mlp")
+    golden.assert_close(model.final(h, time + label), "out.final_tokens")
+
+
+def _check_output(
+    golden: Golden, model: DiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+) -> None:
+    out = model(x, t, y)
+    golden.assert_close(out, "out.y")
+    loss = (out * golden.tensor("in.loss_weight")).mean()
+    golden.assert_close(loss, "out.loss")
+    loss.backward()
+    ours = _official_gradients(model)
+    for key in golden.keys("grad."):
+        golden.assert_close(ours[key.removeprefix("grad.")], key)
+
+
+def _official_gradients(model: DiT) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return model.LAYOUTS[0].from_ours(grads, model.config)

@@ -1,0 +1,102 @@
+"""Golden sets and the adapters that compare our models with them.
+
+An adapter is a module ``adapters/<name>.py`` with a function ``check(golden)``; dashes in a set's
+name are underscores in the file's. It serves every set whose name begins with its own; the longest
+name wins.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+ADAPTERS = Path(__file__).parent / "adapters"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden set: ``<name>.json`` and, if the set has tensors, ``<name>.safetensors``."""
+
+    name: str
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> Golden:
+        tensors = path.with_suffix(".safetensors")
+        return cls(
+            path.stem,
+            json.loads(path.read_text(encoding="utf-8")),
+            load_file(tensors) if tensors.exists() else {},
+        )
+
+    @property
+    def config(self) -> Any:
+        return self.meta["config"]
+
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """State dict of ``w.<prefix>...`` with that beginning stripped."""
+        start = f"w.{prefix}"
+        return {
+            k.removeprefix(start): v.clone() for k, v in self.tensors.items() if k.startswith(start)
+        }
+
+    def keys(self, prefix: str) -> list[str]:
+        return [k for k in self.tensors if k.startswith(prefix)]
+
+    def assert_close(
+        self, actual: Tensor, key: str, *, rtol: float | None = None, atol: float | None = None
+    ) -> None:
+        """Compare with a stored tensor at the set's tolerance (rtol 1e-4, atol 1e-5 unless it says
+        otherwise)."""
+        set_rtol, set_atol = self.tolerance
+        expected = self.tensors[key]
+        torch.testing.assert_close(
+            actual.detach().to(expected.dtype),
+            expected,
+            rtol=set_rtol if rtol is None else rtol,
+            atol=set_atol if atol is None else atol,
+            msg=lambda text: f"{self.name}: {key}: {text}",
+        )
+
+    @property
+    def tolerance(self) -> tuple[float, float]:
+        words = str(self.meta.get("tolerance", "")).replace(",", " ").split()
+        found = {
+            k: float(v) for k, v in zip(words, words[1:], strict=False) if k in ("rtol", "atol")
+        }
+        return found.get("rtol", 1e-4), found.get("atol", 1e-5)
+
+
+def adapter_names() -> list[str]:
+    return sorted(p.stem for p in ADAPTERS.glob("*.py") if not p.stem.startswith("_"))
+
+
+def adapter_for(name: str) -> Callable[[Golden], None] | None:
+    """The adapter with the longest name that begins the set's name."""
+    plain = name.replace("-", "_")
+    fitting = [a for a in adapter_names() if plain.startswith(a)]
+    if not fitting:
+        return None
+    return _load(max(fitting, key=len)).check
+
+
+def _load(stem: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"conformance_{stem}", ADAPTERS / f"{stem}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
