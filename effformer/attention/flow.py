@@ -105,15 +105,20 @@ class Flow(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         dtype = v.dtype
-        q, k, v = self._phi(q), self._phi(k), _full(v)
-        mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(k.dtype)
-        if self.config.causal:
-            return self._scan(q, k, v, mask, None)[0].to(dtype)
-        return self._parallel(q, k, v, mask, self_attention=ctx.memory is None).to(dtype)
+        v = _full(v)
+        mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
+        own = ctx.memory is None
+        slices = (x.split(_heads_per_slice(q, k), dim=1) for x in (q, k, v))
+        parts = [
+            self._slice(*heads, mask, self_attention=own) for heads in zip(*slices, strict=True)
+        ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return out.to(dtype)
 
     def _phi(self, x: Tensor) -> Tensor:
         x = _full(x)
-        return x.sigmoid() if self.config.kernel == "sigmoid" else x.relu() + 1e-6
+        x = x.sigmoid() if self.config.kernel == "sigmoid" else x.relu() + 1e-6
+        return x.contiguous()  # heads cut from a fused projection would be copied by every product
 
     def _clamp(self, flow: Tensor) -> Tensor:
         bound = self.config.clamp
@@ -123,6 +128,14 @@ class Flow(Core):
         """``(x + eps) . (total + eps)`` for x (B, H, N, K) and total (B, H, 1, K): (B, H, N, 1)."""
         total = total + self.config.eps
         return x @ total.transpose(-2, -1) + self.config.eps * total.sum(dim=-1, keepdim=True)
+
+    def _slice(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
+    ) -> Tensor:
+        q, k = self._phi(q), self._phi(k)
+        if self.config.causal:
+            return self._scan(q, k, v, mask, None)[0]
+        return self._parallel(q, k, v, mask, self_attention=self_attention)
 
     def _parallel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
@@ -134,8 +147,9 @@ class Flow(Core):
         q = q if q_mask is None else q * q_mask
         incoming = _masked(1 / (self._against(q, k.sum(dim=2, keepdim=True)) + extra), q_mask)
         outgoing = _masked(1 / (self._against(k, q.sum(dim=2, keepdim=True)) + extra), mask)
-        conserved_in = self._against(q, outgoing.transpose(-2, -1) @ k) + extra
-        conserved_out = self._clamp(self._against(k, incoming.transpose(-2, -1) @ q) + extra)
+        conserved_in = self._against(q, (k * outgoing).sum(dim=2, keepdim=True)) + extra
+        sum_qi = (q * incoming).sum(dim=2, keepdim=True)
+        conserved_out = self._clamp(self._against(k, sum_qi) + extra)
         if mask is None:
             allocation = torch.sigmoid(conserved_in * sinks / sources)
             competition = conserved_out.softmax(dim=2) * sources
@@ -223,6 +237,17 @@ FLOW_PRESETS: dict[str, Flow.Config] = {
     "reinforcement-learning": Flow.Config(causal=True, clamp=10.0),
 }
 """Published settings of `Flow` by task."""
+
+
+def _heads_per_slice(q: Tensor, k: Tensor) -> int:
+    """Heads to evaluate at once: temporaries of about 2 MiB stay in cache and are not paged in anew.
+
+    Heads do not see each other, so the result does not depend on it. An exported graph is not cut.
+    """
+    if torch.compiler.is_exporting():
+        return q.shape[1]
+    per_head = q.shape[0] * max(q.shape[2], k.shape[2]) * q.shape[3]
+    return max(2, 2**19 // max(per_head, 1))
 
 
 def _full(x: Tensor) -> Tensor:
