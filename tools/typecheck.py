@@ -1,7 +1,8 @@
 """Type-check the source folders as the one package that they install as.
 
-Type checkers do not follow setuptools' ``package-dir``. So this links the four folders into a temporary ``effformer/``
-tree, runs mypy there with the options of pyproject.toml, and maps the paths in its answer back.
+Type checkers do not follow setuptools' ``package-dir``. So this links the four folders into a
+temporary ``effformer/`` tree, runs mypy there with the options of pyproject.toml, and maps the
+paths in its answer back.
 
 Usage: python tools/typecheck.py [mypy options]
 """
