@@ -148,9 +148,12 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
 
     Raises:
         FormatError: the folder holds other files or cannot be written.
+        ValueError: the model is an optimized copy.
     """
     from safetensors.torch import save_file
 
+    if getattr(model, "inference_only", False):
+        raise ValueError(f"{model.name}: an optimized copy cannot be saved; save the original")
     facts = {
         "format": FORMAT,
         "effformer": VERSION,

@@ -173,7 +173,7 @@ class DiT(Model):
         """
         self._check(x, t, y)
         height, width = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
-        time = self.time_embed(t)
+        time = self.time_embed(t, x.dtype)
         cond = time + self.label_embed(y, drop)
         ctx = Context(cond=cond, time=time, grid=(height, width), ledger=ledger, tap=tap)
         h = self.patch_embed(x) + self._positions(height, width)

@@ -13,6 +13,7 @@ from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum
+from .slices import over_heads
 
 __all__ = ["FLOW_PRESETS", "Flow", "FlowState"]
 
@@ -108,12 +109,14 @@ class Flow(Core):
         v = _full(v)
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
         own = ctx.memory is None
-        slices = (x.split(_heads_per_slice(q, k), dim=1) for x in (q, k, v))
-        parts = [
-            self._slice(*heads, mask, self_attention=own) for heads in zip(*slices, strict=True)
-        ]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return out.to(dtype)
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = self._phi(q), self._phi(k)
+            if self.config.causal:
+                return self._scan(q, k, v, mask, None)[0]
+            return self._parallel(q, k, v, mask, self_attention=own)
+
+        return over_heads(mix, q, k, v).to(dtype)
 
     def _phi(self, x: Tensor) -> Tensor:
         x = _full(x)
@@ -128,14 +131,6 @@ class Flow(Core):
         """``(x + eps) . (total + eps)`` for x (B, H, N, K) and total (B, H, 1, K): (B, H, N, 1)."""
         total = total + self.config.eps
         return x @ total.transpose(-2, -1) + self.config.eps * total.sum(dim=-1, keepdim=True)
-
-    def _slice(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
-    ) -> Tensor:
-        q, k = self._phi(q), self._phi(k)
-        if self.config.causal:
-            return self._scan(q, k, v, mask, None)[0]
-        return self._parallel(q, k, v, mask, self_attention=self_attention)
 
     def _parallel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
@@ -237,17 +232,6 @@ FLOW_PRESETS: dict[str, Flow.Config] = {
     "reinforcement-learning": Flow.Config(causal=True, clamp=10.0),
 }
 """Published settings of `Flow` by task."""
-
-
-def _heads_per_slice(q: Tensor, k: Tensor) -> int:
-    """Heads to evaluate at once: temporaries of about 2 MiB stay in cache and are not paged in anew.
-
-    Heads do not see each other, so the result does not depend on it. An exported graph is not cut.
-    """
-    if torch.compiler.is_exporting():
-        return q.shape[1]
-    per_head = q.shape[0] * max(q.shape[2], k.shape[2]) * q.shape[3]
-    return max(2, 2**19 // max(per_head, 1))
 
 
 def _full(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum
+from .slices import over_heads
 
 __all__ = ["Linear", "LinearState"]
 
@@ -58,13 +59,17 @@ class Linear(Core):
         chunk: int = 128
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        if ctx.mask is not None:
-            k = k * ctx.mask[:, None, :, None]
-        if self.config.causal:
-            return self._scan(q, k, v, None)[0]
-        normaliser = q @ k.sum(dim=2).unsqueeze(-1) + self.config.eps
-        return (q @ (k.transpose(-2, -1) @ v)) / normaliser
+        mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = _phi(q), _phi(k)
+            k = k if mask is None else k * mask
+            if self.config.causal:
+                return self._scan(q, k, v, None)[0]
+            normaliser = q @ k.sum(dim=2).unsqueeze(-1) + self.config.eps
+            return (q @ (k.transpose(-2, -1) @ v)) / normaliser
+
+        return over_heads(mix, q, k, v)
 
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None
@@ -91,4 +96,9 @@ class Linear(Core):
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState
     ) -> tuple[Tensor, LinearState]:
         """Feed the next tokens; the state has a fixed size."""
-        return self._scan(F.elu(q) + 1, F.elu(k) + 1, v, state)
+        return self._scan(_phi(q), _phi(k), v, state)
+
+
+def _phi(x: Tensor) -> Tensor:
+    """Elu + 1, contiguous: heads cut from a fused projection would be copied by every product."""
+    return (F.elu(x) + 1).contiguous()

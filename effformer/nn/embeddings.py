@@ -46,10 +46,11 @@ class TimeEmbedding(nn.Module):
         self.fc1 = nn.Linear(features, dim)
         self.fc2 = nn.Linear(dim, dim)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Map t (B,) to (B, D)."""
-        e = time_features(t, self.features, freq_shift=self.freq_shift).to(self.fc1.weight.dtype)
-        return self.fc2(nn.functional.silu(self.fc1(e)))
+    def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Map t (B,) to (B, D) of ``dtype`` (that of the weights); features are never half."""
+        e = time_features(t, self.features, freq_shift=self.freq_shift).to(dtype)
+        out: Tensor = self.fc2(nn.functional.silu(self.fc1(e)))
+        return out
 
 
 class LabelEmbedding(nn.Module):

@@ -1,0 +1,87 @@
+"""Backends agree, refuse what they cannot do, and never drop an argument."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from effformer.attention.backends import attend
+from effformer.checks import CapabilityError, MissingExtra
+
+
+def _qkv() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(2, 3, 9, 8, dtype=torch.float64) for _ in range(3))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_sdpa_equals_reference(causal: bool, masked: bool, scale: float | None) -> None:
+    q, k, v = _qkv()
+    mask = (torch.rand(2, 1, 9, 9) > 0.5) if masked else None
+    a = attend("sdpa", q, k, v, mask, causal=causal, scale=scale)
+    b = attend("reference", q, k, v, mask, causal=causal, scale=scale)
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_rows_without_a_key_are_zero(backend: str) -> None:
+    q, k, v = _qkv()
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    mask[0, :, 4] = False
+    out = attend(backend, q, k, v, mask, causal=False, scale=None)
+    assert out[0, :, 4].abs().max() == 0
+    assert torch.isfinite(out).all()
+
+
+def test_xformers_is_refused_on_a_cpu() -> None:
+    with pytest.raises(CapabilityError, match=r"CUDA devices only.*choices here: sdpa, reference"):
+        attend("xformers", *_qkv(), None, causal=False, scale=None)
+
+
+def test_unknown_backend_and_lengths() -> None:
+    q, k, v = _qkv()
+    with pytest.raises(ValueError, match="did you mean 'sdpa'"):
+        attend("spda", q, k, v, None, causal=False, scale=None)
+    with pytest.raises(CapabilityError, match="as many queries as keys"):
+        attend("sdpa", q, k[:, :, :4], v[:, :, :4], None, causal=True, scale=None)
+
+
+class _OnDevice:
+    """A stand-in for a CUDA tensor: says where it is, and what it was asked for."""
+
+    is_cuda = True
+    device = "cuda:0"
+    dtype = torch.float32
+    shape = (2, 3, 9, 8)
+
+    def transpose(self, a: int, b: int) -> _OnDevice:
+        return self
+
+
+def test_xformers_selection_passes_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def kernel(q: object, k: object, v: object, *, attn_bias: object, scale: float | None) -> _OnDevice:
+        seen.update(bias=attn_bias, scale=scale)
+        return _OnDevice()
+
+    ops = SimpleNamespace(memory_efficient_attention=kernel, LowerTriangularMask=lambda: "causal")
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    x = _OnDevice()
+    attend("xformers", x, x, x, None, causal=True, scale=0.5)  # type: ignore[arg-type]
+    assert seen == {"bias": "causal", "scale": 0.5}
+    attend("xformers", x, x, x, None, causal=False, scale=None)  # type: ignore[arg-type]
+    assert seen == {"bias": None, "scale": None}
+
+
+def test_missing_xformers_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    x = _OnDevice()
+    with pytest.raises(MissingExtra, match=r"pip install 'effformer\[xformers\]'"):
+        attend("xformers", x, x, x, None, causal=False, scale=None)  # type: ignore[arg-type]
