@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ __all__ = ["Attention"]
 class Attention(Mixer):
     """Multi-head attention around any core: ``proj(core(heads(q x), heads(k x), heads(v x)))``.
 
-    Self-attention has one fused projection ``qkv`` (rows q, k, v; head-major inside each). With
+    Self-attention has one fused projection ``qkv`` (rows q, k, v; head-major inside each). The core's
+    site has the width of all heads together. With
     ``site.memory_dim`` the part is a cross-attention: ``q`` reads the tokens, ``kv`` reads
     ``ctx.memory``.
 
@@ -63,6 +64,8 @@ class Attention(Mixer):
             qk_norm: queries and keys are normalised per head before the core (and before rotary
                 embedding).
             head_dim: width of a head; None means dim / heads.
+            kv_heads: number of key and value heads, each shared by heads / kv_heads query heads
+                (grouped-query attention); None means one per query head.
         """
 
         core: CoreConfig = part("core", Softmax.Config())
@@ -70,6 +73,7 @@ class Attention(Mixer):
         proj_bias: bool = True
         qk_norm: bool = False
         head_dim: int | None = None
+        kv_heads: int | None = None
 
     def __init__(self, config: Attention.Config, site: Site) -> None:
         super().__init__(config, site)
@@ -80,20 +84,26 @@ class Attention(Mixer):
             )
         self.heads = site.heads
         self.head_dim = config.head_dim or site.dim // site.heads
-        inner = self.heads * self.head_dim
+        self.kv_heads = config.kv_heads or self.heads
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{site.path or 'attention'}: {self.heads} heads cannot share {self.kv_heads} key heads; "
+                "kv_heads must divide heads"
+            )
+        inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.cross = site.memory_dim is not None
         if self.cross:
             assert site.memory_dim is not None
             self.q = nn.Linear(site.dim, inner, bias=config.qkv_bias)
-            self.kv = nn.Linear(site.memory_dim, 2 * inner, bias=config.qkv_bias)
+            self.kv = nn.Linear(site.memory_dim, 2 * kv, bias=config.qkv_bias)
         else:
-            self.qkv = nn.Linear(site.dim, 3 * inner, bias=config.qkv_bias)
+            self.qkv = nn.Linear(site.dim, inner + 2 * kv, bias=config.qkv_bias)
         if config.qk_norm:
             self.q_norm = make_norm(site, self.head_dim)
             self.k_norm = make_norm(site, self.head_dim)
         entry = core.owner(config.core)
         assert entry is not None
-        self.core: Core = entry.build(config.core, site)
+        self.core: Core = entry.build(config.core, replace(site, dim=inner))
         self.core_caps = entry.caps
         self.proj = nn.Linear(inner, site.dim, bias=config.proj_bias)
         self.drop = nn.Dropout(site.dropout)
@@ -101,6 +111,9 @@ class Attention(Mixer):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         check_context(ctx, self.core_caps, "core", self.site.path or "attention")
         q, k, v = self._heads(x, ctx)
+        if ctx.packing is not None and (ctx.mask is not None or ctx.memory is not None):
+            where = self.site.path or "attention"
+            raise CapabilityError(f"{where}: packing goes with neither mask nor memory; unpack first")
         if ctx.packing is None:
             out = self.core(q, k, v, ctx)
         else:
@@ -111,7 +124,7 @@ class Attention(Mixer):
         inner, dim = self.heads * self.head_dim, self.site.dim
         keys = n if m is None else m
         source = self.site.memory_dim if self.site.memory_dim is not None else dim
-        projections = 2 * n * dim * inner + 2 * keys * source * inner
+        projections = 2 * n * dim * inner + 2 * keys * source * self.kv_heads * self.head_dim
         return projections + self.core.macs(n, keys, heads=self.heads, head_dim=self.head_dim)
 
     def init_state(self, batch: int, *, like: Tensor) -> Any:
@@ -137,7 +150,7 @@ class Attention(Mixer):
                     f"{self.site.path or 'attention'}: built for cross-attention, but ctx.memory is None"
                 )
             q = self.q(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-            kv = self.kv(ctx.memory).unflatten(-1, (2, self.heads, self.head_dim))
+            kv = self.kv(ctx.memory).unflatten(-1, (2, self.kv_heads, self.head_dim))
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         else:
             if ctx.memory is not None:
@@ -145,17 +158,28 @@ class Attention(Mixer):
                     f"{self.site.path or 'attention'}: built for self-attention, but ctx.memory is given; "
                     "build it with Site(memory_dim=...)"
                 )
-            qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self._split(self.qkv(x))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rope is not None:
             q, k = apply_rope(q, k, ctx.rope)
+        if self.kv_heads != self.heads:
+            shared = self.heads // self.kv_heads
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         if ctx.tap is not None:
             place = self.site.path
             q, k, v = (
                 ctx.tap(f"{place}.{name}", x) for name, x in zip("qkv", (q, k, v), strict=True)
             )
+        return q, k, v
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.kv_heads == self.heads:
+            qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
+        counts = [self.heads, self.kv_heads, self.kv_heads]
+        q, k, v = qkv.unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2).split(counts, 1)
         return q, k, v
 
     def _check_streaming(self) -> None:

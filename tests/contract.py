@@ -1,0 +1,85 @@
+"""What the contract tests share: every registered part, built at a small size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effformer import registry
+from effformer.blocks.stack import with_causal
+from effformer.build import list_attention
+from effformer.config import Config, resolve
+from effformer.context import Context, Site
+from effformer.registry import Caps
+
+DIM, HEADS = 24, 3
+MIXERS = [name for name in list_attention() if name != "multihead"]
+FFNS = registry.ffn.names()
+BLOCKS = registry.block.names()
+
+
+def caps_of(name: str) -> Caps:
+    """Capabilities of a name accepted by ``attn=``."""
+    kind = registry.core if name in registry.core else registry.attention
+    return kind.get(name).caps
+
+
+def mixers(**caps: object) -> list[str]:
+    return [name for name in MIXERS if caps_of(name).satisfies(**caps)]
+
+
+def mixers_without(**caps: object) -> list[str]:
+    return [name for name in MIXERS if not caps_of(name).satisfies(**caps)]
+
+
+def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Module:
+    """A mixer by name; causal None means the part's own default form."""
+    config = resolve("attention", name)
+    if causal:
+        config = with_causal(config, True)
+    entry = registry.attention.owner(config)
+    assert entry is not None
+    return _random(entry.build(config, Site(**{"dim": DIM, "heads": HEADS, **site})))
+
+
+def make_ffn(name: str) -> nn.Module:
+    entry = registry.ffn.get(name)
+    assert entry.config is not None
+    return _random(entry.build(entry.config(), Site(dim=DIM)))
+
+
+def make_block(name: str, *, cond: bool) -> nn.Module:
+    entry = registry.block.get(name)
+    assert entry.config is not None
+    site = Site(dim=DIM, heads=HEADS, cond_dim=DIM if cond else None)
+    attn, ffn = resolve("attention", "softmax"), resolve("ffn", "mlp")
+    return _random(entry.build(entry.config(), site, attn=attn, ffn=ffn))
+
+
+def default_config(kind: str, name: str) -> Config:
+    return resolve(kind, name)
+
+
+def tokens(n: int = 11, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, n, DIM, dtype=dtype)
+
+
+def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
+    """What a model would pass: conditioning for modulated blocks, a grid where one is needed."""
+    site: Site = part.site  # type: ignore[assignment]
+    caps: Caps = getattr(part, "core_caps", part.caps)  # type: ignore[arg-type]
+    if site.cond_dim is not None:
+        fields.setdefault("cond", torch.linspace(-1, 1, DIM, dtype=x.dtype).expand(x.shape[0], -1))
+    if caps.grid:
+        fields.setdefault("grid", (1, x.shape[1]))
+    return Context(**fields)
+
+
+def _random(module: nn.Module) -> nn.Module:
+    """Weights away from zero, so that gates are open and every path matters."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.2)
+    return module.eval()
