@@ -66,6 +66,11 @@ class Caps:
         return all(_offers(getattr(self, key), value) for key, value in wanted.items())
 
 
+def first_paragraph(thing: object) -> str:
+    """The first paragraph of a docstring as one line."""
+    return " ".join((thing.__doc__ or "").strip().partition("\n\n")[0].split())
+
+
 def _offers(have: object, want: object) -> bool:
     if have in ("never", "optional", "always"):
         return (
@@ -132,9 +137,7 @@ class Registry:
             facts.setdefault("config", getattr(part, "Config", None))
             facts.setdefault("caps", Caps())
             part.caps = facts["caps"]  # type: ignore[attr-defined]
-            facts.setdefault(
-                "summary", (getattr(part, "__doc__", None) or "").strip().split("\n")[0]
-            )
+            facts.setdefault("summary", first_paragraph(part))
             self.add(Entry(name=name, kind=self.kind, build=part, **facts))  # type: ignore[arg-type]
             return part
 

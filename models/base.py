@@ -79,7 +79,7 @@ def register_presets(cls: type[Model], presets: Mapping[str, Preset], *, paper: 
     """Register every preset of a family as a model name."""
     for name, preset in presets.items():
         facts = {"params": preset.params, "source": preset.source, "family": cls.FAMILY}
-        summary = preset.summary or (cls.__doc__ or "").strip().split("\n")[0]
+        summary = preset.summary or registry.first_paragraph(cls)
         registry.model.add(
             registry.Entry(
                 name=name,
