@@ -1,1 +1,21 @@
-"""Cost: multiply-adds, latency, memory, with pictures."""
+"""Cost: multiply-adds, latency, memory, with pictures.
+
+`profile` counts one forward, `latency` times it, `compare` does both for several models; `effformer.profile.formulas`
+holds the closed formulas.
+"""
+
+from __future__ import annotations
+
+from .compare import Comparison, ComparisonRow, compare
+from .counter import Counter
+from .latency import Latency, SideBySide, interleave, latency
+from .machine import Machine, machine
+from .memory import Memory, MemoryTracker, peak_memory, peak_rss
+from .operators import register_formula
+from .profiler import Profile, profile
+
+__all__ = [
+    "Comparison", "ComparisonRow", "Counter", "Latency", "Machine", "Memory", "MemoryTracker", "Profile",
+    "SideBySide", "compare", "interleave", "latency", "machine", "peak_memory", "peak_rss", "profile",
+    "register_formula",
+]  # fmt: skip

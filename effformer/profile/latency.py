@@ -1,0 +1,200 @@
+"""Wall time: warm-up, median and spread, threads stated; several candidates measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fake import Inputs, bind_inputs, evaluating, on_real
+from .machine import Machine, machine
+
+__all__ = ["Latency", "SideBySide", "interleave", "latency"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Wall time of one call, in seconds.
+
+    Attributes:
+        name: what was called.
+        median: median over the runs.
+        p10: 10th percentile.
+        p90: 90th percentile.
+        runs: number of timed calls.
+        warmup: calls before them.
+        threads: torch's threads during the measurement.
+        dtype: type of the parameters.
+        device: where it ran.
+        compiled: the model went through ``torch.compile``.
+        machine: CPU, flags and versions.
+        samples: every timed call, in order.
+    """
+
+    name: str
+    median: float
+    p10: float
+    p90: float
+    runs: int
+    warmup: int
+    threads: int
+    dtype: str
+    device: str
+    compiled: bool
+    machine: Machine
+    samples: tuple[float, ...]
+
+    def __str__(self) -> str:
+        form = "compiled" if self.compiled else "eager"
+        return (
+            f"{self.name}: {1e3 * self.median:.3g} ms (p10 {1e3 * self.p10:.3g}, p90 {1e3 * self.p90:.3g}; "
+            f"{self.runs} runs after {self.warmup}, {self.threads} threads, {self.dtype}, {self.device}, {form})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Candidates that took turns in one run, so that drift of the machine hits all alike.
+
+    Attributes:
+        rows: name -> `Latency`.
+        ratios: name -> median over the rounds of (its time / time of the first candidate in the same round).
+    """
+
+    rows: dict[str, Latency]
+    ratios: dict[str, float]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{self.ratios[name]:7.3f}x  {row}" for name, row in self.rows.items())
+
+
+def latency(
+    model: nn.Module,
+    inputs: Inputs | None = None,
+    *,
+    warmup: int = 3,
+    runs: int = 11,
+    threads: int | None = None,
+    compile: bool = False,
+) -> Latency:
+    """Time a forward in evaluation mode without gradients.
+
+    Args:
+        model: any module with real parameters.
+        inputs: as in `effformer.profile.profile`.
+        warmup: calls that are not timed.
+        runs: timed calls.
+        threads: torch's threads; None leaves them. What was set before is restored.
+        compile: time ``torch.compile(model)``; compilation happens in the warm-up.
+
+    Raises:
+        ValueError: runs or threads below 1, negative warm-up, or parameters on the meta device.
+        TypeError: inputs that the model does not accept.
+    """
+    both = interleave({_name(model): model}, inputs, warmup=warmup, runs=runs, threads=threads, compile=compile)
+    return next(iter(both.rows.values()))
+
+
+def interleave(
+    candidates: Mapping[str, nn.Module | Callable[[], Any]],
+    inputs: Inputs | None = None,
+    *,
+    warmup: int = 3,
+    runs: int = 11,
+    threads: int | None = None,
+    compile: bool = False,
+) -> SideBySide:
+    """Time several candidates in turns: a b c a b c ...; ratios are relative to the first.
+
+    Args:
+        candidates: name -> module (called with ``inputs``, or its own example inputs) or function without arguments.
+        inputs: for the modules.
+        warmup: untimed calls of each.
+        runs: timed calls of each.
+        threads: torch's threads; None leaves them.
+        compile: compile the modules.
+
+    Raises:
+        ValueError: no candidates, or as in `latency`.
+    """
+    if not candidates:
+        raise ValueError("interleave: no candidates")
+    if runs < 1 or warmup < 0 or (threads is not None and threads < 1):
+        raise ValueError(
+            f"latency: runs and threads must be at least 1 and warmup at least 0, "
+            f"got runs={runs}, threads={threads}, warmup={warmup}"
+        )
+    calls = {name: _call(name, c, inputs, compile) for name, c in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    modules = nn.ModuleList(c for c in candidates.values() if isinstance(c, nn.Module))
+    with evaluating(modules), _threads(threads), torch.inference_mode():
+        for call in calls.values():
+            for _ in range(warmup):
+                call()
+        for _ in range(runs):
+            for name, call in calls.items():
+                samples[name].append(_timed(call))
+        facts = machine()
+    rows = {n: _latency(n, candidates[n], samples[n], warmup, compile, facts) for n in calls}
+    first = samples[next(iter(samples))]
+    ratios = {n: median(a / b for a, b in zip(s, first, strict=True)) for n, s in samples.items()}
+    return SideBySide(rows, ratios)
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(model, "name", type(model).__name__))
+
+
+def _call(
+    name: str, candidate: nn.Module | Callable[[], Any], inputs: Inputs | None, compile: bool
+) -> Callable[[], Any]:
+    if not isinstance(candidate, nn.Module):
+        return candidate
+    if any(p.is_meta for p in candidate.parameters()):
+        raise ValueError(f"latency: {name} is on the meta device; build it with real parameters to time it")
+    run = on_real(candidate, *bind_inputs(candidate, inputs, "latency"))
+    args, kwargs = run.inputs
+    model: Callable[..., Any] = torch.compile(candidate) if compile else candidate
+    return lambda: model(*args, **kwargs)
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _latency(
+    name: str, candidate: object, samples: list[float], warmup: int, compiled: bool, facts: Machine
+) -> Latency:
+    p = next(candidate.parameters(), None) if isinstance(candidate, nn.Module) else None
+    p10, middle, p90 = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    ).tolist()  # fmt: skip
+    return Latency(
+        name=name, median=middle, p10=p10, p90=p90, runs=len(samples), warmup=warmup,
+        threads=facts.threads, dtype="-" if p is None else str(p.dtype).removeprefix("torch."),
+        device="cpu" if p is None else str(p.device),
+        compiled=compiled and isinstance(candidate, nn.Module), machine=facts, samples=tuple(samples),
+    )  # fmt: skip

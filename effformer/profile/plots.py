@@ -1,0 +1,149 @@
+"""Plots of measured costs, drawn with matplotlib and readable without colour."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effformer.checks import need
+
+from .files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Pareto"]
+
+# Okabe and Ito's palette keeps its contrasts for the common kinds of colour blindness.
+_BLUE, _GREY, _INK = "#0072B2", "#8A8F98", "#30343B"
+
+# Offsets of a name from its point in typographic points: beside, above and below, then further out.
+_PLACES = [(9, 0), (-9, 0), (0, 11), (0, -11)] + [
+    (dx, sign * dy) for dy in (18, 32, 46, 60) for sign in (1, -1) for dx in (-14, 14)
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Pareto:
+    """Two costs per model, less is better for both; the front joins what no other model beats.
+
+    Attributes:
+        points: (name, x, y).
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+    """
+
+    points: tuple[tuple[str, float, float], ...]
+    x: str
+    y: str
+
+    @property
+    def front(self) -> tuple[str, ...]:
+        """Names that no other point beats: none is at least as good in both and better in one."""
+        best = math.inf
+        names: list[str] = []
+        for name, _, y in sorted(self.points, key=lambda p: p[1:]):
+            if y < best:
+                best = y
+                names.append(name)
+        return tuple(names)
+
+    def figure(self) -> Figure:
+        """Draw; an axis is logarithmic where its values span more than a factor of ten."""
+        figure: Figure = need("matplotlib.figure").Figure((6.4, 4.2), dpi=160, layout="constrained")
+        need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        _scale(axes.xaxis, axes.set_xscale, [x for _, x, _ in self.points])
+        _scale(axes.yaxis, axes.set_yscale, [y for _, _, y in self.points])
+        front = self.front
+        on = sorted((p for p in self.points if p[0] in front), key=lambda p: p[1])
+        off = [p for p in self.points if p[0] not in front]
+        axes.plot([p[1] for p in on], [p[2] for p in on], "-", color=_BLUE, linewidth=1.2, zorder=1)
+        axes.plot([p[1] for p in on], [p[2] for p in on], "o", color=_BLUE, markersize=7, label="Pareto front")
+        if off:
+            axes.plot(
+                [p[1] for p in off], [p[2] for p in off], "D", markerfacecolor="white",
+                markeredgecolor=_GREY, markersize=6, label="beaten by another",
+            )  # fmt: skip
+        axes.margins(0.18)
+        axes.set_xlabel(self.x)
+        axes.set_ylabel(self.y)
+        axes.grid(True, which="major", color="#D9DCE1", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        _label(figure, axes, self.points)
+        return figure
+
+    def save(self, path: str | Path) -> None:
+        """Write as .png, .svg or .pdf, by the suffix.
+
+        Raises:
+            ValueError: a suffix that matplotlib cannot write.
+        """
+        suffix = Path(path).suffix.lstrip(".")
+        figure = self.figure()
+        known = sorted(figure.canvas.get_supported_filetypes())
+        if suffix not in known:
+            raise ValueError(f"Pareto.save: cannot write {str(path)!r}; suffixes: {', '.join(known)}")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix)
+        write_atomic(path, buffer.getvalue())
+
+    def svg(self) -> str:
+        """The plot as an SVG element for a page."""
+        buffer = io.StringIO()
+        with need("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "effformer"}):
+            self.figure().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+
+def _scale(axis: Any, scale: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with readable ticks if the values span more than a factor of ten."""
+    if min(values) <= 0 or max(values) / min(values) <= 10:
+        return
+    scale("log")
+    ticks = need("matplotlib.ticker")
+    axis.set_major_locator(ticks.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticks.NullFormatter())
+
+
+def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Name every point where the name covers nothing; a thin line leads to names that had to step aside."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    bounds = need("matplotlib.transforms").Bbox.from_bounds
+    centres = axes.transData.transform([(x, y) for _, x, y in points])
+    taken = [bounds(x - 9, y - 9, 18, 18) for x, y in centres]
+    frame = axes.get_window_extent(renderer)
+    for i in sorted(range(len(points)), key=lambda i: points[i][1:]):
+        name, x, y = points[i]
+        best: tuple[int, Any, Any] | None = None
+        for dx, dy in _PLACES:
+            far = abs(dx) + abs(dy) > 16
+            text = axes.annotate(
+                name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=_INK, va="center",
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.6, "shrinkB": 4} if far else None,
+            )  # fmt: skip
+            box = need("matplotlib.text").Text.get_window_extent(text, renderer)  # without the line
+            others = (other for j, other in enumerate(taken) if j != i)
+            clashes = sum(box.overlaps(other) for other in others)
+            clashes += not (frame.x0 <= box.x0 and box.x1 <= frame.x1)
+            clashes += not (frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            if best is None or clashes < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (clashes, text, box)
+            else:
+                text.remove()
+            if not clashes:
+                break
+        if best is not None:
+            taken.append(best[2])
