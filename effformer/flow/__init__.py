@@ -1,1 +1,53 @@
-"""Rectified flow: conventions, paths, objectives, samplers, guidance."""
+"""Rectified flow: conventions, paths, objectives, samplers, guidance.
+
+Time runs from noise (t = 0) to data (t = 1) and a velocity is ``v(x, t, **cond) = dx/dt``. Networks
+that count otherwise come in through `adapt`.
+
+Example:
+    >>> import torch
+    >>> from effformer.flow import sample
+    >>> sample(lambda x, t: torch.ones_like(x), torch.zeros(2, 1), steps=4).x.flatten()
+    tensor([1., 1.])
+"""
+
+from __future__ import annotations
+
+from . import reference as reference
+from .conventions import CONVENTIONS as CONVENTIONS
+from .conventions import FlowConvention as FlowConvention
+from .conventions import Velocity as Velocity
+from .conventions import VelocityField as VelocityField
+from .conventions import adapt as adapt
+from .conventions import flip as flip
+from .conventions import get_convention as get_convention
+from .diffusion import Diffusion as Diffusion
+from .diffusion import DiffusionLoss as DiffusionLoss
+from .diffusion import PosteriorMean as PosteriorMean
+from .diffusion import space_timesteps as space_timesteps
+from .guidance import Guidance as Guidance
+from .guidance import Guided as Guided
+from .guidance import forward_with_cfg as forward_with_cfg
+from .guidance import guided as guided
+from .metrics import straightness as straightness
+from .objectives import Distillation as Distillation
+from .objectives import FlowMatching as FlowMatching
+from .objectives import LossOutput as LossOutput
+from .objectives import PseudoHuber as PseudoHuber
+from .objectives import loss_weight as loss_weight
+from .paths import DDPM as DDPM
+from .paths import GVP as GVP
+from .paths import VP as VP
+from .paths import Linear as Linear
+from .paths import Path as Path
+from .paths import get_path as get_path
+from .samplers import SampleResult as SampleResult
+from .samplers import sample as sample
+from .sde import diffusion_coefficient as diffusion_coefficient
+from .times import Fixed as Fixed
+from .times import KStep as KStep
+from .times import LogitNormal as LogitNormal
+from .times import TimeGrid as TimeGrid
+from .times import TimeLaw as TimeLaw
+from .times import Uniform as Uniform
+from .times import UShaped as UShaped
+from .times import get_time_law as get_time_law

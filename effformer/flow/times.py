@@ -1,0 +1,286 @@
+"""How training times are drawn, and at which times a sampler stands."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..checks import unknown
+from ..config import Config
+
+__all__ = [
+    "TIME_LAWS", "Fixed", "KStep", "LogitNormal", "TimeGrid", "TimeLaw", "UShaped", "Uniform",
+    "get_time_law",
+]  # fmt: skip
+
+
+class TimeLaw(Config):
+    """Base of the distributions of training times; t = 0 noise, t = 1 data."""
+
+    name: ClassVar[str]
+
+    def sample(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw n independent times, float32 (n,).
+
+        Args:
+            n: how many.
+            generator: source of randomness; None is torch's default generator.
+            device: where the times are wanted; they are drawn on the generator's device.
+        """
+        drawn_on = device if generator is None else generator.device
+        return self.draw(n, generator, drawn_on).to(device)
+
+    @abstractmethod
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        """Draw on the generator's device."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build from plain values; ``"name"`` chooses the law when called on `TimeLaw` itself."""
+        if cls is TimeLaw:
+            rest = {k: v for k, v in data.items() if k != "name"}
+            return _class(str(data.get("name")), where).from_dict(rest, where=where)  # type: ignore[return-value]
+        return super().from_dict(data, where=where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values with the name of the law."""
+        return {"name": self.name} | super().to_dict()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uniform(TimeLaw):
+    """t ~ U(low, high). Rectified flow's code uses low = 1e-3.
+
+    Attributes:
+        low: smallest time.
+        high: largest time.
+    """
+
+    name: ClassVar[str] = "uniform"
+    low: float = 0.0
+    high: float = 1.0
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        return torch.rand(n, generator=generator, device=device) * (self.high - self.low) + self.low
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitNormal(TimeLaw):
+    """t = sigmoid(mean + std n), n ~ N(0, 1): the middle of the path more often than its ends.
+
+    Attributes:
+        mean: positive values favour the data end (the noise end in SD3, which counts the other
+            way).
+        std: width.
+
+    Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024, arXiv
+    2403.03206.
+    """
+
+    name: ClassVar[str] = "logit-normal"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        return torch.sigmoid(
+            torch.randn(n, generator=generator, device=device) * self.std + self.mean
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UShaped(TimeLaw):
+    """Both ends of the path more often than its middle, for reflow pairs.
+
+    Density ``C/2 (e^(a u) + e^(a (1 - u)))`` of u in [0, 1], C = a / (e^a - 1).
+
+    Half of the probability is the exponential law on [0, 1] with inverse distribution function
+    ``ln(1 + q (e^a - 1)) / a``, half its mirror image; then t = low + (high - low) u.
+
+    Attributes:
+        a: steepness; 0 is uniform.
+        low: smallest time.
+        high: largest time.
+
+    Differs from the paper: its formula e^(a u) + e^(-a u) read literally on [0, 1] rises
+    monotonically; this is the symmetric density of its code. A fair coin per sample chooses the
+    half, so that times are independent.
+
+    Reference: Improving the Training of Rectified Flows, 2024, arXiv 2405.20320.
+    """
+
+    name: ClassVar[str] = "u-shaped"
+    a: float = 4.0
+    low: float = 1e-5
+    high: float = 1 - 1e-5
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        q, coin = torch.rand(2, n, generator=generator, device=device)
+        u = q if self.a == 0 else torch.log1p(q * math.expm1(self.a)) / self.a
+        return torch.where(coin < 0.5, u, 1 - u) * (self.high - self.low) + self.low
+
+    def density(self, u: Tensor) -> Tensor:
+        """Density of u in [0, 1], before it is scaled to [low, high]."""
+        if self.a == 0:
+            return torch.ones_like(u)
+        scale = self.a / math.expm1(self.a) / 2
+        return scale * (torch.exp(self.a * u) + torch.exp(self.a * (1 - u)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed(TimeLaw):
+    """Always the same time; distillation to one step trains at t = 1e-3 alone.
+
+    Attributes:
+        t: the time.
+    """
+
+    name: ClassVar[str] = "fixed"
+    t: float = 1e-3
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        return torch.full((n,), self.t, device=device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KStep(TimeLaw):
+    """The k times at which a k-step Euler sampler looks, equally often.
+
+    ``t = j (1 - eps) / k + eps``, j = 0..k-1.
+
+    Attributes:
+        k: number of steps.
+        eps: first time.
+    """
+
+    name: ClassVar[str] = "k-step"
+    k: int = 4
+    eps: float = 1e-3
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        j = torch.randint(self.k, (n,), generator=generator, device=device)
+        return j * ((1 - self.eps) / self.k) + self.eps
+
+
+TIME_LAWS: dict[str, type[TimeLaw]] = {
+    c.name: c for c in (Uniform, LogitNormal, UShaped, Fixed, KStep)
+}
+
+
+def get_time_law(law: TimeLaw | str) -> TimeLaw:
+    """Resolve a time law by name; a `TimeLaw` is returned as it is.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: neither a name nor a `TimeLaw`.
+    """
+    if isinstance(law, TimeLaw):
+        return law
+    if not isinstance(law, str):
+        raise TypeError(f"time: expected a name or a TimeLaw, got {type(law).__name__}")
+    return _class(law, "")()
+
+
+def _class(name: str, where: str) -> type[TimeLaw]:
+    if name not in TIME_LAWS:
+        raise unknown("time law", name, list(TIME_LAWS), where=where)
+    return TIME_LAWS[name]
+
+
+@dataclass(frozen=True, slots=True)
+class TimeGrid:
+    """The times of a fixed-step sampler: N steps, N + 1 points.
+
+    Attributes:
+        points: (N + 1) times; step i is evaluated at ``points[i]``.
+        widths: (N) step widths dt; None: the differences of the points.
+    """
+
+    points: tuple[float, ...]
+    widths: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.points) < 2:
+            raise ValueError(f"TimeGrid: at least 1 step (2 points) is needed, got {self.points}")
+        if self.widths is not None and len(self.widths) != len(self.points) - 1:
+            raise ValueError(
+                f"TimeGrid: {len(self.points)} points need {len(self.points) - 1} widths, "
+                f"got {len(self.widths)}"
+            )
+
+    @classmethod
+    def uniform(cls, steps: int, start: float = 0.0, end: float = 1.0) -> TimeGrid:
+        """N equal steps from start to end. SiT counts points instead: its ``num_steps`` is N + 1.
+
+        Raises:
+            ValueError: steps < 1.
+        """
+        _check_steps(steps)
+        width = (end - start) / steps
+        return cls((*(start + i * width for i in range(steps)), end))
+
+    @classmethod
+    def rectified_flow(cls, steps: int, eps: float = 1e-3) -> TimeGrid:
+        """The grid of the official rectified-flow code, for comparison with it.
+
+        Evaluations at t_i = i/N (1 - eps) + eps, but steps of 1/N, not (1 - eps)/N.
+
+        Raises:
+            ValueError: steps < 1.
+        """
+        _check_steps(steps)
+        points = tuple(i / steps * (1 - eps) + eps for i in range(steps + 1))
+        return cls(points, (1 / steps,) * steps)
+
+    @property
+    def start(self) -> float:
+        """First time."""
+        return self.points[0]
+
+    @property
+    def end(self) -> float:
+        """Last time."""
+        return self.points[-1]
+
+    def reversed(self) -> TimeGrid:
+        """The same points backwards."""
+        widths = None if self.widths is None else tuple(-w for w in reversed(self.widths))
+        return TimeGrid(self.points[::-1], widths)
+
+    def __len__(self) -> int:
+        return len(self.points) - 1
+
+    def __iter__(self) -> Iterator[tuple[float, float]]:
+        """(time, width) of each step."""
+        for i, t in enumerate(self.points[:-1]):
+            yield t, self.points[i + 1] - t if self.widths is None else self.widths[i]
+
+
+def _check_steps(steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps: expected an int, got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"steps: at least 1 is needed, got {steps}")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from effformer.flow import Guidance, forward_with_cfg, guided, reference
+
+
+class Net(nn.Module):
+    def __init__(self, channels: int = 4, out: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 3, padding=1)
+        self.label = nn.Embedding(6, out)
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        return torch.tanh(self.conv(x) + (self.label(y) * (1 + t[:, None]))[:, :, None, None])
+
+
+@pytest.fixture
+def case() -> tuple[Net, Tensor, Tensor, Tensor]:
+    return Net(), torch.randn(3, 4, 5, 5), torch.rand(3), torch.tensor([0, 3, 2])
+
+
+@pytest.mark.parametrize("channels", ["all", 1, 3])
+@pytest.mark.parametrize("interval", [None, (0.2, 0.7)])
+def test_batched_equals_two_passes_forward_and_backward(
+    case: Any, channels: Any, interval: Any
+) -> None:
+    net, x, t, y = case
+    outs, grads = [], []
+    for batched in (True, False):
+        field = guided(
+            net, 3.0, null={"y": 5}, channels=channels, interval=interval, batched=batched
+        )
+        out = field(x, t, y=y)
+        outs.append(out)
+        grads.append(torch.autograd.grad(out.square().sum(), list(net.parameters())))
+    torch.testing.assert_close(outs[0], outs[1])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_equals_the_reference(case: Any, channels: int) -> None:
+    net, x, t, y = case
+    ours = guided(net, 2.5, null={"y": 5}, channels=channels)(x, t, y=y)
+    slow = reference.guide(net(x, t, y), net(x, t, torch.full_like(y, 5)), 2.5, channels)
+    torch.testing.assert_close(ours, slow)
+
+
+def test_scale_one_is_conditional_and_zero_unconditional(case: Any) -> None:
+    net, x, t, y = case
+    cond, null = net(x, t, y), net(x, t, torch.full_like(y, 5))
+    for channels in ("all", 3):
+        at = {
+            s: guided(net, s, null={"y": 5}, channels=channels)(x, t, y=y)  # type: ignore[arg-type]
+            for s in (0.0, 1.0)
+        }
+        torch.testing.assert_close(at[1.0], cond)
+        torch.testing.assert_close(at[0.0][:, :3], null[:, :3])
+        torch.testing.assert_close(at[0.0][:, 3:], (null if channels == "all" else cond)[:, 3:])
+
+
+def test_interval_guides_inside_and_saves_the_pass_outside(case: Any) -> None:
+    net, x, _, y = case
+    field = guided(net, 3.0, null={"y": 5}, interval=(0.2, 0.7))
+    t = torch.tensor([0.1, 0.5, 0.9])
+    out, free = field(x, t, y=y), guided(net, 3.0, null={"y": 5})(x, t, y=y)
+    torch.testing.assert_close(out[1], free[1])
+    torch.testing.assert_close(out[::2], net(x, t, y)[::2])
+    net.batches.clear()
+    field(x, 0.9, y=y)
+    assert net.batches == [3]
+
+
+def test_null_may_be_a_tensor_and_other_conditions_stay(case: Any) -> None:
+    net, x, t, y = case
+
+    def velocity(x: Tensor, t: Tensor, *, text: Tensor, y: Tensor, mode: str) -> Tensor:
+        assert mode == "plain"
+        assert len(text) == len(x) == len(y)
+        return net(x, t, y) + text.mean((1, 2))[:, None, None, None]
+
+    text, empty = torch.randn(3, 7, 2), torch.randn(7, 2)
+    field = guided(velocity, 2.0, null={"text": empty})
+    ours = field(x, t, text=text, y=y, mode="plain")
+    cond = velocity(x, t, text=text, y=y, mode="plain")
+    null = velocity(x, t, text=empty.expand(3, 7, 2), y=y, mode="plain")
+    torch.testing.assert_close(ours, null + 2 * (cond - null))
+
+
+def test_forward_with_cfg_quirks() -> None:
+    net = Net(4, 8)
+    x, t = torch.randn(4, 4, 5, 5), torch.tensor([7.0, 9.0, 7.0, 9.0])
+    y = torch.tensor([1, 2, 5, 5])
+    out = forward_with_cfg(net, x, t, 4.0, y=y)
+    ignored = torch.cat([x[:2], torch.randn(2, 4, 5, 5)])
+    torch.testing.assert_close(forward_with_cfg(net, ignored, t, 4.0, y=y), out)
+    both = net(torch.cat([x[:2], x[:2]]), t, y)
+    mixed = both[2:, :3] + 4 * (both[:2, :3] - both[2:, :3])
+    torch.testing.assert_close(out[:2, :3], mixed)
+    torch.testing.assert_close(out[2:, :3], mixed)
+    torch.testing.assert_close(out[:, 3:], both[:, 3:])
+    everything = forward_with_cfg(net, x, t, 4.0, channels="all", y=y)
+    torch.testing.assert_close(everything[:2, 3], both[2:, 3] + 4 * (both[:2, 3] - both[2:, 3]))
+    torch.testing.assert_close(everything[:, 4:], both[:, 4:])
+    # scale 1 is the conditional pass on every channel
+    torch.testing.assert_close(forward_with_cfg(net, x, t, 1.0, y=y)[:2], both[:2])
+
+
+def test_the_quirk_and_guided_agree_on_the_conditional_half() -> None:
+    net = Net()
+    x, t, y = torch.randn(2, 4, 5, 5), torch.rand(2), torch.tensor([1, 2])
+    cat = torch.cat
+    quirk = forward_with_cfg(net, cat([x, x]), cat([t, t]), 3.0, y=cat([y, torch.full_like(y, 5)]))
+    torch.testing.assert_close(guided(net, 3.0, null={"y": 5}, channels=3)(x, t, y=y), quirk[:2])
+
+
+def test_errors(case: Any) -> None:
+    net, x, t, y = case
+    with pytest.raises(ValueError, match=r"did you mean 'y'|choices: y"):
+        guided(net, 2.0, null={"Y": 5})(x, t, y=y)
+    with pytest.raises(TypeError, match="'y' is a int, not a tensor"):
+        guided(net, 2.0, null={"y": 5})(x, t, y=3)
+    with pytest.raises(ValueError, match="null is empty"):
+        Guidance(2.0, {})
+    with pytest.raises(ValueError, match="'all' or >= 1"):
+        Guidance(2.0, {"y": 5}, channels=0)
+    with pytest.raises(ValueError, match="is empty"):
+        Guidance(2.0, {"y": 5}, interval=(0.7, 0.2))
+    with pytest.raises(ValueError, match="5 guided channels, but x has 4"):
+        guided(net, 2.0, null={"y": 5}, channels=5)(x, t, y=y)
+    with pytest.raises(ValueError, match="even batch"):
+        forward_with_cfg(net, x, t, 2.0, y=y)
