@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, Self, Union, get_args, get_origin
 
 from . import registry
@@ -131,9 +131,8 @@ def _lift(
     core: Config | None = None,
 ) -> Config:
     """Put a core into a multi-head attention; options go to whichever of the two owns them."""
-    multihead = registry.attention.get("multihead").config
-    assert multihead is not None
-    if type(base) is not multihead or base is None:
+    multihead: Any = registry.attention.get("multihead").config
+    if type(base) is not multihead:
         if name is None and base is not None:
             return base.replace(where=where, **options)
         base = multihead()
@@ -141,10 +140,11 @@ def _lift(
     outer = {k: v for k, v in options.items() if k in own}
     inner: dict[str, Any] = {k: v for k, v in options.items() if k not in own}
     if core is None:
-        present: Config = base.core  # type: ignore[attr-defined]
+        present: Any = base.core  # type: ignore[union-attr]
         core = resolve(
             "core", inner if name is None else {"name": name, **inner}, present, where=where
         )
+    assert base is not None
     return base.replace(where=where, core=core, **outer)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from .checks import CapabilityError
 if TYPE_CHECKING:
     from .registry import Caps
 
-__all__ = ["EMPTY", "Context", "Ledger", "Packing", "Rope", "Site", "Tap", "check_context"]
+__all__ = [
+    "EMPTY", "Context", "Ledger", "Packing", "Rope", "Site", "Stream", "Tap", "check_context",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,8 @@ class Site:
         dim: width of the tokens.
         heads: number of attention heads.
         cond_dim: width of the conditioning vector, None if the model has none.
-        memory_dim: width of ``ctx.memory``; None means ``dim``.
+        memory_dim: width of ``ctx.memory``; None means that there is no memory.
+        out_dim: width of what a token mixer returns, None for ``dim`` (blocks need ``dim``).
         tokens: number of tokens where the model fixes it, else None.
         norm: "layer" or "rms".
         norm_eps: epsilon of every norm.
@@ -40,6 +43,7 @@ class Site:
         drop_path: probability of dropping a whole branch (stochastic depth).
         layer_scale: initial value of a learned per-channel factor on each branch, None for no
             factor.
+        layer: index of the block in its stack, for initial values that depend on depth.
         path: dotted name of the part in the model, for messages, `Tap` and `Ledger`.
     """
 
@@ -47,6 +51,7 @@ class Site:
     heads: int = 1
     cond_dim: int | None = None
     memory_dim: int | None = None
+    out_dim: int | None = None
     tokens: int | None = None
     norm: str = "layer"
     norm_eps: float = 1e-6
@@ -54,6 +59,7 @@ class Site:
     dropout: float = 0.0
     drop_path: float = 0.0
     layer_scale: float | None = None
+    layer: int = 0
     path: str = ""
 
 
@@ -192,6 +198,19 @@ class Tap:
         return value
 
 
+@dataclass(slots=True)
+class Stream:
+    """States of the token mixers while tokens are fed piece by piece.
+
+    Attributes:
+        before: state of every mixer by its path; never changed.
+        after: the states after this piece.
+    """
+
+    before: Mapping[str, Any]
+    after: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """Everything that a part may need beside its tokens; a model builds one per forward.
@@ -201,22 +220,28 @@ class Context:
         time: (B, Dt) time embedding alone, for timestep-wise routers that must not see the label.
         memory: (B, M, Dm) tokens to attend to; None = self-attention.
         mask: bool, True = may attend; (B, M) over keys, or broadcastable to (B, H, N, M).
+        memory_mask: the same over the memory, for blocks that attend to their own tokens and to a
+            memory.
         rope: rotary tables.
-        grid: layout of the token axis, for instance (T, H, W).
+        grid: layout of the token axis, for instance (T, H, W). Tokens beyond its product stand in
+            front and have no place in it (class token, registers).
         packing: several sequences in one row.
         ledger: dynamic parts write auxiliary losses and executed work here.
         tap: reads or replaces values at named places.
+        stream: tokens continue those that were fed before.
     """
 
     cond: Tensor | None = None
     time: Tensor | None = None
     memory: Tensor | None = None
     mask: Tensor | None = None
+    memory_mask: Tensor | None = None
     rope: Rope | None = None
     grid: tuple[int, ...] | None = None
     packing: Packing | None = None
     ledger: Ledger | None = None
     tap: Tap | None = None
+    stream: Stream | None = None
 
 
 EMPTY = Context()
@@ -228,7 +253,12 @@ def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
     Raises:
         CapabilityError: a field is set that ``caps`` does not declare.
     """
-    wants: Mapping[str, object] = {
+    if ctx.memory_mask is not None:
+        raise CapabilityError(
+            f"{where}: memory_mask is for blocks that attend to their own tokens and to a memory; "
+            "give a cross-attention its mask as ctx.mask"
+        )
+    wants: dict[str, Any] = {
         "rope": ctx.rope is not None or None,
         "cross": ctx.memory is not None or None,
         "packed": ctx.packing is not None or None,

@@ -186,11 +186,11 @@ class DiT(Model):
     ) -> dict[str, Tensor]:
         config, weight = self.config, self.patch_embed.proj.weight
         shape = (batch, config.channels, config.input_size, config.input_size)
-        options = {"device": weight.device, "generator": generator}
+        device, rng = weight.device, generator
         return {
-            "x": torch.randn(shape, dtype=weight.dtype, **options),  # type: ignore[call-overload]
-            "t": torch.randint(0, 1000, (batch,), **options),  # type: ignore[call-overload]
-            "y": torch.randint(0, config.num_classes, (batch,), **options),  # type: ignore[call-overload]
+            "x": torch.randn(shape, dtype=weight.dtype, device=device, generator=rng),
+            "t": torch.randint(0, 1000, (batch,), device=device, generator=rng),
+            "y": torch.randint(0, config.num_classes, (batch,), device=device, generator=rng),
         }
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:

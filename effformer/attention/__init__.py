@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from .base import Core, CoreConfig, Mixer, Streaming
+from .differential import Differential
 from .flow import Flow
 from .linear import Linear
 from .multihead import Attention
+from .relative import Relative
 from .softmax import Softmax
 
 __all__ = [
     "Attention",
     "Core",
     "CoreConfig",
+    "Differential",
     "Flow",
     "Linear",
     "Mixer",
+    "Relative",
     "Softmax",
     "Streaming",
 ]

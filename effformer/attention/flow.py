@@ -23,7 +23,7 @@ class FlowState(NamedTuple):
     tokens.
 
     Attributes:
-        count: (B, 1) number of tokens.
+        tokens: (B, 1) number of tokens.
         k: (B, H, K) sum of keys.
         q: (B, H, K) sum of queries.
         ko: (B, H, K) sum of keys times outgoing flow.
@@ -32,7 +32,7 @@ class FlowState(NamedTuple):
         kv: (B, H, K, V) sum of keys times competing values.
     """
 
-    count: Tensor
+    tokens: Tensor
     k: Tensor
     q: Tensor
     ko: Tensor
@@ -167,7 +167,7 @@ class Flow(Core):
         else:
             q, k, count = q * mask, k * mask, mask.cumsum(dim=2)
         if state is not None:
-            count = count + state.count[:, None, :, None]
+            count = count + state.tokens[:, None, :, None]
         # before the first valid token every sum is zero and nothing valid is computed
         n = count.clamp(min=1)
 

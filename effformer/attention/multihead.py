@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from effformer.checks import CapabilityError
-from effformer.config import Config, part
+from effformer.config import Config as BaseConfig
+from effformer.config import part
 from effformer.context import EMPTY, Context, Packing, Site, check_context
 from effformer.nn.norms import make_norm
 from effformer.nn.rope import apply_rope
@@ -54,7 +55,7 @@ class Attention(Mixer):
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(Config):
+    class Config(BaseConfig):
         """Knobs of `Attention`.
 
         Attributes:
@@ -105,7 +106,7 @@ class Attention(Mixer):
         assert entry is not None
         self.core: Core = entry.build(config.core, replace(site, dim=inner))
         self.core_caps = entry.caps
-        self.proj = nn.Linear(inner, site.dim, bias=config.proj_bias)
+        self.proj = nn.Linear(inner, site.out_dim or site.dim, bias=config.proj_bias)
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
@@ -113,7 +114,9 @@ class Attention(Mixer):
         q, k, v = self._heads(x, ctx)
         if ctx.packing is not None and (ctx.mask is not None or ctx.memory is not None):
             where = self.site.path or "attention"
-            raise CapabilityError(f"{where}: packing goes with neither mask nor memory; unpack first")
+            raise CapabilityError(
+                f"{where}: packing goes with neither mask nor memory; unpack first"
+            )
         if ctx.packing is None:
             out = self.core(q, k, v, ctx)
         else:
@@ -124,7 +127,8 @@ class Attention(Mixer):
         inner, dim = self.heads * self.head_dim, self.site.dim
         keys = n if m is None else m
         source = self.site.memory_dim if self.site.memory_dim is not None else dim
-        projections = 2 * n * dim * inner + 2 * keys * source * self.kv_heads * self.head_dim
+        projections = n * (dim + (self.site.out_dim or dim)) * inner
+        projections += 2 * keys * source * self.kv_heads * self.head_dim
         return projections + self.core.macs(n, keys, heads=self.heads, head_dim=self.head_dim)
 
     def init_state(self, batch: int, *, like: Tensor) -> Any:
@@ -137,8 +141,16 @@ class Attention(Mixer):
         return self.core.init_state(batch, heads=self.heads, head_dim=self.head_dim, like=like)  # type: ignore[operator]
 
     def step(self, x: Tensor, state: Any, ctx: Context = EMPTY) -> tuple[Tensor, Any]:
-        """Feed the next tokens x (B, n, D)."""
+        """Feed the next tokens x (B, n, D).
+
+        Raises:
+            CapabilityError: the core has no streaming form, or the context carries a mask.
+        """
         self._check_streaming()
+        if ctx.mask is not None:
+            raise CapabilityError(
+                f"{self.site.path or 'attention'}: streaming takes no mask; feed real tokens only"
+            )
         q, k, v = self._heads(x, ctx)
         out, state = self.core.step(q, k, v, state)  # type: ignore[operator]
         return self.proj(out.transpose(1, 2).flatten(2)), state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effformer.config import Config
+from effformer.config import Config as BaseConfig
 from effformer.context import Site
 from effformer.registry import Caps, block
 
@@ -30,8 +30,10 @@ class AdaLNZero(PreNorm):
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(Config):
+    class Config(BaseConfig):
         """`AdaLNZero` has no knobs."""
 
-    def __init__(self, config: AdaLNZero.Config, site: Site, *, attn: Config, ffn: Config) -> None:
+    def __init__(
+        self, config: AdaLNZero.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
+    ) -> None:
         super().__init__(PreNorm.Config(), site, attn=attn, ffn=ffn)

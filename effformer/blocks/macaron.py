@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effformer.config import Config
+from effformer.config import Config as BaseConfig
 from effformer.context import Site
 from effformer.ffn import FFNConfig
 from effformer.nn.activations import Activation
 from effformer.registry import Caps, block
 
-from .base import Block, Branch, below, make_ffn, make_mixer
+from .base import Block, Branch, below, make_ffn, mixer_branches
 
 __all__ = ["Macaron"]
 
 
-@block.register("macaron", caps=Caps(cond="optional", packed=True), paper="1906.02762")
+@block.register("macaron", caps=Caps(cond="optional", cross=True, packed=True), paper="1906.02762")
 class Macaron(Block):
     """Macaron block: ``x + 1/2 ffn1(norm(x))``, ``x + attn(norm(x))``, ``x + 1/2 ffn2(norm(x))``.
 
     The two FFNs have separate weights and, by default, half of the inner width each, so that the
     block has the parameters of an ordinary one. In a conditioned model each branch is modulated and
-    gated (nine vectors).
+    gated (nine vectors). In a decoder ``x + cross(norm(x), memory)`` follows the attention.
 
     Differs from the paper: the conditioned form is ours.
 
@@ -30,13 +30,15 @@ class Macaron(Block):
         site: the place in the model.
         attn: config of the token mixer.
         ffn: config of the position-wise network as an ordinary block would have it.
+        cross: config of the mixer that attends to a memory of width ``site.memory_dim``, None for
+            no such branch.
 
     Reference: Understanding and Improving Transformer From a Multi-Particle Dynamic System Point of
     View, 2019, arXiv 1906.02762.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(Config):
+    class Config(BaseConfig):
         """Knobs of `Macaron`.
 
         Attributes:
@@ -54,18 +56,26 @@ class Macaron(Block):
             if not 0 < self.share <= 1:
                 raise ValueError(f"macaron: share must lie in (0, 1], got {self.share}")
 
-    def __init__(self, config: Macaron.Config, site: Site, *, attn: Config, ffn: FFNConfig) -> None:
+    def __init__(
+        self,
+        config: Macaron.Config,
+        site: Site,
+        *,
+        attn: BaseConfig,
+        ffn: FFNConfig,
+        cross: BaseConfig | None = None,
+    ) -> None:
         if config.post_norm and site.cond_dim is not None:
             raise ValueError(
                 f"{site.path or 'macaron'}: post_norm has no conditioned form; use post_norm=False"
             )
         half = ffn.scaled(config.share)
         first = half if config.first_act is None else half.replace(act=config.first_act)
-        a, f1, f2 = (below(site, name) for name in ("attn", "ffn1", "ffn2"))
+        f1, f2 = below(site, "ffn1"), below(site, "ffn2")
         post = config.post_norm
         branches = {
             "ffn1": Branch(make_ffn(first, f1), f1, factor=0.5, post_norm=post),
-            "attn": Branch(make_mixer(attn, a), a, post_norm=post),
+            **mixer_branches(attn, cross, site, post_norm=post),
             "ffn2": Branch(make_ffn(half, f2), f2, factor=0.5, post_norm=post),
         }
         super().__init__(branches, site)
