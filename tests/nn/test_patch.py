@@ -1,0 +1,27 @@
+"""Patches out and back."""
+
+from __future__ import annotations
+
+import torch
+
+from effformer.nn.patch import PatchEmbed, unpatchify
+
+
+def test_unpatchify_has_the_channel_fastest() -> None:
+    height, width, patch, channels = 2, 3, 2, 5
+    x = torch.randn(1, height * width, patch * patch * channels)
+    image = unpatchify(x, height, width, patch)
+    assert image.shape == (1, channels, height * patch, width * patch)
+    for h in range(height):
+        for w in range(width):
+            token = x[0, h * width + w].view(patch, patch, channels)
+            corner = image[0, :, h * patch : (h + 1) * patch, w * patch : (w + 1) * patch]
+            torch.testing.assert_close(corner, token.permute(2, 0, 1))
+
+
+def test_patch_embed_is_row_major() -> None:
+    embed = PatchEmbed(1, 1, 2, bias=False)
+    torch.nn.init.constant_(embed.proj.weight, 0.25)
+    image = torch.arange(24.0).view(1, 1, 4, 6)
+    means = image.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)).flatten()
+    torch.testing.assert_close(embed(image).flatten(), means)

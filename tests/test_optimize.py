@@ -1,0 +1,71 @@
+"""The inference-ready form: same results, no gradients, cannot be saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import effformer
+from effformer.checks import CapabilityError
+from effformer.optimize import PackedLinear
+
+
+def _model(**overrides: object) -> nn.Module:
+    model = effformer.build_model("dit-nano", input_size=8, **overrides).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"attn": "flow"},
+        {"block": "macaron"},
+        {"ffn": "swiglu"},
+        {"ffn": {"act": "relu"}},
+        {"ffn": {"act": "silu"}},
+    ],
+    ids=str,
+)
+def test_results_are_the_same(overrides: dict[str, object]) -> None:
+    model = _model(**overrides)
+    ready = effformer.optimize(model)
+    inputs = model.example_inputs(3)
+    with torch.no_grad():
+        torch.testing.assert_close(ready(**inputs), model(**inputs), rtol=1e-4, atol=1e-5)
+    assert not [m for m in ready.modules() if type(m) is nn.Linear]
+    assert [m for m in model.modules() if type(m) is nn.Linear], "the original is untouched"
+
+
+def test_any_module_can_be_optimized() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3, bias=False))
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(effformer.optimize(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_macaron_factors_are_folded_exactly() -> None:
+    block = effformer.optimize(_model(block="macaron")).blocks[0]  # type: ignore[index]
+    assert [b.factor for b in block.branches] == [1.0, 1.0, 1.0]
+
+
+def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
+    ready = effformer.optimize(_model())
+    with pytest.raises(ValueError, match="save the original"):
+        effformer.save_pretrained(ready, tmp_path / "model")
+    with pytest.raises(CapabilityError, match="train the original"):
+        PackedLinear(nn.Linear(4, 4))(torch.randn(2, 4, requires_grad=True))
+    with pytest.raises(CapabilityError, match=r"float32 weights on the CPU, got torch.float64"):
+        effformer.optimize(_model().double())
+
+
+def test_a_torch_without_onednn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(CapabilityError, match="no oneDNN"):
+        PackedLinear(nn.Linear(4, 4))
