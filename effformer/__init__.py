@@ -41,15 +41,38 @@ if TYPE_CHECKING:
     from .io import load_weights as load_weights
     from .io import save_pretrained as save_pretrained
     from .io import save_weights as save_weights
-    from .optimize import optimize as optimize
+    from .inference import optimize as optimize
 
-_HOME = {
-    "build_model": "build", "list_attention": "build", "list_blocks": "build", "list_ffn": "build",
-    "list_models": "build", "CapabilityError": "checks", "FormatError": "checks", "MissingExtra": "checks",
-    "Context": "context", "Ledger": "context", "Packing": "context", "Rope": "context", "Site": "context",
-    "Tap": "context", "load_model": "io", "load_weights": "io", "save_pretrained": "io", "save_weights": "io",
-    "optimize": "optimize",
-}  # fmt: skip
+_NAMES = {
+    "build": (
+        "build_model",
+        "list_attention",
+        "list_blocks",
+        "list_ffn",
+        "list_models",
+    ),
+    "checks": (
+        "CapabilityError",
+        "FormatError",
+        "MissingExtra",
+    ),
+    "context": (
+        "Context",
+        "Ledger",
+        "Packing",
+        "Rope",
+        "Site",
+        "Tap",
+    ),
+    "inference": ("optimize",),
+    "io": (
+        "load_model",
+        "load_weights",
+        "save_pretrained",
+        "save_weights",
+    ),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 _PACKAGES = ("compress", "export", "flow", "models", "profile", "train")
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]

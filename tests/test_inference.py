@@ -10,7 +10,7 @@ from torch import nn
 
 import effformer
 from effformer.checks import CapabilityError
-from effformer.optimize import PackedLinear
+from effformer.inference import PackedLinear
 
 
 def _model(**overrides: object) -> nn.Module:
