@@ -40,6 +40,7 @@ from .paths import VP as VP
 from .paths import Linear as Linear
 from .paths import Path as Path
 from .paths import get_path as get_path
+from .paths import time_interval as time_interval
 from .samplers import SampleResult as SampleResult
 from .samplers import sample as sample
 from .sde import diffusion_coefficient as diffusion_coefficient

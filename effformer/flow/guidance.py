@@ -24,7 +24,7 @@ class Guidance:
     ``v = v_null + scale (v_cond - v_null)`` on the guided channels, v_cond elsewhere.
 
     Attributes:
-        scale: 1 is the conditional field, 0 the unconditional one.
+        scale: 1 is the conditional field alone, 0 the unconditional one.
         null: the conditions that stand for "no condition", by keyword: a number (fills the shape of
             the condition) or a tensor that broadcasts to it. Class-conditional DiTs: ``{"y":
             num_classes}``.
@@ -68,6 +68,8 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
         rule, times = self.guidance, batch_times(t, x)
+        if rule.scale == 1:
+            return self.velocity(x, times, **cond)
         if rule.interval is not None:
             inside = (times >= rule.interval[0]) & (times <= rule.interval[1])
             if not bool(inside.any()):

@@ -145,7 +145,7 @@ class FlowMatching(_Objective):
         """
         noise, t = self._draw(data, noise, t, generator)
         point = self.path.plan(t, data, noise)
-        value = network(point.x, t, **cond)
+        value = network(point.x.to(data.dtype), t, **cond)
         _check_prediction(value, data)
         kind = self.config.prediction
         if kind == "score":
@@ -202,7 +202,7 @@ class PseudoHuber(_Objective):
         """Evaluate the loss; arguments as `FlowMatching.__call__`."""
         noise, t = self._draw(data, noise, t, generator)
         point = self.path.plan(t, data, noise)
-        value = network(point.x, t, **cond)
+        value = network(point.x.to(data.dtype), t, **cond)
         _check_prediction(value, data)
         squares = _squares(value - point.velocity)
         size = squares.shape[1]
@@ -265,7 +265,7 @@ class Distillation(_Objective):
         """Evaluate the loss; as `FlowMatching.__call__`, with the noise that data was made from."""
         noise, t = self._draw(data, noise, t, generator)
         point = self.path.plan(t, data, noise)
-        value = network(point.x, t, **cond)
+        value = network(point.x.to(data.dtype), t, **cond)
         _check_prediction(value, data)
         per_sample = self.config.l2 * _squares(value - point.velocity).mean(1)
         if self.config.perceptual and self.perceptual is not None:

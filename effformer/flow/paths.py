@@ -22,7 +22,7 @@ from ..config import Config
 
 __all__ = [
     "DDPM", "GVP", "PATHS", "VP", "EndPoints", "Linear", "Path", "PathSample", "Prediction",
-    "VariancePreserving", "expand", "get_path",
+    "VariancePreserving", "expand", "get_path", "time_interval",
 ]  # fmt: skip
 
 Prediction = Literal["velocity", "noise", "score", "data"]
@@ -343,3 +343,35 @@ def _class(name: str, where: str) -> type[Path]:
     if name not in PATHS:
         raise unknown("path", name, list(PATHS), where=where)
     return PATHS[name]
+
+
+def time_interval(
+    path: Path | str,
+    prediction: Prediction = "velocity",
+    *,
+    stochastic: bool = False,
+    sbdm: bool = False,
+    last_step: float = 0.0,
+    train: bool = False,
+) -> tuple[float, float]:
+    """Times between which nothing is infinite, as SiT chooses them.
+
+    Args:
+        path: the path.
+        prediction: what the network answers.
+        stochastic: an SDE is integrated, which needs the score.
+        sbdm: its diffusion has the form "sbdm".
+        last_step: width of a separate last step, which ends at t = 1.
+        train: the interval is for training (variance preserving paths come closer to the data).
+
+    Returns:
+        (low, high): for `TimeGrid.uniform` or `Uniform`.
+
+    Differs from the paper: its code starts "sbdm" with a velocity network at t = 0, where the
+    diffusion is infinite on paths with alpha(0) = 0, and ends SDEs without a last step at t = 1.
+    """
+    if isinstance(get_path(path), VariancePreserving):
+        return 0.0, 1 - (last_step or (1e-5 if train else 1e-3))
+    indirect = prediction != "velocity"
+    low = 1e-3 if indirect or (stochastic and sbdm) else 0.0
+    return low, 1 - (last_step or 1e-3) if indirect or stochastic else 1.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import config as _config
 from ..registry import sampler as registry
 from .conventions import batch_times
-from .paths import Path, VariancePreserving, get_path
+from .paths import Path, get_path, time_interval
 from .samplers import Run, Sampler
 from .times import TimeGrid
 
@@ -71,7 +71,6 @@ class _SDE(Sampler):
             last_step: the noiseless last step: "mean" (velocity and score), "euler" (velocity),
                 "tweedie" (the expected data), or "none".
             last_step_size: width of the last step; the grid ends this much before t = 1.
-            eps: distance kept from times where the coefficients are infinite.
         """
 
         path: Path | str = "linear"
@@ -79,37 +78,35 @@ class _SDE(Sampler):
         norm: float = 1.0
         last_step: LastStep = "mean"
         last_step_size: float = 0.04
-        eps: float = 1e-3
 
     def __init__(self, config: Options) -> None:
         super().__init__(config)
         self.options = config
         self.path = get_path(config.path)
+        self._last_width = 0.0 if config.last_step == "none" else config.last_step_size
 
     def grid(self, steps: int) -> TimeGrid:
         """``steps`` steps in all, the last step included."""
-        options = self.options
-        singular = options.form == "sbdm" and not isinstance(self.path, VariancePreserving)
-        start = options.eps if singular else 0.0
-        if options.last_step == "none":
-            return TimeGrid.uniform(steps, start, 1 - options.eps)
-        if steps < 2:
+        options, last = self.options, self._last_width
+        low, high = time_interval(
+            self.path, stochastic=True, sbdm=options.form == "sbdm", last_step=last
+        )
+        if last and steps < 2:
             raise ValueError(f"sample: an SDE with a last step needs steps >= 2, got {steps}")
-        return TimeGrid.uniform(steps - 1, start, 1 - options.last_step_size)
+        return TimeGrid.uniform(steps - 1 if last else steps, low, high)
 
     def integrate(self, run: Run, x: Tensor, grid: TimeGrid) -> Tensor:
-        options = self.options
-        last = 0.0 if options.last_step == "none" else options.last_step_size
+        last = self._last_width
         if grid.end + last > 1 + 1e-6:
             raise ValueError(
                 f"sample: the grid ends at {grid.end:.6g} and the last step adds {last:.6g}; "
                 f"end the grid at {1 - last:.6g} or set last_step='none'"
             )
-        run.total = len(grid) + (options.last_step != "none")
+        run.total = len(grid) + (last > 0)
         for (t, dt), t_next in zip(grid, grid.points[1:], strict=True):
             x = self.step(run, x, t, dt)
             run.record(x, t_next)
-        if options.last_step != "none":
+        if last:
             x = self._last(run, x, grid.end)
             run.record(x, grid.end + last)
         return x
@@ -136,7 +133,7 @@ class _SDE(Sampler):
         if not math.isfinite(w):
             raise ValueError(
                 f"sample: the {options.form} diffusion is infinite at t={t:.6g}; "
-                f"start the grid at {options.eps}"
+                "start the grid at 0.001"
             )
         return w
 

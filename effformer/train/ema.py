@@ -76,7 +76,7 @@ class EMA:
             if name in copied or not shadow.is_floating_point():
                 shadow.copy_(tensor)
             else:
-                shadow.sub_((1 - decay) * (shadow - tensor))
+                shadow.lerp_(tensor.to(shadow), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, weights: Weights) -> None:

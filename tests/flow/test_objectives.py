@@ -163,6 +163,15 @@ def test_what_is_not_given_is_drawn_from_the_generator(case: Any) -> None:
     assert set(k_step.t.tolist()) <= {0.0, 0.5}
 
 
+def test_half_precision_networks_see_half_precision_data_and_float32_times() -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        assert (x.dtype, t.dtype) == (torch.bfloat16, torch.float32)
+        return x
+
+    data = torch.randn(3, 4, dtype=torch.bfloat16)
+    assert FlowMatching(FlowMatching.Config())(network, data).loss.dtype == torch.float32
+
+
 def test_conditions_reach_the_network() -> None:
     def network(x: Tensor, t: Tensor, *, y: Tensor) -> Tensor:
         return x * y[:, None]

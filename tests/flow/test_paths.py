@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
 from effformer.flow import DDPM, GVP, VP, Diffusion, Linear, get_path, reference
-from effformer.flow.paths import PATHS, Path, Prediction
+from effformer.flow.paths import PATHS, Prediction, time_interval
+from effformer.flow.paths import Path as FlowPath
 
 ALL = [Linear(), Linear(sigma_min=1e-2), GVP(), VP(), VP(beta0=0.85, beta1=12.0), DDPM()]
 KINDS = get_args(Prediction)
 
 
 @pytest.mark.parametrize("path", ALL, ids=repr)
-def test_derivatives_equal_autograd(path: Path) -> None:
+def test_derivatives_equal_autograd(path: FlowPath) -> None:
     t = torch.linspace(0.0123, 0.9876, 31, dtype=torch.float64, requires_grad=True)
     for value, derivative in ((path.alpha, path.dalpha), (path.sigma, path.dsigma)):
         (slope,) = torch.autograd.grad(value(t).sum(), t)
@@ -31,7 +34,7 @@ def test_coefficients_equal_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [Linear(), GVP()], ids=repr)
-def test_ends(path: Path) -> None:
+def test_ends(path: FlowPath) -> None:
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(path.alpha(ends), ends)
     torch.testing.assert_close(path.sigma(ends), 1 - ends)
@@ -53,7 +56,7 @@ def test_conversions_equal_the_reference(name: str, source: str, target: str) ->
 
 @pytest.mark.parametrize("path", ALL, ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_is_the_identity(path: Path, kind: Prediction) -> None:
+def test_round_trip_is_the_identity(path: FlowPath, kind: Prediction) -> None:
     x, v = torch.randn(2, 3, 5, dtype=torch.float64)
     t = torch.tensor([0.0521, 0.4567, 0.9432], dtype=torch.float64)
     there = path.convert(v, x, t, "velocity", kind)
@@ -61,7 +64,7 @@ def test_round_trip_is_the_identity(path: Path, kind: Prediction) -> None:
 
 
 @pytest.mark.parametrize("path", ALL, ids=repr)
-def test_plan_has_the_predictions_that_it_was_made_of(path: Path) -> None:
+def test_plan_has_the_predictions_that_it_was_made_of(path: FlowPath) -> None:
     x1, x0 = torch.randn(2, 3, 5, dtype=torch.float64)
     t = torch.tensor([0.0521, 0.4567, 0.9432], dtype=torch.float64)
     point = path.plan(t, x1, x0)
@@ -71,7 +74,7 @@ def test_plan_has_the_predictions_that_it_was_made_of(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ALL, ids=repr)
-def test_velocity_is_ratio_and_gain(path: Path) -> None:
+def test_velocity_is_ratio_and_gain(path: FlowPath) -> None:
     """Velocity = r x + g score: how SiT writes the same conversion."""
     x, score = torch.randn(2, 3, 5, dtype=torch.float64)
     t = torch.tensor([0.0521, 0.4567, 0.9432], dtype=torch.float64)
@@ -82,7 +85,7 @@ def test_velocity_is_ratio_and_gain(path: Path) -> None:
 @pytest.mark.parametrize("path", ALL, ids=repr)
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(KINDS, KINDS)))
 def test_conversions_are_finite_at_both_ends(
-    path: Path, source: Prediction, target: Prediction
+    path: FlowPath, source: Prediction, target: Prediction
 ) -> None:
     x, value = torch.randn(2, 2, 5)
     t = torch.tensor([0.0, 1.0])
@@ -110,14 +113,29 @@ def test_ddpm_path_stands_on_the_discrete_schedule(schedule: str) -> None:
     assert float(path.sigma(torch.tensor(1.0))) == 0
 
 
+def test_time_intervals_are_those_of_the_official_runs() -> None:
+    runs = json.loads((Path(__file__).parents[1] / "golden" / "sit.json").read_text())["runs"]
+    for run in runs:
+        low, high = time_interval(
+            run["path"].lower(), run["prediction"],
+            stochastic=run["tag"].startswith("sde"), sbdm=run.get("diffusion_form") == "SBDM",
+            last_step=run.get("last_step_size", 0.0),
+        )  # fmt: skip
+        ours = (1 - low, 1 - high) if run.get("reverse") else (low, high)
+        assert ours == pytest.approx((run["t0"], run["t1"])), run["tag"]
+    assert time_interval("linear", stochastic=True, sbdm=True) == (1e-3, 1 - 1e-3)
+    assert time_interval("vp", train=True) == (0.0, 1 - 1e-5)
+    assert time_interval("gvp", train=True) == (0.0, 1.0)
+
+
 def test_names_and_json() -> None:
     for path in ALL:
-        assert Path.from_dict(path.to_dict()) == path
+        assert FlowPath.from_dict(path.to_dict()) == path
         assert isinstance(get_path(path.name), PATHS[path.name])
     with pytest.raises(ValueError, match="did you mean 'linear'"):
         get_path("linaer")
     with pytest.raises(ValueError, match="unknown option 'beta2'"):
-        Path.from_dict({"name": "vp", "beta2": 3.0})
+        FlowPath.from_dict({"name": "vp", "beta2": 3.0})
     with pytest.raises(TypeError, match="a name or a Path"):
         get_path(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown prediction 'speed'"):

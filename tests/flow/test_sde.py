@@ -40,7 +40,7 @@ def test_same_distribution_as_the_ode(name: str, path: str, form: str) -> None:
     out = sample(
         field(path),
         x0,
-        sampler={"name": name, "path": path, "form": form, "eps": 0.02, "last_step": "tweedie"},
+        sampler={"name": name, "path": path, "form": form, "last_step": "tweedie"},
         grid=TimeGrid.uniform(60, 0.02 if form == "sbdm" else 0.0, 0.96),
         generator=torch.Generator().manual_seed(1),
     )
