@@ -8,6 +8,8 @@ from harness import Golden
 
 import effformer
 from effformer.context import Context, Tap
+from effformer.flow.diffusion import Diffusion
+from effformer.flow.guidance import forward_with_cfg
 from effformer.nn.embeddings import time_features
 
 
@@ -37,6 +39,7 @@ def check(golden: Golden) -> None:
     x, t, y = (golden.tensor(f"in.{name}") for name in "xty")
     _check_parts(golden, model, x, t, y)
     _check_output(golden, model, x, t, y)
+    _check_diffusion(golden, model, x, y)
 
 
 def _check_parts(
@@ -73,6 +76,35 @@ def _check_output(
     ours = _official_gradients(model)
     for key in golden.keys("grad."):
         golden.assert_close(ours[key.removeprefix("grad.")], key)
+
+
+def _check_diffusion(golden: Golden, model: DiT, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Official training losses, respaced posterior, DDIM and guidance on some of the channels."""
+    variance = "learned-range" if golden.config["learn_sigma"] else "fixed-large"
+    options = golden.meta["diffusion"]
+    full = Diffusion.linear(1000, variance=variance)
+    step, noise = golden.tensor("in.diff_t"), golden.tensor("in.diff_noise")
+    loss = full.training_losses(model, x, step, noise, y=y)
+    golden.assert_close(loss.x, "out.train.x_t")
+    golden.assert_close(loss.loss, "out.train.loss")
+    golden.assert_close(loss.mse, "out.train.mse")
+    if loss.vb is not None:
+        golden.assert_close(loss.vb, "out.train.vb")
+    short = Diffusion.linear(1000, options["respacing"], variance=variance)
+    assert list(short.timesteps) == golden.tensor("out.timestep_map").tolist()
+    golden.assert_close(short.alphas_cumprod, "out.alphas_cumprod_respaced")
+    index = torch.full((len(x),), options["idx"])
+    with torch.no_grad():
+        posterior = short.p_mean_variance(model, x, index, y=y)
+        golden.assert_close(posterior.mean, "out.p.mean")
+        golden.assert_close(posterior.log_variance, "out.p.log_variance")
+        golden.assert_close(posterior.data, "out.p.pred_xstart")
+        golden.assert_close(short.ddim_step(model, x, index, y=y), "out.ddim.sample")
+        golden.assert_close(short.sample(model, x, method="ddim", y=y), "out.ddim.full")
+        if model.label_embed.null:
+            cfg_x, cfg_t, cfg_y = (golden.tensor(f"in.cfg_{name}") for name in "xty")
+            guided = forward_with_cfg(model, cfg_x, cfg_t, golden.meta["cfg_scale"], y=cfg_y)
+            golden.assert_close(guided, "out.cfg")
 
 
 def _official_gradients(model: DiT) -> dict[str, torch.Tensor]:
