@@ -10,5 +10,7 @@ if not __name__.startswith("effformer."):
 from .base import Model, Preset
 from .dit import DiT
 from .sit import SiT
+from .timm import vit_config_from_timm
+from .vit import ViT
 
-__all__ = ["DiT", "Model", "Preset", "SiT"]
+__all__ = ["DiT", "Model", "Preset", "SiT", "ViT", "vit_config_from_timm"]

@@ -38,10 +38,9 @@ __all__ = ["Attention"]
 class Attention(Mixer):
     """Multi-head attention around any core: ``proj(core(heads(q x), heads(k x), heads(v x)))``.
 
-    Self-attention has one fused projection ``qkv`` (rows q, k, v; head-major inside each). The core's
-    site has the width of all heads together. With
-    ``site.memory_dim`` the part is a cross-attention: ``q`` reads the tokens, ``kv`` reads
-    ``ctx.memory``.
+    Self-attention has one fused projection ``qkv`` (rows q, k, v; head-major inside each). The
+    core's site has the width of all heads together. With ``site.memory_dim`` the part is a
+    cross-attention: ``q`` reads the tokens, ``kv`` reads ``ctx.memory``.
 
     Args:
         config: the core and the projections.
@@ -88,8 +87,8 @@ class Attention(Mixer):
         self.kv_heads = config.kv_heads or self.heads
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"{site.path or 'attention'}: {self.heads} heads cannot share {self.kv_heads} key heads; "
-                "kv_heads must divide heads"
+                f"{site.path or 'attention'}: {self.heads} heads cannot share {self.kv_heads} key "
+                "heads; kv_heads must divide heads"
             )
         inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.cross = site.memory_dim is not None

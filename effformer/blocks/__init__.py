@@ -5,8 +5,11 @@ from __future__ import annotations
 from .adaln import AdaLNZero
 from .base import Block, Branch
 from .macaron import Macaron
+from .parallel import Parallel, ParallelBranches
+from .postnorm import PostNorm
 from .prenorm import PreNorm
-from .stack import BackboneConfig, Needs, build_stack
+from .respost import ResPost
+from .stack import BackboneConfig, Needs, StackConfig, build_stack
 
 __all__ = [
     "AdaLNZero",
@@ -15,6 +18,11 @@ __all__ = [
     "Branch",
     "Macaron",
     "Needs",
+    "Parallel",
+    "ParallelBranches",
+    "PostNorm",
     "PreNorm",
+    "ResPost",
+    "StackConfig",
     "build_stack",
 ]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from effformer import registry
-from effformer.attention import Mixer
+from effformer.attention import Mixer, Streaming
+from effformer.checks import CapabilityError
 from effformer.config import Config
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context, Site, Stream
 from effformer.ffn import FFN
 from effformer.nn.drop import DropPath
 from effformer.nn.norms import Modulation, make_norm, modulate
@@ -29,16 +30,24 @@ class Branch(nn.Module):
         factor: constant factor of the branch (Macaron's 0.5).
         post_norm: the norm stands behind the sum, ``norm(x + factor * part(x))``, instead of before
             the part.
+        normed: False leaves the norm to the block, which shares one among several branches.
     """
 
     def __init__(
-        self, part: Mixer | FFN, site: Site, *, factor: float = 1.0, post_norm: bool = False
+        self,
+        part: Mixer | FFN,
+        site: Site,
+        *,
+        factor: float = 1.0,
+        post_norm: bool = False,
+        normed: bool = True,
     ) -> None:
         super().__init__()
         self.site = site
         self.factor = factor
         self.post_norm = post_norm
-        self.norm = make_norm(site, affine=False if site.cond_dim is not None else None)
+        affine = False if site.cond_dim is not None else None
+        self.norm = make_norm(site, affine=affine) if normed else nn.Identity()
         self.part = part
         if site.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((site.dim,), site.layer_scale))
@@ -47,20 +56,35 @@ class Branch(nn.Module):
     def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
         """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each."""
         if self.post_norm:
-            return self.norm(x + self._branch(x, ctx))
+            return self.norm(x + self.scale(self.run(x, ctx)))
         h = self.norm(x)
         if mods is None:
-            return x + self._branch(h, ctx)
+            return x + self.scale(self.run(h, ctx))
         shift, scale, gate = mods
-        h = self._branch(modulate(h, shift, scale), ctx)
+        h = self.scale(self.run(modulate(h, shift, scale), ctx))
         return torch.addcmul(x, gate, h)
 
-    def _branch(self, h: Tensor, ctx: Context) -> Tensor:
-        h = self.part(h, ctx)
+    def run(self, h: Tensor, ctx: Context) -> Tensor:
+        """What the part makes of normed tokens, times the constant factor."""
+        if ctx.stream is None or not isinstance(self.part, Mixer):
+            h = self.part(h, ctx)
+        else:
+            h = self._continue(h, ctx, ctx.stream)
         if ctx.tap is not None:
             h = ctx.tap(self.site.path, h)
-        if self.factor != 1.0:
-            h = h * self.factor
+        return h if self.factor == 1.0 else h * self.factor
+
+    def _continue(self, h: Tensor, ctx: Context, stream: Stream) -> Tensor:
+        """The mixer on the next tokens, from its state in the stream."""
+        path = self.site.path
+        if not isinstance(self.part, Streaming):
+            able = ", ".join(registry.attention.names(streaming=True))
+            raise CapabilityError(f"{path}: this token mixer cannot stream; choices: {able}")
+        h, stream.after[path] = self.part.step(h, stream.before[path], ctx)
+        return h
+
+    def scale(self, h: Tensor) -> Tensor:
+        """Layer scale and stochastic depth, the last steps before the sum."""
         if self.site.layer_scale is not None:
             h = h * self.layer_scale
         return self.drop_path(h)
@@ -72,6 +96,9 @@ class Block(nn.Module):
 
     The modulation is adaLN-Zero: one linear layer maps ``silu(cond)`` to (shift, scale, gate) for
     every branch, in branch order, and starts at zero.
+
+    A branch called "cross" attends to ``ctx.memory`` under ``ctx.memory_mask``; the others see
+    their own tokens only.
 
     Args:
         branches: name -> branch, in execution order; the names become children of the block.
@@ -94,25 +121,47 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
+        views = self._views(ctx)
         if self.site.cond_dim is None:
-            for branch in self.branches:
-                x = branch(x, ctx)
+            for branch, view in zip(self.branches, views, strict=True):
+                x = branch(x, view)
             return x
+        mods = self.modulations(ctx)
+        for i, (branch, view) in enumerate(zip(self.branches, views, strict=True)):
+            x = branch(x, view, mods[3 * i : 3 * i + 3])
+        return x
+
+    def _views(self, ctx: Context) -> list[Context]:
+        """The context of every branch."""
+        if "cross" not in self.order:
+            return [ctx] * len(self.order)
+        own = replace(ctx, memory=None, memory_mask=None)
+        far = replace(ctx, mask=ctx.memory_mask, memory_mask=None, rope=None, stream=None)
+        return [far if name == "cross" else own for name in self.order]
+
+    def modulations(self, ctx: Context) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of every branch, in branch order.
+
+        Raises:
+            ValueError: the context carries no conditioning.
+        """
         if ctx.cond is None:
             raise ValueError(
                 f"{self.site.path or 'block'}: ctx.cond is None, but the block is modulated"
             )
-        mods = self.modulation(ctx.cond)
-        for i, branch in enumerate(self.branches):
-            x = branch(x, ctx, mods[3 * i : 3 * i + 3])
-        return x
+        mods: tuple[Tensor, ...] = self.modulation(ctx.cond)
+        return mods
 
     def macs(self, n: int, m: int | None = None) -> int:
         """Dense multiply-adds of one sample with n tokens (m in the memory)."""
         total = 0 if self.site.cond_dim is None else self.modulation.linear.weight.numel()
-        for branch in self.branches:
+        for name, branch in zip(self.order, self.branches, strict=True):
             part: Any = branch.part
-            total += part.macs(n, m) if isinstance(part, Mixer) else part.macs(n)
+            if not isinstance(part, Mixer):
+                total += part.macs(n)
+            else:
+                own = "cross" in self.order and name != "cross"
+                total += part.macs(n, None if own else m)
         return total
 
 
@@ -127,6 +176,18 @@ def make_mixer(config: Config, site: Site) -> Mixer:
     assert entry is not None, type(config)
     mixer: Mixer = entry.build(config, site)
     return mixer
+
+
+def mixer_branches(
+    attn: Config, cross: Config | None, site: Site, *, post_norm: bool = False
+) -> dict[str, Branch]:
+    """The branches ``attn`` and, with a memory, ``cross``."""
+    here = below(site, "attn", memory_dim=None)
+    branches = {"attn": Branch(make_mixer(attn, here), here, post_norm=post_norm)}
+    if cross is not None:
+        here = below(site, "cross")
+        branches["cross"] = Branch(make_mixer(cross, here), here, post_norm=post_norm)
+    return branches
 
 
 def make_ffn(config: Config, site: Site) -> FFN:

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from effformer.config import Config
+from effformer.config import Config as BaseConfig
 from effformer.context import Site
 from effformer.registry import Caps, block
 
-from .base import Block, Branch, below, make_ffn, make_mixer
+from .base import Block, Branch, below, make_ffn, mixer_branches
 
 __all__ = ["PreNorm"]
 
 
-@block.register("prenorm", caps=Caps(packed=True), paper="2002.04745")
+@block.register("prenorm", caps=Caps(cross=True, packed=True), paper="2002.04745")
 class PreNorm(Block):
     """Pre-norm block: ``x + attn(norm(x))``, then ``x + ffn(norm(x))``.
 
+    In a decoder ``x + cross(norm(x), memory)`` stands between the two.
+
     Args:
-        config: no knobs.
+        config: the knobs.
         site: the place in the model.
         attn: config of the token mixer.
         ffn: config of the position-wise network.
+        cross: config of the mixer that attends to a memory of width ``site.memory_dim``, None for
+            no such branch.
 
     Reference: On Layer Normalization in the Transformer Architecture, 2020, arXiv 2002.04745.
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(Config):
-        """`PreNorm` has no knobs."""
+    class Config(BaseConfig):
+        """Knobs of `PreNorm`.
 
-    def __init__(self, config: PreNorm.Config, site: Site, *, attn: Config, ffn: Config) -> None:
-        a, f = below(site, "attn"), below(site, "ffn")
-        branches = {"attn": Branch(make_mixer(attn, a), a), "ffn": Branch(make_ffn(ffn, f), f)}
+        Attributes:
+            scale_attn: the layer scale of a model that has one applies to token mixers.
+            scale_ffn: it applies to FFNs.
+        """
+
+        scale_attn: bool = True
+        scale_ffn: bool = True
+
+    def __init__(
+        self,
+        config: PreNorm.Config,
+        site: Site,
+        *,
+        attn: BaseConfig,
+        ffn: BaseConfig,
+        cross: BaseConfig | None = None,
+    ) -> None:
+        plain = replace(site, layer_scale=None)
+        f = below(site if config.scale_ffn else plain, "ffn")
+        branches = mixer_branches(attn, cross, site if config.scale_attn else plain)
+        branches["ffn"] = Branch(make_ffn(ffn, f), f)
         super().__init__(branches, site)

@@ -5,7 +5,7 @@ allocated.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,17 +21,14 @@ from effformer.ffn import MLP
 from .base import Block
 from .prenorm import PreNorm
 
-__all__ = ["BackboneConfig", "Layer", "Needs", "build_stack"]
+__all__ = ["BackboneConfig", "Layer", "Needs", "StackConfig", "build_stack"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BackboneConfig(Config):
-    """Knobs shared by backbones that are a stack of blocks.
+class StackConfig(Config):
+    """What the blocks of a stack are made of.
 
     Attributes:
-        dim: width of the tokens.
-        depth: number of blocks.
-        heads: number of attention heads.
         attn: token mixer of every block.
         ffn: position-wise network of every block.
         block: arrangement of every block.
@@ -41,9 +38,6 @@ class BackboneConfig(Config):
         drop_path: stochastic depth of the last block, growing linearly from 0.
     """
 
-    dim: int
-    depth: int
-    heads: int
     attn: Config = part("attention", Attention.Config())
     ffn: Config = part("ffn", MLP.Config())
     block: Config = part("block", PreNorm.Config())
@@ -52,12 +46,30 @@ class BackboneConfig(Config):
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneConfig(StackConfig):
+    """Knobs shared by backbones that are a stack of equally wide blocks.
+
+    Attributes:
+        dim: width of the tokens.
+        depth: number of blocks.
+        heads: number of attention heads.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        StackConfig.__post_init__(self)
+        for name in ("dim", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +79,7 @@ class Layer:
     attn: Config
     ffn: Config
     block: Config
+    cross: Config | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +92,7 @@ class Needs:
         cond: the model has a conditioning vector.
         rope: the model passes rotary tables.
         grid: the model passes the layout of its tokens.
-        cross: mixers attend to a memory.
+        cross: a mixer attends to a memory.
     """
 
     causal: bool = False
@@ -90,27 +103,40 @@ class Needs:
     cross: bool = False
 
 
-def build_stack(config: BackboneConfig, site: Site, needs: Needs, *, name: str) -> nn.ModuleList:
+def build_stack(
+    config: StackConfig,
+    site: Site | Sequence[Site],
+    needs: Needs,
+    *,
+    name: str,
+    cross: Config | None = None,
+) -> nn.ModuleList:
     """Build the blocks of a model at paths ``blocks.0``, ``blocks.1``, ...
 
     Args:
         config: the model's config.
-        site: facts shared by all blocks.
+        site: facts shared by all ``config.depth`` blocks, or one site for each block (stages of
+            different widths).
         needs: what the model asks of the parts.
         name: the model's name, for messages.
+        cross: config of a further mixer in every block that attends to a memory of width
+            ``site.memory_dim`` (decoders), None for none.
 
     Raises:
         CapabilityError: a part cannot do what the model needs; parts that can are named.
         ValueError: a bad slice or part in ``config.layers``.
     """
-    layers = _layers(config, name)
+    if isinstance(site, Site):
+        assert isinstance(config, BackboneConfig)
+        site = [site] * config.depth
+    layers = _layers(config, len(site), cross, name)
     for where, layer in _runs(layers, name):
         _check_layer(layer, needs, where)
     blocks = nn.ModuleList()
-    prefix = f"{site.path}.blocks" if site.path else "blocks"
-    for i, layer in enumerate(layers):
+    for i, (layer, place) in enumerate(zip(layers, site, strict=True)):
+        path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
         rate = config.drop_path * i / max(len(layers) - 1, 1)
-        here = replace(site, path=f"{prefix}.{i}", dropout=config.dropout, drop_path=rate)
+        here = replace(place, path=path, layer=i, dropout=config.dropout, drop_path=rate)
         blocks.append(_build_block(layer, here, needs))
     return blocks
 
@@ -118,9 +144,10 @@ def build_stack(config: BackboneConfig, site: Site, needs: Needs, *, name: str) 
 def _build_block(layer: Layer, site: Site, needs: Needs) -> Block:
     entry = registry.block.owner(layer.block)
     assert entry is not None
-    block: Block = entry.build(
-        layer.block, site, attn=with_causal(layer.attn, needs.causal), ffn=layer.ffn
-    )
+    parts = {"attn": with_causal(layer.attn, needs.causal), "ffn": layer.ffn}
+    if layer.cross is not None:
+        parts["cross"] = layer.cross
+    block: Block = entry.build(layer.block, site, **parts)
     return block
 
 
@@ -133,13 +160,14 @@ def with_causal(attn: Config, causal: bool) -> Config:
     return attn.replace(causal=True)
 
 
-def _layers(config: BackboneConfig, name: str) -> list[Layer]:
-    layers = [Layer(attn=config.attn, ffn=config.ffn, block=config.block)] * config.depth
+def _layers(config: StackConfig, depth: int, cross: Config | None, name: str) -> list[Layer]:
+    layer = Layer(attn=config.attn, ffn=config.ffn, block=config.block, cross=cross)
+    layers = [layer] * depth
     for key, changes in config.layers.items():
         where = f"{name} layers[{key!r}]"
-        chosen = range(config.depth)[_slice(key, where)]
+        chosen = range(depth)[_slice(key, where)]
         if not chosen:
-            raise ValueError(f"{where}: selects none of the {config.depth} blocks")
+            raise ValueError(f"{where}: selects none of the {depth} blocks")
         if not isinstance(changes, Mapping):
             raise TypeError(
                 f"{where}: expected a dict such as {{'attn': 'softmax'}}, got {changes!r}"
@@ -152,6 +180,8 @@ def _layers(config: BackboneConfig, name: str) -> list[Layer]:
 
 def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config:
     kinds = {"attn": "attention", "ffn": "ffn", "block": "block"}
+    if layer.cross is not None:
+        kinds["cross"] = "attention"
     if slot not in kinds:
         raise unknown("part", slot, list(kinds), where=where)
     return resolve(kinds[slot], spec, getattr(layer, slot), where=f"{where}.{slot}")
@@ -193,6 +223,13 @@ def _check_layer(layer: Layer, needs: Needs, where: str) -> None:
     _check_mixer(layer.attn, needs, f"{where}.attn")
     entry = registry.block.owner(layer.block)
     assert entry is not None
+    if layer.cross is not None:
+        _check_mixer(layer.cross, Needs(mask=needs.mask, cross=True), f"{where}.cross")
+        if not entry.caps.cross:
+            able = ", ".join(registry.block.names(cross=True))
+            raise CapabilityError(
+                f"{where}.block: {entry.name!r} has no place for attention to a memory; choices: {able}"
+            )
     if entry.caps.cond == "always" and not needs.cond:
         able = ", ".join(e.name for e in registry.block if e.caps.cond != "always")
         raise CapabilityError(
@@ -209,7 +246,7 @@ def _check_mixer(config: Config, needs: Needs, where: str) -> None:
     caps, name = _caps(config), _part_name(config)
     kind = registry.core if isinstance(config, Attention.Config) else registry.attention
     inner: Any = config.core if isinstance(config, Attention.Config) else config
-    wanted: dict[str, object] = {"causal": needs.causal}
+    wanted: dict[str, Any] = {"causal": needs.causal}
     if needs.mask != "none":
         wanted["mask"] = needs.mask
     for flag in ("rope", "cross"):
@@ -223,7 +260,8 @@ def _check_mixer(config: Config, needs: Needs, where: str) -> None:
         "rope": "cannot apply rotary embedding",
         "cross": "cannot attend to a memory",
     }
-    able = ", ".join(kind.names(**wanted))
+    placed: dict[str, object] = {} if needs.grid else {"grid": False}
+    able = ", ".join(kind.names(**wanted, **placed))
     for key, value in wanted.items():
         if not caps.satisfies(**{key: value}):
             raise CapabilityError(f"{where}: {name!r} {reasons[key]}; choices: {able}")

@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LabelEmbedding", "TimeEmbedding", "sincos_1d", "sincos_2d", "time_features"]
+__all__ = [
+    "LabelEmbedding",
+    "TimeEmbedding",
+    "resize_positions",
+    "sincos_1d",
+    "sincos_2d",
+    "time_features",
+]
 
 
 def time_features(t: Tensor, dim: int = 256, *, freq_shift: int = 0, period: float = 1e4) -> Tensor:
@@ -117,3 +124,32 @@ def sincos_2d(height: int, width: int, dim: int) -> Tensor:
     rows = sincos_1d(torch.arange(height), dim // 2)[:, None].expand(-1, width, -1)
     columns = sincos_1d(torch.arange(width), dim // 2)[None].expand(height, -1, -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()
+
+
+def resize_positions(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], *, front: int = 0
+) -> Tensor:
+    """Interpolate a learned position table to another grid (bicubic, antialiased).
+
+    Args:
+        table: (1, front + rows * columns, D).
+        old: rows and columns of the present grid.
+        new: rows and columns wanted.
+        front: number of codes before the grid, which stay as they are.
+
+    Returns:
+        (1, front + new rows * new columns, D), of the table's dtype.
+
+    Raises:
+        ValueError: the table does not have the size of the old grid.
+    """
+    if table.dim() != 3 or table.shape[1] != front + old[0] * old[1]:
+        raise ValueError(
+            f"resize_positions: expected (1, {front} + {old[0]} * {old[1]}, D), "
+            f"got {tuple(table.shape)}"
+        )
+    if old == new:
+        return table
+    cells = table[:, front:].float().transpose(1, 2).unflatten(2, old)
+    cells = nn.functional.interpolate(cells, size=new, mode="bicubic", antialias=True)
+    return torch.cat([table[:, :front], cells.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

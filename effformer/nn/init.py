@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["xavier_linears"]
+__all__ = ["truncated_normal_linears", "xavier_linears"]
 
 
 def xavier_linears(module: nn.Module) -> None:
@@ -12,5 +12,16 @@ def xavier_linears(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+def truncated_normal_linears(module: nn.Module, std: float = 0.02) -> None:
+    """Weights from a normal cut at 2 (in absolute value) and zero biases for every `nn.Linear`
+    below ``module``.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.trunc_normal_(child.weight, std=std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)

@@ -1,0 +1,127 @@
+"""Blocks whose branches read the same tokens: attention beside the FFN, and several of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from effformer.config import Config as BaseConfig
+from effformer.context import EMPTY, Context, Site
+from effformer.nn.drop import DropPath
+from effformer.nn.norms import make_norm, modulate
+from effformer.registry import Caps, block
+
+from .base import Block, Branch, below, make_ffn, make_mixer
+
+__all__ = ["Parallel", "ParallelBranches"]
+
+
+@block.register("parallel", caps=Caps(cond="optional", packed=True), paper="2302.05442")
+class Parallel(Block):
+    """Attention and FFN side by side: ``h = norm(x)``, ``x + attn(h) + ffn(h)``.
+
+    One norm serves both branches. In a conditioned model each branch shifts, scales and gates for
+    itself (six vectors).
+
+    Differs from the paper: the conditioned form is ours.
+
+    Args:
+        config: no knobs.
+        site: the place in the model.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network.
+
+    Reference: Scaling Vision Transformers to 22 Billion Parameters, 2023, arXiv 2302.05442.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """`Parallel` has no knobs."""
+
+    def __init__(
+        self, config: Parallel.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
+    ) -> None:
+        shared = replace(site, layer_scale=None, drop_path=0.0)
+        a, f = below(shared, "attn"), below(shared, "ffn")
+        branches = {
+            "attn": Branch(make_mixer(attn, a), a, normed=False),
+            "ffn": Branch(make_ffn(ffn, f), f, normed=False),
+        }
+        super().__init__(branches, site)
+        self.norm = make_norm(site, affine=False if site.cond_dim is not None else None)
+        if site.layer_scale is not None:
+            self.layer_scale = nn.Parameter(torch.full((site.dim,), site.layer_scale))
+        self.drop_path = DropPath(site.drop_path) if site.drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        h = self.norm(x)
+        if self.site.cond_dim is None:
+            y = _total(branch.run(h, ctx) for branch in self.branches)
+        else:
+            mods = self.modulations(ctx)
+            triples = zip(self.branches, mods[0::3], mods[1::3], mods[2::3], strict=True)
+            y = _total(
+                gate * branch.run(modulate(h, shift, scale), ctx)
+                for branch, shift, scale, gate in triples
+            )
+        if self.site.layer_scale is not None:
+            y = y * self.layer_scale
+        return x + self.drop_path(y)
+
+
+@block.register("parallel-branches", caps=Caps(packed=True), paper="2203.09795")
+class ParallelBranches(Block):
+    """Several attentions side by side, then several FFNs: ``x + sum_j attn_j(norm_j(x))``, then ``x
+    + sum_j ffn_j(norm_j(x))``.
+
+    A block with c copies has the parameters of c ordinary ones and a c-th of their sequential
+    steps.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+        attn: config of each token mixer.
+        ffn: config of each position-wise network.
+
+    Reference: Three things everyone should know about Vision Transformers, 2022, arXiv 2203.09795.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `ParallelBranches`.
+
+        Attributes:
+            copies: number of attentions and of FFNs.
+        """
+
+        copies: int = 2
+
+        def __post_init__(self) -> None:
+            if self.copies < 1:
+                raise ValueError(f"parallel-branches: copies must be at least 1, got {self.copies}")
+
+    def __init__(
+        self, config: ParallelBranches.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
+    ) -> None:
+        branches = {}
+        for j in range(config.copies):
+            here = below(site, f"attn{j}")
+            branches[f"attn{j}"] = Branch(make_mixer(attn, here), here)
+        for j in range(config.copies):
+            here = below(site, f"ffn{j}")
+            branches[f"ffn{j}"] = Branch(make_ffn(ffn, here), here)
+        super().__init__(branches, site)
+        self.copies = config.copies
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        for group in (self.branches[: self.copies], self.branches[self.copies :]):
+            x = x + _total(branch.scale(branch.run(branch.norm(x), ctx)) for branch in group)
+        return x
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)

@@ -1,0 +1,49 @@
+"""The post-norm block of the original transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effformer.config import Config as BaseConfig
+from effformer.context import Site
+from effformer.registry import Caps, block
+
+from .base import Block, Branch, below, make_ffn, mixer_branches
+
+__all__ = ["PostNorm"]
+
+
+@block.register("postnorm", caps=Caps(cross=True, packed=True), paper="1706.03762")
+class PostNorm(Block):
+    """Post-norm block: ``norm(x + attn(x))``, then ``norm(x + ffn(x))``.
+
+    In a decoder ``norm(x + cross(x, memory))`` stands between the two.
+
+    Args:
+        config: no knobs.
+        site: the place in the model.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network.
+        cross: config of the mixer that attends to a memory of width ``site.memory_dim``, None for
+            no such branch.
+
+    Reference: Attention Is All You Need, 2017, arXiv 1706.03762.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """`PostNorm` has no knobs."""
+
+    def __init__(
+        self,
+        config: PostNorm.Config,
+        site: Site,
+        *,
+        attn: BaseConfig,
+        ffn: BaseConfig,
+        cross: BaseConfig | None = None,
+    ) -> None:
+        f = below(site, "ffn")
+        branches = mixer_branches(attn, cross, site, post_norm=True)
+        branches["ffn"] = Branch(make_ffn(ffn, f), f, post_norm=True)
+        super().__init__(branches, site)

@@ -1,0 +1,50 @@
+"""The residual post-norm block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from effformer.config import Config as BaseConfig
+from effformer.context import Context, Site
+from effformer.registry import Caps, block
+
+from .base import Block, Branch, below, make_ffn, make_mixer
+
+__all__ = ["ResPost"]
+
+
+class _NormedBranch(Branch):
+    """``x + norm(part(x))``: the norm bounds what is added."""
+
+    def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        return x + self.scale(self.norm(self.run(x, ctx)))
+
+
+@block.register("respost", caps=Caps(packed=True), paper="2111.09883")
+class ResPost(Block):
+    """Residual post-norm block: ``x + norm(attn(x))``, then ``x + norm(ffn(x))``.
+
+    Args:
+        config: no knobs.
+        site: the place in the model.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network.
+
+    Reference: Swin Transformer V2: Scaling Up Capacity and Resolution, 2021, arXiv 2111.09883.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """`ResPost` has no knobs."""
+
+    def __init__(
+        self, config: ResPost.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
+    ) -> None:
+        a, f = below(site, "attn"), below(site, "ffn")
+        branches = {
+            "attn": _NormedBranch(make_mixer(attn, a), a),
+            "ffn": _NormedBranch(make_ffn(ffn, f), f),
+        }
+        super().__init__(branches, site)
