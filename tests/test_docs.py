@@ -1,0 +1,143 @@
+"""What the documentation says is true: examples run, links lead somewhere, lists are current."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import effformer
+from effformer.version import VERSION
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/**/*.md")]
+)
+PACKAGES = ("", ".models", ".compress", ".export")
+LARGEST_LINES, LARGEST_FUNCTION = 600, 60
+
+
+def module_names() -> list[str]:
+    names = ["effformer"]
+    for suffix in PACKAGES:
+        package = importlib.import_module(f"effformer{suffix}")
+        found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        names += [package.__name__, *(info.name for info in found)]
+    return sorted(set(names))
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+    known = {**vars(module), "effformer": effformer, "torch": torch}
+    report: list[str] = []
+    for case in doctest.DocTestFinder(exclude_empty=True).find(module, globs=known):
+        runner.run(case, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), PYTHON, ids=[f"{p.name}-{i}" for i, (p, _) in enumerate(PYTHON)]
+)
+def test_code_blocks_run(
+    page: Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_shell_blocks_name_real_verbs_and_options() -> None:
+    from typer.main import get_command
+
+    from effformer.cli.main import app
+
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    wrong = []
+    for page in PAGES:
+        for line in "\n".join(blocks(page, "(?:bash|sh|console)")).splitlines():
+            for words in re.findall(r"effformer ([a-z]+)([^&|#]*)", line):
+                verb, rest = words
+                if verb not in verbs:
+                    wrong.append(f"{page.name}: effformer {verb}")
+                    continue
+                options = {o for p in verbs[verb].params for o in (*p.opts, *p.secondary_opts)}
+                given = re.findall(r"(?<=\s)(--?[a-z][a-z-]*)", rest)
+                wrong += [f"{page.name}: effformer {verb} {o}" for o in given if o not in options]
+    assert not wrong
+
+
+def test_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 'pip install -e ".[all]" && effformer demo' in readme
+    second = 'pip install -e ".[dev]" && pytest'
+    assert second in readme
+    assert second in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(
+        r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#", "mailto:")):
+            path = page.parent / target.split("#")[0]
+            if not path.exists():
+                missing.append(target)
+    assert not missing
+
+
+def test_changelog_has_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(VERSION)}\]", text, flags=re.MULTILINE)
+
+
+def test_generated_lists_are_current() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "doclists.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_files_are_tidy() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = [sys.executable, str(ROOT / "tools" / "files.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_site_builds_strictly(tmp_path: Path) -> None:
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("needs the docs extra: pip install 'effformer[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stderr
