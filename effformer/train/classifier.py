@@ -1,0 +1,116 @@
+"""A small classifier that judges generated images.
+
+In training it sees real images only; it knows nothing of the generative model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_shape
+from .datasets import Dataset, load_data
+from .loop import TrainConfig, train
+from .objectives import Classification
+
+__all__ = ["Classifier", "accuracy", "train_classifier"]
+
+RECIPE = TrainConfig(steps=300, batch=64, lr=3e-3, warmup=20, weight_decay=0.05, ema=0.99)
+
+
+def accuracy(model: nn.Module, data: Dataset, *, batch: int = 500) -> float:
+    """Share of a data set that a classifier gets right, in [0, 1].
+
+    Args:
+        model: maps images (B, C, H, W) to logits (B, classes); used in evaluation mode.
+        data: images and labels.
+        batch: images per forward pass, about.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode():
+        hits = 0
+        for rows in torch.arange(len(data)).chunk(max(1, len(data) // batch)):
+            predicted = model(data.images[rows].to(device)).argmax(1).cpu()
+            hits += int((predicted == data.labels[rows]).sum())
+    model.train(training)
+    return hits / len(data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Classifier:
+    """A trained judge of images.
+
+    Attributes:
+        network: maps images (B, C, H, W) in [-1, 1] to logits (B, classes).
+        accuracy: share of held-out real images that it recognises.
+    """
+
+    network: nn.Module
+    accuracy: float
+
+    def predict(self, samples: Tensor) -> Tensor:
+        """Classes (B,) of samples (B, C, H, W), clamped to [-1, 1] as in an image file."""
+        with torch.inference_mode():
+            logits: Tensor = self.network(samples.clamp(-1, 1))
+        return logits.argmax(1)
+
+    def recognised(self, samples: Tensor, labels: Tensor) -> float:
+        """Share of samples that are taken for the class that they were asked to be, in [0, 1].
+
+        Args:
+            samples: (B, C, H, W) in [-1, 1].
+            labels: (B,) int64.
+
+        Raises:
+            ValueError: the labels do not fit the samples.
+        """
+        check_shape(
+            labels, f"({len(samples)},)", (len(samples),), where="Classifier.recognised: labels"
+        )
+        return (self.predict(samples) == labels).double().mean().item()
+
+
+def train_classifier(
+    data: Dataset | None = None, *, seed: int = 0, config: TrainConfig = RECIPE
+) -> Classifier:
+    """Train a small convolutional network on 9/10 of a data set and test it on the rest.
+
+    Takes a few seconds for the digits on two CPU cores, and is deterministic.
+
+    Args:
+        data: real images; None means the packaged digits.
+        seed: of the split, the initial weights and the order of the data.
+        config: how it is trained; its seed is replaced.
+
+    Example:
+        >>> from effformer.train import train_classifier
+        >>> train_classifier().accuracy > 0.97
+        True
+    """
+    data = load_data("digits") if data is None else data
+    learned, held_out = data.split(0.1, seed=seed)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        network = _network(data.images.shape[1], len(data.classes))
+    train(
+        network, learned, Classification(smoothing=0.05), config.replace(seed=seed), progress=False
+    )
+    network.eval()
+    return Classifier(network, accuracy(network, held_out))
+
+
+def _network(channels: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(4),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 128),
+        nn.ReLU(),
+        nn.Linear(128, classes),
+    )

@@ -1,0 +1,228 @@
+"""Labelled images in memory: the packaged digits, and data sets that are on the disk already.
+
+Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from ..checks import need, unknown
+from .readers import find_idx, read_folder, read_idx, resize
+
+__all__ = ["Dataset", "load_data"]
+
+Part = Literal["train", "test"]
+
+# Data sets in IDX files: name -> folder under which torchvision keeps them.
+_IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+# name -> (torchvision class, whether its constructor takes train=bool rather than split=str)
+_TORCHVISION = {
+    "cifar10": ("CIFAR10", True),
+    "cifar100": ("CIFAR100", True),
+    "usps": ("USPS", True),
+    "svhn": ("SVHN", False),
+    "stl10": ("STL10", False),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """Images with one label each.
+
+    Attributes:
+        name: how the data were named to `load_data`.
+        images: (N, C, H, W) float32 in [-1, 1].
+        labels: (N,) int64, an index into ``classes``.
+        classes: names of the classes.
+
+    Example:
+        >>> from effformer.train import load_data
+        >>> train, held_out = load_data("digits").split(0.1, seed=0)
+        >>> len(train), len(held_out)
+        (1617, 180)
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        where = f"Dataset {self.name!r}"
+        if self.images.dim() != 4 or self.images.dtype != torch.float32:
+            given = f"{tuple(self.images.shape)} {self.images.dtype}"
+            raise ValueError(f"{where}: expected images (N, C, H, W) of float32, got {given}")
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
+            given = f"{tuple(self.labels.shape)} {self.labels.dtype}"
+            raise ValueError(f"{where}: expected {len(self.images)} labels of int64, got {given}")
+        if len(self.labels) == 0:
+            raise ValueError(f"{where}: there are no images")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise ValueError(
+                f"{where}: labels lie in {low}..{high}, but there are {len(self.classes)} classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> Dataset:
+        """The samples at ``index`` (K,) int64."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def split(self, fraction: float = 0.1, *, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """Shuffle and cut into (training, held-out).
+
+        Args:
+            fraction: share of the held-out part, in (0, 1); rounded to at least one sample on both
+                sides.
+            seed: the same seed gives the same cut.
+
+        Raises:
+            ValueError: ``fraction`` outside (0, 1), or a single sample.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"Dataset.split: fraction must lie between 0 and 1, got {fraction}")
+        if len(self) < 2:
+            raise ValueError(f"Dataset.split: {self.name!r} has one sample, two are needed")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        held_out = min(max(round(fraction * len(self)), 1), len(self) - 1)
+        return self.subset(order[held_out:]), self.subset(order[:held_out])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over images and labels: two data sets with the same one train the same."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_data(
+    source: str | os.PathLike[str], *, part: Part = "train", size: int | None = None
+) -> Dataset:
+    """Load a data set by name, by ``name:path``, or by path.
+
+    Pixel values 0..max become ``2 v / max - 1``, so all images lie in [-1, 1].
+
+    Args:
+        source: one of
+
+            - ``"digits"``: the UCI handwritten digits, 1,797 images (1, 8, 8), part of this
+              package;
+            - ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"kmnist:DIR"``: IDX files (gzip or not) in
+              DIR or where torchvision puts them under DIR;
+            - ``"cifar10:DIR"``, ``"cifar100:DIR"``, ``"usps:DIR"``, ``"svhn:DIR"``,
+              ``"stl10:DIR"``: torchvision data sets that were downloaded to DIR before (needs
+              torchvision);
+            - a folder with IDX files, or a folder with one sub-folder of images per class.
+        part: "train" or "test"; the digits and image folders have only one part, which
+            `Dataset.split` cuts.
+        size: resize to (size, size): shorter side to ``size``, antialiased, then the centre. None
+            keeps the size.
+
+    Raises:
+        ValueError: unknown name, or a part that does not exist.
+        FileNotFoundError: there is nothing at the path.
+        FormatError: the files are not what they should be; the message names the file.
+
+    Reference: digits: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, 1998, CC
+    BY 4.0, UCI Machine Learning Repository, doi:10.24432/C50P49.
+    """
+    text = os.fspath(source)
+    if part not in ("train", "test"):
+        raise unknown("part", str(part), ["train", "test"], where="load_data")
+    if size is not None and size < 1:
+        raise ValueError(f"load_data: size must be positive, got {size}")
+    name, _, path = text.partition(":")
+    folder = Path(text)
+    if path and name in _IDX:
+        return _idx(name, Path(path), part, size)
+    if path and name in _TORCHVISION:
+        return _torchvision(name, Path(path), part, size)
+    if text != "digits" and not folder.is_dir():
+        raise _not_found(text)
+    if text != "digits" and (find_idx(folder, "train") or find_idx(folder, "test")):
+        return _idx(text, folder, part, size)
+    if part == "test":
+        raise ValueError(
+            f"load_data: {text!r} has no test part; cut it with load_data({text!r}).split(0.1)"
+        )
+    return _digits(size) if text == "digits" else _folder(folder, size)
+
+
+def _not_found(text: str) -> Exception:
+    name, _, path = text.partition(":")
+    names = ["digits", *_IDX, *_TORCHVISION]
+    if text in names:
+        return ValueError(f"load_data: {text!r} needs the folder that holds it: '{text}:DIR'")
+    if Path(text).exists():
+        return FileNotFoundError(f"load_data: {text!r} is a file, not a folder")
+    if os.sep in (name if path else text):
+        return FileNotFoundError(f"load_data: {text!r} does not exist")
+    hint = f"{', '.join(names)}, or a folder"
+    return unknown("data set", name, names, where="load_data", hint=hint)
+
+
+def _digits(size: int | None) -> Dataset:
+    file = resources.files("effformer.train") / "data" / "digits.safetensors"
+    tensors = load(file.read_bytes())
+    classes = [str(i) for i in range(10)]
+    return _dataset("digits", tensors["images"], tensors["labels"], 16, classes, size)
+
+
+def _idx(name: str, folder: Path, part: Part, size: int | None) -> Dataset:
+    places = [folder, folder / _IDX[name] / "raw"] if name in _IDX else [folder]
+    found = next((files for place in places if (files := find_idx(place, part))), None)
+    if found is None:
+        wanted = "train-images-idx3-ubyte" if part == "train" else "t10k-images-idx3-ubyte"
+        looked = " and ".join(str(place) for place in places)
+        raise FileNotFoundError(f"load_data: no {wanted}[.gz] with its labels in {looked}")
+    images, labels = read_idx(*found)
+    classes = [str(i) for i in range(int(labels.max()) + 1)]
+    return _dataset(name, images, labels, 255, classes, size)
+
+
+def _torchvision(name: str, folder: Path, part: Part, size: int | None) -> Dataset:
+    cls, by_flag = _TORCHVISION[name]
+    make = getattr(need("torchvision.datasets", "vision"), cls)
+    chosen = {"train": part == "train"} if by_flag else {"split": part}
+    try:
+        found = make(str(folder), download=False, **chosen)
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"load_data: no intact {cls} ({part}) in {folder}; download it there first, "
+            f"for instance with torchvision.datasets.{cls}({str(folder)!r}, download=True)"
+        ) from error
+    pixels = torch.as_tensor(found.data)
+    if pixels.dim() == 3:
+        pixels = pixels[:, None]
+    elif pixels.shape[-1] == 3:  # CIFAR: (N, H, W, C)
+        pixels = pixels.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(found.targets if by_flag else found.labels)
+    classes = getattr(found, "classes", None) or [str(i) for i in range(int(labels.max()) + 1)]
+    return _dataset(name, pixels, labels, 255, classes, size)
+
+
+def _folder(folder: Path, size: int | None) -> Dataset:
+    images, labels, classes = read_folder(folder, size)
+    return _dataset(str(folder), images, labels, 255, classes, None)
+
+
+def _dataset(
+    name: str, pixels: Tensor, labels: Tensor, peak: int, classes: Sequence[str], size: int | None
+) -> Dataset:
+    images = pixels.float().mul_(2 / peak).sub_(1).contiguous()
+    if size is not None:
+        images = resize(images, size)
+    return Dataset(name, images, labels.long(), tuple(classes))

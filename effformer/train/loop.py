@@ -1,0 +1,351 @@
+"""The training loop: AdamW, warm-up, averaged weights, and runs that survive being killed.
+
+Everything random in step s is a function of (seed, s): the order of the data, and the seeds of the
+objective's generator and of torch's own (dropout). So a checkpoint needs no random state, and a run
+that was killed and resumed ends with the very bits of an uninterrupted one (same machine, same
+number of threads).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..context import Ledger
+from .checkpoint import RunFolder, read_checkpoint
+from .datasets import Dataset
+from .ema import EMA
+from .objectives import Batch, Objective
+from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
+from .progress import progress_bar
+from .seeding import Order, isolated_randomness, seed_for
+
+__all__ = ["DivergenceError", "TrainConfig", "TrainResult", "train"]
+
+
+class DivergenceError(ValueError):
+    """The loss or the gradient became infinite or not a number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(Config):
+    """What decides the weights, beside model, data and objective.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: samples per step.
+        accumulate: forward passes that a step is divided into (gradient accumulation); divides
+            ``batch``.
+        lr: peak learning rate.
+        warmup: steps of linear warm-up.
+        schedule: after the warm-up: "cosine" to 0, or "constant".
+        weight_decay: decoupled, on weight matrices only.
+        betas: of AdamW.
+        clip: largest norm of the gradient, None for no clipping.
+        ema: decay of the averaged weights (with warm-up), None for none.
+        seed: of data order, objective and dropout; the initial weights are the caller's.
+    """
+
+    steps: int = 1000
+    batch: int = 128
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    ema: float | None = 0.999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"TrainConfig: batch {self.batch} is not divisible by accumulate {self.accumulate}"
+            )
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(
+                f"TrainConfig: warmup must lie in 0..{self.steps} (steps), got {self.warmup}"
+            )
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise ValueError(f"TrainConfig: lr must be positive, got {self.lr}")
+        if self.weight_decay < 0 or (self.clip is not None and not self.clip > 0):
+            raise ValueError(
+                "TrainConfig: weight_decay must be >= 0 and clip > 0 (None: no clipping)"
+            )
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.ema or 0.0)):
+            raise ValueError(
+                f"TrainConfig: betas {self.betas} and ema {self.ema} must lie in [0, 1)"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+        steps: steps taken in all.
+        seconds: time spent on them, over all resumes.
+        loss: mean loss since the last record of the metrics.
+        resumed: the step at which this call took over, 0 for a new run.
+        history: the metrics (JSONL), None without ``out``; see `read_metrics`.
+        checkpoint: the last checkpoint, None without ``out``.
+    """
+
+    steps: int
+    seconds: float
+    loss: float
+    resumed: int
+    history: Path | None
+    checkpoint: Path | None
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    objective: Objective,
+    config: TrainConfig,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    log_every: int = 50,
+    save_every: int = 500,
+    keep: int = 2,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train a model in place.
+
+    On return the model carries the averaged weights if ``config.ema`` is set; the last checkpoint
+    holds both.
+
+    Args:
+        model: trained where it is; images are moved to the device of its first parameter.
+        data: training samples.
+        objective: the loss, see `Objective`.
+        config: what decides the weights.
+        out: folder of the run; None keeps everything in memory.
+        resume: continue the run in ``out`` from its last checkpoint, or begin it if there is none.
+        log_every: steps between records of the metrics.
+        save_every: steps between checkpoints; the last step always has one.
+        keep: number of checkpoints that stay.
+        progress: show a progress bar on stderr; None: if stderr is a terminal.
+
+    Raises:
+        ValueError: the folder cannot be written or holds another run; an option out of range.
+        FormatError: the folder holds something else, or a broken checkpoint.
+        DivergenceError: loss or gradient not finite; the last good checkpoint stays.
+
+    Example:
+        >>> from torch import nn
+        >>> from effformer.train import Classification, TrainConfig, load_data, train
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> train(net, load_data("digits"), Classification(), TrainConfig(steps=20, warmup=0)).steps
+        20
+    """
+    for name, value in (("log_every", log_every), ("save_every", save_every), ("keep", keep)):
+        if value < 1:
+            raise ValueError(f"train: {name} must be at least 1, got {value}")
+    trainer = _Trainer(model, data, objective, config)
+    folder = None
+    if out is not None:
+        folder = RunFolder(Path(out), _identity(model, data, objective, config), resume=resume)
+        if (newest := folder.newest()) is not None:
+            trainer.restore(newest)
+    resumed, training = trainer.done, model.training
+    model.train()
+    try:
+        with (
+            isolated_randomness(trainer.device),
+            progress_bar(config.steps, resumed, progress) as show,
+        ):
+            while trainer.done < config.steps:
+                trainer.step()
+                last = trainer.done == config.steps
+                saving = folder is not None and (last or trainer.done % save_every == 0)
+                if last or saving or trainer.done % log_every == 0:
+                    record = trainer.record(folder)
+                    if folder is not None:
+                        folder.log(record)
+                show(trainer.done, trainer.loss)
+                if saving and folder is not None:
+                    folder.save(trainer.done, trainer.tensors(), trainer.state(), keep=keep)
+    finally:
+        model.train(training)
+    if trainer.ema is not None:
+        trainer.ema.copy_to(model)
+    history, newest = (None, None) if folder is None else (folder.metrics, folder.newest())
+    return TrainResult(trainer.done, trainer.seconds(), trainer.loss, resumed, history, newest)
+
+
+class _Trainer:
+    """Everything that changes during training."""
+
+    def __init__(
+        self, model: nn.Module, data: Dataset, objective: Objective, config: TrainConfig
+    ) -> None:
+        self.model, self.data, self.objective, self.config = model, data, objective, config
+        self.optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas)
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.trainable[0].device
+        self.ema = None if config.ema is None else EMA(model, config.ema, warmup=True)
+        self.generator = torch.Generator()
+        self.order = Order(len(data), config.batch, config.seed)
+        self.done = 0
+        self.loss = math.nan
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._spent, self._began = 0.0, time.perf_counter()
+
+    def step(self) -> None:
+        """One optimizer step; losses stay on the device until `record`: nothing waits for them."""
+        config = self.config
+        self._seed()
+        loss = torch.zeros((), device=self.device)
+        for rows in self.order.rows(self.done).chunk(config.accumulate):
+            batch = Batch(
+                self.data.images[rows].to(self.device), self.data.labels[rows].to(self.device)
+            )
+            ledger = Ledger()
+            value = self.objective(self.model, batch, self.generator, ledger) + ledger.total_loss()
+            value = value / config.accumulate
+            value.backward()  # type: ignore[no-untyped-call]
+            loss += value.detach()
+        gradients = [p.grad for p in self.trainable if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, config.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(self.done)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self._losses.append(loss)
+        self._norms.append(norm)
+        self.done += 1
+
+    def record(self, folder: RunFolder | None) -> dict[str, float]:
+        """Means since the last record.
+
+        Raises:
+            DivergenceError: one of them is not finite.
+        """
+        losses, norms = torch.stack(self._losses).tolist(), torch.stack(self._norms).tolist()
+        first = self.done - len(losses)
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                newest = None if folder is None else folder.newest()
+                raise DivergenceError(
+                    f"train: loss {loss}, gradient norm {norm} at step {first + i + 1} of "
+                    f"{self.config.steps}; the last checkpoint is {newest}. A lower lr (now "
+                    f"{self.config.lr:g}), a longer warmup ({self.config.warmup}) or clip "
+                    f"({self.config.clip}) may help"
+                )
+        self._losses, self._norms = [], []
+        self.loss = sum(losses) / len(losses)
+        return {
+            "step": self.done,
+            "loss": self.loss,
+            "lr": self._lr(self.done - 1),
+            "grad_norm": sum(norms) / len(norms),
+            "seconds": round(self.seconds(), 3),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Model, averaged weights and optimizer, named as `read_checkpoint` documents."""
+        out = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        if self.ema is not None:
+            out |= {f"ema.{key}": value for key, value in self.ema.shadow.items()}
+        return out | {
+            f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer, self.model).items()
+        }
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds beside tensors."""
+        return {"step": self.done, "seconds": self.seconds(), "loss": self.loss}
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of the same run."""
+        tensors, state = read_checkpoint(checkpoint)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.model.load_state_dict(parts["model"])
+        restore_optimizer(self.optimizer, self.model, parts["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(
+                self.ema.state_dict() | {"shadow": parts["ema"], "updates": state["step"]}
+            )
+        self.done, self._spent, self.loss = state["step"], state["seconds"], state["loss"]
+
+    def seconds(self) -> float:
+        """Time spent, over all resumes."""
+        return self._spent + time.perf_counter() - self._began
+
+    def _lr(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step,
+            peak=config.lr,
+            warmup=config.warmup,
+            steps=config.steps,
+            cosine=config.schedule == "cosine",
+        )
+
+    def _seed(self) -> None:
+        self.generator.manual_seed(seed_for(self.config.seed, "objective", self.done))
+        dropout = seed_for(self.config.seed, "dropout", self.done)
+        torch.default_generator.manual_seed(dropout)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(dropout)
+
+
+def _identity(
+    model: nn.Module, data: Dataset, objective: Objective, config: TrainConfig
+) -> dict[str, Any]:
+    """What a run is, as JSON values."""
+    layout = [
+        (name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()
+    ]
+    own = getattr(model, "config", None)
+    return {
+        "config": config.to_dict(),
+        "objective": _describe(objective),
+        "model": {
+            "class": type(model).__qualname__,
+            "config": own.to_dict() if isinstance(own, Config) else None,
+            "transforms": list(getattr(model, "transforms", ())),
+            "parameters": hashlib.sha256(repr(layout).encode()).hexdigest(),
+        },
+        "data": {"name": data.name, "samples": len(data), "sha256": data.fingerprint()},
+    }
+
+
+def _describe(value: object) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        options = {f.name: _describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__qualname__, **options}
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    # without its module, which is another one when a script is imported
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    own = getattr(value, "config", None)
+    return {"class": name, "config": own.to_dict()} if isinstance(own, Config) else name

@@ -1,0 +1,97 @@
+"""What the loop minimises: a function of model, batch and randomness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, part, resolve
+from ..context import Ledger
+from ..flow.objectives import FlowMatching
+from ..registry import objective as registry
+
+__all__ = ["Batch", "Classification", "Generation", "Objective"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass sees.
+
+    Attributes:
+        x: (B, C, H, W) float32 images in [-1, 1].
+        y: (B,) int64 labels.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+class Objective(Protocol):
+    """Loss of a model on a batch; a plain function fits.
+
+    The loop adds ``ledger.total_loss()`` to the result. Everything random must come from
+    ``generator``, which the loop seeds per step: this makes an interrupted run repeat exactly.
+    """
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
+    ) -> Tensor:
+        """Return the loss, a scalar that is a mean over the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classification:
+    """Cross entropy of ``model(x)``, which returns logits (B, classes).
+
+    Attributes:
+        smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+    """
+
+    smoothing: float = 0.0
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
+    ) -> Tensor:
+        return nn.functional.cross_entropy(model(batch.x), batch.y, label_smoothing=self.smoothing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation(Config):
+    """A class-conditional flow: an objective of `effformer.flow` with labels, some of which are
+    dropped.
+
+    Calls ``model(x_t, t, y=labels, drop=dropped, ledger=ledger)``. Dropping labels in training is
+    what gives a model its unconditional prediction, which classifier-free guidance needs.
+
+    Attributes:
+        loss: a registered objective: name, dict or config.
+        label_drop: probability of replacing a label by the null class, in [0, 1).
+
+    Reference: Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow,
+    2022, arXiv 2209.03003; Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598.
+    """
+
+    loss: Config = part("objective", FlowMatching.Config())
+    label_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_drop < 1:
+            raise ValueError(f"Generation: label_drop must lie in [0, 1), got {self.label_drop}")
+        object.__setattr__(self, "loss", resolve("objective", self.loss, where="Generation.loss"))
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
+    ) -> Tensor:
+        dropped = None
+        if self.label_drop > 0:
+            chance = torch.rand(len(batch.y), generator=generator, device=generator.device)
+            dropped = (chance < self.label_drop).to(batch.y.device)
+        entry = registry.owner(self.loss)
+        assert entry is not None  # resolve() accepts registered configs only
+        flow = entry.build(self.loss)
+        out = flow(model, batch.x, generator=generator, y=batch.y, drop=dropped, ledger=ledger)
+        loss: Tensor = out.loss
+        return loss

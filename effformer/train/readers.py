@@ -1,0 +1,162 @@
+"""Read images from files: IDX (the format of MNIST) and folders with one sub-folder per class."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import FormatError, need
+
+if TYPE_CHECKING:
+    from .datasets import Part
+
+__all__ = ["find_idx", "read_folder", "read_idx", "resize"]
+
+_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+
+
+def find_idx(folder: Path, part: Part) -> tuple[Path, Path] | None:
+    """The image and label file of a part, with or without ``.gz``; None if one is missing."""
+    stem = "train" if part == "train" else "t10k"
+    found = []
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        plain = folder / f"{stem}-{kind}"
+        zipped = plain.with_name(plain.name + ".gz")
+        found += [path for path in (plain, zipped) if path.is_file()][:1]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def read_idx(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
+    """Read a pair of IDX files.
+
+    An IDX file is two zero bytes, the type (8 = uint8), the number of dimensions, the sizes as
+    big-endian int32, and the values.
+
+    Returns:
+        Images (N, 1, H, W) and labels (N,), both uint8.
+
+    Raises:
+        FormatError: not IDX, truncated, empty, or the two files differ in length.
+    """
+    pixels, classes = _idx_array(images, 3), _idx_array(labels, 1)
+    if len(pixels) != len(classes):
+        raise FormatError(
+            f"{images.name} holds {len(pixels)} images, but {labels.name} {len(classes)} labels"
+        )
+    return pixels[:, None], classes
+
+
+def _idx_array(path: Path, dims: int) -> Tensor:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FormatError(
+            f"{path}: broken gzip file ({error}); copy or download it again"
+        ) from error
+    head = 4 + 4 * dims
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) < head:
+        raise FormatError(f"{path}: not an IDX file of uint8 with {dims} dimension(s)")
+    sizes = np.frombuffer(raw, ">i4", dims, 4).tolist()
+    if min(sizes) < 1 or len(raw) - head != math.prod(sizes):
+        raise FormatError(
+            f"{path}: announces {' x '.join(map(str, sizes))} values, but {len(raw) - head} follow"
+        )
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=head).copy()).view(sizes)
+
+
+def read_folder(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
+    """Read a folder with one sub-folder per class.
+
+    Classes are the sub-folders in alphabetical order; files whose suffix is not that of an image,
+    and hidden ones, are passed over. If every image is grey there is one channel, else three;
+    transparency is dropped.
+
+    Args:
+        folder: the top folder.
+        size: shorter side of the resized image, whose centre is cut out; None: all images have one
+            size already.
+
+    Returns:
+        Images (N, C, H, W) uint8, labels (N,) int64, class names.
+
+    Raises:
+        FormatError: no classes, a class without images, images outside a class, a broken image, or
+            several sizes.
+    """
+    visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    classes = [p for p in visible if p.is_dir()]
+    if loose := [p for p in visible if p.suffix.lower() in _SUFFIXES]:
+        raise FormatError(
+            f"{folder}: expected one sub-folder of images per class, but {loose[0].name} "
+            "lies beside them"
+        )
+    if not classes:
+        raise FormatError(
+            f"{folder}: expected IDX files or one sub-folder of images per class, found neither"
+        )
+    pictures: list[Any] = []
+    labels: list[int] = []
+    first: tuple[Path, tuple[int, int]] | None = None
+    for label, place in enumerate(classes):
+        files = sorted(p for p in place.iterdir() if _is_image(p))
+        if not files:
+            raise FormatError(f"{place}: this class has no images ({', '.join(sorted(_SUFFIXES))})")
+        for file in files:
+            picture = _open(file, size)
+            first = first or (file, picture.size)
+            if picture.size != first[1]:
+                raise FormatError(
+                    f"{file}: the image is {_by(picture.size)}, but {first[0]} is {_by(first[1])}; "
+                    "give size=... to bring all to one size"
+                )
+            pictures.append(picture)
+            labels.append(label)
+    mode = "L" if all(p.mode == "L" for p in pictures) else "RGB"
+    arrays = np.stack([np.asarray(p.convert(mode)) for p in pictures])
+    images = torch.from_numpy(arrays)
+    images = images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(labels), [p.name for p in classes]
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _open(path: Path, size: int | None) -> Any:
+    """Decode one image to mode L (grey) or RGB."""
+    pil, ops = need("PIL.Image"), need("PIL.ImageOps")
+    try:
+        with pil.open(path) as file:
+            picture = ops.exif_transpose(file)
+            picture.load()
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        raise FormatError(f"{path}: cannot be read as an image ({error})") from error
+    if picture.mode.startswith(("I", "F")):
+        raise FormatError(
+            f"{path}: {picture.mode} pixels; only 8-bit images are read, convert it first"
+        )
+    picture = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+    return picture if size is None else ops.fit(picture, (size, size), pil.Resampling.BILINEAR)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Bring images (N, C, H, W) to (N, C, size, size): shrink or enlarge, then cut the centre."""
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    high, wide = max(round(height * scale), size), max(round(width * scale), size)
+    images = torch.nn.functional.interpolate(images, (high, wide), mode="bilinear", antialias=True)
+    top, left = (high - size) // 2, (wide - size) // 2
+    return images[..., top : top + size, left : left + size].contiguous()

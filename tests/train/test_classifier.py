@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effformer.train import Classifier, TrainConfig, accuracy, load_data, train_classifier
+
+
+@pytest.fixture(scope="module")
+def judge() -> Classifier:
+    torch.set_num_threads(1)
+    return train_classifier()
+
+
+def test_reads_held_out_digits(judge: Classifier) -> None:
+    held_out = load_data("digits").split(0.1, seed=0)[1]
+    assert judge.accuracy >= 0.98
+    assert judge.accuracy == accuracy(judge.network, held_out)
+    assert judge.recognised(held_out.images, held_out.labels) == judge.accuracy
+
+
+def test_wrong_labels_and_noise_are_not_recognised(judge: Classifier) -> None:
+    data = load_data("digits")
+    assert judge.recognised(data.images, (data.labels + 1) % 10) < 0.02
+    noise = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert judge.recognised(noise, torch.arange(1000) % 10) < 0.2
+
+
+def test_samples_are_clamped(judge: Classifier) -> None:
+    images = load_data("digits").images[:50]
+    beyond = torch.where(images == 1, 3.0, torch.where(images == -1, -3.0, images))
+    assert torch.equal(judge.predict(beyond), judge.predict(images))
+
+
+def test_is_deterministic_and_leaves_randomness_alone() -> None:
+    before = torch.get_rng_state()
+    short = TrainConfig(steps=10, batch=32, warmup=2)
+    first, second, other = (train_classifier(seed=seed, config=short) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    flat = [
+        torch.cat([p.flatten() for p in c.network.parameters()]) for c in (first, second, other)
+    ]
+    assert torch.equal(flat[0], flat[1])
+    assert not torch.equal(flat[0], flat[2])
+
+
+def test_labels_must_fit(judge: Classifier) -> None:
+    with pytest.raises(ValueError, match="labels"):
+        judge.recognised(torch.zeros(3, 1, 8, 8), torch.zeros(2).long())

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effformer.checks import FormatError
+from effformer.train import Dataset, load_data
+
+
+def test_digits_are_the_published_ones() -> None:
+    data = load_data("digits")
+    assert data.images.shape == (1797, 1, 8, 8)
+    assert data.images.dtype == torch.float32
+    assert data.labels.dtype == torch.int64
+    assert data.classes == tuple("0123456789")
+    # counts of the test part as its description prints them
+    assert data.labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert sorted((data.images.unique() * 8 + 8).tolist()) == list(range(17))
+    first_row = ((data.images[0, 0, 0] + 1) * 8).tolist()
+    assert first_row == [0, 0, 5, 13, 9, 1, 0, 0]
+
+
+def test_digits_agree_with_scikit_learn() -> None:
+    reference = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn").load_digits()
+    data = load_data("digits")
+    np.testing.assert_array_equal(((data.images[:, 0] + 1) * 8).numpy(), reference.images)
+    np.testing.assert_array_equal(data.labels.numpy(), reference.target)
+
+
+def test_digits_carry_their_licence() -> None:
+    folder = resources.files("effformer.train") / "data"
+    text = (folder / "digits-credits.txt").read_text(encoding="utf-8")
+    assert "Alpaydin" in text
+    assert "CC BY 4.0" in text
+    assert len((folder / "digits.safetensors").read_bytes()) < 150_000
+
+
+def test_split_is_a_seeded_partition() -> None:
+    data = load_data("digits")
+    train, held_out = data.split(0.1, seed=3)
+    assert (len(train), len(held_out)) == (1617, 180)
+    together = torch.cat([train.images, held_out.images]).flatten(1)
+    assert torch.equal(together.sort(0).values, data.images.flatten(1).sort(0).values)
+    again = data.split(0.1, seed=3)[1]
+    assert torch.equal(again.images, held_out.images)
+    assert not torch.equal(data.split(0.1, seed=4)[1].images, held_out.images)
+    assert held_out.fingerprint() == again.fingerprint() != train.fingerprint()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 2.0])
+def test_split_refuses(fraction: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        load_data("digits").split(fraction)
+
+
+def test_split_needs_two() -> None:
+    with pytest.raises(ValueError, match="two are needed"):
+        load_data("digits").subset(torch.tensor([0])).split()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 8, 8), torch.zeros(2).long(), r"\(N, C, H, W\)"),
+        (torch.zeros(2, 1, 8, 8).double(), torch.zeros(2).long(), "float64"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(3).long(), "expected 2 labels"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(2), "int64"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), r"0\.\.2, but there are 2 classes"),
+        (torch.zeros(0, 1, 8, 8), torch.zeros(0).long(), "no images"),
+    ],
+)
+def test_dataset_refuses(images: torch.Tensor, labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Dataset("made up", images, labels, ("a", "b"))
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def test_grey_folder(tmp_path: Path) -> None:
+    save(tmp_path / "cat" / "a.png", np.full((4, 6), 255))
+    save(tmp_path / "dog" / "b.png", np.zeros((4, 6)))
+    save(tmp_path / "dog" / "c.PNG", np.full((4, 6), 51))
+    (tmp_path / "dog" / "notes.txt").write_text("not an image")
+    (tmp_path / ".hidden").mkdir()
+    data = load_data(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert data.images.shape == (3, 1, 4, 6)
+    assert data.labels.tolist() == [0, 1, 1]
+    torch.testing.assert_close(data.images[:, 0, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
+
+
+def test_colour_folder_and_resize(tmp_path: Path) -> None:
+    pixels = np.zeros((10, 20, 3))
+    pixels[..., 0] = 255
+    save(tmp_path / "red" / "a.png", pixels)
+    save(tmp_path / "grey" / "a.png", np.full((12, 12), 102))
+    with pytest.raises(
+        FormatError, match=r"a\.png: the image is 20 x 10, but .* is 12 x 12; give size"
+    ):
+        load_data(tmp_path)
+    data = load_data(tmp_path, size=4)
+    assert data.images.shape == (2, 3, 4, 4)
+    torch.testing.assert_close(data.images[1].mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
+    torch.testing.assert_close(data.images[0].mean((1, 2)), torch.full((3,), -0.2))
+
+
+def test_torchvision_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="needs effformer[vision]")
+
+    class Stored:
+        classes = ("plane", "car")
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            assert (root, download) == (str(tmp_path), False)
+            self.data = np.full((3, 4, 4, 3), 255 if train else 0, np.uint8)
+            self.data[..., 1] = 51
+            self.targets = [0, 1, 1]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stored)
+    data = load_data(f"cifar10:{tmp_path}")
+    assert data.images.shape == (3, 3, 4, 4)
+    torch.testing.assert_close(data.images[0, :, 0, 0], torch.tensor([1.0, -0.6, 1.0]))
+    assert data.classes == ("plane", "car")
+    assert load_data(f"cifar10:{tmp_path}", part="test").images[0, 0, 0, 0] == -1
+
+
+def test_torchvision_split_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="needs effformer[vision]")
+
+    class Stored:
+        def __init__(self, root: str, split: str, download: bool) -> None:
+            assert split == "test"
+            self.data = np.zeros((2, 3, 6, 6), np.uint8)
+            self.labels = np.array([1, 0])
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", Stored)
+    data = load_data(f"svhn:{tmp_path}", part="test", size=3)
+    assert data.images.shape == (2, 3, 3, 3)
+    assert data.classes == ("0", "1")
+
+
+def test_torchvision_never_downloads(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="needs effformer[vision]")
+    with pytest.raises(FileNotFoundError, match="no intact CIFAR10"):
+        load_data(f"cifar10:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("digit", ValueError, "did you mean 'digits'"),
+        ("mnst:/data", ValueError, "did you mean 'mnist'"),
+        ("mnist", ValueError, "'mnist:DIR'"),
+        ("missing/folder", FileNotFoundError, "does not exist"),
+    ],
+)
+def test_unknown_sources(source: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_data(source)
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown part 'val'"):
+        load_data("digits", part="val")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="size must be positive"):
+        load_data("digits", size=0)
+    with pytest.raises(ValueError, match="no test part"):
+        load_data("digits", part="test")
+    save(tmp_path / "a" / "x.png", np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="no test part"):
+        load_data(tmp_path, part="test")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        load_data(tmp_path / "a" / "x.png")
+
+
+def test_digits_can_be_resized() -> None:
+    data = load_data("digits", size=16)
+    assert data.images.shape == (1797, 1, 16, 16)
+    assert data.images.abs().max() <= 1

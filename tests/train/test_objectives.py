@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import effformer
+from effformer.context import Ledger
+from effformer.train import Batch, Classification, Generation
+
+
+class Network(nn.Module):
+    """Answers zero velocities and remembers what it was asked."""
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, *, drop: Tensor | None, ledger: Ledger
+    ) -> Tensor:
+        self.seen = x, t, y, drop, ledger
+        return torch.zeros_like(x)
+
+
+def batch(size: int = 4000) -> Batch:
+    return Batch(torch.full((size, 1, 2, 2), 0.5), torch.arange(size) % 10)
+
+
+def test_generation_asks_for_velocities_at_random_times() -> None:
+    network, ledger = Network(), Ledger()
+    loss = Generation(label_drop=0.25)(network, batch(), torch.Generator().manual_seed(0), ledger)
+    x, t, y, drop, given = network.seen
+    assert given is ledger
+    assert drop is not None
+    assert drop.double().mean() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(y, batch().y)
+    assert (t.min() >= 0, t.max() <= 1) == (True, True)
+    # mean of (data - noise)^2 = 0.25 + 1 for zero predictions
+    assert loss.item() == pytest.approx(1.25, abs=0.05)
+    noise = (x - 0.5 * t.view(-1, 1, 1, 1)) / (1 - t.view(-1, 1, 1, 1)).clamp_min(1e-3)
+    assert noise[t < 0.9].std() == pytest.approx(1.0, abs=0.05)
+
+
+def test_generation_is_a_function_of_the_generator() -> None:
+    network = Network()
+    losses = [
+        Generation()(network, batch(8), torch.Generator().manual_seed(seed), Ledger()).item()
+        for seed in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_labels_are_kept_without_dropping() -> None:
+    network = Network()
+    Generation(label_drop=0.0)(network, batch(8), torch.Generator(), Ledger())
+    assert network.seen[3] is None
+
+
+def test_other_losses_by_name() -> None:
+    objective = Generation(loss="pseudo-huber")  # type: ignore[arg-type]
+    assert objective.to_dict()["loss"]["name"] == "pseudo-huber"
+    assert Generation.from_dict(objective.to_dict()) == objective
+    assert (
+        Generation.from_dict({"loss": {"name": "flow-matching", "time": "logit-normal"}})
+        != objective
+    )
+    assert objective(Network(), batch(8), torch.Generator(), Ledger()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "flow-macthing"}, "did you mean 'flow-matching'"),
+        ({"label_drop": 1.0}, r"\[0, 1\)"),
+    ],
+)
+def test_generation_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Generation(**options)  # type: ignore[arg-type]
+
+
+def test_our_models_train_with_it() -> None:
+    model = effformer.build_model("sit-nano", input_size=8, channels=1, num_classes=10)
+    sample = Batch(torch.zeros(2, 1, 8, 8), torch.tensor([3, 4]))
+    Generation()(model, sample, torch.Generator(), Ledger()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_classification_is_cross_entropy() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 10))
+    sample = batch(8)
+    for smoothing in (0.0, 0.1):
+        loss = Classification(smoothing=smoothing)(model, sample, torch.Generator(), Ledger())
+        logp = model(sample.x).log_softmax(1)
+        true = -logp[torch.arange(8), sample.y]
+        expected = (1 - smoothing) * true - smoothing * logp.mean(1)
+        torch.testing.assert_close(loss, expected.mean())
