@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import registry
 from .checks import FormatError, unknown
@@ -258,18 +258,19 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def load_weights(
-    model: Model,
+    model: nn.Module,
     source: str | Path | Mapping[str, Tensor],
-    layout: str = "auto",
+    layout: str | Layout = "auto",
     *,
     strict: bool = True,
 ) -> LoadReport:
     """Load weights in our layout or in a published one.
 
     Args:
-        model: the model; nothing is changed unless everything fits.
+        model: a model, or a part with its own layout; nothing is changed unless everything fits.
         source: a safetensors or torch file, or a state dict.
-        layout: "auto", "effformer" or a published layout of the model's family.
+        layout: "auto", "effformer", the name of a published layout of the model's family, or any
+            `Layout`.
         strict: missing or unexpected keys are an error.
 
     Raises:
@@ -281,7 +282,7 @@ def load_weights(
     where = "state dict" if isinstance(source, Mapping) else str(source)
     chosen = _choose_layout(model, state, layout, where)
     if chosen is not None:
-        state = chosen.to_ours(state, model.config)
+        state = chosen.to_ours(state, getattr(model, "config", None))
     own = model.state_dict()
     reshaped, wrong = [], []
     for key in state.keys() & own.keys():
@@ -299,7 +300,7 @@ def load_weights(
         parts = [f"wrong shapes: {_some(wrong)}"] if wrong else []
         parts += [f"missing: {_some(missing)}"] if missing else []
         parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
-        raise FormatError(f"{where} does not fit {model.name}: {'; '.join(parts)}")
+        raise FormatError(f"{where} does not fit {_name(model)}: {'; '.join(parts)}")
     model.load_state_dict({k: state[k] for k in state.keys() & own.keys()}, strict=False)
     return LoadReport(
         layout="effformer" if chosen is None else chosen.name,
@@ -309,8 +310,13 @@ def load_weights(
     )
 
 
-def save_weights(model: Model, path: str | Path, layout: str = "effformer") -> Path:
+def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "effformer") -> Path:
     """Write the weights as one safetensors file, in our layout or in a published one.
+
+    Args:
+        model: a model or a part.
+        path: the file.
+        layout: "effformer", the name of a published layout of the model's family, or any `Layout`.
 
     Raises:
         ValueError: unknown layout.
@@ -320,7 +326,8 @@ def save_weights(model: Model, path: str | Path, layout: str = "effformer") -> P
 
     state = dict(model.state_dict())
     if layout != "effformer":
-        state = _by_name(model, layout).from_ours(state, model.config)
+        chosen = layout if isinstance(layout, Layout) else _by_name(model, layout)
+        state = chosen.from_ours(state, getattr(model, "config", None))
     with atomic_path(path) as temporary:
         save_file(
             {k: v.contiguous().clone() for k, v in state.items()},
@@ -330,15 +337,27 @@ def save_weights(model: Model, path: str | Path, layout: str = "effformer") -> P
     return Path(path)
 
 
-def _by_name(model: Model, layout: str) -> Layout:
-    known = {lay.name: lay for lay in model.LAYOUTS}
+def _name(model: nn.Module) -> str:
+    return str(getattr(model, "name", type(model).__name__))
+
+
+def _layouts(model: nn.Module) -> tuple[Layout, ...]:
+    return getattr(model, "LAYOUTS", ())
+
+
+def _by_name(model: nn.Module, layout: str) -> Layout:
+    known = {lay.name: lay for lay in _layouts(model)}
     if layout not in known:
-        raise unknown("layout", layout, ["effformer", *known], where=model.name)
+        raise unknown("layout", layout, ["effformer", *known], where=_name(model))
     return known[layout]
 
 
-def _choose_layout(model: Model, state: StateDict, layout: str, where: str) -> Layout | None:
+def _choose_layout(
+    model: nn.Module, state: StateDict, layout: str | Layout, where: str
+) -> Layout | None:
     """The foreign layout to convert from, None for our own."""
+    if isinstance(layout, Layout):
+        return layout
     if layout == "effformer":
         return None
     if layout != "auto":
@@ -346,13 +365,13 @@ def _choose_layout(model: Model, state: StateDict, layout: str, where: str) -> L
     own = model.state_dict().keys()
     if len(own & state.keys()) > len(own) // 2:
         return None
-    for candidate in model.LAYOUTS:
+    for candidate in _layouts(model):
         if candidate.recognise(state.keys()):
             return candidate
-    names = ", ".join(["effformer", *(lay.name for lay in model.LAYOUTS)])
+    names = ", ".join(["effformer", *(lay.name for lay in _layouts(model))])
     sample = _some(sorted(state))
     raise FormatError(
-        f"{where}: keys such as {sample} fit none of the layouts of {model.name} ({names})"
+        f"{where}: keys such as {sample} fit none of the layouts of {_name(model)} ({names})"
     )
 
 

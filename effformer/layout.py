@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Layout", "StateDict", "has_keys", "renamed"]
+__all__ = ["Layout", "Rows", "StateDict", "has_keys", "renamed"]
 
 StateDict = dict[str, Tensor]
 
@@ -31,25 +32,59 @@ class Layout:
     from_ours: Callable[[StateDict, Any], StateDict]
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Matrices cut differently: our pieces, stacked by rows, are their pieces, stacked by rows.
+
+    Names are whole keys; ``{i}``, ``{j}`` stand for numbers and ``{kind}`` for "weight" or "bias".
+    All pieces of one side are equally high, unless ``shares`` says otherwise.
+
+    Attributes:
+        ours: our keys from top to bottom.
+        theirs: the foreign keys from top to bottom.
+        shares: relative heights of our pieces.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    shares: tuple[int, ...] | None = None
+
+
 def renamed(
-    name: str, pairs: Iterable[tuple[str, str]], *, recognise: Callable[[Iterable[str]], bool]
+    name: str,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    recognise: Callable[[Iterable[str]], bool],
+    rows: Iterable[Rows] = (),
 ) -> Layout:
-    """A layout that only renames: every key must match one pair by its beginning.
+    """A layout that renames, and cuts some matrices differently: every key must match a pair by its
+    beginning, or an entry of ``rows``.
 
     Args:
         name: name of the layout.
         pairs: (our prefix, foreign prefix); ``{i}``, ``{j}`` stand for numbers.
         recognise: see `Layout`.
+        rows: matrices whose pieces differ.
     """
-    table = list(pairs)
+    table, cuts = list(pairs), list(rows)
     forward = [(_pattern(theirs), ours) for ours, theirs in table]
     backward = [(_pattern(ours), theirs) for ours, theirs in table]
-    return Layout(
-        name=name,
-        recognise=recognise,
-        to_ours=lambda state, config: _rename(state, forward),
-        from_ours=lambda state, config: _rename(state, backward),
-    )
+
+    def to_ours(state: StateDict, config: Any) -> StateDict:
+        made: StateDict = {}
+        rest = dict(state)
+        for cut in cuts:
+            made |= _recut(rest, cut.theirs, cut.ours, cut.shares)
+        return made | _rename(rest, forward)
+
+    def from_ours(state: StateDict, config: Any) -> StateDict:
+        made: StateDict = {}
+        rest = dict(state)
+        for cut in cuts:
+            made |= _recut(rest, cut.ours, cut.theirs, None)
+        return made | _rename(rest, backward)
+
+    return Layout(name=name, recognise=recognise, to_ours=to_ours, from_ours=from_ours)
 
 
 def has_keys(*wanted: str) -> Callable[[Iterable[str]], bool]:
@@ -57,9 +92,42 @@ def has_keys(*wanted: str) -> Callable[[Iterable[str]], bool]:
     return lambda keys: set(wanted) <= set(keys)
 
 
+_WILD = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "kind": r"(?P<kind>weight|bias)"}
+
+
+def _escaped(name: str) -> str:
+    name = re.escape(name)
+    for wild, pattern in _WILD.items():
+        name = name.replace(rf"\{{{wild}\}}", pattern)
+    return name
+
+
 def _pattern(prefix: str) -> re.Pattern[str]:
-    escaped = re.escape(prefix).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-    return re.compile(rf"{escaped}(?P<rest>\..+|$)")
+    return re.compile(rf"{_escaped(prefix)}(?P<rest>\..+|$)")
+
+
+def _recut(
+    state: StateDict,
+    source: tuple[str, ...],
+    target: tuple[str, ...],
+    shares: tuple[int, ...] | None,
+) -> StateDict:
+    """Take the pieces of ``source`` out of ``state``, stack them, and cut them into ``target``."""
+    first = re.compile(_escaped(source[0]))
+    made: StateDict = {}
+    for match in filter(None, map(first.fullmatch, list(state))):
+        groups = match.groupdict()
+        keys = [name.format(**groups) for name in source]
+        if not all(key in state for key in keys) or len({state[k].shape[1:] for k in keys}) > 1:
+            continue  # reported as missing and unexpected by whoever loads it
+        whole = torch.cat([state.pop(key) for key in keys])
+        parts = shares or (1,) * len(target)
+        heights = [whole.shape[0] * part // sum(parts) for part in parts]
+        if sum(heights) != whole.shape[0]:  # cannot be cut; reported as a wrong shape
+            heights = [whole.shape[0]] + [0] * (len(target) - 1)
+        pieces = whole.split(heights)
+        made |= {name.format(**groups): x for name, x in zip(target, pieces, strict=True)}
+    return made
 
 
 def _rename(state: StateDict, table: list[tuple[re.Pattern[str], str]]) -> StateDict:

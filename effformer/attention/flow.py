@@ -15,7 +15,7 @@ from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum
 from .slices import over_heads
 
-__all__ = ["FLOW_PRESETS", "Flow", "FlowState"]
+__all__ = ["FLOW_PRESETS", "Flow", "FlowState", "FlowTerms"]
 
 
 class FlowState(NamedTuple):
@@ -39,6 +39,22 @@ class FlowState(NamedTuple):
     qi: Tensor
     e: Tensor
     kv: Tensor
+
+
+class FlowTerms(NamedTuple):
+    """Flows of N sinks (queries) and M sources (keys), each (B, H, N, 1) or (B, H, M, 1).
+
+    Attributes:
+        incoming: I of every sink; the causal form's carries the number of tokens so far.
+        outgoing: O of every source; likewise.
+        conserved_in: I' of every sink.
+        conserved_out: O' of every source, before the clamp.
+    """
+
+    incoming: Tensor
+    outgoing: Tensor
+    conserved_in: Tensor
+    conserved_out: Tensor
 
 
 @core.register(
@@ -118,6 +134,15 @@ class Flow(Core):
 
         return over_heads(mix, q, k, v).to(dtype)
 
+    def flows(self, q: Tensor, k: Tensor, ctx: Context = EMPTY) -> FlowTerms:
+        """The flows that decide the mixing; q (B, H, N, K) and k (B, H, M, K) as in `forward`."""
+        mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(_full(k).dtype)
+        q, k = self._phi(q), self._phi(k)
+        if self.config.causal:
+            return self._running(*_counted(q, k, mask, None), mask, None)[0]
+        q_mask = mask if ctx.memory is None else None
+        return self._flows(_masked(q, q_mask), _masked(k, mask), q_mask, mask)
+
     def _phi(self, x: Tensor) -> Tensor:
         x = _full(x)
         x = x.sigmoid() if self.config.kernel == "sigmoid" else x.relu() + 1e-6
@@ -135,16 +160,11 @@ class Flow(Core):
     def _parallel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
     ) -> Tensor:
-        extra = self.config.flow_eps
         sinks, sources = q.shape[2], k.shape[2]
         q_mask = mask if self_attention else None
-        k = k if mask is None else k * mask
-        q = q if q_mask is None else q * q_mask
-        incoming = _masked(1 / (self._against(q, k.sum(dim=2, keepdim=True)) + extra), q_mask)
-        outgoing = _masked(1 / (self._against(k, q.sum(dim=2, keepdim=True)) + extra), mask)
-        conserved_in = self._against(q, (k * outgoing).sum(dim=2, keepdim=True)) + extra
-        sum_qi = (q * incoming).sum(dim=2, keepdim=True)
-        conserved_out = self._clamp(self._against(k, sum_qi) + extra)
+        q, k = _masked(q, q_mask), _masked(k, mask)
+        incoming, _, conserved_in, conserved_out = self._flows(q, k, q_mask, mask)
+        conserved_out = self._clamp(conserved_out)
         if mask is None:
             allocation = torch.sigmoid(conserved_in * sinks / sources)
             competition = conserved_out.softmax(dim=2) * sources
@@ -157,17 +177,37 @@ class Flow(Core):
         values = k.transpose(-2, -1) @ (v * competition)
         return (q @ values) * (incoming * allocation)
 
+    def _flows(self, q: Tensor, k: Tensor, q_mask: Tensor | None, mask: Tensor | None) -> FlowTerms:
+        extra = self.config.flow_eps
+        incoming = _masked(1 / (self._against(q, k.sum(dim=2, keepdim=True)) + extra), q_mask)
+        outgoing = _masked(1 / (self._against(k, q.sum(dim=2, keepdim=True)) + extra), mask)
+        conserved_in = self._against(q, (k * outgoing).sum(dim=2, keepdim=True)) + extra
+        sum_qi = (q * incoming).sum(dim=2, keepdim=True)
+        return FlowTerms(incoming, outgoing, conserved_in, self._against(k, sum_qi) + extra)
+
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: FlowState | None
     ) -> tuple[Tensor, FlowState]:
         """The causal form on the next tokens, from the sums of the past (None: none)."""
+        q, k, count = _counted(q, k, mask, state)
+        n = count.clamp(min=1)
+        (incoming, _, conserved_in, conserved_out), sums = self._running(q, k, count, mask, state)
+        conserved_out = self._clamp(conserved_out)
+        allocation = conserved_in.sigmoid()
+        weight = _masked(conserved_out.exp(), mask)
+        sum_e = running_sum(weight, None if state is None else state.e.unsqueeze(-1))
+        competition = n * weight / sum_e.clamp(min=torch.finfo(sum_e.dtype).tiny)
+        start = None if state is None else state.kv
+        out, kv = causal_product(q, k, v * competition, start, chunk=self.config.chunk)
+        sum_k, sum_q, sum_ko, sum_qi = (total[:, :, -1] for total in sums)
+        last = FlowState(count[:, 0, -1], sum_k, sum_q, sum_ko, sum_qi, sum_e[:, :, -1, 0], kv)
+        return out * (allocation * incoming / n), last
+
+    def _running(
+        self, q: Tensor, k: Tensor, count: Tensor, mask: Tensor | None, state: FlowState | None
+    ) -> tuple[FlowTerms, tuple[Tensor, ...]]:
+        """The causal flows, and the prefix sums of k, q, k O and q I."""
         eps, extra = self.config.eps, self.config.flow_eps
-        if mask is None:
-            count = torch.ones_like(q[:, :1, :, :1]).cumsum(dim=2)
-        else:
-            q, k, count = q * mask, k * mask, mask.cumsum(dim=2)
-        if state is not None:
-            count = count + state.tokens[:, None, :, None]
         # before the first valid token every sum is zero and nothing valid is computed
         n = count.clamp(min=1)
 
@@ -181,18 +221,9 @@ class Flow(Core):
         sum_ko = running_sum(k * outgoing, None if state is None else state.ko)
         sum_qi = running_sum(q * incoming, None if state is None else state.qi)
         conserved_in = dot(q, sum_ko) / n + extra
-        conserved_out = self._clamp(dot(k, sum_qi) / n + extra)
-        allocation = conserved_in.sigmoid()
-        weight = _masked(conserved_out.exp(), mask)
-        sum_e = running_sum(weight, None if state is None else state.e.unsqueeze(-1))
-        competition = n * weight / sum_e.clamp(min=torch.finfo(sum_e.dtype).tiny)
-        start = None if state is None else state.kv
-        out, kv = causal_product(q, k, v * competition, start, chunk=self.config.chunk)
-        last = FlowState(
-            count[:, 0, -1], sum_k[:, :, -1], sum_q[:, :, -1], sum_ko[:, :, -1], sum_qi[:, :, -1],
-            sum_e[:, :, -1, 0], kv,
-        )  # fmt: skip
-        return out * (allocation * incoming / n), last
+        conserved_out = dot(k, sum_qi) / n + extra
+        flows = FlowTerms(incoming, outgoing, conserved_in, conserved_out)
+        return flows, (sum_k, sum_q, sum_ko, sum_qi)
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         """Two products and four dot products per token; weighted sums count as elementwise work."""
@@ -241,3 +272,16 @@ def _full(x: Tensor) -> Tensor:
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
+
+
+def _counted(
+    q: Tensor, k: Tensor, mask: Tensor | None, state: FlowState | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked queries and keys, and the number of valid tokens so far (B or 1, 1, N, 1)."""
+    if mask is None:
+        count = torch.ones_like(q[:, :1, :, :1]).cumsum(dim=2)
+    else:
+        q, k, count = q * mask, k * mask, mask.cumsum(dim=2)
+    if state is not None:
+        count = count + state.tokens[:, None, :, None]
+    return q, k, count

@@ -228,7 +228,7 @@ def _check_layer(layer: Layer, needs: Needs, where: str) -> None:
         if not entry.caps.cross:
             able = ", ".join(registry.block.names(cross=True))
             raise CapabilityError(
-                f"{where}.block: {entry.name!r} has no place for attention to a memory; choices: {able}"
+                f"{where}.block: {entry.name!r} has no attention to a memory; choices: {able}"
             )
     if entry.caps.cond == "always" and not needs.cond:
         able = ", ".join(e.name for e in registry.block if e.caps.cond != "always")
@@ -261,7 +261,7 @@ def _check_mixer(config: Config, needs: Needs, where: str) -> None:
         "cross": "cannot attend to a memory",
     }
     placed: dict[str, object] = {} if needs.grid else {"grid": False}
-    able = ", ".join(kind.names(**wanted, **placed))
+    able = ", ".join(kind.names("*", **wanted, **placed))
     for key, value in wanted.items():
         if not caps.satisfies(**{key: value}):
             raise CapabilityError(f"{where}: {name!r} {reasons[key]}; choices: {able}")
