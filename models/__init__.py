@@ -8,9 +8,28 @@ if not __name__.startswith("effformer."):
     )
 
 from .base import Model, Preset
+from .bert import Bert
 from .dit import DiT
+from .flowformer import FlowformerGPT
+from .flowformer_series import FlowformerSeries
+from .flowformer_vision import FlowformerVision
+from .macaron import MacaronNet
+from .macaron_bert import MacaronBert
 from .sit import SiT
 from .timm import vit_config_from_timm
 from .vit import ViT
 
-__all__ = ["DiT", "Model", "Preset", "SiT", "ViT", "vit_config_from_timm"]
+__all__ = [
+    "Bert",
+    "DiT",
+    "FlowformerGPT",
+    "FlowformerSeries",
+    "FlowformerVision",
+    "MacaronBert",
+    "MacaronNet",
+    "Model",
+    "Preset",
+    "SiT",
+    "ViT",
+    "vit_config_from_timm",
+]

@@ -1,0 +1,91 @@
+"""Token sequences: checks, positions under padding, sinusoids."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from effformer.checks import check_shape
+
+__all__ = ["Padding", "check_tokens", "draw_tokens", "sinusoids", "token_positions"]
+
+Padding = Literal["left", "right"]
+
+
+def check_tokens(
+    tokens: Tensor, mask: Tensor | None, *, where: str, longest: int | None = None
+) -> None:
+    """Check token ids (B, N) and their mask (B, N).
+
+    Args:
+        tokens: int64 or int32 ids.
+        mask: bool, True = real token, or None.
+        where: the public entry point that was called.
+        longest: most tokens that the model has positions for.
+
+    Raises:
+        TypeError: ids are not integers, or the mask is not bool.
+        ValueError: a shape does not fit, or there are more tokens than positions.
+    """
+    check_shape(tokens, "(B, N)", (None, None), where=f"{where}: tokens")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{where}: tokens must be int64 ids, got {tokens.dtype}")
+    if longest is not None and tokens.shape[1] > longest:
+        raise ValueError(f"{where}: {tokens.shape[1]} tokens, but positions for {longest} only")
+    if mask is not None:
+        shape = tuple(tokens.shape)
+        check_shape(mask, f"{shape}", shape, where=f"{where}: mask")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{where}: mask must be bool (True = real token), got {mask.dtype}")
+
+
+def draw_tokens(
+    table: nn.Embedding, batch: int, tokens: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random ids (B, N) of a token table, none of them padding, on its device."""
+    count, pad = table.num_embeddings, table.padding_idx
+    device = table.weight.device
+    if pad is None or count == 1:
+        return torch.randint(0, count, (batch, tokens), device=device, generator=generator)
+    ids = torch.randint(0, count - 1, (batch, tokens), device=device, generator=generator)
+    return ids + (ids >= pad)
+
+
+def token_positions(mask: Tensor, padding: Padding = "right") -> Tensor:
+    """Position of every token, counted from the first one that is not padding in front.
+
+    Args:
+        mask: (B, N) bool, True = real token.
+        padding: side of the padding; holes inside a sequence keep their place.
+
+    Returns:
+        (B, N) int64; meaningless, but >= 0, on padding.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    if padding == "right":
+        return columns
+    return (columns - (mask.shape[1] - mask.sum(dim=1, keepdim=True))).clamp(min=0)
+
+
+def sinusoids(positions: Tensor, dim: int, *, period: float = 1e4) -> Tensor:
+    """``[sin(p w) | cos(p w)]`` with ``w_i = period^(-i / (dim/2 - 1))``; an odd dim ends with 0.
+
+    Args:
+        positions: integer or float positions of any shape (...).
+        dim: width of a code, at least 4.
+        period: ratio of the longest to the shortest wave.
+
+    Returns:
+        (..., dim) float32.
+
+    Reference: the form of tensor2tensor and fairseq; Attention Is All You Need, 2017, arXiv
+    1706.03762 divides by dim/2 instead.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=positions.device)
+    angles = positions.unsqueeze(-1).float() * torch.exp(-math.log(period) / (half - 1) * steps)
+    codes = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return torch.nn.functional.pad(codes, (0, dim % 2))

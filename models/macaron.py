@@ -1,0 +1,302 @@
+"""Macaron Net for translation: an encoder and a decoder of Macaron blocks.
+
+Reference: Understanding and Improving Transformer From a Multi-Particle Dynamic System Point of
+View, 2019, arXiv 1906.02762.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from effformer.attention import Attention
+from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
+from effformer.config import Config as BaseConfig
+from effformer.config import part
+from effformer.context import Context, Ledger, Site, Tap
+from effformer.ffn import MLP
+from effformer.layout import Layout
+from effformer.nn.init import xavier_linears
+from effformer.nn.norms import make_norm
+from effformer.nn.text import Padding, check_tokens, draw_tokens, sinusoids, token_positions
+
+from .base import Model, Preset, register_presets
+from .layouts.macaron import TRANSLATION
+
+__all__ = ["PRESETS", "MacaronNet", "scaled_tokens"]
+
+
+def scaled_tokens(
+    table: nn.Embedding, tokens: Tensor, mask: Tensor, padding: Padding, *, positions: bool = True
+) -> Tensor:
+    """``sqrt(D) table[token] + sinusoid(position)``; nothing is added on padding.
+
+    Args:
+        table: (V, D) embeddings; the waves count from the table's padding id plus one.
+        tokens: (B, N) ids.
+        mask: (B, N) bool, True = real token.
+        padding: side of the padding.
+        positions: add positions.
+
+    Returns:
+        (B, N, D).
+    """
+    x: Tensor = table(tokens) * table.embedding_dim**0.5
+    if not positions:
+        return x
+    assert table.padding_idx is not None
+    codes = sinusoids(token_positions(mask, padding) + table.padding_idx + 1, table.embedding_dim)
+    return x + (codes * mask.unsqueeze(-1)).to(x.dtype)
+
+
+class Tower(nn.Module):
+    """A stack of blocks and, with pre-norm blocks, the norm behind it."""
+
+    def __init__(self, blocks: nn.ModuleList, norm: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.norm = norm
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        for block in self.blocks:
+            x = block(x, ctx)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class MacaronNet(Model):
+    """Translation model of Macaron blocks: half an FFN, attention (in the decoder also over the
+    source), half an FFN.
+
+    ``forward(source, target)`` gives the logits of the next target token at every position. The
+    published "_v2" and "t2t" architectures are pre-norm with a final norm; the others post-norm
+    without. An ordinary transformer is the same model with ``block="prenorm"``.
+
+    Args:
+        config: the config; ``depth``, ``heads`` and ``layers`` are the encoder's.
+        name: preset name.
+
+    Differs from the paper: one dropout probability; the inner width of the decoder's leading FFN is
+    the decoder's, where the published code takes the encoder's.
+
+    Reference: Understanding and Improving Transformer From a Multi-Particle Dynamic System Point of
+    View, 2019, arXiv 1906.02762.
+    """
+
+    FAMILY: ClassVar[str] = "macaron"
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = (TRANSLATION,)
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BackboneConfig):
+        """Knobs of `MacaronNet`, beside `BackboneConfig`.
+
+        Attributes:
+            cross: token mixer of the decoder over the source.
+            decoder_depth: blocks of the decoder, None for ``depth``.
+            decoder_heads: heads of the decoder, None for ``heads``.
+            decoder_layers: changes for some blocks of the decoder, as ``layers``.
+            final_norm: a norm follows each stack (pre-norm blocks need one).
+            vocab: number of token ids.
+            target_vocab: the target's, None for ``vocab``.
+            pad: id of padding.
+            share: token table that source, target and output use: "all" one, "target" one for
+                target and output, "none" three.
+            source_padding: side of the source's padding.
+            target_padding: side of the target's padding.
+            positions: sinusoidal positions are added.
+        """
+
+        ffn: BaseConfig = part("ffn", MLP.Config(act="relu"))
+        block: BaseConfig = part("block", Macaron.Config())
+        cross: BaseConfig = part("attention", Attention.Config())
+        dropout: float = 0.1
+        decoder_depth: int | None = None
+        decoder_heads: int | None = None
+        decoder_layers: Mapping[str, Any] = field(default_factory=dict)
+        final_norm: bool = True
+        vocab: int = 32768
+        target_vocab: int | None = None
+        pad: int = 1
+        share: Literal["all", "target", "none"] = "all"
+        source_padding: Padding = "left"
+        target_padding: Padding = "right"
+        positions: bool = True
+
+        def __post_init__(self) -> None:
+            BackboneConfig.__post_init__(self)
+            if not 0 <= self.pad < min(self.vocab, self.target_vocab or self.vocab):
+                raise ValueError(f"pad must be a token id, got {self.pad}")
+            if self.share == "all" and self.target_vocab not in (None, self.vocab):
+                raise ValueError(
+                    f"share='all' needs one vocabulary, got {self.vocab} and {self.target_vocab}"
+                )
+
+        def decoder(self) -> MacaronNet.Config:
+            """The same config with the decoder's depth, heads and layers as the main ones."""
+            return replace(
+                self,
+                depth=self.decoder_depth or self.depth,
+                heads=self.decoder_heads or self.heads,
+                layers=self.decoder_layers,
+            )
+
+    def __init__(self, config: MacaronNet.Config, name: str | None = None) -> None:
+        super().__init__(config, name)
+        dim, target_vocab = config.dim, config.target_vocab or config.vocab
+        self.embed = nn.Embedding(config.vocab, dim, padding_idx=config.pad)
+        if config.share != "all":
+            self.target_embed = nn.Embedding(target_vocab, dim, padding_idx=config.pad)
+        if config.share == "none":
+            self.head = nn.Linear(dim, target_vocab, bias=False)
+        self.drop = nn.Dropout(config.dropout)
+        self.encoder = self._tower("encoder", config, Needs(mask="key"))
+        self.decoder = self._tower("decoder", config.decoder(), Needs(causal=True, mask="key"))
+        self.reset_parameters()
+
+    def _tower(self, path: str, config: MacaronNet.Config, needs: Needs) -> Tower:
+        decoder = path == "decoder"
+        site = Site(
+            dim=config.dim,
+            heads=config.heads,
+            memory_dim=config.dim if decoder else None,
+            norm_eps=1e-5,
+            path=path,
+        )
+        cross = config.cross if decoder else None
+        blocks = build_stack(config, site, needs, name=f"{self.name} {path}", cross=cross)
+        return Tower(blocks, make_norm(site) if config.final_norm else nn.Identity())
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform linear layers, zero biases, normal token tables of width^-0.5."""
+        xavier_linears(self)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.dim**-0.5)
+                with torch.no_grad():
+                    module.weight[self.config.pad].zero_()
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """Logits of the next target token.
+
+        Args:
+            source: (B, M) int64 ids.
+            target: (B, N) int64 ids, shifted right by one.
+            source_mask: (B, M) bool, True = real token; None: every id but ``config.pad``.
+            target_mask: (B, N) bool; None: every id but ``config.pad`` has a position, and
+                attention relies on causality (right padding).
+            ledger: where dynamic parts report.
+            tap: reads or replaces values at named places.
+
+        Returns:
+            (B, N, target vocabulary).
+
+        Raises:
+            ValueError: a shape does not fit.
+            TypeError: ids are not integers, or a mask is not bool.
+        """
+        if source_mask is None:
+            source_mask = source != self.config.pad
+        memory = self.encode(source, source_mask, ledger=ledger, tap=tap)
+        return self.decode(target, memory, source_mask, target_mask, ledger=ledger, tap=tap)
+
+    def encode(
+        self,
+        source: Tensor,
+        source_mask: Tensor | None = None,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """The source as memory of the decoder, (B, M, D); arguments as in `forward`."""
+        check_tokens(source, source_mask, where=f"{self.name}: source")
+        mask = source != self.config.pad if source_mask is None else source_mask
+        h = self._embed(self.embed, source, mask, self.config.source_padding)
+        out: Tensor = self.encoder(h, Context(mask=mask, ledger=ledger, tap=tap))
+        return out
+
+    def decode(
+        self,
+        target: Tensor,
+        memory: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """Logits from the result of `encode`; the other arguments as in `forward`."""
+        check_tokens(target, target_mask, where=f"{self.name}: target")
+        real = target != self.config.pad if target_mask is None else target_mask
+        table = self.embed if self.config.share == "all" else self.target_embed
+        h = self._embed(table, target, real, self.config.target_padding)
+        ctx = Context(
+            memory=memory, mask=target_mask, memory_mask=source_mask, ledger=ledger, tap=tap
+        )
+        h = self.decoder(h, ctx)
+        weight = self.head.weight if self.config.share == "none" else table.weight
+        return nn.functional.linear(h, weight)
+
+    def _embed(self, table: nn.Embedding, ids: Tensor, mask: Tensor, padding: Padding) -> Tensor:
+        x = scaled_tokens(table, ids, mask, padding, positions=self.config.positions)
+        out: Tensor = self.drop(x)
+        return out
+
+    def example_inputs(
+        self, batch: int = 1, *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        table = self.embed if self.config.share == "all" else self.target_embed
+        return {
+            "source": draw_tokens(self.embed, batch, 24, generator),
+            "target": draw_tokens(table, batch, 16, generator),
+        }
+
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        return {"source": {0: "batch", 1: "source"}, "target": {0: "batch", 1: "target"}}
+
+
+def _preset(
+    dim: int, hidden: int, heads: int, params: int, dropout: float, aliases: tuple[str, ...]
+) -> dict[bool, Preset]:
+    """Pre-norm (True) and post-norm (False) preset of one size."""
+    source = f"architecture {aliases[0]}; parameters without the shared token table"
+    config = MacaronNet.Config(
+        dim=dim, depth=6, heads=heads, ffn=MLP.Config(hidden=hidden, act="relu"), dropout=dropout
+    )
+    post = replace(config, block=Macaron.Config(post_norm=True), final_norm=False)
+    return {
+        True: Preset(config=config, params=params, source=source, aliases=aliases),
+        False: Preset(config=post, source=source.replace("_v2", "")),
+    }
+
+
+_SIZES = {
+    "iwslt": _preset(512, 1024, 4, 31_563_776, 0.3, ("transformer_iwslt_de_en_macaron_v2",)),
+    "wmt-base": _preset(512, 2048, 8, 44_158_976, 0.1, ("transformer_wmt_en_de_macaron_v2",)),
+    "wmt-big": _preset(
+        1024, 4096, 16, 176_398_336, 0.3, ("transformer_wmt_en_de_big_t2t_macaron",)
+    ),
+}
+
+PRESETS = {
+    **{f"macaron-{size}": presets[True] for size, presets in _SIZES.items()},
+    **{f"macaron-{size}-postnorm": presets[False] for size, presets in _SIZES.items()},
+    "macaron-tiny": Preset(
+        config=MacaronNet.Config(dim=48, depth=2, heads=2, vocab=256),
+        summary="A size of ours for tests and examples.",
+    ),
+}
+register_presets(MacaronNet, PRESETS, paper="1906.02762")
