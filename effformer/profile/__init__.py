@@ -1,7 +1,7 @@
 """Cost: multiply-adds, latency, memory, with pictures.
 
-`profile` counts one forward, `latency` times it, `compare` does both for several models; `effformer.profile.formulas`
-holds the closed formulas.
+`profile` counts one forward, `latency` times it, `compare` does both for several models;
+`effformer.profile.formulas` holds the closed formulas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,21 @@ from .operators import register_formula
 from .profiler import Profile, profile
 
 __all__ = [
-    "Comparison", "ComparisonRow", "Counter", "Latency", "Machine", "Memory", "MemoryTracker", "Profile",
-    "SideBySide", "compare", "interleave", "latency", "machine", "peak_memory", "peak_rss", "profile",
+    "Comparison",
+    "ComparisonRow",
+    "Counter",
+    "Latency",
+    "Machine",
+    "Memory",
+    "MemoryTracker",
+    "Profile",
+    "SideBySide",
+    "compare",
+    "interleave",
+    "latency",
+    "machine",
+    "peak_memory",
+    "peak_rss",
+    "profile",
     "register_formula",
-]  # fmt: skip
+]

@@ -16,8 +16,8 @@ class Costs:
 
     Args:
         counter: a finished counter.
-        dynamic: paths of parts that reported skipped work; their own formulas decide, because the operators that
-            ran may be fewer than the dense ones.
+        dynamic: paths of parts that reported skipped work; their own formulas decide, because the
+            operators that ran may be fewer than the dense ones.
     """
 
     def __init__(self, counter: Counter, dynamic: Iterable[str] = ()) -> None:
@@ -74,7 +74,9 @@ class Costs:
         return _sorted(_summed((op, t.elements) for (_, op), t in rows if t.kind == "elementwise"))
 
     def executed(self, fractions: Mapping[str, float]) -> int:
-        """MACs when each part does its fraction of the dense work; a part inside another counts by its own."""
+        """MACs when each part does its fraction of the dense work; a part inside another counts by
+        its own.
+        """
         total = 0.0
         for (path, _), count in self.own.items():
             nearest = next((a for a in _ancestors(path) if a in fractions), None)
@@ -82,7 +84,7 @@ class Costs:
         return round(total)
 
     def _formula(self, path: str) -> int | None:
-        """Dense MACs of a part by its own formula, or of the topmost parts inside it that have one."""
+        """Dense MACs of a part by its formula, or of the topmost parts inside that have one."""
         formulas = self._counter.formulas
         if path in formulas:
             return formulas[path]

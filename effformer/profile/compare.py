@@ -127,7 +127,8 @@ def compare(
     """Profile several models and time them in turns.
 
     Args:
-        models: modules, or names of registered models (built with their presets and random weights).
+        models: modules, or names of registered models (built with their presets and random
+            weights).
         inputs: the same inputs for all, or None for each model's own.
         names: names in the table; default: the models' own, numbered where they repeat.
         time: measure latency; without it names are built on the meta device.

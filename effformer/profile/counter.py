@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -47,10 +47,12 @@ class _Frame:
 class Counter(TorchDispatchMode):
     """Context manager that counts the operators of a model as they run, forward and backward.
 
-    Works on any device, on meta and on fake tensors. Two corrections make the count follow the convention of closed
-    formulas: inside an attention core (a module with ``macs(n, m, *, heads, head_dim)``) the core's own formula
-    decides, and its difference to the operators is kept in ``corrections``; dense formulas of larger parts are kept
-    in ``formulas`` and used for parts that report skipped work.
+    Works on any device, on meta and on fake tensors. Two corrections make the count follow the
+    convention of closed
+    formulas: inside an attention core (a module with ``macs(n, m, *, heads, head_dim)``) the core's
+        own formula
+    decides, and its difference to the operators is kept in ``corrections``; dense formulas of
+    larger parts are kept in ``formulas`` and used for parts that report skipped work.
 
     Backward operators are attributed to the root module, ``""``.
 
@@ -58,8 +60,9 @@ class Counter(TorchDispatchMode):
         model: the module whose children name the rows.
 
     Attributes:
-        rows: (module path, operator name) -> `Tally`.
-        corrections: (path of a core, class name) -> formula minus operators, zero differences left out.
+        rows: (module path, operator name) -> `Tally`; operators that only move data are left out.
+        corrections: (path of a core, class name) -> formula minus operators, zero differences left
+            out.
         formulas: path -> dense multiply-adds by the part's own formula, batch included.
         paths: paths of the modules that ran, in order.
 
@@ -96,9 +99,13 @@ class Counter(TorchDispatchMode):
         self._exits.close()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         what = kind(func)
         if what == "unknown":
             # composite operators reach this place whole in inference mode
@@ -107,6 +114,8 @@ class Counter(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
+        if what == "moved":
+            return out
         path = self._stack[-1].path if self._stack else ""
         tally = self.rows.setdefault((path, func._schema.name), Tally(what))
         tally.calls += 1
@@ -122,47 +131,41 @@ class Counter(TorchDispatchMode):
         path = self._names.get(id(module))
         if path is None:  # made on the fly: its work belongs to its caller
             path = self._stack[-1].path if self._stack else ""
-        for i, letter in enumerate(path):  # containers such as ModuleList are never called themselves
+        for i, letter in enumerate(
+            path
+        ):  # containers such as ModuleList are never called themselves
             if letter == ".":
                 self.paths[path[:i]] = None
         self.paths[path] = None
         self._stack.append(_Frame(path, self.total))
 
-    def _leave_module(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def _leave_module(self, module: nn.Module, args: Any, *rest: Any) -> None:
         frame = self._stack.pop()
         formula = getattr(module, "macs", None)
-        if not callable(formula) or out is None:
+        if len(rest) < 2 or not callable(formula):  # after an error torch leaves the keywords out
             return
-        values = [*args, *(v for k, v in kwargs.items() if k != "ctx")]
-        tensors = [v for v in values if isinstance(v, Tensor)]
-        if not tensors or getattr(_context(args, kwargs), "packing", None) is not None:
+        kwargs: dict[str, Any] = rest[0]
+        context = _context(args, kwargs)
+        if getattr(context, "packing", None) is not None:
             return
-        if tensors[0].dim() == 4 and "heads" in inspect.signature(formula).parameters:
-            dense = _core_macs(formula, tensors)
+        known = inspect.signature(formula).parameters
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        dims = [x.dim() for x in tensors]
+        if "heads" in known and dims[:3] == [4, 4, 4]:
+            (batch, heads, n, width), m = tensors[0].shape, tensors[1].shape[2]
+            dense = batch * formula(n, m, heads=heads, head_dim=width)
             difference = dense - (self.total - frame.before)
             if difference:
                 key = (frame.path, type(module).__name__)
                 self.corrections[key] = self.corrections.get(key, 0) + difference
                 self.total += difference
-        elif tensors[0].dim() == 3:
-            dense = _part_macs(formula, tensors[0], _context(args, kwargs))
+        elif "heads" not in known and "n" in known and dims[:1] == [3]:
+            batch, n = tensors[0].shape[:2]
+            memory = getattr(context, "memory", None) if "m" in known else None
+            dense = batch * (formula(n) if memory is None else formula(n, memory.shape[1]))
             self.formulas[frame.path] = self.formulas.get(frame.path, 0) + dense
 
 
 def _context(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The `Context` among the arguments of a part, or None."""
     return next((v for v in (*args, *kwargs.values()) if hasattr(v, "packing")), None)
-
-
-def _core_macs(formula: Callable[..., int], tensors: list[Tensor]) -> int:
-    q, k = tensors[:2]
-    batch, heads, n, width = q.shape
-    return int(batch * formula(n, k.shape[2], heads=heads, head_dim=width))
-
-
-def _part_macs(formula: Callable[..., int], x: Tensor, ctx: Any) -> int:
-    batch, n = x.shape[:2]
-    memory = getattr(ctx, "memory", None)
-    if memory is None or "m" not in inspect.signature(formula).parameters:
-        return int(batch * formula(n))
-    return int(batch * formula(n, memory.shape[1]))

@@ -43,7 +43,8 @@ class Row:
         total: its total in MACs, None if it failed.
         difference: its total minus ours.
         explanations: reasons with numbers; they and ``unexplained`` add up to ``difference``.
-        unexplained: what no reason covers; anything but 0 means that one of the two counters is wrong.
+        unexplained: what no reason covers; anything but 0 means that one of the two counters is
+            wrong.
         error: why it failed, empty if it did not.
     """
 
@@ -109,7 +110,9 @@ def _fvcore_row(
         return Row(name, None, error="needs real parameters, the model is on the meta device")
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # it uses torch.jit, which is deprecated and warns of every branch
+            warnings.simplefilter(
+                "ignore"
+            )  # it uses torch.jit, which is deprecated and warns of every branch
             theirs, reasons, missing = _fvcore_total(model, *on_real(model, args, kwargs).inputs)
     except (RuntimeError, NotImplementedError, TypeError, AssertionError, IndexError) as error:
         return Row(name, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
@@ -122,18 +125,28 @@ def _fvcore_row(
 def _fvcore_total(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, dict[str, int], set[str]]:
-    """Its total, the differences that its own trace explains, and the operators that it does not support."""
+    """Its total, the differences that its own trace explains, and the operators that it does not
+    support.
+    """
     reasons: dict[str, int] = {}
     handles = _fvcore_handles(reasons)
     flat = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-    positional = _Positional(model, len(args), tuple(flat), {k: v for k, v in kwargs.items() if k not in flat})
-    analysis = need("fvcore.nn").FlopCountAnalysis(positional, (*args, *flat.values())).set_op_handle(**handles)
+    positional = _Positional(
+        model, len(args), tuple(flat), {k: v for k, v in kwargs.items() if k not in flat}
+    )
+    analysis = (
+        need("fvcore.nn")
+        .FlopCountAnalysis(positional, (*args, *flat.values()))
+        .set_op_handle(**handles)
+    )
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return int(analysis.total()), reasons, set(analysis.unsupported_ops())
 
 
 def _fvcore_handles(reasons: dict[str, int]) -> dict[str, Any]:
-    """Handles that count as fvcore does and note in ``reasons`` what its way adds to or misses from ours."""
+    """Handles that count as fvcore does and note in ``reasons`` what its way adds to or misses from
+    ours.
+    """
     handles = need("fvcore.nn.jit_handles")
 
     def note(reason: str, n: int) -> None:
@@ -155,7 +168,10 @@ def _fvcore_handles(reasons: dict[str, int]) -> dict[str, Any]:
 
     def einsum(inputs: list[Any], outputs: list[Any]) -> int:
         shapes = [handles.get_shape(x) for x in inputs[1].node().inputs()]
-        count, exact = int(handles.einsum_flop_jit(inputs, outputs)), _einsum(inputs[0].toIValue(), shapes)
+        count, exact = (
+            int(handles.einsum_flop_jit(inputs, outputs)),
+            _einsum(inputs[0].toIValue(), shapes),
+        )
         if exact:
             note("einsum: fvcore reads numpy's printed cost, four digits", count - exact)
         else:
@@ -166,10 +182,18 @@ def _fvcore_handles(reasons: dict[str, int]) -> dict[str, Any]:
     own: dict[str, Any] = {
         "aten::scaled_dot_product_attention": attention,
         "aten::einsum": einsum,
-        "aten::layer_norm": extra("layer_norm: fvcore counts 4 per element, 5 with a scale", norm(2)),
-        "aten::group_norm": extra("group_norm: fvcore counts 4 per element, 5 with a scale", norm(2)),
-        "aten::instance_norm": extra("instance_norm: fvcore counts 4 per element, 5 with a scale", norm(1)),
-        "aten::batch_norm": extra("batch_norm: fvcore counts 1 per element, 2 with a scale", handles.batchnorm_flop_jit),
+        "aten::layer_norm": extra(
+            "layer_norm: fvcore counts 4 per element, 5 with a scale", norm(2)
+        ),
+        "aten::group_norm": extra(
+            "group_norm: fvcore counts 4 per element, 5 with a scale", norm(2)
+        ),
+        "aten::instance_norm": extra(
+            "instance_norm: fvcore counts 4 per element, 5 with a scale", norm(1)
+        ),
+        "aten::batch_norm": extra(
+            "batch_norm: fvcore counts 1 per element, 2 with a scale", handles.batchnorm_flop_jit
+        ),
     }
     for op, scales in _ELEMENTWISE.items():
         original = handles.elementwise_flop_counter(*scales)
@@ -178,14 +202,18 @@ def _fvcore_handles(reasons: dict[str, int]) -> dict[str, Any]:
 
 
 _ELEMENTWISE = {
-    "adaptive_avg_pool2d": (1, 0), "upsample_nearest2d": (0, 1), "upsample_bilinear2d": (0, 4),
+    "adaptive_avg_pool2d": (1, 0),
+    "upsample_nearest2d": (0, 1),
+    "upsample_bilinear2d": (0, 4),
     "grid_sampler": (0, 4),
-}  # fmt: skip
+}
 """fvcore's elementwise operators with its factors of input and output elements."""
 
 
 def _einsum(equation: str, shapes: list[list[int]]) -> int:
-    """Exact multiply-adds of an einsum, 0 for a permutation, by the products that torch makes of it."""
+    """Exact multiply-adds of an einsum, 0 for a permutation, by the products that torch makes of
+    it.
+    """
     with FlopCounterMode(display=False) as exact:
         torch.einsum(equation, *(torch.empty(shape, device="meta") for shape in shapes))
     return exact.get_total_flops() // 2

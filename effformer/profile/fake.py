@@ -42,20 +42,20 @@ def bind_inputs(
 
     Args:
         model: the module.
-        inputs: keyword arguments as a dict, positional ones as a tuple or list, a single tensor, or None for
-            ``model.example_inputs()``.
+        inputs: keyword arguments as a dict, positional ones as a tuple or list, a single tensor, or
+            None for ``model.example_inputs()``.
         where: the public entry point, for messages.
 
     Raises:
-        TypeError: inputs of another kind, None for a model without ``example_inputs``, or arguments that the
-            forward does not accept.
+        TypeError: inputs of another kind, None for a model without ``example_inputs``, or arguments
+            that the forward does not accept.
     """
     if inputs is None:
         example = getattr(model, "example_inputs", None)
         if example is None:
             raise TypeError(
-                f"{where}: {type(model).__name__} has no example_inputs(); pass inputs, for instance "
-                "(torch.randn(1, 3, 224, 224),) or a dict of keyword arguments"
+                f"{where}: {type(model).__name__} has no example_inputs(); pass inputs, for "
+                "instance (torch.randn(1, 3, 224, 224),) or a dict of keyword arguments"
             )
         inputs = example()
     args: tuple[Any, ...]
@@ -92,7 +92,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def visible_operators() -> Iterator[None]:
-    """Switch the fast path of nn.MultiheadAttention off: it is one opaque operator instead of its products."""
+    """Switch the fast path of nn.MultiheadAttention off: it is one opaque operator instead of its
+    products.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -117,8 +119,8 @@ def on_real(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def on_fake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Run]:
     """A forward on fake tensors, to be called inside the block.
 
-    Fake tensors keep the device of the parameters, so the same operators run as on the real ones; a model on the
-    meta device is treated as if it were on the CPU.
+    Fake tensors keep the device of the parameters, so the same operators run as on the real ones; a
+    model on the meta device is treated as if it were on the CPU.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device

@@ -1,6 +1,7 @@
 """Closed formulas: what parts, models and samplers cost in multiply-adds.
 
-Convention: one multiply-add is one MAC and FLOPs are 2 x MACs; elementwise work, norms, softmax, embeddings and weighted
+Convention: one multiply-add is one MAC and FLOPs are 2 x MACs; elementwise work, norms, softmax,
+    embeddings and weighted
 sums are 0; batch 1. N tokens, M keys, D width, H heads, d = D / H.
 """
 
@@ -26,8 +27,9 @@ __all__ = [
 ]
 
 CONVENTION = (
-    "one multiply-add = 1 MAC, FLOPs = 2 x MACs; matrix products, convolutions and attention products count, "
-    "elementwise work, norms, softmax and embeddings are 0; masks and causality do not reduce the count"
+    "one multiply-add = 1 MAC, FLOPs = 2 x MACs; matrix products, convolutions and attention "
+    "products count, elementwise work, norms, softmax and embeddings are 0; masks and causality do "
+    "not reduce the count"
 )
 
 
@@ -37,7 +39,7 @@ def softmax_attention(n: int, dim: int, heads: int = 1, m: int | None = None) ->
 
 
 def linear_attention(n: int, dim: int, heads: int, m: int | None = None) -> int:
-    """Kernel attention: ``k^T v``, ``q (k^T v)`` and one normaliser dot product, (N + M) D d + N D."""
+    """Kernel attention: ``k^T v``, ``q (k^T v)``, one normaliser dot product: (N + M) D d + N D."""
     m = n if m is None else m
     return (n + m) * dim * (dim // heads) + n * dim
 
@@ -131,7 +133,9 @@ def dit_params(
     time_features: int = 256,
     classes: int = 1000,
 ) -> int:
-    """Parameters of a DiT with the positional table and the null class (arguments as in `dit_parts`)."""
+    """Parameters of a DiT with the positional table and the null class (arguments as in
+    `dit_parts`).
+    """
     d, hidden, area = dim, int(dim * mlp_ratio), patch**2
     block = 3 * d * d + 3 * d + d * d + d + 2 * d * hidden + hidden + d + 6 * d * d + 6 * d
     ends = area * channels * d + d + 2 * d * d + 2 * d + (d + 1) * area * out_channels
@@ -193,6 +197,7 @@ def sampler_macs(
     """
     if steps < 1 or calls_per_step < 1:
         raise ValueError(
-            f"sampler_macs: steps and calls_per_step must be at least 1, got {steps} and {calls_per_step}"
+            f"sampler_macs: steps and calls_per_step must be at least 1, "
+            f"got {steps} and {calls_per_step}"
         )
     return forward * steps * calls_per_step * (2 if guidance else 1) + decode

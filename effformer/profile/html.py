@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from .parts import PART_LABELS
-from .report import amount, size
+from .report import amount, comparison_table, size
 from .tree import Node, module_tree
 
 if TYPE_CHECKING:
@@ -18,36 +18,54 @@ if TYPE_CHECKING:
 __all__ = ["comparison_section", "page", "profile_section", "report_page"]
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2129; --soft: #667080; --line: #e1e4ea; --bar: #0072b2; --card: #fff;
-  --page: #f6f7f9; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --soft: #9aa3b2; --line: #343a46; --bar: #56b4e9;
-  --card: #1c2028; --page: #14171d; } }
+:root { color-scheme: light dark; --ink: #1d2129; --soft: #667080; --line: #e1e4ea;
+  --bar: #0072b2; --card: #fff; --page: #f6f7f9; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --soft: #9aa3b2; --line: #343a46;
+  --bar: #56b4e9; --card: #1c2028; --page: #14171d; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
+h1 { font-size: 1.6rem; margin: 0 0 1rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 section > h2 { margin-top: 0; }
-details.model { border-top: 1px solid var(--line); padding: .6rem 0; } details.model > summary { cursor: pointer; color: var(--soft); }
+summary { cursor: pointer; }
+details.model { border-top: 1px solid var(--line); padding: .6rem 0; }
+details.model > summary { color: var(--soft); }
 details.model h2 { display: inline; font-size: 1.1rem; color: var(--ink); margin-right: .5rem; }
-.plot + *, section + details.model { margin-top: 2rem; }
-p, .soft { color: var(--soft); } p { margin: .4rem 0; }
+section + details.model { margin-top: 2rem; }
+p, .soft { color: var(--soft); }
+p { margin: .4rem 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.3rem; font-weight: 600; white-space: nowrap; } .tile span { color: var(--soft); font-size: .85rem; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  padding: .7rem .9rem; }
+.tile b { display: block; font-size: 1.3rem; font-weight: 600; white-space: nowrap; }
+.tile span { color: var(--soft); font-size: .85rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th { color: var(--soft); font-weight: 500; } th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } td.wrap { white-space: normal; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .8rem; align-items: center; font-size: .9rem; }
-.bars i { display: block; height: .8rem; background: var(--bar); border-radius: .15rem; min-width: 1px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+th { color: var(--soft); font-weight: 500; }
+th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.wrap { white-space: normal; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .8rem;
+  align-items: center; font-size: .9rem; }
+.bars i { display: block; height: .8rem; background: var(--bar); border-radius: .15rem;
+  min-width: 1px; }
 .bars span { font-variant-numeric: tabular-nums; color: var(--soft); }
-.tree { font-size: .9rem; } .tree details, .tree div { margin-left: 1.1rem; } .tree > details { margin-left: 0; }
-.tree summary, .tree div { padding: .12rem 0; } .tree summary { cursor: pointer; }
-.tree em { font-style: normal; color: var(--soft); font-variant-numeric: tabular-nums; margin-left: .6rem; }
-.plot { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; margin-top: 1rem; }
+.tree { font-size: .9rem; }
+.tree details, .tree div { margin-left: 1.1rem; }
+.tree > details { margin-left: 0; }
+.tree summary, .tree div { padding: .12rem 0; }
+.tree em { font-style: normal; color: var(--soft); font-variant-numeric: tabular-nums;
+  margin-left: .6rem; }
+.plot { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem;
+  margin-top: 1rem; }
 .plot svg { width: 100%; height: auto; display: block; }
-details.more { margin-top: 1rem; } details.more > summary { cursor: pointer; color: var(--soft); }
+details.more { margin-top: 1rem; }
+details.more > summary { color: var(--soft); }
 .bad { color: #d55e00; font-weight: 600; }
 """
 
@@ -55,9 +73,10 @@ details.more { margin-top: 1rem; } details.more > summary { cursor: pointer; col
 def page(title: str, body: str) -> str:
     """A complete document around a body."""
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
     )
 
 
@@ -68,11 +87,12 @@ def report_page(profiles: Sequence[Profile], comparison: Comparison | None = Non
     body = [f"<h1>{escape(title)}</h1>"]
     if comparison is not None:
         body.append(comparison_section(comparison))
-    several = len(profiles) > 1
     for name, profile in zip(names, profiles, strict=True):
         section = profile_section(profile)
-        summary = f"<summary><h2>{escape(name)}</h2> {amount(profile.total)} MACs</summary>"
-        body.append(f'<details class="model">{summary}{section}</details>' if several else section)
+        if len(profiles) > 1:
+            head = f"<summary><h2>{escape(name)}</h2> {amount(profile.total)} MACs</summary>"
+            section = f'<details class="model">{head}{section}</details>'
+        body.append(section)
     body.append(f"<p>Convention: {escape(profiles[0].convention)}.</p>")
     return page(title, "\n".join(body))
 
@@ -80,44 +100,57 @@ def report_page(profiles: Sequence[Profile], comparison: Comparison | None = Non
 def profile_section(profile: Profile) -> str:
     """Headline numbers, parts, modules, operators, what was not counted, notes."""
     p = profile
-    tiles = [(amount(p.total), "MACs"), (amount(p.flops), "FLOPs = 2 x MACs"), (amount(p.params), "parameters")]
-    if p.executed is not None and p.executed != p.total:
-        tiles.insert(1, (amount(p.executed), f"MACs executed ({p.executed / (p.total or 1):.0%})"))
-    if p.memory is not None:
-        tiles.append((size(p.memory.peak), "peak activations"))
-        if p.memory.saved is not None:
-            tiles.append((size(p.memory.saved), "saved for backward"))
-    uncounted = ((op, f"{n:,}") for op, n in p.uncounted.items())
-    ops = ((op, f"{p.calls.get(op, 0) or ''}", f"{n:,}", _share(n, p.total)) for op, n in p.by_op.items())
-    shapes = " ".join(str(shape) for shape in p.inputs)
-    how = f"; memory from {p.memory.method}" if p.memory is not None else ""
+    tree = _tree(module_tree(p.by_module, p.name), p.total, 1, 0)
+    ops = [
+        (op, str(p.calls.get(op, "")), f"{n:,}", _share(n, p.total)) for op, n in p.by_op.items()
+    ]
+    missing = _table(("operator", "calls"), ((op, f"{n:,}") for op, n in p.uncounted.items()))
     pieces = [
-        '<section><div class="tiles">' + "".join(f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in tiles) + "</div>",
-        f'<p>One forward on inputs {escape(shapes)}{escape(how)}.</p>',
-        "<h3>By part</h3>" + _bars(p),
-        '<h3>By module</h3><div class="tree">' + _tree(module_tree(p.by_module, p.name), p.total, 1, 0) + "</div>",
-        "<h3>By operator</h3>" + _table(("operator", "calls", "MACs", "share"), ops),
-        "<h3>Not counted</h3>" + (_table(("operator", "calls"), uncounted) if p.uncounted else "<p>Nothing: every operator has a formula or is elementwise.</p>"),
-        f'<details class="more"><summary>Elementwise work: {amount(sum(p.elements.values()))} elements, 0 MACs by convention</summary>'
-        + _table(("operator", "elements"), ((op, f"{n:,}") for op, n in p.elements.items())) + "</details>",
-    ]  # fmt: skip
-    if p.cross_check:
-        pieces.append("<h3>Other counters</h3>" + _cross_check(p.cross_check))
-    pieces += [f"<p>Note: {escape(note)}</p>" for note in p.notes]
-    return "\n".join(pieces) + "</section>"
+        _tiles(p),
+        f"<p>One forward on inputs {escape(' '.join(str(shape) for shape in p.inputs))}",
+        f"; memory from {escape(p.memory.method)}.</p>" if p.memory is not None else ".</p>",
+        f"<h3>By part</h3>{_bars(p)}",
+        f'<h3>By module</h3><div class="tree">{tree}</div>',
+        f"<h3>By operator</h3>{_table(('operator', 'calls', 'MACs', 'share'), ops)}",
+        f"<h3>Not counted</h3>{missing}" if p.uncounted else "",
+        _elementwise(p),
+        f"<h3>Other counters</h3>{_cross_check(p.cross_check)}" if p.cross_check else "",
+        *(f"<p>Note: {escape(note)}</p>" for note in p.notes),
+    ]
+    return f"<section>{''.join(pieces)}</section>"
 
 
 def comparison_section(comparison: Comparison) -> str:
     """The table of all models and, where latency was measured, the Pareto plot."""
-    from .report import comparison_table
-
-    header, rows = comparison_table(comparison)
-    pieces = ["<section><h2>Side by side</h2>", _table(header, rows)]
+    pieces = ["<section><h2>Side by side</h2>", _table(*comparison_table(comparison))]
     first = comparison.rows[0].latency
     if first is not None:
-        pieces.append(f"<p>{first.runs} runs each in turns after {first.warmup}; {escape(str(first.machine))}.</p>")
+        how = f"{first.runs} runs each in turns after {first.warmup}; {first.machine}."
+        pieces.append(f"<p>{escape(how)}</p>")
         pieces.append(f'<div class="plot">{comparison.pareto().svg()}</div>')
     return "\n".join(pieces) + "</section>"
+
+
+def _tiles(p: Profile) -> str:
+    tiles = [(amount(p.total), "MACs")]
+    if p.executed is not None and p.executed != p.total:
+        tiles.append((amount(p.executed), f"MACs executed ({_share(p.executed, p.total)})"))
+    tiles += [(amount(p.flops), "FLOPs = 2 x MACs"), (amount(p.params), "parameters")]
+    if p.memory is not None:
+        tiles.append((size(p.memory.peak), "peak activations"))
+        if p.memory.saved is not None:
+            tiles.append((size(p.memory.saved), "saved for backward"))
+    inside = (f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in tiles)
+    return f'<div class="tiles">{"".join(inside)}</div>'
+
+
+def _elementwise(p: Profile) -> str:
+    head = f"Elementwise work: {amount(sum(p.elements.values()))} elements, 0 MACs by convention"
+    if not p.uncounted:
+        head = "Every operator has a formula or is elementwise. " + head
+    rows = ((op, f"{n:,}") for op, n in p.elements.items())
+    inside = _table(("operator", "elements"), rows)
+    return f'<details class="more"><summary>{head}</summary>{inside}</details>'
 
 
 def _share(n: int, total: int) -> str:
@@ -131,11 +164,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _bars(profile: Profile) -> str:
-    total = profile.total or 1
-    most = max(profile.by_part.values(), default=1) or 1
+    most = max([1, *profile.by_part.values()])
     rows = (
-        f"<div>{escape(PART_LABELS[part])}</div>"
-        f'<i style="width:{100 * max(n, 0) / most:.2f}%"></i><span>{amount(n)} &middot; {n / total:.1%}</span>'
+        f'<div>{escape(PART_LABELS[part])}</div><i style="width:{100 * max(n, 0) / most:.2f}%"></i>'
+        f"<span>{amount(n)} &middot; {_share(n, profile.total)}</span>"
         for part, n in profile.by_part.items()
     )
     return f'<div class="bars">{"".join(rows)}</div>'
@@ -152,14 +184,18 @@ def _tree(node: Node, total: int, times: int, level: int) -> str:
 
 
 def _cross_check(rows: Sequence[Row]) -> str:
-    cells: list[str] = []
+    def line(text: str, number: str, style: str = "wrap") -> str:
+        return f'<tr><td class="{style}">{escape(text)}</td><td>{number}</td></tr>'
+
+    lines: list[str] = []
     for row in rows:
         if row.total is None:
-            cells.append(f'<tr><td class="wrap">{escape(row.counter)} failed: {escape(row.error)}</td><td>-</td></tr>')
+            lines.append(line(f"{row.counter} failed: {row.error}", "-"))
             continue
-        cells.append(f"<tr><td><b>{escape(row.counter)}</b></td><td>{row.total:,}</td></tr>")
-        cells.append(f"<tr><td>difference to ours</td><td>{row.difference:+,}</td></tr>")
-        cells += [f'<tr><td class="wrap soft">{escape(e.reason)}</td><td>{e.macs:+,}</td></tr>' for e in row.explanations]
-        mark = ' class="bad"' if row.unexplained else ""
-        cells.append(f"<tr><td{mark}>unexplained</td><td{mark}>{row.unexplained:+,}</td></tr>")
-    return f'<div class="scroll"><table><tr><th>counter</th><th>MACs</th></tr>{"".join(cells)}</table></div>'
+        lines.append(line(row.counter, f"<b>{row.total:,}</b>"))
+        lines.append(line("difference to ours", f"{row.difference:+,}"))
+        lines += [line(e.reason, f"{e.macs:+,}", "wrap soft") for e in row.explanations]
+        style = "wrap bad" if row.unexplained else "wrap soft"
+        lines.append(line("unexplained", f"{row.unexplained:+,}", style))
+    head = "<tr><th>counter</th><th>MACs</th></tr>"
+    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>'

@@ -1,4 +1,4 @@
-"""Wall time: warm-up, median and spread, threads stated; several candidates measured side by side."""
+"""Wall time: warm-up, median and spread, threads stated; candidates measured side by side."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ class Latency:
     def __str__(self) -> str:
         form = "compiled" if self.compiled else "eager"
         return (
-            f"{self.name}: {1e3 * self.median:.3g} ms (p10 {1e3 * self.p10:.3g}, p90 {1e3 * self.p90:.3g}; "
-            f"{self.runs} runs after {self.warmup}, {self.threads} threads, {self.dtype}, {self.device}, {form})"
+            f"{self.name}: {1e3 * self.median:.3g} ms "
+            f"(p10 {1e3 * self.p10:.3g}, p90 {1e3 * self.p90:.3g}; {self.runs} runs after "
+            f"{self.warmup}, {self.threads} threads, {self.dtype}, {self.device}, {form})"
         )
 
 
@@ -64,7 +65,8 @@ class SideBySide:
 
     Attributes:
         rows: name -> `Latency`.
-        ratios: name -> median over the rounds of (its time / time of the first candidate in the same round).
+        ratios: name -> median over the rounds of (its time / time of the first candidate in the
+            same round).
     """
 
     rows: dict[str, Latency]
@@ -97,7 +99,9 @@ def latency(
         ValueError: runs or threads below 1, negative warm-up, or parameters on the meta device.
         TypeError: inputs that the model does not accept.
     """
-    both = interleave({_name(model): model}, inputs, warmup=warmup, runs=runs, threads=threads, compile=compile)
+    both = interleave(
+        {_name(model): model}, inputs, warmup=warmup, runs=runs, threads=threads, compile=compile
+    )
     return next(iter(both.rows.values()))
 
 
@@ -113,7 +117,8 @@ def interleave(
     """Time several candidates in turns: a b c a b c ...; ratios are relative to the first.
 
     Args:
-        candidates: name -> module (called with ``inputs``, or its own example inputs) or function without arguments.
+        candidates: name -> module (called with ``inputs``, or its own example inputs) or function
+            without arguments.
         inputs: for the modules.
         warmup: untimed calls of each.
         runs: timed calls of each.
@@ -133,7 +138,7 @@ def interleave(
     calls = {name: _call(name, c, inputs, compile) for name, c in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     modules = nn.ModuleList(c for c in candidates.values() if isinstance(c, nn.Module))
-    with evaluating(modules), _threads(threads), torch.inference_mode():
+    with evaluating(modules), _threads(threads), torch.no_grad():
         for call in calls.values():
             for _ in range(warmup):
                 call()
@@ -157,7 +162,9 @@ def _call(
     if not isinstance(candidate, nn.Module):
         return candidate
     if any(p.is_meta for p in candidate.parameters()):
-        raise ValueError(f"latency: {name} is on the meta device; build it with real parameters to time it")
+        raise ValueError(
+            f"latency: {name} is on the meta device; build it with real parameters to time it"
+        )
     run = on_real(candidate, *bind_inputs(candidate, inputs, "latency"))
     args, kwargs = run.inputs
     model: Callable[..., Any] = torch.compile(candidate) if compile else candidate
@@ -189,12 +196,22 @@ def _latency(
     name: str, candidate: object, samples: list[float], warmup: int, compiled: bool, facts: Machine
 ) -> Latency:
     p = next(candidate.parameters(), None) if isinstance(candidate, nn.Module) else None
-    p10, middle, p90 = torch.tensor(samples, dtype=torch.float64).quantile(
-        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    ).tolist()  # fmt: skip
+    p10, middle, p90 = (
+        torch.tensor(samples, dtype=torch.float64)
+        .quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+        .tolist()
+    )
     return Latency(
-        name=name, median=middle, p10=p10, p90=p90, runs=len(samples), warmup=warmup,
-        threads=facts.threads, dtype="-" if p is None else str(p.dtype).removeprefix("torch."),
+        name=name,
+        median=middle,
+        p10=p10,
+        p90=p90,
+        runs=len(samples),
+        warmup=warmup,
+        threads=facts.threads,
+        dtype="-" if p is None else str(p.dtype).removeprefix("torch."),
         device="cpu" if p is None else str(p.device),
-        compiled=compiled and isinstance(candidate, nn.Module), machine=facts, samples=tuple(samples),
-    )  # fmt: skip
+        compiled=compiled and isinstance(candidate, nn.Module),
+        machine=facts,
+        samples=tuple(samples),
+    )

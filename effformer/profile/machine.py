@@ -12,7 +12,18 @@ import torch
 
 __all__ = ["Machine", "machine"]
 
-_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "asimd", "asimddp")
+_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "asimd",
+    "asimddp",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +66,9 @@ def machine() -> Machine:
     name, flags = _cpu()
     return Machine(
         cpu=name,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         flags=tuple(flag for flag in _FLAGS if flag in flags),
         capability=torch.backends.cpu.get_cpu_capability(),
@@ -67,7 +80,7 @@ def machine() -> Machine:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Name and flags of the processor; only Linux tells the flags without privileges or packages."""
+    """Name and flags of the processor; only Linux tells the flags without a package."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     facts: dict[str, str] = {}

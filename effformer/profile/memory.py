@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -23,12 +23,14 @@ __all__ = ["Memory", "MemoryTracker", "activation_memory", "peak_memory", "peak_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Memory of one forward, in bytes; parameters, buffers and inputs are excluded from the activations.
+    """Memory of one forward, in bytes; parameters, buffers and inputs are excluded from the
+    activations.
 
     Attributes:
-        peak: largest sum of live activations (storages made by operators and not yet freed) in a forward without
-            gradients. Temporary buffers inside an operator are not seen.
-        saved: activations that a forward with gradients keeps for the backward pass, in evaluation mode.
+        peak: largest sum of live activations (storages made by operators and not yet freed) in a
+            forward without gradients. Temporary buffers inside an operator are not seen.
+        saved: activations that a forward with gradients keeps for the backward pass, in evaluation
+            mode.
         weights: parameters and buffers.
         method: how it was found.
     """
@@ -40,7 +42,8 @@ class Memory:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Context manager that adds up the storages that operators make, and subtracts them when they are freed.
+    """Context manager that adds up the storages that operators make, and subtracts them when they
+    are freed.
 
     Args:
         own: tensors that exist before and are not counted.
@@ -63,7 +66,11 @@ class MemoryTracker(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(args):
@@ -167,11 +174,25 @@ def peak_rss(call: Callable[..., Any], *args: Any) -> int:
 
 
 def _measure_rss(sender: Connection, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _rss_peak(reset=True)
     try:
         call(*args)
     except BaseException as error:
         sender.send(f"{type(error).__name__}: {error}")
         raise
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+    sender.send(_rss_peak() - before)
+
+
+def _rss_peak(*, reset: bool = False) -> int:
+    """Largest resident memory of this process in bytes, since the start or the last reset."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would start from the memory of the parent, which Linux hands on
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

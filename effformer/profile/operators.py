@@ -2,8 +2,10 @@
 
 Every operator that runs falls into one of four classes, so that nothing is hidden:
 
-- *counted*: it has a formula here (matrix products, convolutions, fused attention, recurrent layers);
-- *elementwise*: pointwise operators, reductions and normalisations, reported as numbers of elements, 0 MACs;
+- *counted*: it has a formula here (matrix products, convolutions, fused attention, recurrent
+layers);
+- *elementwise*: pointwise operators, reductions and normalisations, reported as numbers of
+elements, 0 MACs;
 - *moved*: views, copies, indexing, creation of tensors; free;
 - *unknown*: everything else; it is listed as uncounted.
 """
@@ -66,7 +68,9 @@ def kind(op: torch._ops.OpOverload) -> Kind:
     return "unknown"
 
 
-def macs(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+def macs(
+    op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+) -> int:
     """Multiply-adds of one call of a counted operator."""
     return int(_FORMULAS[op._schema.name](args, kwargs, out))
 
@@ -87,37 +91,39 @@ def _numel(value: Any) -> int:
 _POINTWISE = {torch.Tag.pointwise} | {
     tag for tag in [getattr(torch.Tag, "reduction", None)] if tag is not None
 }
-_ELEMENTWISE = frozenset(
-    """
-    sum nansum mean amax amin max min prod var var_mean std std_mean any all argmax argmin norm linalg_vector_norm
-    logsumexp cumsum cumprod cummax cummin logcumsumexp softmax _softmax _safe_softmax _log_softmax
-    native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit
-    _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm_with_update _fused_rms_norm native_dropout
-    _softmax_backward_data _log_softmax_backward_data native_layer_norm_backward native_group_norm_backward
-    native_batch_norm_backward _fused_rms_norm_backward gelu_backward silu_backward threshold_backward glu
-    glu_backward tril triu dropout bernoulli bucketize searchsorted masked_fill _masked_softmax
-    avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool2d_with_indices
-    upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa
-    _upsample_bicubic2d_aa grid_sampler_2d mse_loss _foreach_add _foreach_mul
-    _thnn_fused_lstm_cell _thnn_fused_gru_cell
-    """.split()
-)
-_MOVED = frozenset(
-    """
-    clone copy _to_copy _copy_from cat stack empty empty_strided empty_like new_empty new_empty_strided new_zeros
-    new_ones new_full zeros zeros_like ones ones_like full full_like scalar_tensor arange linspace eye tril_indices
-    triu_indices rand randn rand_like randn_like randint randperm uniform normal fill zero lift lift_fresh
-    lift_fresh_copy detach alias _unsafe_view _reshape_alias _local_scalar_dense item embedding
-    embedding_dense_backward index index_select index_put _index_put_impl index_copy index_add index_fill gather
-    scatter scatter_add scatter_reduce select_scatter slice_scatter select_backward slice_backward masked_select
-    masked_scatter take take_along_dim one_hot constant_pad_nd reflection_pad1d reflection_pad2d
-    replication_pad2d roll flip rot90 repeat repeat_interleave im2col col2im pixel_shuffle pixel_unshuffle
-    channel_shuffle split_with_sizes_copy unfold_copy unfold_backward unsafe_split unsafe_split_with_sizes
-    set resize resize_as to_dense to_mkldnn _to_dense _reorder_linear_weight _reorder_convolution_weight
-    _assert_async _assert_scalar _assert_tensor_metadata sym_size sym_numel sym_stride is_same_size
+_ELEMENTWISE_NAMES = """
+    sum nansum mean amax amin max min prod var var_mean std std_mean any all argmax argmin norm
+    linalg_vector_norm logsumexp cumsum cumprod cummax cummin logcumsumexp softmax _softmax
+    _safe_softmax _log_softmax native_layer_norm native_group_norm native_batch_norm
+    _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
+    batch_norm_with_update _fused_rms_norm native_dropout _softmax_backward_data
+    _log_softmax_backward_data native_layer_norm_backward native_group_norm_backward
+    native_batch_norm_backward _fused_rms_norm_backward gelu_backward silu_backward
+    threshold_backward glu glu_backward tril triu dropout bernoulli bucketize searchsorted
+    masked_fill _masked_softmax avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d max_pool2d_with_indices upsample_nearest1d upsample_nearest2d
+    upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    grid_sampler_2d mse_loss _foreach_add _foreach_mul _thnn_fused_lstm_cell
+    _thnn_fused_gru_cell
+"""
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+_MOVED_NAMES = """
+    clone copy _to_copy _copy_from cat stack empty empty_strided empty_like new_empty
+    new_empty_strided new_zeros new_ones new_full zeros zeros_like ones ones_like full full_like
+    scalar_tensor arange linspace eye tril_indices triu_indices rand randn rand_like randn_like
+    randint randperm uniform normal fill zero lift lift_fresh lift_fresh_copy detach alias
+    _unsafe_view _reshape_alias _local_scalar_dense item embedding embedding_dense_backward
+    index index_select index_put _index_put_impl index_copy index_add index_fill gather scatter
+    scatter_add scatter_reduce select_scatter slice_scatter select_backward slice_backward
+    masked_select masked_scatter take take_along_dim one_hot constant_pad_nd reflection_pad1d
+    reflection_pad2d replication_pad2d roll flip rot90 repeat repeat_interleave im2col col2im
+    pixel_shuffle pixel_unshuffle channel_shuffle split_with_sizes_copy unfold_copy
+    unfold_backward unsafe_split unsafe_split_with_sizes set resize resize_as to_dense to_mkldnn
+    _to_dense _reorder_linear_weight _reorder_convolution_weight _assert_async _assert_scalar
+    _assert_tensor_metadata sym_size sym_numel sym_stride is_same_size
     _has_compatible_shallow_copy_type linear_prepack record_stream
-    """.split()
-)
+"""
+_MOVED = frozenset(_MOVED_NAMES.split())
 
 
 @register_formula("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot", "aten::_int_mm")
@@ -137,23 +143,39 @@ def _summed_product(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor)
 
 
 @register_formula(
-    "aten::_scaled_mm", "aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm",
-    "aten::_weight_int4pack_mm_for_cpu", "aten::_dyn_quant_matmul_4bit", "aten::mkldnn_linear",
-    "mkldnn::_linear_pointwise", "quantized::linear", "quantized::linear_relu",
-    "quantized::linear_dynamic", "quantized::linear_relu_dynamic", "quantized::linear_dynamic_fp16",
-    "onednn::qlinear_pointwise", "onednn::linear_dynamic_fp16",
-    "bitsandbytes::gemv_4bit", "bitsandbytes::gemm_4bit", "bitsandbytes::int8_linear_matmul",
-    "bitsandbytes::int8_scaled_mm", "bitsandbytes::int8_mixed_scaled_mm",
-)  # fmt: skip
+    "aten::_scaled_mm",
+    "aten::_weight_int8pack_mm",
+    "aten::_weight_int4pack_mm",
+    "aten::_weight_int4pack_mm_for_cpu",
+    "aten::_dyn_quant_matmul_4bit",
+    "aten::mkldnn_linear",
+    "mkldnn::_linear_pointwise",
+    "quantized::linear",
+    "quantized::linear_relu",
+    "quantized::linear_dynamic",
+    "quantized::linear_relu_dynamic",
+    "quantized::linear_dynamic_fp16",
+    "onednn::qlinear_pointwise",
+    "onednn::linear_dynamic_fp16",
+    "bitsandbytes::gemv_4bit",
+    "bitsandbytes::gemm_4bit",
+    "bitsandbytes::int8_linear_matmul",
+    "bitsandbytes::int8_scaled_mm",
+    "bitsandbytes::int8_mixed_scaled_mm",
+)
 def _packed_linear(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """Linear layers with packed or quantized weights: only the input tells the inner size."""
     return _numel(out) * int(args[0].shape[-1])
 
 
 @register_formula(
-    "aten::convolution", "aten::_convolution", "aten::convolution_overrideable",
-    "aten::cudnn_convolution", "aten::miopen_convolution", "aten::_slow_conv2d_forward",
-)  # fmt: skip
+    "aten::convolution",
+    "aten::_convolution",
+    "aten::convolution_overrideable",
+    "aten::cudnn_convolution",
+    "aten::miopen_convolution",
+    "aten::_slow_conv2d_forward",
+)
 def _convolution(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
     x, weight = args[0], args[1]
     transposed = len(args) > 6 and args[6] is True
@@ -178,13 +200,17 @@ def _convolution_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: A
 
 
 @register_formula(
-    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_scaled_dot_product_attention_math_for_mps",
-)  # fmt: skip
+)
 def _attention(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
-    """q k^T and its product with v; q (B, H, N, K), k (B, G, M, K), v (B, G, M, V). Masks do not reduce the count."""
+    """Q k^T and its product with v; q (B, H, N, K), k (B, G, M, K), v (B, G, M, V). Masks do not
+    reduce the count.
+    """
     q, k, v = args[:3]
     return int(prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
 
@@ -194,7 +220,7 @@ def _attention(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     "aten::_scaled_dot_product_flash_attention_backward",
     "aten::_scaled_dot_product_efficient_attention_backward",
     "aten::_scaled_dot_product_cudnn_attention_backward",
-)  # fmt: skip
+)
 def _attention_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """Scores again, gradients of scores, v, q and k: three products over K, two over V."""
     q, k, v = args[1:4]

@@ -25,14 +25,23 @@ PART_LABELS = {
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (part, re.compile(pattern))
     for part, pattern in (
-        ("adaln_final", r"(^|\.)final\w*\.(.*\.)?(\w*modulation|adaln\w*)(\.|$)|^proj_out_1$|^norm_out\.linear$"),
+        (
+            "adaln_final",
+            r"(^|\.)final\w*\.(.*\.)?(\w*modulation|adaln\w*)(\.|$)|^proj_out_1$|^norm_out\.linear$",
+        ),
         ("final_linear", r"(^|\.)final\w*\.(.*\.)?(linear|proj|out)$|^proj_out(_2)?$"),
         ("adaln_blocks", r"(^|\.)(\w*modulation|adaln\w*)(\.|$)|\.norm\d?\.linear$"),
         ("t_mlp", r"(^|\.)(t_embed\w*|time\w*|t_block)(\.|$)"),
         ("patch_embed", r"(^|\.)(patch\w*|x_embed\w*|conv_proj)(\.|$)|^pos_embed\.proj$"),
         ("qkv", r"\.(qkv|kv|q|k|v|to_qkv|to_q|to_k|to_v|[qkv]_proj|query|key|value)$"),
-        ("proj", r"(attn|attention)\w*\.(.*\.)?(proj|out_proj|to_out(\.\d+)?)$|attention\.output\.dense$"),
-        ("mlp", r"(^|\.)(\w*mlp\w*|ffn?\w*|feed_?forward|intermediate|linear[12]|output\.dense)(\.|$)"),
+        (
+            "proj",
+            r"(attn|attention)\w*\.(.*\.)?(proj|out_proj|to_out(\.\d+)?)$|attention\.output\.dense$",
+        ),
+        (
+            "mlp",
+            r"(^|\.)(\w*mlp\w*|ffn?\w*|feed_?forward|intermediate|linear[12]|output\.dense)(\.|$)",
+        ),
         ("attn", r"(^|\.)(\w*attn\w*|\w*attention|mixer|core)(\.|$)"),
         ("head", r"^(head|heads|fc|classifier|lm_head)(\.|$)"),
     )
@@ -41,7 +50,8 @@ _BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")
 
 
 def part_of(path: str, op: str = "") -> str:
-    """The part (a key of `PART_LABELS`) of the operator ``op`` at a module path, by the usual names of children.
+    """The part (a key of `PART_LABELS`) of the operator ``op`` at a module path, by the usual names
+    of children.
 
     Our own names, timm's, diffusers' and the official DiT's are known; anything else is "other".
 

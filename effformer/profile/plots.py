@@ -63,12 +63,24 @@ class Pareto:
         on = sorted((p for p in self.points if p[0] in front), key=lambda p: p[1])
         off = [p for p in self.points if p[0] not in front]
         axes.plot([p[1] for p in on], [p[2] for p in on], "-", color=_BLUE, linewidth=1.2, zorder=1)
-        axes.plot([p[1] for p in on], [p[2] for p in on], "o", color=_BLUE, markersize=7, label="Pareto front")
+        axes.plot(
+            [p[1] for p in on],
+            [p[2] for p in on],
+            "o",
+            color=_BLUE,
+            markersize=7,
+            label="Pareto front",
+        )
         if off:
             axes.plot(
-                [p[1] for p in off], [p[2] for p in off], "D", markerfacecolor="white",
-                markeredgecolor=_GREY, markersize=6, label="beaten by another",
-            )  # fmt: skip
+                [p[1] for p in off],
+                [p[2] for p in off],
+                "D",
+                markerfacecolor="white",
+                markeredgecolor=_GREY,
+                markersize=6,
+                label="beaten by another",
+            )
         axes.margins(0.18)
         axes.set_xlabel(self.x)
         axes.set_ylabel(self.y)
@@ -89,7 +101,9 @@ class Pareto:
         figure = self.figure()
         known = sorted(figure.canvas.get_supported_filetypes())
         if suffix not in known:
-            raise ValueError(f"Pareto.save: cannot write {str(path)!r}; suffixes: {', '.join(known)}")
+            raise ValueError(
+                f"Pareto.save: cannot write {str(path)!r}; suffixes: {', '.join(known)}"
+            )
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix)
         write_atomic(path, buffer.getvalue())
@@ -115,7 +129,9 @@ def _scale(axis: Any, scale: Any, values: Sequence[float]) -> None:
 
 
 def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Name every point where the name covers nothing; a thin line leads to names that had to step aside."""
+    """Name every point where the name covers nothing; a thin line leads to names that had to step
+    aside.
+    """
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     bounds = need("matplotlib.transforms").Bbox.from_bounds
@@ -128,10 +144,18 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
         for dx, dy in _PLACES:
             far = abs(dx) + abs(dy) > 16
             text = axes.annotate(
-                name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=_INK, va="center",
+                name,
+                (x, y),
+                (dx, dy),
+                textcoords="offset points",
+                fontsize=8,
+                color=_INK,
+                va="center",
                 ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.6, "shrinkB": 4} if far else None,
-            )  # fmt: skip
+                arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.6, "shrinkB": 4}
+                if far
+                else None,
+            )
             box = need("matplotlib.text").Text.get_window_extent(text, renderer)  # without the line
             others = (other for j, other in enumerate(taken) if j != i)
             clashes = sum(box.overlaps(other) for other in others)

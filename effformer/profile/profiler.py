@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ class Profile:
         name: name of the model.
         inputs: shapes of the tensors that went in.
         total: multiply-adds.
-        executed: multiply-adds that the model executes, by the fractions in its `Ledger`; equals ``total`` for a
-            model without dynamic parts; None if the fractions need arithmetic and the model has no weights.
+        executed: multiply-adds that the model executes, by the fractions in its `Ledger`; equals
+            ``total`` for a model without dynamic parts; None if the fractions need arithmetic and
+            the model has no weights.
         by_module: module path -> MACs, children included, in execution order.
         by_part: part of a transformer -> MACs.
         by_block: numbered block -> part -> MACs.
-        by_op: operator -> MACs; ``"formula: Flow"`` is the difference between a core's formula and its operators.
+        by_op: operator -> MACs; ``"formula: Flow"`` is the difference between a core's formula and
+            its operators.
         calls: operator -> number of calls, for counted operators.
         elements: elementwise operator -> elements handled, 0 MACs each.
         uncounted: operator without a formula -> number of calls.
@@ -119,9 +122,10 @@ def profile(
 ) -> Profile:
     """Count the multiply-adds, parameters and activation memory of one forward in evaluation mode.
 
-    The model runs on fake tensors: every operator is seen with its shapes, nothing is computed, so the largest models
-    are counted in a second, also when their parameters are on the meta device. Where fake tensors do not suffice
-    (data-dependent shapes, foreign kernels) the model runs on the real ones, and ``notes`` says so.
+    The model runs on fake tensors: every operator is seen with its shapes, nothing is computed, so
+    the largest models are counted in a second, also when their parameters are on the meta device.
+    Where fake tensors do not suffice (data-dependent shapes, foreign kernels) the model runs on the
+    real ones, and ``notes`` says so.
 
     Args:
         model: any module.
@@ -196,7 +200,7 @@ def _watch(run: Run, memory: bool, method: str) -> tuple[Counter, Memory | None,
     ledger = Ledger()
     more = {"ledger": ledger} if "ledger" in inspect.signature(run.model.forward).parameters else {}
     tracker, counter = MemoryTracker(run.own), Counter(run.model)
-    with torch.no_grad(), tracker, counter:
+    with torch.no_grad(), tracker if memory else nullcontext(), counter:
         run.call(**more)
     usage = activation_memory(run, peak=tracker.peak, method=method) if memory else None
     return counter, usage, ledger
@@ -211,10 +215,16 @@ def _known(ledger: Ledger, counter: Counter, notes: list[str]) -> list[str]:
 
 
 def _executed(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], costs: Costs, ledger: Ledger,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    costs: Costs,
+    ledger: Ledger,
     notes: list[str],
-) -> int | None:  # fmt: skip
-    """MACs after what dynamic parts skip; their fractions depend on values, so fake tensors cannot tell them."""
+) -> int | None:
+    """MACs after what dynamic parts skip; their fractions depend on values, so fake tensors cannot
+    tell them.
+    """
     if not ledger.executed:
         return costs.total
     if any(p.is_meta for p in model.parameters()):
@@ -234,6 +244,6 @@ def _note_corrections(counter: Counter, notes: list[str]) -> None:
         sums.setdefault(name, []).append(difference)
     for name, differences in sums.items():
         notes.append(
-            f"{name}: the closed formula counts {sum(differences):+,} MACs against the operators of "
-            f"{len(differences)} layers (weighted sums are elementwise work by convention)"
+            f"{name}: the closed formula counts {sum(differences):+,} MACs against the operators "
+            f"of {len(differences)} layers (weighted sums are elementwise work by convention)"
         )

@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from .profiler import Profile
 
 __all__ = [
-    "amount", "comparison_dict", "comparison_table", "comparison_text", "profile_dict", "profile_text", "save_report", "size", "table",
+    "amount",
+    "comparison_dict",
+    "comparison_table",
+    "comparison_text",
+    "profile_dict",
+    "profile_text",
+    "save_report",
+    "size",
+    "table",
     "tree_text",
-]  # fmt: skip
+]
 
 
 def amount(n: float) -> str:
@@ -41,9 +49,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
-    )  # fmt: skip
+    )
 
 
 def tree_text(profile: Profile, depth: int) -> str:
@@ -51,7 +62,9 @@ def tree_text(profile: Profile, depth: int) -> str:
     rows: list[tuple[str, str, str]] = []
 
     def visit(node: Node, level: int, times: int) -> None:
-        label = node.label if node.count == 1 else f"{node.label} ({node.count} x {amount(node.each)})"
+        label = (
+            node.label if node.count == 1 else f"{node.label} ({node.count} x {amount(node.each)})"
+        )
         share = node.macs * times / profile.total if profile.total else 0.0
         rows.append(("  " * level + label, amount(node.macs * times), f"{share:.1%}"))
         if level < depth:
@@ -69,12 +82,14 @@ def profile_text(profile: Profile) -> str:
     lines = [f"{p.name}: {p.total:,} MACs ({amount(p.flops)}FLOPs), {p.params:,} parameters"]
     if p.executed is not None and p.executed != p.total:
         lines.append(f"executed: {p.executed:,} MACs ({p.executed / total:.1%} of the dense work)")
-    lines.append(f"inputs: {', '.join(str(shape) for shape in p.inputs)}; trainable: {p.trainable:,}")
+    lines.append(
+        f"inputs: {', '.join(str(shape) for shape in p.inputs)}; trainable: {p.trainable:,}"
+    )
     if p.memory is not None:
         saved = "" if p.memory.saved is None else f", {size(p.memory.saved)} saved for backward"
         lines.append(
-            f"activations: {size(p.memory.peak)} at the peak{saved}; weights {size(p.memory.weights)} "
-            f"({p.memory.method})"
+            f"activations: {size(p.memory.peak)} at the peak{saved}; "
+            f"weights {size(p.memory.weights)} ({p.memory.method})"
         )
     parts = ((PART_LABELS[k], f"{n:,}", f"{n / total:.1%}") for k, n in p.by_part.items())
     lines += ["", table(("part", "MACs", "share"), parts), "", tree_text(p, 4), ""]
@@ -121,17 +136,30 @@ def comparison_table(comparison: Comparison) -> tuple[tuple[str, ...], list[tupl
     """Header and cells of a comparison."""
     columns: dict[str, list[str]] = {
         name: []
-        for name in ("model", "parameters", "MACs", "executed", "peak", "latency", "p10", "p90", "ratio")
+        for name in (
+            "model",
+            "parameters",
+            "MACs",
+            "executed",
+            "peak",
+            "latency",
+            "p10",
+            "p90",
+            "ratio",
+        )
     }
     for row in comparison.rows:
         p, t = row.profile, row.latency
         times = ["-"] * 3 if t is None else [f"{1e3 * s:.4g} ms" for s in (t.median, t.p10, t.p90)]
         cells = [
-            row.name, amount(p.params), amount(p.total),
+            row.name,
+            amount(p.params),
+            amount(p.total),
             "-" if p.executed is None else amount(p.executed),
             "-" if p.memory is None else size(p.memory.peak),
-            *times, "-" if row.ratio is None else f"{row.ratio:.3f}x",
-        ]  # fmt: skip
+            *times,
+            "-" if row.ratio is None else f"{row.ratio:.3f}x",
+        ]
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
     if columns["executed"] == columns["MACs"]:

@@ -13,7 +13,8 @@ class Node:
     """A module, or several numbered neighbours that cost the same.
 
     Attributes:
-        label: name; ``"0-11"`` for merged neighbours, ``"attn.part"`` where all the work is in one child.
+        label: name; ``"0-11"`` for merged neighbours, ``"attn.part"`` where all the work is in one
+            child.
         macs: multiply-adds of all merged modules together, children included.
         count: number of merged modules.
         children: what is inside one of them; their costs are those of one.
@@ -49,7 +50,10 @@ def _node(
             last = inside.pop()
             first = last.label.split("-")[0]
             node = replace(
-                node, label=f"{first}-{node.label}", macs=last.macs + node.macs, count=last.count + 1
+                node,
+                label=f"{first}-{node.label}",
+                macs=last.macs + node.macs,
+                count=last.count + 1,
             )
         inside.append(node)
     if len(inside) == 1 and inside[0].macs == by_module[path] and path and not label.isdigit():

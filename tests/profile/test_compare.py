@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from effformer import build_model
+from effformer.profile import compare
+from effformer.profile.plots import Pareto
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    models = [build_model("dit-nano", attn=attn) for attn in ("softmax", "flow")]
+    return compare(
+        [*models, "dit-nano"], names=["softmax", "flow", "by name"], warmup=0, runs=3, threads=1
+    )
+
+
+def test_rows(comparison) -> None:
+    softmax, flow, named = comparison.rows
+    assert softmax.ratio == 1.0
+    assert softmax.profile.total == named.profile.total > flow.profile.total
+    assert named.latency is not None
+    assert named.latency.runs == 3
+    text = str(comparison)
+    assert "executed" not in text
+    for words in ("softmax", "ratio", "3 runs each in turns", "1 threads"):
+        assert words in text
+
+
+def test_files(comparison, tmp_path) -> None:
+    comparison.save(tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["rows"][1]["name"] == "flow"
+    comparison.save(tmp_path / "c.txt")
+    comparison.save(tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text()
+    assert page.count("<svg") == 1
+    assert page.count('<details class="model">') == 3
+    for outside in ("<script", "src=", "@import"):
+        assert outside not in page
+    comparison.pareto("latency", "macs").save(tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"suffixes: .*png"):
+        comparison.pareto().save(tmp_path / "pareto.docx")
+
+
+def test_names_build_on_meta_without_timing() -> None:
+    stages: list[str] = []
+    result = compare(["dit-xl", "dit-xl"], time=False, progress=stages.append)
+    assert [row.name for row in result.rows] == ["dit-xl-2 #1", "dit-xl-2 #2"]
+    assert result.rows[0].latency is None
+    assert stages == ["counting dit-xl-2 #1", "counting dit-xl-2 #2"]
+    with pytest.raises(ValueError, match="'latency' was not measured"):
+        result.pareto("latency", "macs")
+    assert result.pareto("params", "memory").front == ("dit-xl-2 #1",)
+    assert "-" in str(result)
+
+
+def test_refusals(comparison) -> None:
+    with pytest.raises(ValueError, match="no models"):
+        compare([])
+    with pytest.raises(ValueError, match="did you mean 'dit-nano'"):
+        compare(["dit-nanoo"])
+    with pytest.raises(ValueError, match="2 models need as many different names"):
+        compare([nn.Linear(2, 2)] * 2, torch.zeros(1, 2), names=["a", "a"])
+    with pytest.raises(ValueError, match="unknown metric 'speed'"):
+        comparison.pareto("speed", "macs")
+
+
+def test_front() -> None:
+    points = (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 6.0), ("d", 4.0, 1.0), ("e", 2.0, 5.5))
+    assert Pareto(points, "x", "y").front == ("a", "b", "d")
+
+
+def test_labels_cover_neither_names_nor_points() -> None:
+    points = (
+        ("softmax", 144.6, 1.412), ("linear", 146.6, 1.413), ("flow", 147.5, 1.414),
+        ("small", 71.4, 0.358), ("half depth", 72.5, 0.709), ("huge", 900.0, 80.0),
+    )  # fmt: skip
+    figure = Pareto(points, "x", "y").figure()
+    axes = figure.axes[0]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    from matplotlib.text import Text
+
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
+    assert sorted(text.get_text() for text in axes.texts) == sorted(p[0] for p in points)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    places = axes.transData.transform([(x, y) for _, x, y in points])
+    assert not any(box.contains(*place) for box in boxes for place in places)
