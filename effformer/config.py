@@ -45,7 +45,7 @@ class Config:
         return named | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def replace(self, *, where: str = "", **changes: Any) -> Self:
-        """A copy with changes; a change to a nested part starts from the present part."""
+        """A copy with changes; a change to a nested config starts from the present one."""
         converted = _convert(type(self), changes, self, where or type(self).__qualname__)
         return dataclasses.replace(self, **converted)
 
@@ -172,6 +172,8 @@ def _convert(
                 if value is None
                 else resolve(field.metadata["kind"], value, present, where=path)
             )
+        elif isinstance(value, Mapping) and isinstance(getattr(base, key, None), Config):
+            out[key] = getattr(base, key).replace(where=path, **value)
         else:
             out[key] = _check(value, _hints(cls)[key], path)
     return out

@@ -21,6 +21,7 @@ from .vit import Head, Norm, Positions, Prefix, ViT
 
 __all__ = ["vit_config_from_timm"]
 
+_MODELS = ("VisionTransformer", "VisionTransformerRelPos", "Eva")
 _ACTIVATIONS: dict[str, Activation] = {
     "GELU": "gelu",
     "GELUTanh": "gelu-tanh",
@@ -76,13 +77,13 @@ class _Reader:
     """Looks at the modules of one timm model."""
 
     def __init__(self, model: Any, name: str) -> None:
-        blocks = getattr(model, "blocks", None)
-        if blocks is None or not hasattr(model, "patch_embed"):
+        if type(model).__name__ not in _MODELS:
             raise TypeError(
-                f"{name}: expected a vision transformer of timm, got {type(model).__name__}"
+                f"{name}: expected one of timm's classes {', '.join(_MODELS)}, "
+                f"got {type(model).__name__}"
             )
         self.model, self.name = model, name
-        self.kind = type(blocks[0]).__name__
+        self.kind = type(model.blocks[0]).__name__
         if self.kind not in _BLOCKS:
             raise self._refuse(f"blocks of type {self.kind}")
 
