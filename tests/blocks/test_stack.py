@@ -1,0 +1,106 @@
+"""Stacks: per-layer patterns, depth-dependent facts, capabilities checked before weights exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from effformer.attention import Attention
+from effformer.blocks import BackboneConfig, Needs, StackConfig, build_stack
+from effformer.checks import CapabilityError
+from effformer.context import Site
+
+BASE: dict[str, Any] = {"dim": 12, "depth": 4, "heads": 3}
+SITE = Site(dim=12, heads=3)
+
+
+def cores(needs: Needs | None = None, **config: Any) -> list[str]:
+    chosen = BackboneConfig.from_dict(BASE | config)
+    blocks = build_stack(chosen, SITE, needs or Needs(), name="toy")
+    return [block.attn.part.config.core.to_dict()["name"] for block in blocks]
+
+
+@pytest.mark.parametrize(
+    ("key", "chosen"),
+    [("0", [0]), ("-1", [3]), ("1:3", [1, 2]), (":2", [0, 1]), ("1::2", [1, 3]), ("-2:", [2, 3])],
+)
+def test_slices(key: str, chosen: list[int]) -> None:
+    names = cores(layers={key: {"attn": "flow"}})
+    assert [i for i, name in enumerate(names) if name == "flow"] == chosen
+
+
+def test_later_entries_win() -> None:
+    layers = {":": {"attn": "flow"}, "2:": {"attn": "linear"}, "3": {"attn": "softmax"}}
+    assert cores(layers=layers) == ["flow", "flow", "linear", "softmax"]
+
+
+def test_paths_layers_and_drop_path() -> None:
+    config = BackboneConfig.from_dict(BASE | {"drop_path": 0.3, "dropout": 0.1})
+    blocks = build_stack(config, Site(dim=12, heads=3, path="encoder"), Needs(), name="toy")
+    assert [b.site.path for b in blocks] == [f"encoder.blocks.{i}" for i in range(4)]
+    assert [b.site.layer for b in blocks] == [0, 1, 2, 3]
+    assert [b.site.drop_path for b in blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert {b.site.dropout for b in blocks} == {0.1}
+
+
+def test_one_site_per_block() -> None:
+    sites = [Site(dim=12, heads=3), Site(dim=24, heads=3)]
+    blocks = build_stack(StackConfig(), sites, Needs(), name="toy")
+    assert [b.attn.part.qkv.in_features for b in blocks] == [12, 24]
+
+
+def test_causal_models_make_their_mixers_causal() -> None:
+    blocks = build_stack(BackboneConfig(**BASE), SITE, Needs(causal=True), name="toy")
+    assert all(b.attn.part.core.config.causal for b in blocks)
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ({"x": {}}, ValueError, r"toy layers\['x'\]: expected an index or a slice"),
+        ({"9": {"attn": "flow"}}, ValueError, "selects none of the 4 blocks"),
+        ({"0": "flow"}, TypeError, "expected a dict such as"),
+        ({"0": {"atn": "flow"}}, ValueError, "unknown part 'atn'; did you mean 'attn'"),
+        ({"0": {"cross": "flow"}}, ValueError, "unknown part 'cross'"),
+        ({"0": {"attn": "flwo"}}, ValueError, "'flwo'; did you mean 'flow'"),
+    ],
+)
+def test_bad_layers(layers: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cores(layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("needs", "config", "message"),
+    [
+        (Needs(rope=True), {"attn": "flow"}, r"blocks\[0:4\]\.attn: 'flow' cannot apply rotary"),
+        (Needs(mask="full"), {"attn": "linear"}, "'linear' cannot honour a full mask"),
+        (Needs(), {"attn": {"name": "flow", "causal": True}}, "attends both ways"),
+        (Needs(), {"block": "adaln-zero"}, "'adaln-zero' needs a conditioning vector"),
+        (Needs(cond=True), {"block": "prenorm"}, "'prenorm' cannot use this model's conditioning"),
+    ],
+)
+def test_impossible_combinations_name_choices(needs: Needs, config: Any, message: str) -> None:
+    with pytest.raises(CapabilityError, match=message):
+        cores(needs, **config)
+
+
+def test_decoders_need_a_block_with_a_place_for_the_memory() -> None:
+    site = Site(dim=12, heads=3, memory_dim=8)
+    for block in ("parallel", "respost"):
+        config = BackboneConfig.from_dict(BASE | {"block": block})
+        with pytest.raises(CapabilityError, match=r"choices: macaron, postnorm, prenorm"):
+            build_stack(config, site, Needs(), name="toy", cross=Attention.Config())
+
+
+@pytest.mark.parametrize("field", ["dim", "depth", "heads"])
+def test_sizes_are_positive(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+        BackboneConfig(**{**BASE, field: 0})
+
+
+@pytest.mark.parametrize("field", ["dropout", "drop_path"])
+def test_probabilities(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field} must lie in \[0, 1\), got 1.0"):
+        BackboneConfig(**BASE, **{field: 1.0})

@@ -1,0 +1,142 @@
+"""BERT: packed equals padded, any mask, sizes, layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from effformer.models.bert import PRESETS, Bert
+
+import effformer
+from effformer import CapabilityError, Packing
+
+TINY: dict[str, Any] = {"vocab": 31, "context": 20, "dim": 24, "depth": 2, "heads": 3}
+LENGTHS = torch.tensor([[9], [1], [0], [12], [4]])
+RIGHT = torch.arange(12) < LENGTHS
+LEFT = RIGHT.flip(1)
+
+
+def holes() -> torch.Tensor:
+    mask = torch.rand(5, 12) < 0.6
+    mask[2] = False
+    return mask
+
+
+def build(**overrides: Any) -> Bert:
+    model = effformer.build_model("bert-tiny", **{**TINY, **overrides})
+    assert isinstance(model, Bert)
+    return model.eval()
+
+
+def ids(batch: int = 5, tokens: int = 12) -> torch.Tensor:
+    return torch.randint(0, TINY["vocab"], (batch, tokens))
+
+
+@pytest.mark.parametrize("name", ["bert-base", "bert-large"])
+def test_parameters_of_the_published_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = effformer.build_model(name)
+    assert sum(p.numel() for p in model.parameters()) == PRESETS[name].params
+
+
+@pytest.mark.parametrize("block", ["postnorm", "prenorm", "macaron", "parallel", "respost"])
+@pytest.mark.parametrize("attn", ["softmax", "flow", "linear"])
+def test_packed_equals_padded(attn: str, block: str) -> None:
+    model, tokens, segments = build(attn=attn, block=block), ids(), torch.randint(0, 2, (5, 12))
+    for mask in (RIGHT, LEFT, holes()):
+        padded = model(tokens, segments, mask)
+        packed = model(tokens, segments, mask, packed=True)
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-5)
+        assert not packed.hidden[~mask].any()
+        assert packed.hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("attn", ["softmax", "flow"])
+def test_ids_on_padding_change_nothing(attn: str, packed: bool) -> None:
+    model, tokens, mask = build(attn=attn), ids(), holes()
+    junk = torch.where(mask, tokens, ids())
+    out = model(tokens, mask=mask, packed=packed).hidden
+    torch.testing.assert_close(
+        model(junk, mask=mask, packed=packed).hidden, out, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_permuting_samples_permutes_outputs(packed: bool) -> None:
+    model, tokens, mask, order = build(), ids(), holes(), torch.tensor([3, 0, 4, 2, 1])
+    out = model(tokens, mask=mask, packed=packed).hidden
+    turned = model(tokens[order], mask=mask[order], packed=packed).hidden
+    torch.testing.assert_close(turned, out[order], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_equal_those_of_the_padded_run() -> None:
+    model, tokens, mask = build(), ids(), holes()
+    grads = []
+    for packed in (False, True):
+        model.zero_grad()
+        (model(tokens, mask=mask, packed=packed).hidden ** 2).sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+def test_packing_round_trip() -> None:
+    mask, x = holes(), torch.randn(5, 12, 3)
+    packing = Packing.from_mask(mask)
+    packed = packing.pack(x)
+    assert packed.shape == (1, mask.sum(), 3)
+    torch.testing.assert_close(packing.unpack(packed), x * mask.unsqueeze(-1), rtol=0, atol=0)
+    torch.testing.assert_close(packing.pack(packing.unpack(packed)), packed, rtol=0, atol=0)
+    columns = torch.arange(12).expand(5, 12)[mask]
+    torch.testing.assert_close(packing.positions, columns)
+
+
+def test_packed_touches_real_tokens_only() -> None:
+    model, tokens = build(), ids()
+    seen = []
+    linear = model.blocks[0].ffn.part.fc1
+    linear.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    model(tokens, mask=RIGHT, packed=True)
+    assert seen == [(1, int(LENGTHS.sum()), 24)]
+
+
+def test_huggingface_layout_round_trip(tmp_path: Path) -> None:
+    model, tokens = build(), ids()
+    file = effformer.save_weights(model, tmp_path / "bert.safetensors", layout="huggingface")
+    state = {f"bert.{k}": v for k, v in effformer.io.read_weights(file).items()}
+    state["bert.embeddings.position_ids"] = torch.arange(20)[None]
+    old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+    for new, name in old.items():
+        state = {k.replace(new, name): v for k, v in state.items()}
+    other = build()
+    assert effformer.load_weights(other, state).layout == "huggingface"
+    torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=0)
+
+
+def test_without_pooler() -> None:
+    out = build(pooler=False)(ids())
+    assert out.pooled.shape == (5, 0)
+
+
+def test_bad_input_and_configs() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="21 tokens, but positions for 20 only"):
+        model(ids(1, 21))
+    with pytest.raises(ValueError, match=r"segments: expected shape \(B, N\), got \(1, 2\)"):
+        model(ids(1, 3), ids(1, 2))
+    with pytest.raises(ValueError, match="segments must be at least 1, got 0"):
+        build(segments=0)
+    with pytest.raises(CapabilityError, match="cannot honour a key mask"):
+        build(attn="relative")
+
+
+def test_exports_padded_with_any_batch_and_length() -> None:
+    model = build(depth=1)
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=20)}
+    inputs = model.example_inputs(2)
+    program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, axes))
+    tokens, segments = ids(), torch.zeros(5, 12, dtype=torch.int64)
+    out = program.module()(tokens=tokens, segments=segments, mask=RIGHT)
+    torch.testing.assert_close(out, model(tokens, segments, RIGHT), rtol=1e-4, atol=1e-5)
