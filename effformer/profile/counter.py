@@ -6,13 +6,10 @@ import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .fake import visible_operators
@@ -81,16 +78,19 @@ class Counter(TorchDispatchMode):
         self.formulas: dict[str, int] = {}
         self.paths: dict[str, None] = {"": None}
         self.total = 0
-        self._names = {id(module): path for path, module in model.named_modules()}
+        self._model = model
         self._stack: list[_Frame] = []
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
         self._exits.enter_context(visible_operators())
-        enter = register_module_forward_pre_hook(self._enter_module)
-        leave = register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
-        self._exits.callback(enter.remove)
-        self._exits.callback(leave.remove)
+        for path, module in self._model.named_modules():
+            enter = module.register_forward_pre_hook(partial(self._enter_module, path))
+            leave = module.register_forward_hook(
+                self._leave_module, with_kwargs=True, always_call=True
+            )
+            self._exits.callback(enter.remove)
+            self._exits.callback(leave.remove)
         super().__enter__()
         return self
 
@@ -127,10 +127,7 @@ class Counter(TorchDispatchMode):
             tally.elements += elements(args, out)
         return out
 
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
-        path = self._names.get(id(module))
-        if path is None:  # made on the fly: its work belongs to its caller
-            path = self._stack[-1].path if self._stack else ""
+    def _enter_module(self, path: str, module: nn.Module, args: Any) -> None:
         for i, letter in enumerate(
             path
         ):  # containers such as ModuleList are never called themselves
@@ -139,12 +136,11 @@ class Counter(TorchDispatchMode):
         self.paths[path] = None
         self._stack.append(_Frame(path, self.total))
 
-    def _leave_module(self, module: nn.Module, args: Any, *rest: Any) -> None:
+    def _leave_module(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         frame = self._stack.pop()
         formula = getattr(module, "macs", None)
-        if len(rest) < 2 or not callable(formula):  # after an error torch leaves the keywords out
+        if out is None or not callable(formula):  # None after an error
             return
-        kwargs: dict[str, Any] = rest[0]
         context = _context(args, kwargs)
         if getattr(context, "packing", None) is not None:
             return
