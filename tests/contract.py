@@ -18,6 +18,11 @@ DIM, HEADS = 24, 3
 MIXERS = [name for name in list_attention() if name != "multihead"]
 FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nystrom": {"landmarks": 4, "conv": 3},
+    "topk": {"keep": 3},
+}
+"""Options that let a mechanism work on the few tokens of a test."""
 
 
 def caps_of(name: str) -> Caps:
@@ -36,7 +41,7 @@ def mixers_without(**caps: object) -> list[str]:
 
 def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Module:
     """A mixer by name; causal None means the part's own default form."""
-    config = resolve("attention", name)
+    config = resolve("attention", {"name": name, **OPTIONS.get(name, {})})
     if causal:
         config = with_causal(config, True)
     entry = registry.attention.owner(config)

@@ -7,8 +7,10 @@ from .differential import Differential
 from .flow import Flow
 from .linear import Linear
 from .multihead import Attention
+from .nystrom import Nystrom
 from .relative import Relative
 from .softmax import Softmax
+from .topk import TopK
 
 __all__ = [
     "Attention",
@@ -18,7 +20,9 @@ __all__ = [
     "Flow",
     "Linear",
     "Mixer",
+    "Nystrom",
     "Relative",
     "Softmax",
     "Streaming",
+    "TopK",
 ]

@@ -1,0 +1,59 @@
+"""Selective hard attention: values, probabilities, gradients, masks, layers of a BERT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from harness import Golden
+
+import effformer
+from effformer.attention.topk import TopK
+from effformer.context import Context, Site
+
+
+def check(golden: Golden) -> None:
+    c = golden.config["attention"]
+    site = Site(dim=c["heads"] * c["head_dim"], heads=c["heads"])
+    for path in ("dense", "gather"):
+        for keep in c["K"]:
+            _check_core(golden, TopK(TopK.Config(keep=keep, path=path), site), f"k{keep}")
+        soft = TopK(TopK.Config(keep=c["k_len"], path=path), site)
+        golden.assert_close(soft(*(golden.tensor(f"in.{x}") for x in "qkv")), "out.soft")
+    _check_bert(golden, {}, "out.bert.dense")
+    layers = {
+        i: {"attn": {"name": "topk", "keep": k}} for i, k in golden.config["hard_layers"].items()
+    }
+    _check_bert(golden, layers, "out.bert.hard")
+
+
+def _check_core(golden: Golden, core: TopK, case: str) -> None:
+    q, k, v = (golden.tensor(f"in.{x}").clone().requires_grad_() for x in "qkv")
+    out = core(q, k, v)
+    golden.assert_close(out, f"out.{case}")
+    mask = golden.tensor("in.key_mask").bool()
+    golden.assert_close(core(q, k, v, Context(mask=mask)), f"out.{case}_masked")
+    unit = torch.eye(k.shape[2]).expand(*k.shape[:3], -1)  # the weighted sum of unit vectors
+    golden.assert_close(core(q, k, unit), f"out.{case}.probs")
+    grads = torch.autograd.grad(out, (q, k, v), golden.tensor("in.cotangent"))
+    for name, grad in zip("qkv", grads, strict=True):
+        golden.assert_close(grad, f"grad.{case}.{name}")
+
+
+def _check_bert(golden: Golden, layers: dict[str, Any], key: str) -> None:
+    c = golden.config["bert"]
+    model = effformer.build_model(
+        "bert-tiny",
+        dim=c["hidden_size"],
+        depth=c["layers"],
+        heads=c["heads"],
+        ffn={"hidden": c["intermediate_size"]},
+        vocab=c["vocab"],
+        context=c["max_len"],
+        layers=layers,
+        pooler=False,
+    ).eval()
+    effformer.load_weights(model, golden.weights())
+    with torch.no_grad():
+        out = model(golden.tensor("in.input_ids"), mask=golden.tensor("in.attention_mask").bool())
+    golden.assert_close(out.hidden, key)

@@ -1,0 +1,83 @@
+"""Nystrom attention of two packages, with their defects, and the pseudo-inverse without."""
+
+from __future__ import annotations
+
+import torch
+from harness import Golden
+from torch import Tensor
+
+from effformer.attention import Attention, Nystrom
+from effformer.attention.nystrom import iterative_pinv
+from effformer.config import resolve
+from effformer.context import Context, Site
+
+
+def check(golden: Golden) -> None:
+    steps = golden.config["pinv_iterations"]
+    matrices = golden.tensor("in.pinv.A")
+    for key, coupled in (("lib", True), ("hf", True), ("per_matrix_init", False)):
+        found = iterative_pinv(matrices, steps, coupled=coupled)
+        golden.assert_close(found, f"out.pinv.{key}")
+    _check_transformers(golden)
+    _check_package(golden)
+
+
+def _attention(
+    golden: Golden, compat: str, *, landmarks: int | None = None, bias: bool
+) -> Attention:
+    c = golden.config
+    core = Nystrom.Config(
+        landmarks=landmarks or c["landmarks"],
+        iterations=c["pinv_iterations"],
+        conv=c["conv_kernel"],
+        compat=compat,
+    )
+    config = resolve("attention", core).replace(qkv_bias=bias)
+    return Attention(config, Site(dim=c["dim"], heads=c["heads"])).eval()
+
+
+def _check_transformers(golden: Golden) -> None:
+    w, c = golden.weights("hf."), golden.config
+
+    def load(part: Attention) -> Attention:
+        state = {
+            f"qkv.{kind}": torch.cat([w[f"{x}.{kind}"] for x in ("query", "key", "value")])
+            for kind in ("weight", "bias")
+        }
+        state |= {"core.conv.weight": w["conv.weight"]}
+        state |= {"proj.weight": torch.eye(c["dim"]), "proj.bias": torch.zeros(c["dim"])}
+        part.load_state_dict(state)
+        return part
+
+    part = load(_attention(golden, "transformers", bias=True))
+    x = golden.tensor("in.hf.x").requires_grad_()
+    out = part(x)
+    golden.assert_close(out, "out.hf")
+    (grad,) = torch.autograd.grad(out, x, golden.tensor("in.hf.cotangent"))
+    golden.assert_close(grad, "grad.hf.x")
+    mask = golden.tensor("in.hf.key_mask").bool()
+    golden.assert_close(part(x, Context(mask=mask)), "out.hf_masked")
+    golden.assert_close(part(x[:1]), "out.hf_single_first_sample")
+    exact = load(_attention(golden, "transformers", landmarks=c["n"], bias=True))
+    golden.assert_close(exact(x), "out.hf_exact_when_landmarks_equal_n")
+    ours = load(_attention(golden, "none", bias=True))
+    torch.testing.assert_close(ours(x)[:1], ours(x[:1]), rtol=1e-4, atol=1e-5)
+    ours = load(_attention(golden, "none", landmarks=c["n"], bias=True))
+    golden.assert_close(ours(x), "out.hf_exact_when_landmarks_equal_n")
+
+
+def _check_package(golden: Golden) -> None:
+    w = golden.weights("lib.")
+    part = _attention(golden, "nystrom-attention", bias=False)
+    part.load_state_dict(
+        {
+            "qkv.weight": w["to_qkv.weight"],
+            "core.conv.weight": w["res_conv.weight"],
+            "proj.weight": w["to_out.0.weight"],
+            "proj.bias": w["to_out.0.bias"],
+        }
+    )
+    mask: Tensor = golden.tensor("in.lib.mask").bool()
+    golden.assert_close(part(golden.tensor("in.lib.x_divisible")), "out.lib")
+    golden.assert_close(part(golden.tensor("in.lib.x")), "out.lib_unpadded_length")
+    golden.assert_close(part(golden.tensor("in.lib.x"), Context(mask=mask)), "out.lib_masked")
