@@ -56,7 +56,8 @@ def quantize(
         skip: patterns of layers that stay in floating point.
         sensitive: scheme of the layers in `SENSITIVE` if ``scheme`` has fewer than 8 bits; None
             makes no exception.
-        backend: "torch", "bitsandbytes" (same bytes, its kernels) or "auto".
+        backend: "torch", "bitsandbytes" (same bytes, its kernels) or "auto"; sensitive layers are
+            always decoded by torch.
         inputs: arguments of forward (tensor, tuple or dict), to measure the output's relative
             error.
 
@@ -69,8 +70,8 @@ def quantize(
 
     Example:
         >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(),
-        torch.nn.Linear(64, 8)) >>> small, report = quantize(model, "nf4", inputs=torch.ones(1, 64))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU())
+        >>> small, report = quantize(model, "nf4", inputs=torch.ones(1, 64))
         >>> report.layers[0].scheme
         'nf4'
     """
@@ -101,7 +102,8 @@ def quantize_(
     layers = []
     for name, dense in chosen.items():
         used = careful if _covers(SENSITIVE, name) else main
-        packed[name] = _pack(dense, used, backend, f"{name}.weight")
+        by = backend if used is main else "torch"  # the few layers of another format
+        packed[name] = _pack(dense, used, by, f"{name}.weight")
         layers.append(_describe(name, dense, packed[name]))
     _swap(model, {chosen[name]: layer for name, layer in packed.items()})
     _record(model, packed)

@@ -129,12 +129,12 @@ def lookup_nibbles(
     values = torch.tensor(table, dtype=torch.float32, device=packed.device)
     high, low = values.repeat_interleave(16), values.repeat(16)
     pairs = torch.stack((high, low) if high_first else (low, high), dim=-1)
+    index = packed.flatten().int()
     if torch.compiler.is_exporting():
-        out = pairs[packed.int()].flatten(-2)
+        out = pairs.index_select(0, index)
     else:
-        words = pairs.view(torch.int64).flatten().index_select(0, packed.flatten().int())
-        out = words.view(torch.float32).unflatten(0, (*packed.shape[:-1], -1))
-    return out[..., :n]
+        out = pairs.view(torch.int64).flatten().index_select(0, index).view(torch.float32)
+    return out.view(*packed.shape[:-1], -1)[..., :n]
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

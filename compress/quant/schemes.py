@@ -155,21 +155,16 @@ class RowScheme(Scheme):
         scales = tensors["scales"].float()
         zeros: Tensor | float = float(2 ** (self.bits - 1))
         if "zero_points" in tensors:
-            zeros = self._zero_points(tensors["zero_points"], scales.shape[1]).float()
-        codes = tensors["codes"]
-        if self.bits == 4:
-            values = bw.lookup_nibbles(codes, range(16), k, high_first=False)
-        else:
-            values = codes.float()
+            zeros = self._values(tensors["zero_points"], scales.shape[1])
+        values = self._values(tensors["codes"], k)
         return bw.dequantize_rows(values, scales, zeros, self.config.block)
 
-    def _zero_points(self, packed: Tensor, blocks: int) -> Tensor:
-        return packed if self.bits == 8 else bw.unpack_nibbles(packed, blocks, high_first=False)
+    def _values(self, packed: Tensor, count: int) -> Tensor:
+        if self.bits == 8:
+            return packed.float()
+        return bw.lookup_nibbles(packed, range(16), count, high_first=False)
 
     def to_matmul_nbits(self, tensors: Tensors, n: int, k: int) -> MatMulNBits | None:
-        codes = tensors["codes"]
-        if self.bits == 4:
-            codes = bw.unpack_nibbles(codes, k, high_first=False)
         scales, zeros = tensors["scales"].float(), tensors.get("zero_points")
         block = self.config.block or k
         if block >= k:  # one scale per row serves every block of the kernel
@@ -177,10 +172,11 @@ class RowScheme(Scheme):
             block = min(block, max(KERNEL_BLOCKS[0], 1 << (k - 1).bit_length()))
             scales = scales.expand(n, blocks).contiguous()
             if zeros is not None:
-                zeros = self._zero_points(zeros, 1).expand(n, blocks)
+                zeros = self._values(zeros, 1).to(torch.uint8).expand(n, blocks)
                 zeros = bw.pack_zero_points(zeros.contiguous(), bits=self.bits)
         if block not in KERNEL_BLOCKS:
             return None
+        codes = self._values(tensors["codes"], k).to(torch.uint8)
         packed = bw.pack_rows(codes, bits=self.bits, block=block)
         return MatMulNBits(self.bits, block, packed, scales, zeros, K=k, N=n)
 

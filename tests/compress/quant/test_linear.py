@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,27 @@ def test_embedding_decodes_the_rows_asked_for(scheme: str | dict[str, object]) -
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(table, (torch.tensor([1, 2]),), dynamic_shapes=({0: batch},))
     assert torch.equal(program.module()(torch.arange(5)), table(torch.arange(5)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:4], ids=str)
+def test_tables_of_row_formats_export_to_onnx(scheme: str | dict[str, object]) -> None:
+    pytest.importorskip("onnxscript")
+    ort = pytest.importorskip("onnxruntime")
+    table = QuantEmbedding.from_dense(nn.Embedding(11, 40), scheme)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            table,
+            (torch.tensor([1, 2]),),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    assert program is not None
+    session = ort.InferenceSession(program.model_proto.SerializeToString())
+    ids = torch.tensor([10, 0, 3])
+    (rows,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    torch.testing.assert_close(torch.from_numpy(rows), table(ids))
 
 
 def test_not_a_number_is_refused_by_name() -> None:

@@ -47,8 +47,10 @@ def _check_llm_int8(golden: Golden) -> None:
     activations, weight = golden.tensor("llmint8.in.A"), golden.tensor("llmint8.in.W")
     layer = _layer(weight, "llm-int8").half()
     prefix = "llmint8.thr"
-    thresholds = {k.removeprefix(prefix).split(".")[0] for k in golden.keys(prefix)}
-    for threshold in sorted(thresholds):
+    names = [
+        k.removeprefix(prefix).removesuffix(".q") for k in golden.keys(prefix) if k[-2:] == ".q"
+    ]
+    for threshold in names:
         key = f"{prefix}{threshold}"
         rows = quantize_rowwise(activations, float(threshold))
         _exact(golden, rows.codes, f"{key}.q")
