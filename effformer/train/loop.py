@@ -146,7 +146,8 @@ def train(
         progress: show a progress bar on stderr; None: if stderr is a terminal.
 
     Raises:
-        ValueError: the folder cannot be written or holds another run; an option out of range.
+        ValueError: the folder cannot be written or holds another run; an option out of range; more
+            classes in the data than in the model.
         FormatError: the folder holds something else, or a broken checkpoint.
         DivergenceError: loss or gradient not finite; the last good checkpoint stays.
 
@@ -160,6 +161,12 @@ def train(
     for name, value in (("log_every", log_every), ("save_every", save_every), ("keep", keep)):
         if value < 1:
             raise ValueError(f"train: {name} must be at least 1, got {value}")
+    classes = getattr(getattr(model, "config", None), "num_classes", None)
+    if classes and int(data.labels.max()) >= classes:
+        raise ValueError(
+            f"train: {data.name!r} has labels up to {int(data.labels.max())}, the model has "
+            f"{classes} classes; build it with num_classes={len(data.classes)}"
+        )
     trainer = _Trainer(model, data, objective, config)
     folder = None
     if out is not None:
@@ -223,7 +230,7 @@ class _Trainer:
             ledger = Ledger()
             value = self.objective(self.model, batch, self.generator, ledger) + ledger.total_loss()
             value = value / config.accumulate
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             loss += value.detach()
         gradients = [p.grad for p in self.trainable if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

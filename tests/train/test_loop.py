@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import effformer
 from effformer.context import Ledger
 from effformer.train import (
     Batch,
     Classification,
     Dataset,
     DivergenceError,
+    Generation,
     TrainConfig,
     load_checkpoint,
     load_data,
@@ -233,6 +235,14 @@ def test_config_is_checked(change: dict[str, object], message: str) -> None:
 def test_options_are_checked(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be at least 1"):
         train(net(), toy(), Classification(), CONFIG, **{option: 0})  # type: ignore[arg-type]
+
+
+def test_labels_must_fit_the_model() -> None:
+    model = effformer.build_model("sit-nano", input_size=8, channels=1, num_classes=3)
+    with pytest.raises(
+        ValueError, match=r"labels up to 9, the model has 3 .*num_classes=10"
+    ):
+        train(model, toy(), Generation(), CONFIG)
 
 
 def test_config_survives_json() -> None:

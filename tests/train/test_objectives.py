@@ -76,10 +76,19 @@ def test_generation_refuses(options: dict[str, object], message: str) -> None:
         Generation(**options)  # type: ignore[arg-type]
 
 
-def test_our_models_train_with_it() -> None:
-    model = effformer.build_model("sit-nano", input_size=8, channels=1, num_classes=10)
+@pytest.mark.parametrize(
+    ("name", "options", "objective"),
+    [
+        ("sit-nano", {"input_size": 8, "num_classes": 10}, Generation()),
+        ("vit-nano", {}, Classification()),
+    ],
+)
+def test_our_models_train_with_it(
+    name: str, options: dict[str, object], objective: Generation | Classification
+) -> None:
+    model = effformer.build_model(name, channels=1, **options)
     sample = Batch(torch.zeros(2, 1, 8, 8), torch.tensor([3, 4]))
-    Generation()(model, sample, torch.Generator(), Ledger()).backward()
+    objective(model, sample, torch.Generator(), Ledger()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
