@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from .base import Core, CoreConfig, Mixer, Streaming
 from .differential import Differential
+from .efficient import Efficient
 from .flow import Flow
 from .linear import Linear
 from .multihead import Attention
 from .nystrom import Nystrom
+from .performer import Performer
 from .relative import Relative
 from .softmax import Softmax
 from .topk import TopK
@@ -17,10 +19,12 @@ __all__ = [
     "Core",
     "CoreConfig",
     "Differential",
+    "Efficient",
     "Flow",
     "Linear",
     "Mixer",
     "Nystrom",
+    "Performer",
     "Relative",
     "Softmax",
     "Streaming",

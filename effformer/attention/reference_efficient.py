@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["nystrom_reference", "topk_reference"]
+from .performer import Performer
+
+__all__ = [
+    "efficient_reference", "nystrom_reference", "performer_reference", "topk_reference",
+]  # fmt: skip
 
 
 def topk_reference(q: Tensor, k: Tensor, v: Tensor, *, keep: int, causal: bool = False) -> Tensor:
@@ -49,3 +53,43 @@ def nystrom_reference(
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     scores = torch.stack([torch.stack([(a * b).sum() * scale for b in k]) for a in q])
     return scores.exp() / scores.exp().sum(dim=1, keepdim=True)
+
+
+def performer_reference(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, config: Performer.Config
+) -> Tensor:
+    """FAVOR+ attention, one query at a time; the causal form sees a prefix, nothing else."""
+    outputs = []
+    for i in range(q.shape[0]):
+        last = i + 1 if config.causal else k.shape[0]
+        phi_q, phi_k = _random_features(q[i : i + 1], rows, config)[0], k[:last]
+        phi_k = _random_features(phi_k, rows, config)
+        weights = torch.stack([(phi_q * phi).sum() for phi in phi_k])
+        total = weights.sum() + (config.causal_eps * phi_q.sum() if config.causal else 0)
+        outputs.append(sum(weights[j] * v[j] for j in range(last)) / total)
+    return torch.stack(outputs)
+
+
+def _random_features(x: Tensor, rows: Tensor, config: Performer.Config) -> Tensor:
+    x = x / x.shape[1] ** 0.25
+    h = torch.stack([torch.stack([(w * one).sum() for w in rows]) for one in x])
+    if config.kernel == "relu":
+        return h.relu() + (1e-3 if config.eps is None else config.eps)
+    top, h = h.max().detach(), h - (x * x).sum(dim=1, keepdim=True) / 2
+    eps = 1e-4 if config.eps is None else config.eps
+    return ((h - top).exp() + eps) / rows.shape[0] ** 0.5
+
+
+def efficient_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Efficient attention, one channel of the keys at a time."""
+    maps = [k[:, c].exp() / k[:, c].exp().sum() for c in range(k.shape[1])]
+    summaries = [sum(maps[c][j] * v[j] for j in range(len(v))) for c in range(k.shape[1])]
+    rows = [row.exp() / row.exp().sum() for row in q]
+    return torch.stack([sum(row[c] * summaries[c] for c in range(len(row))) for row in rows])
+
+
+def linformer_reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Linformer; the projections (tokens, L) act row by row."""
+    k = torch.stack([sum(keys[j, c] * k[j] for j in range(len(k))) for c in range(keys.shape[1])])
+    v = torch.stack([sum(values[j, c] * v[j] for j in range(len(v))) for c in range(len(k))])
+    return _weights(q, k, q.shape[1] ** -0.5) @ v

@@ -1,0 +1,273 @@
+"""Performer: softmax attention estimated by positive random features."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effformer.checks import CapabilityError
+from effformer.context import EMPTY, Context, Site
+from effformer.registry import Caps, core
+
+from .base import Core, CoreConfig
+from .slices import over_heads
+
+__all__ = ["Performer", "PerformerState", "orthogonal_rows"]
+
+
+class PerformerState(NamedTuple):
+    """Sums over the past of a causal Performer; the size does not depend on the number of tokens.
+
+    Attributes:
+        top: (B, H, 1) largest ``w . x'`` of the keys so far, the scale of the sums below.
+        k: (B, H, R) sum of ``exp(exponent - top)``.
+        kv: (B, H, R, V) the same times values.
+        tokens: (B, H, 1) number of tokens.
+        v: (B, H, V) sum of values.
+    """
+
+    top: Tensor
+    k: Tensor
+    kv: Tensor
+    tokens: Tensor
+    v: Tensor
+
+
+@core.register(
+    "performer",
+    caps=Caps(
+        causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, cost="n"
+    ),
+    paper="2009.14794",
+)
+class Performer(Core):
+    """FAVOR+ attention: ``phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j))``.
+
+    With x' = K^-0.25 x and R random rows w, ``phi(x) = R^-0.5 (exp(w . x' - |x'|^2 / 2 - c) +
+    eps)``; c, the largest ``w . x'`` of the token (queries) or of all keys, keeps exponentials
+    below one and takes no gradient. The ReLU kernel is ``relu(w . x') + eps``. Rows are orthogonal in
+    blocks of K; they are the buffer ``projection``, drawn from ``seed`` and the layer's index and
+    saved with the weights.
+
+    The causal form takes c over the keys so far and rescales its sums when c grows: row i is what
+    the parallel form gives on tokens <= i. It exports for a fixed number of tokens.
+
+    Differs from the paper: the published causal form takes c over all keys, so that eps lets the
+    future through (``stabilizer="global"`` reproduces it); masked keys leave the normaliser too.
+
+    Args:
+        config: the knobs.
+        site: the place in the model; ``site.dim / site.heads`` is the width of a head.
+
+    Reference: Rethinking Attention with Performers, 2020, arXiv 2009.14794.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(CoreConfig):
+        """Knobs of `Performer`.
+
+        Attributes:
+            features: number of random rows R; None means K ln K.
+            kernel: "softmax" or "relu".
+            eps: added to every feature; None means 1e-4 (softmax) or 1e-3 (relu).
+            causal_eps: added to every component of the summed key features, in the normaliser of
+                the causal form.
+            lengths: lengths of the rows: of fresh Gaussian vectors (unbiased), or "constant"
+                K^0.5 (smaller variance, slightly biased).
+            stabilizer: c of the causal form: "running", or "global" over all keys, which leaks.
+            seed: seed of the rows.
+            chunk: tokens per chunk of the causal form; changes speed, not results.
+        """
+
+        features: int | None = None
+        kernel: Literal["softmax", "relu"] = "softmax"
+        eps: float | None = None
+        causal_eps: float = 1e-6
+        lengths: Literal["gaussian", "constant"] = "gaussian"
+        stabilizer: Literal["running", "global"] = "running"
+        seed: int = 0
+        chunk: int = 128
+
+        def __post_init__(self) -> None:
+            if self.features is not None and self.features < 1:
+                raise ValueError(f"performer: features must be at least 1, got {self.features}")
+            if self.chunk < 1:
+                raise ValueError(f"performer: chunk must be at least 1, got {self.chunk}")
+
+    projection: Tensor
+
+    def __init__(self, config: Performer.Config, site: Site) -> None:
+        super().__init__(config, site)
+        width = site.dim // site.heads
+        self.features = config.features or max(1, int(width * math.log(width)))
+        self.softmax = config.kernel == "softmax"
+        self.eps = (1e-4 if self.softmax else 1e-3) if config.eps is None else config.eps
+        self.register_buffer("projection", torch.empty(self.features, width))
+        self.redraw(torch.Generator().manual_seed(config.seed + site.layer))
+
+    def redraw(self, generator: torch.Generator) -> None:
+        """Draw new rows in place, as training may do now and then."""
+        rows, width = self.projection.shape
+
+        def draw(count: int) -> Tensor:
+            return torch.randn(count, width, generator=generator, device="cpu")
+
+        blocks = [orthogonal_rows(draw(width)) for _ in range(-(-rows // width))]
+        if self.config.lengths == "gaussian":
+            lengths = draw(rows).norm(dim=1, keepdim=True)
+        else:
+            lengths = torch.full((rows, 1), width**0.5, device="cpu")
+        self.projection.copy_(torch.cat(blocks)[:rows] * lengths)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        dtype = v.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            q, k, v = q.float(), k.float(), v.float()
+        mask = None if ctx.mask is None else ctx.mask[:, None]
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.config.causal:
+                return self._scan(q, k, v, mask, None)[0]
+            weights = self.query_features(q)
+            k = self.key_features(k, mask)
+            normaliser = weights @ k.sum(dim=2).unsqueeze(-1)
+            tiny = torch.finfo(normaliser.dtype).tiny  # a row without a key is zero
+            return (weights @ (k.mT @ v)) / normaliser.clamp(min=tiny)
+
+        return over_heads(mix, q, k, v).to(dtype)
+
+    def query_features(self, q: Tensor) -> Tensor:
+        """Phi of queries (B, H, N, K) -> (B, H, N, R)."""
+        h, top = self._exponents(q)
+        if not self.softmax:
+            return h.relu() + self.eps
+        return ((h - top[..., None]).exp() + self.eps) * self._scale
+
+    def key_features(self, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Phi of keys (B, H, M, K) -> (B, H, M, R), zero where mask (B, 1, M) is False."""
+        h, top = self._exponents(k)
+        if not self.softmax:
+            phi = h.relu() + self.eps
+        else:
+            if mask is not None:  # masked keys neither set the scale nor overflow under it
+                top = top.masked_fill(~mask, _lowest(h))
+                h = h.masked_fill(~mask[..., None], -torch.inf)
+            phi = ((h - top.amax(dim=-1)[..., None, None]).exp() + self.eps) * self._scale
+        return phi if mask is None else phi * mask[..., None]
+
+    @property
+    def _scale(self) -> float:
+        return self.features**-0.5 if self.softmax else 1.0
+
+    def _exponents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``w . x' - |x'|^2 / 2`` (softmax) or ``w . x'`` (relu), and the largest ``w . x'``."""
+        x = x * x.shape[-1] ** -0.25
+        h = x @ self.projection.to(x.dtype).T
+        top = h.amax(dim=-1).detach()
+        return (h - 0.5 * x.square().sum(dim=-1, keepdim=True) if self.softmax else h), top
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: PerformerState | None
+    ) -> tuple[Tensor, PerformerState]:
+        """The causal form on the next tokens, chunk by chunk."""
+        weights, (h, top) = self.query_features(q), self._exponents(k)
+        if mask is not None:
+            top = top.masked_fill(~mask, _lowest(top))
+            h = h.masked_fill(~mask[..., None], -torch.inf)
+        if not self.softmax:
+            h, top = h.relu() + self.eps, torch.zeros_like(top)
+        elif self.config.stabilizer == "global":
+            top = top.amax(dim=-1, keepdim=True).expand_as(top)
+        if state is None:
+            state = _empty(v.shape[0], v.shape[1], h.shape[-1], v.shape[-1], v)
+        outputs = []
+        for start in range(0, q.shape[2], self.config.chunk):
+            rows = slice(start, start + self.config.chunk)
+            real = None if mask is None else mask[:, :, rows]
+            out, state = self._chunk(
+                weights[:, :, rows], h[:, :, rows], top[:, :, rows], v[:, :, rows], real, state
+            )
+            outputs.append(out)
+        return torch.cat(outputs, dim=2), state
+
+    def _chunk(
+        self,
+        q: Tensor,
+        h: Tensor,
+        top: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        past: PerformerState,
+    ) -> tuple[Tensor, PerformerState]:
+        """One chunk: every exponential is of a difference that is at most zero."""
+        top = torch.maximum(top.cummax(dim=-1).values, past.top)
+        k = (h - top[..., None]).exp() if self.softmax else h
+        ones = torch.ones_like(top) if mask is None else mask.to(v.dtype).expand_as(top)
+        k, v = k * ones[..., None], v * ones[..., None]
+        lower = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+        decay = (top[:, :, None] - top[..., None]).masked_fill(~lower, -torch.inf).exp()
+        carry = (past.top - top).exp()[..., None]
+        width = q.sum(dim=-1, keepdim=True)
+        floor = width * (self.eps if self.softmax else 0.0)
+        scores = (q @ k.mT) * decay + floor * (lower * ones[:, :, None])
+        out = scores @ v + (q @ past.kv) * carry + floor * past.v[:, :, None]
+        total = scores.sum(dim=-1, keepdim=True) + floor * past.tokens[..., None]
+        total = total + (q * past.k[:, :, None]).sum(dim=-1, keepdim=True) * carry
+        last = top[..., -1:]
+        fade, k = (past.top - last).exp(), k * (top - last).exp()[..., None]
+        state = PerformerState(
+            last, past.k * fade + k.sum(dim=2), past.kv * fade[..., None] + k.mT @ v,
+            past.tokens + ones.sum(dim=-1, keepdim=True), past.v + v.sum(dim=2),
+        )  # fmt: skip
+        total = total * self._scale + self.config.causal_eps * width
+        return out * self._scale / total, state
+
+    def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
+        keys, r = n if m is None else m, self.features
+        if not self.config.causal:
+            return heads * (2 * (n + keys) * r * head_dim + n * r)
+        chunk = self.config.chunk
+        squares = (n // chunk) * chunk**2 + (n % chunk) ** 2
+        return heads * (4 * n * r * head_dim + squares * (r + head_dim))
+
+    def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> PerformerState:
+        """Zero sums, in float32 at least."""
+        like = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
+        return _empty(batch, heads, self.features, head_dim, like)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState
+    ) -> tuple[Tensor, PerformerState]:
+        """Feed the next tokens; the state has a fixed size.
+
+        Raises:
+            CapabilityError: a stabilizer that would need the tokens to come.
+        """
+        if self.config.stabilizer == "global":
+            raise CapabilityError(
+                f"{self.site.path or 'performer'}: stabilizer='global' looks at later tokens and "
+                "cannot stream; use stabilizer='running'"
+            )
+        out, state = self._scan(*(x.to(state.v.dtype) for x in (q, k, v)), None, state)
+        return out.to(v.dtype), state
+
+
+def orthogonal_rows(gaussian: Tensor) -> Tensor:
+    """Orthonormal rows (K, K) from a Gaussian (K, K): the transposed Q of its QR decomposition."""
+    return torch.linalg.qr(gaussian).Q.mT
+
+
+def _lowest(x: Tensor) -> float:
+    """An exponent below all others whose differences stay finite."""
+    return torch.finfo(x.dtype).min / 4
+
+
+def _empty(batch: int, heads: int, rows: int, width: int, like: Tensor) -> PerformerState:
+    top = like.new_full((batch, heads, 1), _lowest(like))
+    square = like.new_zeros(batch, heads, rows, width)
+    one = like.new_zeros(batch, heads, 1)
+    return PerformerState(top, square[..., 0], square, one, square[:, :, 0])
