@@ -33,10 +33,13 @@ class Config:
         """Build from plain values; nested parts may be names, dicts or configs.
 
         Raises:
-            ValueError: an unknown key, or a value outside its choices.
+            ValueError: an unknown or missing key, or a value outside its choices.
             TypeError: a value of the wrong type.
         """
         given = {k: v for k, v in data.items() if k != "name"}
+        missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in given]
+        if missing:
+            raise ValueError(f"{where or cls.__qualname__}: missing options {', '.join(missing)}")
         return cls(**_convert(cls, given, None, where or cls.__qualname__))
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +151,10 @@ def _lift(
     return base.replace(where=where, core=core, **outer)
 
 
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 @functools.cache
 def _hints(cls: type[Config]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -175,7 +182,7 @@ def _convert(
         elif isinstance(value, Mapping) and isinstance(getattr(base, key, None), Config):
             out[key] = getattr(base, key).replace(where=path, **value)
         else:
-            out[key] = _check(value, _hints(cls)[key], path)
+            out[key] = _check(value, _hints(cls)[key], path)  # type: ignore[arg-type]
     return out
 
 

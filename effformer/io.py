@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,9 +62,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; rename it on success, remove it on failure.
 
     Raises:
-        FormatError: the folder does not exist or cannot be written.
+        FormatError: the place cannot be written, or is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FormatError(f"{path}: is a folder; give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
@@ -115,7 +118,12 @@ def atomic_folder(folder: str | Path, *, marker: str) -> Iterator[Path]:
         old = temporary.with_name(temporary.name + ".old")
         if folder.exists():
             folder.replace(old)
-        temporary.replace(folder)
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if old.exists():
+                old.replace(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +187,10 @@ def load_model(folder: str | Path) -> Model:
     if not (folder / _CONFIG).is_file():
         raise FormatError(f"{folder}: no {_CONFIG}; expected a folder written by save_pretrained")
     facts = read_json(folder / _CONFIG)
-    if not isinstance(facts, dict) or not {"format", "family", "config"} <= set(facts):
+    kinds = {"format": int, "family": str, "config": dict}
+    if not isinstance(facts, dict) or not all(
+        isinstance(facts.get(key), kind) for key, kind in kinds.items()
+    ):
         raise FormatError(f"{folder / _CONFIG}: is not an effformer config")
     if facts["format"] > FORMAT:
         raise FormatError(
@@ -224,7 +235,8 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
-    for prefix in ("module.", "_orig_mod."):
+    # parallel and compiled wrappers come in either order
+    for prefix in ("module.", "_orig_mod.", "module."):
         if all(k.startswith(prefix) for k in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
@@ -244,13 +256,15 @@ def _read_file(path: Path) -> dict[str, Any]:
                 f"{path}: is truncated or not a safetensors file ({error})"
             ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # other pickle protocols: read or refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FormatError(
             f"{path}: holds pickled objects other than tensors, or is no checkpoint; effformer reads data, not code: "
             "save a plain state dict or safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # the reader meets rubbish with whatever its next step raises
         raise FormatError(f"{path}: is truncated or not a torch checkpoint ({error})") from error
     if not isinstance(state, Mapping):
         raise FormatError(f"{path}: holds a {type(state).__name__}, expected a state dict")
@@ -288,7 +302,7 @@ def load_weights(
     for key in state.keys() & own.keys():
         if state[key].shape == own[key].shape:
             continue
-        if state[key].numel() == own[key].numel():
+        if _viewable(state[key].shape, own[key].shape):
             state[key] = state[key].reshape(own[key].shape)
             reshaped.append(key)
         else:
@@ -335,6 +349,15 @@ def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "eff
             metadata={"format": "pt"},
         )
     return Path(path)
+
+
+def _viewable(have: torch.Size, want: torch.Size) -> bool:
+    """The shapes differ by dimensions of length 1, or by how those behind the first are grouped; a
+    transposed matrix is not the same tensor in another shape.
+    """
+    if have.numel() != want.numel():
+        return False
+    return [n for n in have if n != 1] == [n for n in want if n != 1] or have[:1] == want[:1]
 
 
 def _name(model: nn.Module) -> str:

@@ -432,10 +432,10 @@ def _presets() -> dict[str, Preset]:
             source="arXiv 2010.11929, table 1; arXiv 2106.04560, table 2; counts of timm",
             aliases=(f"vit_{word}_patch{patch}_224",),
         )  # fmt: skip
-    for name, (dim, depth, heads, side, patch) in _TINY.items():
+    for name, (dim, depth, heads, side, cell) in _TINY.items():
         presets[f"vit-{name}"] = Preset(
             config=ViT.Config(
-                dim=dim, depth=depth, heads=heads, patch=patch,
+                dim=dim, depth=depth, heads=heads, patch=cell,
                 image_size=side, channels=1, num_classes=10,
             ),
             summary=f"A size of ours for tests and examples: grey {side} x {side} images.",

@@ -188,7 +188,7 @@ def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config:
 
 
 def _slice(key: str, where: str) -> slice:
-    if not re.fullmatch(r"-?\d+|(-?\d*)(:-?\d*){1,2}", key):
+    if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?(:(-?[1-9]\d*)?)?", key):
         raise ValueError(f"{where}: expected an index or a slice such as '0:4', '-1' or '3::4'")
     if ":" not in key:
         start = int(key)
