@@ -19,6 +19,7 @@ MIXERS = [name for name in list_attention() if name != "multihead"]
 FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
 OPTIONS: dict[str, dict[str, Any]] = {
+    "linformer": {"tokens": 130, "projected": 5},
     "nystrom": {"landmarks": 4, "conv": 3},
     "topk": {"keep": 3},
 }

@@ -7,6 +7,7 @@ from .differential import Differential
 from .efficient import Efficient
 from .flow import Flow
 from .linear import Linear
+from .linformer import Linformer
 from .multihead import Attention
 from .nystrom import Nystrom
 from .performer import Performer
@@ -22,6 +23,7 @@ __all__ = [
     "Efficient",
     "Flow",
     "Linear",
+    "Linformer",
     "Mixer",
     "Nystrom",
     "Performer",

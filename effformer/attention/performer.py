@@ -49,9 +49,9 @@ class Performer(Core):
 
     With x' = K^-0.25 x and R random rows w, ``phi(x) = R^-0.5 (exp(w . x' - |x'|^2 / 2 - c) +
     eps)``; c, the largest ``w . x'`` of the token (queries) or of all keys, keeps exponentials
-    below one and takes no gradient. The ReLU kernel is ``relu(w . x') + eps``. Rows are orthogonal in
-    blocks of K; they are the buffer ``projection``, drawn from ``seed`` and the layer's index and
-    saved with the weights.
+    below one and takes no gradient. The ReLU kernel is ``relu(w . x') + eps``. Rows are orthogonal
+    in blocks of K; they are the buffer ``projection``, drawn from ``seed`` and the layer's index
+    and saved with the weights.
 
     The causal form takes c over the keys so far and rescales its sums when c grows: row i is what
     the parallel form gives on tokens <= i. It exports for a fixed number of tokens.
@@ -252,7 +252,8 @@ class Performer(Core):
                 f"{self.site.path or 'performer'}: stabilizer='global' looks at later tokens and "
                 "cannot stream; use stabilizer='running'"
             )
-        out, state = self._scan(*(x.to(state.v.dtype) for x in (q, k, v)), None, state)
+        q, k, values = (x.to(state.v.dtype) for x in (q, k, v))
+        out, state = self._scan(q, k, values, None, state)
         return out.to(v.dtype), state
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from .performer import Performer
 
 __all__ = [
-    "efficient_reference", "nystrom_reference", "performer_reference", "topk_reference",
+    "efficient_reference", "linformer_reference", "nystrom_reference", "performer_reference",
+    "topk_reference",
 ]  # fmt: skip
 
 
@@ -83,13 +84,12 @@ def _random_features(x: Tensor, rows: Tensor, config: Performer.Config) -> Tenso
 def efficient_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Efficient attention, one channel of the keys at a time."""
     maps = [k[:, c].exp() / k[:, c].exp().sum() for c in range(k.shape[1])]
-    summaries = [sum(maps[c][j] * v[j] for j in range(len(v))) for c in range(k.shape[1])]
-    rows = [row.exp() / row.exp().sum() for row in q]
-    return torch.stack([sum(row[c] * summaries[c] for c in range(len(row))) for row in rows])
+    summaries = torch.stack([(one[:, None] * v).sum(0) for one in maps])
+    return torch.stack([(row.exp() / row.exp().sum()) @ summaries for row in q])
 
 
 def linformer_reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Linformer; the projections (tokens, L) act row by row."""
-    k = torch.stack([sum(keys[j, c] * k[j] for j in range(len(k))) for c in range(keys.shape[1])])
-    v = torch.stack([sum(values[j, c] * v[j] for j in range(len(v))) for c in range(len(k))])
+    k = torch.stack([(keys[: len(k), [c]] * k).sum(0) for c in range(keys.shape[1])])
+    v = torch.stack([(values[: len(v), [c]] * v).sum(0) for c in range(values.shape[1])])
     return _weights(q, k, q.shape[1] ** -0.5) @ v
