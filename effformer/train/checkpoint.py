@@ -1,5 +1,4 @@
-"""The folder of a training run: what is trained, checkpoints, metrics. Only safetensors and JSON
-are written.
+"""The folder of a training run. Only safetensors and JSON are written.
 
 ::
 
@@ -13,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -195,7 +194,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
             state = json.loads((file.metadata() or {})["effformer"])
             # cloned: mapped memory has another alignment, with which products may round differently
             return {key: file.get_tensor(key).clone() for key in file.keys()}, state  # noqa: SIM118
-    except (SafetensorError, struct.error, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise FormatError(
             f"{path}: not a readable checkpoint of a training run ({error!r})"
         ) from error
@@ -220,21 +219,25 @@ def load_checkpoint(
     if weights not in ("ema", "raw"):
         raise unknown("weights", str(weights), ["ema", "raw"], where="load_checkpoint")
     tensors, state = read_checkpoint(source)
-    raw = {
-        key.removeprefix("model."): value
-        for key, value in tensors.items()
-        if key.startswith("model.")
-    }
-    averaged = {
-        key.removeprefix("ema."): value for key, value in tensors.items() if key.startswith("ema.")
-    }
+    raw, averaged = parts(tensors, "model"), parts(tensors, "ema")
     if weights == "ema" and not averaged:
         raise ValueError(f"load_checkpoint: {source} has no averaged weights; load weights='raw'")
     try:
-        model.load_state_dict(raw | averaged if weights == "ema" else raw)
+        model.load_state_dict(raw)
     except RuntimeError as error:
         raise ValueError(f"load_checkpoint: {source} does not fit the model: {error}") from error
+    if weights == "ema":
+        # tied weights are averaged under one name, buffers outside the state dict as well
+        with torch.no_grad():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.copy_(averaged[name])
     return int(state["step"])
+
+
+def parts(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Tensors of one part of a checkpoint: "model", "ema" or "optimizer"."""
+    prefix = f"{part}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _step(path: Path) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..context import Ledger
-from .checkpoint import RunFolder, read_checkpoint
+from .checkpoint import RunFolder, parts, read_checkpoint
 from .datasets import Dataset
 from .ema import EMA
 from .objectives import Batch, Objective
@@ -259,9 +259,9 @@ class _Trainer:
                 newest = None if folder is None else folder.newest()
                 raise DivergenceError(
                     f"train: loss {loss}, gradient norm {norm} at step {first + i + 1} of "
-                    f"{self.config.steps}; the last checkpoint is {newest}. A lower lr (now "
-                    f"{self.config.lr:g}), a longer warmup ({self.config.warmup}) or clip "
-                    f"({self.config.clip}) may help"
+                    f"{self.config.steps} (last checkpoint: {newest or 'none'}); try a lower lr "
+                    f"(now {self.config.lr:g}), a longer warmup ({self.config.warmup}) or a lower clip "
+                    f"({self.config.clip})"
                 )
         self._losses, self._norms = [], []
         self.loss = sum(losses) / len(losses)
@@ -289,15 +289,11 @@ class _Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of the same run."""
         tensors, state = read_checkpoint(checkpoint)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        self.model.load_state_dict(parts["model"])
-        restore_optimizer(self.optimizer, self.model, parts["optimizer"])
+        self.model.load_state_dict(parts(tensors, "model"))
+        restore_optimizer(self.optimizer, self.model, parts(tensors, "optimizer"))
         if self.ema is not None:
             self.ema.load_state_dict(
-                self.ema.state_dict() | {"shadow": parts["ema"], "updates": state["step"]}
+                self.ema.state_dict() | {"shadow": parts(tensors, "ema"), "updates": state["step"]}
             )
         self.done, self._spent, self.loss = state["step"], state["seconds"], state["loss"]
 
@@ -340,7 +336,7 @@ def _identity(
             "transforms": list(getattr(model, "transforms", ())),
             "parameters": hashlib.sha256(repr(layout).encode()).hexdigest(),
         },
-        "data": {"name": data.name, "samples": len(data), "sha256": data.fingerprint()},
+        "data": {"samples": len(data), "sha256": data.fingerprint()},
     }
 
 

@@ -45,7 +45,7 @@ DIGITS = Recipe(
     ),
     data="digits",
     objective=Generation(loss=FlowMatching.Config(time="logit-normal")),
-    config=TrainConfig(steps=2000, batch=32, lr=4e-3, warmup=50, ema=0.995),
+    config=TrainConfig(steps=1500, batch=32, lr=4e-3, warmup=50, ema=0.995),
 )
 """Class-conditional digits for any ``attn=``."""
 
@@ -54,6 +54,6 @@ DIGITS_QUICK = Recipe(
     overrides=DIGITS.overrides,
     data=DIGITS.data,
     objective=DIGITS.objective,
-    config=DIGITS.config.replace(steps=600, ema=0.99),
+    config=DIGITS.config.replace(steps=500, ema=0.99),
 )
 """`DIGITS` in a third of the time."""

@@ -185,6 +185,29 @@ def test_without_average(tmp_path: Path) -> None:
     assert torch.equal(weights(loaded), weights(model))
 
 
+class Tied(nn.Module):
+    """Two names of one matrix, and a buffer that is no part of the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.b.weight = self.a.weight
+        self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.flatten(1)).relu() * self.scale)[:, :10]
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    model, loaded = Tied(), Tied()
+    train(model, toy(), Classification(), CONFIG, out=tmp_path)
+    load_checkpoint(tmp_path, loaded)
+    assert loaded.a.weight is loaded.b.weight
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    again = train(Tied(), toy(), Classification(), CONFIG, out=tmp_path, resume=True)
+    assert again.resumed == 20
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path: Path, where: str) -> None:
     calls = 0
@@ -200,7 +223,7 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path: Path, wher
         # the square root has an infinite slope at 0
         return loss * math.nan if where == "loss" else loss + (weights_sum(model) * 0).sqrt()
 
-    message = r"step 13 of 20; the last checkpoint is .*step-00000010"
+    message = r"at step 13 of 20 \(last checkpoint: .*step-00000010"
     with pytest.raises(DivergenceError, match=message):
         train(net(), toy(), objective, CONFIG, out=tmp_path, save_every=5)
     assert read_metrics(tmp_path)[-1]["step"] == 10
@@ -239,9 +262,7 @@ def test_options_are_checked(option: str) -> None:
 
 def test_labels_must_fit_the_model() -> None:
     model = effformer.build_model("sit-nano", input_size=8, channels=1, num_classes=3)
-    with pytest.raises(
-        ValueError, match=r"labels up to 9, the model has 3 .*num_classes=10"
-    ):
+    with pytest.raises(ValueError, match=r"labels up to 9, the model has 3 .*num_classes=10"):
         train(model, toy(), Generation(), CONFIG)
 
 
