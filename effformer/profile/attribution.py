@@ -86,11 +86,10 @@ class Costs:
     def _formula(self, path: str) -> int | None:
         """Dense MACs of a part by its formula, or of the topmost parts inside that have one."""
         formulas = self._counter.formulas
-        if path in formulas:
-            return formulas[path]
         inside = {p for p in formulas if path in _ancestors(p)}
         topmost = [p for p in inside if inside.isdisjoint(_ancestors(p)[1:])]
-        return sum(formulas[p] for p in topmost) if topmost else None
+        calls = [call for p in topmost for call in formulas[p]]
+        return sum(batch * formula() for batch, formula in calls) if calls else None
 
 
 def _ancestors(path: str) -> list[str]:

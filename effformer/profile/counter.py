@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -44,12 +44,10 @@ class _Frame:
 class Counter(TorchDispatchMode):
     """Context manager that counts the operators of a model as they run, forward and backward.
 
-    Works on any device, on meta and on fake tensors. Two corrections make the count follow the
-    convention of closed
-    formulas: inside an attention core (a module with ``macs(n, m, *, heads, head_dim)``) the core's
-        own formula
-    decides, and its difference to the operators is kept in ``corrections``; dense formulas of
-    larger parts are kept in ``formulas`` and used for parts that report skipped work.
+    Works on any device, on meta and on fake tensors. Inside an attention core (a module with
+    ``macs(n, m, *, heads, head_dim)``) the core's closed formula decides, and its difference to the
+    operators is kept in ``corrections``. The formulas of larger parts are kept in ``formulas``, for
+    parts that report skipped work.
 
     Backward operators are attributed to the root module, ``""``.
 
@@ -58,9 +56,8 @@ class Counter(TorchDispatchMode):
 
     Attributes:
         rows: (module path, operator name) -> `Tally`; operators that only move data are left out.
-        corrections: (path of a core, class name) -> formula minus operators, zero differences left
-            out.
-        formulas: path -> dense multiply-adds by the part's own formula, batch included.
+        corrections: (path of a core, class name) -> formula minus operators, where they differ.
+        formulas: path -> batch and dense multiply-adds of one sample, for every call of a part.
         paths: paths of the modules that ran, in order.
 
     Example:
@@ -75,7 +72,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.rows: dict[tuple[str, str], Tally] = {}
         self.corrections: dict[tuple[str, str], int] = {}
-        self.formulas: dict[str, int] = {}
+        self.formulas: dict[str, list[tuple[int, Callable[[], int]]]] = {}
         self.paths: dict[str, None] = {"": None}
         self.total = 0
         self._model = model
@@ -128,12 +125,9 @@ class Counter(TorchDispatchMode):
         return out
 
     def _enter_module(self, path: str, module: nn.Module, args: Any) -> None:
-        for i, letter in enumerate(
-            path
-        ):  # containers such as ModuleList are never called themselves
-            if letter == ".":
-                self.paths[path[:i]] = None
-        self.paths[path] = None
+        names = path.split(".")
+        for depth in range(len(names)):  # containers such as ModuleList are never called themselves
+            self.paths[".".join(names[: depth + 1])] = None
         self._stack.append(_Frame(path, self.total))
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -147,7 +141,7 @@ class Counter(TorchDispatchMode):
         known = inspect.signature(formula).parameters
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         dims = [x.dim() for x in tensors]
-        if "heads" in known and dims[:3] == [4, 4, 4]:
+        if "heads" in known and dims[:3] == [4, 4, 4]:  # q, k, v
             (batch, heads, n, width), m = tensors[0].shape, tensors[1].shape[2]
             dense = batch * formula(n, m, heads=heads, head_dim=width)
             difference = dense - (self.total - frame.before)
@@ -158,8 +152,8 @@ class Counter(TorchDispatchMode):
         elif "heads" not in known and "n" in known and dims[:1] == [3]:
             batch, n = tensors[0].shape[:2]
             memory = getattr(context, "memory", None) if "m" in known else None
-            dense = batch * (formula(n) if memory is None else formula(n, memory.shape[1]))
-            self.formulas[frame.path] = self.formulas.get(frame.path, 0) + dense
+            sizes = (n,) if memory is None else (n, memory.shape[1])
+            self.formulas.setdefault(frame.path, []).append((batch, partial(formula, *sizes)))
 
 
 def _context(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

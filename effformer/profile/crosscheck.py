@@ -110,9 +110,7 @@ def _fvcore_row(
         return Row(name, None, error="needs real parameters, the model is on the meta device")
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter(
-                "ignore"
-            )  # it uses torch.jit, which is deprecated and warns of every branch
+            warnings.simplefilter("ignore")  # torch.jit warns that it is old, and of every branch
             theirs, reasons, missing = _fvcore_total(model, *on_real(model, args, kwargs).inputs)
     except (RuntimeError, NotImplementedError, TypeError, AssertionError, IndexError) as error:
         return Row(name, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
@@ -125,28 +123,20 @@ def _fvcore_row(
 def _fvcore_total(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, dict[str, int], set[str]]:
-    """Its total, the differences that its own trace explains, and the operators that it does not
-    support.
-    """
+    """Its total, the differences that its trace explains, and the operators that it lacks."""
     reasons: dict[str, int] = {}
     handles = _fvcore_handles(reasons)
-    flat = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-    positional = _Positional(
-        model, len(args), tuple(flat), {k: v for k, v in kwargs.items() if k not in flat}
-    )
-    analysis = (
-        need("fvcore.nn")
-        .FlopCountAnalysis(positional, (*args, *flat.values()))
-        .set_op_handle(**handles)
-    )
+    named = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+    fixed = {k: v for k, v in kwargs.items() if k not in named}
+    positional = _Positional(model, len(args), tuple(named), fixed)
+    analysis = need("fvcore.nn").FlopCountAnalysis(positional, (*args, *named.values()))
+    analysis.set_op_handle(**handles)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return int(analysis.total()), reasons, set(analysis.unsupported_ops())
 
 
 def _fvcore_handles(reasons: dict[str, int]) -> dict[str, Any]:
-    """Handles that count as fvcore does and note in ``reasons`` what its way adds to or misses from
-    ours.
-    """
+    """Handles that count as fvcore does and note where its way differs from ours."""
     handles = need("fvcore.nn.jit_handles")
 
     def note(reason: str, n: int) -> None:
@@ -168,10 +158,8 @@ def _fvcore_handles(reasons: dict[str, int]) -> dict[str, Any]:
 
     def einsum(inputs: list[Any], outputs: list[Any]) -> int:
         shapes = [handles.get_shape(x) for x in inputs[1].node().inputs()]
-        count, exact = (
-            int(handles.einsum_flop_jit(inputs, outputs)),
-            _einsum(inputs[0].toIValue(), shapes),
-        )
+        count = int(handles.einsum_flop_jit(inputs, outputs))
+        exact = _einsum(inputs[0].toIValue(), shapes)
         if exact:
             note("einsum: fvcore reads numpy's printed cost, four digits", count - exact)
         else:
@@ -211,9 +199,7 @@ _ELEMENTWISE = {
 
 
 def _einsum(equation: str, shapes: list[list[int]]) -> int:
-    """Exact multiply-adds of an einsum, 0 for a permutation, by the products that torch makes of
-    it.
-    """
+    """Exact multiply-adds of an einsum by the products that torch makes of it."""
     with FlopCounterMode(display=False) as exact:
         torch.einsum(equation, *(torch.empty(shape, device="meta") for shape in shapes))
     return exact.get_total_flops() // 2

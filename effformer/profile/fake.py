@@ -92,9 +92,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def visible_operators() -> Iterator[None]:
-    """Switch the fast path of nn.MultiheadAttention off: it is one opaque operator instead of its
-    products.
-    """
+    """No fast path of nn.MultiheadAttention: one opaque operator would stand for its products."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

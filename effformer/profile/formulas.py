@@ -1,8 +1,7 @@
 """Closed formulas: what parts, models and samplers cost in multiply-adds.
 
 Convention: one multiply-add is one MAC and FLOPs are 2 x MACs; elementwise work, norms, softmax,
-    embeddings and weighted
-sums are 0; batch 1. N tokens, M keys, D width, H heads, d = D / H.
+embeddings and weighted sums are 0; batch 1. N tokens, M keys, D width, H heads, d = D / H.
 """
 
 from __future__ import annotations
@@ -133,9 +132,7 @@ def dit_params(
     time_features: int = 256,
     classes: int = 1000,
 ) -> int:
-    """Parameters of a DiT with the positional table and the null class (arguments as in
-    `dit_parts`).
-    """
+    """Parameters of a DiT with positional table and null class; arguments as in `dit_parts`."""
     d, hidden, area = dim, int(dim * mlp_ratio), patch**2
     block = 3 * d * d + 3 * d + d * d + d + 2 * d * hidden + hidden + d + 6 * d * d + 6 * d
     ends = area * channels * d + d + 2 * d * d + 2 * d + (d + 1) * area * out_channels
@@ -197,7 +194,7 @@ def sampler_macs(
     """
     if steps < 1 or calls_per_step < 1:
         raise ValueError(
-            f"sampler_macs: steps and calls_per_step must be at least 1, "
+            "sampler_macs: steps and calls_per_step must be at least 1, "
             f"got {steps} and {calls_per_step}"
         )
     return forward * steps * calls_per_step * (2 if guidance else 1) + decode

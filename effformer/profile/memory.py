@@ -23,8 +23,7 @@ __all__ = ["Memory", "MemoryTracker", "activation_memory", "peak_memory", "peak_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Memory of one forward, in bytes; parameters, buffers and inputs are excluded from the
-    activations.
+    """Memory of one forward, in bytes; parameters, buffers and inputs are not activations.
 
     Attributes:
         peak: largest sum of live activations (storages made by operators and not yet freed) in a
@@ -42,8 +41,7 @@ class Memory:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Context manager that adds up the storages that operators make, and subtracts them when they
-    are freed.
+    """Context manager that adds up the storages that operators make, until they are freed.
 
     Args:
         own: tensors that exist before and are not counted.

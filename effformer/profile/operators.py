@@ -208,9 +208,7 @@ def _convolution_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: A
     "aten::_scaled_dot_product_attention_math_for_mps",
 )
 def _attention(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
-    """Q k^T and its product with v; q (B, H, N, K), k (B, G, M, K), v (B, G, M, V). Masks do not
-    reduce the count.
-    """
+    """Scores and their product with v, masked or not; q (B, H, N, K), k, v (B, G, M, K or V)."""
     q, k, v = args[:3]
     return int(prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
 

@@ -36,14 +36,14 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("qkv", r"\.(qkv|kv|q|k|v|to_qkv|to_q|to_k|to_v|[qkv]_proj|query|key|value)$"),
         (
             "proj",
-            r"(attn|attention)\w*\.(.*\.)?(proj|out_proj|to_out(\.\d+)?)$|attention\.output\.dense$",
+            r"(attn|attention|cross)\w*\.(.*\.)?(proj|out_proj|to_out(\.\d+)?)$|attention\.output\.dense$",
         ),
         (
             "mlp",
             r"(^|\.)(\w*mlp\w*|ffn?\w*|feed_?forward|intermediate|linear[12]|output\.dense)(\.|$)",
         ),
         ("attn", r"(^|\.)(\w*attn\w*|\w*attention|mixer|core)(\.|$)"),
-        ("head", r"^(head|heads|fc|classifier|lm_head)(\.|$)"),
+        ("head", r"^(head|heads|fc|classifier|lm_head|pooler|nsp|mlm)(\.|$)"),
     )
 )
 _BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")

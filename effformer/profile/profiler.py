@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Profile:
         calls: operator -> number of calls, for counted operators.
         elements: elementwise operator -> elements handled, 0 MACs each.
         uncounted: operator without a formula -> number of calls.
-        params: number of parameters, shared ones once.
+        params: number of parameters, shared ones once, quantized ones as the weights they stand
+            for.
         trainable: parameters with ``requires_grad``.
         memory: activation memory, or None if it was not asked for.
         convention: what counts as one.
@@ -168,12 +170,18 @@ def profile(
         calls=costs.calls("counted"),
         elements=costs.elements(),
         uncounted=costs.calls("unknown"),
-        params=sum(p.numel() for p in model.parameters()),
+        params=_parameters(model),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         memory=usage,
         notes=tuple(notes),
         cross_check=rows,
     )
+
+
+def _parameters(model: nn.Module) -> int:
+    """Parameters, those of packed weights (modules with a ``scheme`` and a ``shape``) included."""
+    packed = (getattr(m, "shape", (0,)) for m in model.modules() if hasattr(m, "scheme"))
+    return sum(p.numel() for p in model.parameters()) + sum(prod(shape) for shape in packed)
 
 
 def _silent(stage: str) -> None:
@@ -222,9 +230,7 @@ def _executed(
     ledger: Ledger,
     notes: list[str],
 ) -> int | None:
-    """MACs after what dynamic parts skip; their fractions depend on values, so fake tensors cannot
-    tell them.
-    """
+    """MACs after what dynamic parts skip, which depends on values: fake tensors cannot tell."""
     if not ledger.executed:
         return costs.total
     if any(p.is_meta for p in model.parameters()):
@@ -245,5 +251,5 @@ def _note_corrections(counter: Counter, notes: list[str]) -> None:
     for name, differences in sums.items():
         notes.append(
             f"{name}: the closed formula counts {sum(differences):+,} MACs against the operators "
-            f"of {len(differences)} layers (weighted sums are elementwise work by convention)"
+            f"of {len(differences)} layers (see the convention)"
         )

@@ -13,8 +13,7 @@ class Node:
     """A module, or several numbered neighbours that cost the same.
 
     Attributes:
-        label: name; ``"0-11"`` for merged neighbours, ``"attn.part"`` where all the work is in one
-            child.
+        label: name; ``"0-11"`` for merged neighbours, ``"attn.part"`` where one child does it all.
         macs: multiply-adds of all merged modules together, children included.
         count: number of merged modules.
         children: what is inside one of them; their costs are those of one.

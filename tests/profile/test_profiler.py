@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from effformer.compress import quantize
 from torch import Tensor, nn
 
 from effformer import build_model
@@ -87,12 +88,13 @@ def test_the_model_is_left_as_it_was() -> None:
     net = Net().train()
     net.blocks[0].eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    hooks = len(torch.nn.modules.module._global_forward_hooks)
     profile(net, torch.randn(3, 8))
     assert net.training
     assert net.blocks[1].fc1.training
     assert not net.blocks[0].training
-    assert len(torch.nn.modules.module._global_forward_hooks) == hooks
+    for module in net.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
     for key, value in net.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
 
@@ -132,6 +134,23 @@ def test_data_dependent_models_run_on_real_tensors_and_say_so() -> None:
 
 def test_compiled_models_are_looked_into() -> None:
     assert profile(torch.compile(Net()), torch.randn(3, 8)).by_block  # type: ignore[arg-type]
+
+
+def test_an_error_that_the_model_handles_does_not_confuse_modules() -> None:
+    class Trying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow = nn.Linear(4, 4)
+            self.wide = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.narrow(x)
+            except RuntimeError:
+                return self.wide(x)
+
+    p = profile(Trying(), torch.randn(3, 8))
+    assert p.by_module == {"": 192, "narrow": 0, "wide": 192}
 
 
 def test_shared_modules_count_every_call() -> None:
@@ -354,3 +373,13 @@ def test_names_are_escaped_in_pages(tmp_path) -> None:
     net.name = "<b>&"  # type: ignore[assignment]
     profile(net, torch.randn(3, 8)).save(tmp_path / "x.html")
     assert "<b>&<" not in (tmp_path / "x.html").read_text()
+
+
+def test_quantized_models_count_as_what_they_compute() -> None:
+    dense = build_model("dit-nano")
+    packed, _ = quantize(dense, "nf4")
+    p, d = profile(packed), profile(dense)
+    assert p.by_part == d.by_part
+    assert p.params == d.params
+    assert not p.uncounted
+    assert p.memory.weights < 0.3 * d.memory.weights
