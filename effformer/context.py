@@ -266,7 +266,13 @@ def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
     }
     for field_name, wanted in wants.items():
         if wanted is not None and not caps.satisfies(**{field_name: wanted}):
-            able = ", ".join(registry.KINDS[kind].names(**{field_name: wanted}))
+            able = ", ".join(_able(kind, **{field_name: wanted}))
             raise CapabilityError(
                 f"{where}: this {kind} cannot honour {field_name}={wanted}; choices that can: {able}"
             )
+
+
+def _able(kind: str, **wanted: Any) -> list[str]:
+    """Names that a user may write instead; the name of a core stands for an attention, too."""
+    kinds = ("attention", "core") if kind == "attention" else (kind,)
+    return sorted({name for k in kinds for name in registry.KINDS[k].names(**wanted)})

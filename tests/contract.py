@@ -20,6 +20,7 @@ FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
 OPTIONS: dict[str, dict[str, Any]] = {
     "linformer": {"tokens": 130, "projected": 5},
+    "longformer": {"window": 4, "global_tokens": 1},
     "nystrom": {"landmarks": 4, "conv": 3},
     "topk": {"keep": 3},
 }

@@ -8,6 +8,7 @@ from .efficient import Efficient
 from .flow import Flow
 from .linear import Linear
 from .linformer import Linformer
+from .longformer import Longformer
 from .multihead import Attention
 from .nystrom import Nystrom
 from .performer import Performer
@@ -24,6 +25,7 @@ __all__ = [
     "Flow",
     "Linear",
     "Linformer",
+    "Longformer",
     "Mixer",
     "Nystrom",
     "Performer",

@@ -11,7 +11,8 @@ from torch import Tensor
 from .performer import Performer
 
 __all__ = [
-    "efficient_reference", "linformer_reference", "nystrom_reference", "performer_reference",
+    "efficient_reference", "linformer_reference", "longformer_reference",
+    "nystrom_reference", "performer_reference",
     "topk_reference",
 ]  # fmt: skip
 
@@ -93,3 +94,23 @@ def linformer_reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: T
     k = torch.stack([(keys[: len(k), [c]] * k).sum(0) for c in range(keys.shape[1])])
     v = torch.stack([(values[: len(v), [c]] * v).sum(0) for c in range(values.shape[1])])
     return _weights(q, k, q.shape[1] ** -0.5) @ v
+
+
+def longformer_reference(
+    local: tuple[Tensor, Tensor, Tensor],
+    far: tuple[Tensor, Tensor, Tensor],
+    marks: Tensor,
+    *,
+    half: int,
+    causal: bool = False,
+) -> Tensor:
+    """Longformer of one head: q, k, v (N, K) of both projections, marks (N,) of global tokens."""
+    n, rows = len(marks), []
+    for i in range(n):
+        q, k, v = (x for x in (far if marks[i] else local))
+        seen = [
+            j for j in range(i + 1 if causal else n) if marks[i] or marks[j] or abs(i - j) <= half
+        ]
+        scores = torch.stack([(q[i] * k[j]).sum() / q.shape[1] ** 0.5 for j in seen])
+        rows.append(scores.softmax(0) @ v[seen])
+    return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""Evaluate a core a few heads at a time."""
+"""Evaluate a part a few heads, or one sequence of a packed row, at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["over_heads"]
+from effformer.context import Packing
+
+__all__ = ["over_heads", "over_sequences"]
 
 _ELEMENTS = 2**19
 
@@ -34,3 +36,18 @@ def over_heads(
         return function(q, k, v)
     slices = (x.split(size, dim=1) for x in (q, k, v))
     return torch.cat([function(*heads) for heads in zip(*slices, strict=True)], dim=1)
+
+
+def over_sequences(function: Callable[[Tensor], Tensor], x: Tensor, packing: Packing) -> Tensor:
+    """``function`` on each sequence of a packed row x (1, T, D), joined again.
+
+    Raises:
+        ValueError: x is not one row of all real tokens.
+    """
+    total = sum(packing.lengths)
+    if x.shape[0] != 1 or x.shape[1] != total:
+        raise ValueError(
+            f"packed input: expected one row of {total} tokens, got {x.shape[0]} of {x.shape[1]}"
+        )
+    sequences = [one for one in x.split(list(packing.lengths), dim=1) if one.shape[1]]
+    return torch.cat([function(one) for one in sequences], dim=1) if sequences else x

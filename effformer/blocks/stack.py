@@ -244,7 +244,6 @@ def _check_layer(layer: Layer, needs: Needs, where: str) -> None:
 
 def _check_mixer(config: Config, needs: Needs, where: str) -> None:
     caps, name = _caps(config), _part_name(config)
-    kind = registry.core if isinstance(config, Attention.Config) else registry.attention
     inner: Any = config.core if isinstance(config, Attention.Config) else config
     wanted: dict[str, Any] = {"causal": needs.causal}
     if needs.mask != "none":
@@ -261,7 +260,8 @@ def _check_mixer(config: Config, needs: Needs, where: str) -> None:
         "cross": "cannot attend to a memory",
     }
     placed: dict[str, object] = {} if needs.grid else {"grid": False}
-    able = ", ".join(kind.names("*", **wanted, **placed))
+    kinds = (registry.attention, registry.core)
+    able = ", ".join(sorted(name for kind in kinds for name in kind.names("*", **wanted, **placed)))
     for key, value in wanted.items():
         if not caps.satisfies(**{key: value}):
             raise CapabilityError(f"{where}: {name!r} {reasons[key]}; choices: {able}")
