@@ -102,7 +102,7 @@ class _Reader:
             layers=_exceptions(parts),
             image_size=size[0] if size[0] == size[1] else tuple(size),
             channels=self._channels(),
-            patch=self._square(model.patch_embed.patch_size, "patches"),
+            patch=self._patch(),
             num_classes=model.num_classes,
             stem=self._stem(),
             prefix=self._prefix(),
@@ -114,12 +114,6 @@ class _Reader:
 
     def _refuse(self, what: str) -> CapabilityError:
         return CapabilityError(f"{self.name}: has {what}, which effformer's ViT has not")
-
-    def _square(self, size: Any, what: str) -> int:
-        height, width = size
-        if height != width:
-            raise self._refuse(f"{what} of unequal sides {tuple(size)}")
-        return int(height)
 
     # -- blocks --------------------------------------------------------------------------------
 
@@ -137,7 +131,7 @@ class _Reader:
 
     def _parts(self, block: Any) -> tuple[Attention.Config, FFNConfig]:
         mixer = self._mixers(block)[0]
-        if _present(mixer, "norm") and self.kind != "ParallelScalingBlock":
+        if _present(mixer, "norm"):
             raise self._refuse("a norm inside attention (scale_attn_norm)")
         if _present(mixer, "gate"):
             raise self._refuse("gated attention")
@@ -221,6 +215,12 @@ class _Reader:
         return 1e-5 if present else None
 
     # -- around the blocks ---------------------------------------------------------------------
+
+    def _patch(self) -> int:
+        height, width = self.model.patch_embed.patch_size
+        if height != width:
+            raise self._refuse(f"patches of unequal sides ({height}, {width})")
+        return int(height)
 
     def _channels(self) -> int:
         first = next(m for m in self.model.patch_embed.modules() if isinstance(m, nn.Conv2d))

@@ -22,7 +22,8 @@ class Relative(Core):
 
     ``b(d) = W2 relu(W1 g(d) + b1) + b2`` gives one number per head, ``g(d) = sign(d) log(1 + |d|)``
     of the row and column distances on a 2-D grid. Because it is a function of distances, it serves
-    grids of any size. Tokens in front of the grid (class token, registers) have no bias.
+    grids of any size. Tokens in front of the grid (class token, registers) have no bias. It is
+    evaluated once per forward, whatever the batch, and ``macs`` leaves it out.
 
     Differs from the paper: distances are not divided by the window size, and the bias is not
     squashed (timm's "cr" form).
