@@ -1,4 +1,53 @@
-"""Export to edge runtimes, verified against torch."""
+"""Export to edge runtimes, verified against torch.
+
+Public names are loaded on first use: the runner of a bundle (``python -m effformer.export.run``)
+lives here and imports neither torch nor the exporter.
+"""
+
+from __future__ import annotations
 
 if not __name__.startswith("effformer."):
-    raise ImportError("import effformer.export, not export: a second copy of every class would be loaded")
+    raise ImportError(
+        "import effformer.export, not export: a second copy of every class would be loaded"
+    )
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle import BundleReport as BundleReport
+    from .bundle import export_bundle as export_bundle
+    from .graph import GraphFacts as GraphFacts
+    from .graph import read_graph as read_graph
+    from .onnx import ExportError as ExportError
+    from .onnx import ExportReport as ExportReport
+    from .onnx import export_onnx as export_onnx
+    from .quantize import QuantizeReport as QuantizeReport
+    from .quantize import quantize_onnx as quantize_onnx
+    from .session import Session as Session
+    from .targets import Target as Target
+    from .verify import VerificationError as VerificationError
+    from .verify import VerifyReport as VerifyReport
+    from .verify import verify_onnx as verify_onnx
+
+_HOME = {
+    "BundleReport": "bundle", "export_bundle": "bundle", "GraphFacts": "graph",
+    "read_graph": "graph", "ExportError": "onnx", "ExportReport": "onnx", "export_onnx": "onnx",
+    "QuantizeReport": "quantize", "quantize_onnx": "quantize", "Session": "session",
+    "Target": "targets", "VerificationError": "verify", "VerifyReport": "verify",
+    "verify_onnx": "verify",
+}  # fmt: skip
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

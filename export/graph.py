@@ -1,0 +1,198 @@
+"""Facts about an ONNX file, and writing one so that what existed before survives any failure."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from effformer.checks import FormatError, need
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["GraphFacts", "ValueFacts", "read_graph", "write_graph"]
+
+T = TypeVar("T")
+
+SINGLE_FILE_LIMIT = 2_000_000_000
+"""Bytes of weights above which they go to a second file: one protobuf message ends at 2 GiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueFacts:
+    """An input or output of a graph.
+
+    Attributes:
+        name: its name.
+        dtype: ONNX type, for instance "FLOAT".
+        shape: lengths; symbols and expressions of symbols are strings, None is unknown.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphFacts:
+    """What an ONNX file holds.
+
+    Attributes:
+        path: the file.
+        opset: version of the standard operators.
+        domains: versions of the other operator sets in use.
+        operators: number of nodes by operator, other domains as "domain::Operator"; most frequent
+            first.
+        inputs: inputs of the graph.
+        outputs: outputs of the graph.
+        weights: number of stored values.
+        bytes: size of the file and of the file with its weights, if there is one.
+        metadata: what the producer wrote, "effformer.*" by `export_onnx`.
+    """
+
+    path: Path
+    opset: int
+    domains: Mapping[str, int]
+    operators: Mapping[str, int]
+    inputs: tuple[ValueFacts, ...]
+    outputs: tuple[ValueFacts, ...]
+    weights: int
+    bytes: int
+    metadata: Mapping[str, str]
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return sum(self.operators.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = {
+            kind: [{"name": v.name, "dtype": v.dtype, "shape": list(v.shape)} for v in given]
+            for kind, given in (("inputs", self.inputs), ("outputs", self.outputs))
+        }
+        return {
+            "path": str(self.path), "opset": self.opset, "domains": dict(self.domains),
+            "nodes": self.nodes,
+            "operators": dict(self.operators), "weights": self.weights, "bytes": self.bytes,
+            "metadata": dict(self.metadata), **values,
+        }  # fmt: skip
+
+
+def read_graph(path: str | Path) -> GraphFacts:
+    """Read the facts of an ONNX file; weights are not loaded into memory.
+
+    Raises:
+        FormatError: missing, truncated or foreign file, or its file of weights is missing.
+    """
+    path = Path(path)
+    model = load_graph(path)
+    files = {path, *_weight_files(model, path)}
+    if missing := sorted(str(f) for f in files if not f.is_file()):
+        raise FormatError(f"{path}: its weights are in {missing[0]}, which is missing")
+    kinds = Counter(
+        f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.all_nodes()
+    )
+    return GraphFacts(
+        path=path,
+        opset=model.opset_imports.get("", 0),
+        domains={d: v for d, v in model.opset_imports.items() if d},
+        operators=dict(kinds.most_common()),
+        inputs=tuple(map(_value_facts, model.graph.inputs)),
+        outputs=tuple(map(_value_facts, model.graph.outputs)),
+        weights=sum(_weights(model, "size")),
+        bytes=sum(f.stat().st_size for f in files),
+        metadata=dict(model.metadata_props),
+    )
+
+
+def load_graph(path: str | Path) -> onnx_ir.Model:
+    """Load an ONNX file.
+
+    Raises:
+        FormatError: missing, truncated or foreign file.
+    """
+    path, ir = Path(path), need("onnx_ir")
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    decode_error = need("google.protobuf.message").DecodeError
+    try:
+        model: onnx_ir.Model = ir.load(path)
+    except (decode_error, OSError, ValueError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: is truncated or not an ONNX file ({error})") from error
+    if not len(model.graph.outputs):
+        raise FormatError(f"{path}: is truncated or not an ONNX file (a graph without outputs)")
+    return model
+
+
+def write_graph(
+    model: onnx_ir.Model, path: str | Path, check: Callable[[Path], T] | None = None
+) -> T | None:
+    """Write a model under a temporary name, check the file, and rename it.
+
+    Above `SINGLE_FILE_LIMIT` the weights go to ``<name>.<unique>.data`` beside it. That file is in
+    place before the model is renamed, and the one of a model that stood here before is removed
+    after it.
+
+    Args:
+        model: the model.
+        path: where it goes.
+        check: called with the temporary file; what it raises leaves everything as it was.
+
+    Returns:
+        The result of ``check``.
+
+    Raises:
+        FormatError: the place cannot be written.
+    """
+    from effformer.io import atomic_path  # here: reading facts needs no torch
+
+    path, ir = Path(path), need("onnx_ir")
+    data = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.data")
+    large = sum(_weights(model, "nbytes")) > SINGLE_FILE_LIMIT
+    before = _weight_files(load_graph(path), path) if _is_model(path) else set()
+    done = False
+    try:
+        with atomic_path(path) as temporary:
+            ir.save(model, temporary, **({"external_data": data.name} if large else {}))
+            result = None if check is None else check(temporary)
+        done = True
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be written ({error})") from error
+    finally:
+        if not done and data.exists():
+            data.unlink()
+    for old in before:
+        old.unlink(missing_ok=True)
+    return result
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        load_graph(path)
+    except FormatError:
+        return False
+    return True
+
+
+def _weights(model: onnx_ir.Model, what: str) -> list[int]:
+    values = model.graph.initializers.values()
+    return [getattr(v.const_value, what) for v in values if v.const_value is not None]
+
+
+def _weight_files(model: onnx_ir.Model, path: Path) -> set[Path]:
+    external = need("onnx_ir").ExternalTensor
+    values = (v.const_value for v in model.graph.initializers.values())
+    return {path.parent / str(v.location) for v in values if isinstance(v, external)}
+
+
+def _value_facts(value: onnx_ir.Value) -> ValueFacts:
+    shape = () if value.shape is None else value.shape
+    lengths = tuple(d if isinstance(d, int) else d.value for d in shape)
+    return ValueFacts(
+        name=str(value.name), dtype="" if value.dtype is None else value.dtype.name, shape=lengths
+    )

@@ -1,0 +1,226 @@
+"""Any module to ONNX: traced by torch.export, written atomically, verified against torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from effformer.checks import need
+from effformer.version import VERSION
+
+from .graph import GraphFacts, read_graph, write_graph
+from .inputs import Axes, Call, Inputs, bind, resolve_axes
+from .packed import decodes_codes, kernels_for, translations
+from .targets import get_target
+from .verify import TRACED, VerifyReport, evaluating, verify_onnx
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["ExportError", "ExportReport", "export_onnx"]
+
+_log = logging.getLogger(__name__)
+
+
+class ExportError(ValueError):
+    """A module cannot be written as a graph; the message says where it stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What `export_onnx` wrote.
+
+    Attributes:
+        path: the file.
+        graph: its facts.
+        parity: the comparison with torch, None if it was not wanted.
+        seconds: time that it took.
+    """
+
+    path: Path
+    graph: GraphFacts
+    parity: VerifyReport | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "path": str(self.path), "seconds": round(self.seconds, 3),
+            "graph": self.graph.to_dict(),
+            "parity": None if self.parity is None else self.parity.to_dict(),
+        }  # fmt: skip
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Inputs = None,
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | str | None = "auto",
+    opset: int | None = None,
+    target: str = "onnx-cpu",
+    verify: bool = True,
+    tolerance: float = 1e-4,
+    accuracy_level: int = 0,
+    output_names: Sequence[str] | None = None,
+) -> ExportReport:
+    """Write a module as an ONNX graph.
+
+    Layers quantized by `effformer.compress` keep their packed weights: row formats ("int8", "int4")
+    become MatMulNBits on targets that have it, other formats are decoded in the graph.
+
+    Args:
+        model: any module; it and its train/eval state are left as they were. The graph is that of
+            eval mode.
+        path: the file. What stood there before is replaced only after everything, verification
+            included, went well.
+        inputs: example inputs: a tensor, a tuple, a dict of keyword arguments, or None for the
+            model's own. Arguments that are no tensors are fixed in the graph.
+        dynamic: "auto" (``model.dynamic_axes()``, else axis 0 of every tensor is "batch"), None
+            (every length is fixed), or input name -> axis -> symbol; equal symbols have equal
+            lengths.
+        opset: version of the standard operators, None for the target's (20 on CPUs).
+        target: name of a registered target.
+        verify: compare ONNX Runtime with torch at three other shapes.
+        tolerance: largest accepted relative difference.
+        accuracy_level: of MatMulNBits: 0 computes in float32; 4 rounds activations to 8 bits, which
+            is faster with kernels for it and outside the default tolerance.
+        output_names: names of the outputs; by default "output", or "output_0", "output_1", ...
+
+    Raises:
+        ExportError: the module cannot be traced or translated.
+        VerificationError: the graph does not compute what the module computes.
+        ValueError: ``dynamic`` does not fit the inputs, the graph does not fit the target, or an
+            unknown target.
+        TypeError: the inputs do not fit the module.
+        FormatError: the file cannot be written.
+
+    Example:
+        >>> import torch, tempfile
+        >>> from effformer.export import export_onnx
+        >>> path = tempfile.mkdtemp() + "/m.onnx"
+        >>> report = export_onnx(torch.nn.Linear(4, 2), path, torch.randn(1, 4))
+        >>> report.graph.inputs[0].shape, report.parity.max_rel < 1e-4
+        (('batch', 4), True)
+    """
+    started, runtime = time.perf_counter(), get_target(target)
+    call = bind(model, inputs, where="export_onnx")
+    axes = resolve_axes(model, call, dynamic, where="export_onnx")
+    call = call.traceable(axes)
+    nbits = accuracy_level if "com.microsoft" in runtime.domains else None
+    with evaluating(model):
+        call.run(
+            model
+        )  # inputs that do not fit fail with their own message; caches hold real tensors
+        program = _trace(model, call, axes, opset or runtime.opset, nbits)
+    _name(program, call, axes, output_names)
+    _stamp(program.model, model, call, axes)
+
+    def check(file: Path) -> VerifyReport | None:
+        if problems := runtime.problems(read_graph(file)):
+            raise ValueError(f"export_onnx: target {target!r}: {'; '.join(problems)}")
+        if not verify:
+            return None
+        report = verify_onnx(file, model, call.kwargs or call.args, tolerance=tolerance)
+        return replace(report, path=Path(path))
+
+    parity = write_graph(program.model, path, check)
+    if parity is not None and parity.constant:
+        _log.warning("%s: the model's output is constant, so its agreement proves little", path)
+    seconds = time.perf_counter() - started
+    return ExportReport(path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds)
+
+
+def _trace(
+    model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
+) -> torch.onnx.ONNXProgram:
+    need("onnxscript")
+    dim = torch.export.Dim
+    given = (*call.positional, *call.kwargs)
+    shapes = {n: {a: dim.DYNAMIC for a in axes[n]} if n in axes else None for n in given}
+    name = type(model).__name__
+    with warnings.catch_warnings(), torch.no_grad(), kernels_for(model, nbits) as packed:
+        warnings.simplefilter("ignore")  # about the exporter's own insides
+        try:
+            program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes)
+        except Exception as error:
+            raise ExportError(f"export_onnx: {name} cannot be traced: {_reason(error)}") from error
+        try:
+            made = torch.onnx.export(
+                program, opset_version=opset, dynamo=True, verbose=False,
+                custom_translation_table=translations(), optimize=not packed,
+            )  # fmt: skip
+        except Exception as error:
+            raise ExportError(
+                f"export_onnx: {name} cannot be translated to opset {opset}: {_reason(error)}"
+            ) from error
+        assert made is not None
+        if packed:
+            need("onnxscript.optimizer").optimize_ir(made.model, should_fold=decodes_codes)
+    return made
+
+
+def _reason(error: BaseException) -> str:
+    """The first lines of the error at the root; torch wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500] or type(error).__name__
+
+
+def _name(
+    program: torch.onnx.ONNXProgram, call: Call, axes: Axes, output_names: Sequence[str] | None
+) -> None:
+    """Give inputs, outputs and symbols the user's names in place of the tracer's."""
+    graph = program.model.graph
+    if len(graph.inputs) != len(call.tensors):
+        found = [str(v.name) for v in graph.inputs]
+        raise ExportError(f"export_onnx: the graph takes {found}, given were {list(call.tensors)}")
+    count = len(graph.outputs)
+    outputs = output_names or (["output"] if count == 1 else [f"output_{i}" for i in range(count)])
+    if len(outputs) != count:
+        raise ValueError(f"export_onnx: {len(outputs)} output_names for {count} outputs")
+    symbols: dict[str | onnx_ir.SymbolicDim, str] = {}
+    for value, name in zip(graph.inputs, call.tensors, strict=True):
+        for axis, symbol in axes.get(name, {}).items():
+            symbols.setdefault(str(value.shape[axis]), symbol)
+    names = (*call.tensors, *outputs)
+    for value in (v for node in graph.all_nodes() for v in node.outputs):
+        if value.name in names:
+            value.name = f"{value.name}__inner"
+    for value, name in zip((*graph.inputs, *graph.outputs), names, strict=True):
+        value.name = name
+    program.rename_axes(symbols)
+
+
+def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> None:
+    """Say where the graph comes from; drop the tracer's notes, which hold stack traces and local
+    paths.
+    """
+    for node in graph.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    values = (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values())
+    for value in (*values, *(v for n in graph.graph.all_nodes() for v in n.outputs)):
+        value.metadata_props.clear()
+    graph.producer_name, graph.producer_version = "effformer", VERSION
+    facts = {
+        "effformer.version": VERSION,
+        "effformer.model": str(getattr(model, "name", type(model).__name__)),
+        TRACED: json.dumps(call.sizes(axes)),
+    }
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        facts["effformer.config"] = json.dumps(config.to_dict())
+    graph.graph.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.metadata_props.update(facts)

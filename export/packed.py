@@ -1,0 +1,133 @@
+"""Packed weights in exported graphs: kernels of ONNX Runtime where one fits, decoding in the graph
+elsewhere.
+
+Row formats with a block size of the kernel become ``com.microsoft.MatMulNBits``. Every other format
+exports as the operators of its own ``decode``, which stay in the graph: the file holds the packed
+codes, and ONNX Runtime decodes them once, when it loads the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from effformer.compress.quant import MatMulNBits, PackedWeight, QuantLinear
+from torch import Tensor, nn
+
+from effformer.checks import need
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["decodes_codes", "kernels_for", "translations"]
+
+
+class NBitsLinear(nn.Module):
+    """What stands in for a `QuantLinear` while it is traced."""
+
+    def __init__(self, weight: MatMulNBits, bias: Tensor | None, accuracy_level: int) -> None:
+        super().__init__()
+        self.out_features = weight.N
+        self.attributes: dict[str, Any] = {
+            "K": weight.K, "N": weight.N, "bits": weight.bits,
+            "block_size": weight.block_size, "accuracy_level": accuracy_level,
+        }  # fmt: skip
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("scales", weight.scales.flatten())
+        zeros = weight.zero_points
+        self.register_buffer("zero_points", None if zeros is None else zeros.flatten())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        y = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (x, self.packed, self.scales, self.zero_points),  # type: ignore[arg-type]
+            self.attributes,
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias  # type: ignore[operator]
+
+
+@contextmanager
+def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
+    """Put `NBitsLinear` in the place of every `QuantLinear` that has that form; undone on leaving.
+
+    Args:
+        model: the model.
+        accuracy_level: of MatMulNBits; None: the runtime does not have it.
+
+    Yields:
+        Whether the model holds any packed weight.
+    """
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    made: dict[nn.Module, NBitsLinear] = {}
+    try:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if accuracy_level is None or not isinstance(child, QuantLinear):
+                    continue
+                weight = None if child in made else child.to_matmul_nbits()
+                if weight is not None:
+                    made[child] = NBitsLinear(weight, child.bias, accuracy_level)
+                if child in made:
+                    replaced.append((parent, name, child))
+                    setattr(parent, name, made[child])
+        yield bool(made) or any(isinstance(m, PackedWeight) for m in model.modules())
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+
+@functools.cache
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Torch operator -> ONNX translation, where torch's own is wasteful or wrong.
+
+    - ``x[:n].mul_(y)``, as in decoding, reaches the exporter as a write into a slice, which it
+      translates to ScatterND with an index per element; with step 1 the result is the slice between
+      two pieces of x.
+    - ``table[codes]`` with int32 codes becomes a GatherND, which takes int64 only; it is a Gather.
+    """
+    op = need("onnxscript").opset20
+    core = need("onnxscript.function_libs.torch_lib.ops.core")
+    kinds = need("onnx_ir").DataType
+
+    def slice_scatter(self, src, dim=0, start=None, end=None, step=1):  # type: ignore[no-untyped-def]
+        size = self.shape[dim]
+        low, high = 0 if start is None else start, size if end is None else end
+        if step != 1 or not all(isinstance(i, int) and i >= 0 for i in (low, high, size)):
+            return core.aten_slice_scatter(self, src, dim, start, end, step)
+        before = [] if low == 0 else [op.Slice(self, [0], [low], [dim])]
+        after = [] if high >= size else [op.Slice(self, [high], [size], [dim])]
+        parts = [*before, src, *after]
+        return op.Identity(src) if len(parts) == 1 else op.Concat(*parts, axis=dim)
+
+    def index(self, indices):  # type: ignore[no-untyped-def]
+        wide = [
+            op.Cast(i, to=kinds.INT64) if i is not None and i.dtype == kinds.INT32 else i
+            for i in indices
+        ]
+        only_first = wide[0] is not None and all(i is None for i in wide[1:])
+        if only_first and indices[0].dtype in (kinds.INT32, kinds.INT64):
+            return op.Gather(self, indices[0], axis=0)
+        return core.aten_index(self, wide)
+
+    aten = torch.ops.aten
+    return {aten.slice_scatter.default: slice_scatter, aten.index.Tensor: index}
+
+
+def decodes_codes(node: onnx_ir.Node) -> bool | None:
+    """Rule for constant folding: never fold the first step of decoding, so that codes stay packed
+    in the file.
+    """
+    ir = need("onnx_ir")
+    narrow = (ir.DataType.UINT8, ir.DataType.INT8)
+    packed = any(
+        v is not None and v.dtype in narrow and v.const_value is not None for v in node.inputs
+    )
+    return False if packed else None

@@ -1,0 +1,194 @@
+"""Quantization of ONNX files by ONNX Runtime, failing when nothing was quantized."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from effformer.checks import need, unknown
+
+from .graph import SINGLE_FILE_LIMIT, read_graph, write_graph
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["QuantizeReport", "quantize_onnx"]
+
+QuantScheme = Literal["dynamic-uint8", "matmul-nbits"]
+_SCHEMES = ("dynamic-uint8", "matmul-nbits")
+_BLOCKS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeReport:
+    """What `quantize_onnx` did.
+
+    Attributes:
+        path: the quantized file.
+        scheme: the scheme.
+        quantized: number of products with a quantized weight.
+        left: names of the products with a constant weight that stay in floating point.
+        bytes_before: size of the file that was read.
+        bytes_after: size of the file that was written.
+    """
+
+    path: Path
+    scheme: str
+    quantized: int
+    left: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def ratio(self) -> float:
+        """Size after by size before."""
+        return self.bytes_after / self.bytes_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "path": str(self.path), "scheme": self.scheme, "quantized": self.quantized,
+            "left": list(self.left),
+            "bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "ratio": self.ratio,
+        }  # fmt: skip
+
+
+def quantize_onnx(
+    path: str | Path,
+    out: str | Path,
+    scheme: QuantScheme = "dynamic-uint8",
+    *,
+    bits: Literal[4, 8] = 8,
+    block: int = 32,
+    symmetric: bool = True,
+    accuracy_level: int = 0,
+    per_channel: bool = True,
+    reduce_range: bool = False,
+) -> QuantizeReport:
+    """Quantize the matrix products of an ONNX file that have a constant weight.
+
+    - "dynamic-uint8": weights and activations in 8 bits, activations on their range at run time.
+      Both are unsigned: CPUs with AVX2 and no VNNI add products of unsigned and signed bytes in 16
+          bits, which saturates unless weights
+      are cut to 7 bits (``reduce_range``); products of unsigned bytes are widened first and need no
+      such care.
+    - "matmul-nbits": weights in blocks of 4 or 8 bits (com.microsoft.MatMulNBits), activations in
+      floating point.
+
+    Args:
+        path: the file.
+        out: where the result goes; may be ``path``.
+        scheme: one of these.
+        bits: matmul-nbits: bits of a weight.
+        block: matmul-nbits: values per scale, 16, 32, 64, 128 or 256.
+        symmetric: matmul-nbits: no zero points.
+        accuracy_level: matmul-nbits: 0 computes in float32, 4 with activations in 8 bits.
+        per_channel: dynamic-uint8: a range for each output channel of a weight.
+        reduce_range: dynamic-uint8: 7-bit weights.
+
+    Raises:
+        ValueError: an unknown scheme, an impossible option, or nothing in the graph could be
+            quantized.
+        FormatError: not an ONNX file, or ``out`` cannot be written.
+    """
+    if scheme not in _SCHEMES:
+        raise unknown("quantization", str(scheme), _SCHEMES, where="quantize_onnx")
+    if bits not in (4, 8):
+        raise ValueError(f"quantize_onnx: bits is 4 or 8, got {bits}")
+    if block not in _BLOCKS:
+        raise ValueError(
+            f"quantize_onnx: block is one of {', '.join(map(str, _BLOCKS))}, got {block}"
+        )
+    before = read_graph(path)
+    proto = _products(Path(path))
+    with _quiet():
+        if scheme == "dynamic-uint8":
+            large = before.bytes > SINGLE_FILE_LIMIT
+            made, kind = _dynamic(proto, per_channel, reduce_range, large), "MatMulInteger"
+        else:
+            made, kind = _nbits(proto, bits, block, symmetric, accuracy_level), "MatMulNBits"
+    quantized = sum(n.op_type == kind for n in made.graph.node) - before.operators.get(
+        _full(kind), 0
+    )
+    if quantized == 0:
+        common = ", ".join(f"{n} {op}" for op, n in list(before.operators.items())[:4])
+        raise ValueError(
+            f"quantize_onnx: {path}: nothing was quantized; no product of its {before.nodes} "
+            f"nodes ({common}, ...) has a constant floating-point weight"
+        )
+    need("onnx").helper.set_model_props(made, {**before.metadata, "effformer.quantization": scheme})
+    write_graph(need("onnx_ir").from_proto(made), out)
+    return QuantizeReport(
+        path=Path(out), scheme=scheme, quantized=quantized, left=tuple(_constant_products(made)),
+        bytes_before=before.bytes, bytes_after=read_graph(out).bytes,
+    )  # fmt: skip
+
+
+def _full(kind: str) -> str:
+    return "com.microsoft::MatMulNBits" if kind == "MatMulNBits" else kind
+
+
+def _products(path: Path) -> onnx.ModelProto:
+    """The model with every Gemm written as MatMul and Add: the quantizers know MatMul only."""
+    model = need("onnxruntime.quantization.onnx_model").ONNXModel(need("onnx").load(path))
+    model.replace_gemm_with_matmul()
+    model.clean_initializers()
+    model.topological_sort()
+    proto: onnx.ModelProto = model.model
+    return proto
+
+
+def _constant_products(proto: onnx.ModelProto) -> list[str]:
+    """Names of the products whose second factor is a stored floating-point tensor."""
+    floats = {t.name for t in proto.graph.initializer if t.data_type in (1, 10, 16)}
+    nodes = (n for n in proto.graph.node if n.op_type in ("MatMul", "Gemm"))
+    return [n.name for n in nodes if n.input[1] in floats]
+
+
+def _dynamic(
+    proto: onnx.ModelProto, per_channel: bool, reduce_range: bool, large: bool
+) -> onnx.ModelProto:
+    quantization = need("onnxruntime.quantization")
+    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+        file = Path(folder) / "quantized.onnx"
+        quantization.quantize_dynamic(
+            proto, file, op_types_to_quantize=["MatMul"], per_channel=per_channel,
+            reduce_range=reduce_range, weight_type=quantization.QuantType.QUInt8,
+            use_external_data_format=large,
+        )  # fmt: skip
+        made: onnx.ModelProto = need("onnx").load(file)
+    return made
+
+
+def _nbits(
+    proto: onnx.ModelProto, bits: int, block: int, symmetric: bool, accuracy_level: int
+) -> onnx.ModelProto:
+    module = need("onnxruntime.quantization.matmul_nbits_quantizer")
+    quantizer = module.MatMulNBitsQuantizer(
+        proto, bits=bits, block_size=block, is_symmetric=symmetric, accuracy_level=accuracy_level,
+        op_types_to_quantize=("MatMul",),
+    )  # fmt: skip
+    quantizer.process()
+    made: onnx.ModelProto = quantizer.model.model
+    return made
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantizers' advice out of the log, and the handlers that they install out of the
+    process.
+    """
+    root = logging.getLogger()
+    handlers, level, disabled = root.handlers[:], root.level, root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -1,0 +1,72 @@
+"""Where graphs are going to run: opset, operator sets and providers of a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effformer import registry
+from effformer.config import Config
+
+from .graph import GraphFacts
+
+__all__ = ["Target", "get_target"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target(Config):
+    """What a runtime takes.
+
+    Attributes:
+        opset: opset that is exported by default.
+        newest: newest opset that it runs completely.
+        domains: operator sets beside the standard one.
+        providers: execution providers of ONNX Runtime.
+    """
+
+    opset: int = 20
+    newest: int = 23
+    domains: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+
+    def problems(self, graph: GraphFacts) -> list[str]:
+        """Why a graph does not run here, empty if it does."""
+        found = []
+        if graph.opset > self.newest:
+            found.append(f"opset {graph.opset} is newer than {self.newest}")
+        foreign = sorted(set(graph.domains) - set(self.domains))
+        used = {o.split("::")[0] for o in graph.operators if "::" in o}
+        found += [
+            f"operators of {domain!r} are unknown here" for domain in foreign if domain in used
+        ]
+        return found
+
+
+def get_target(name: str) -> Target:
+    """A target by name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    target: Target = registry.target.get(name).preset
+    return target
+
+
+def _add(name: str, target: Target, summary: str, aliases: tuple[str, ...] = ()) -> None:
+    entry = registry.Entry(
+        name=name, kind="target", build=Target, config=Target, preset=target,
+        summary=summary, aliases=aliases,
+    )  # fmt: skip
+    registry.target.add(entry)
+
+
+_add(
+    "onnx-cpu",
+    Target(domains=("com.microsoft", "ai.onnx.ml")),
+    "ONNX Runtime on a CPU, with its kernels for packed weights.",
+    aliases=("onnxruntime",),
+)
+_add(
+    "onnx",
+    Target(),
+    "Any ONNX runtime: standard operators only; packed weights are decoded in the graph.",
+)

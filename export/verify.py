@@ -1,0 +1,282 @@
+"""ONNX Runtime against torch, at other shapes than the traced one: an export is not done until
+compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .graph import GraphFacts, read_graph
+from .inputs import Axes, Call, Inputs, bind
+from .session import Session
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Case", "OutputError", "VerificationError", "VerifyReport", "evaluating", "verify_onnx"]
+
+TRACED = "effformer.traced"
+_BATCHES = (1, 3, 2)
+_FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputError:
+    """Difference of one output.
+
+    Attributes:
+        name: name of the output.
+        max_abs: ``max |onnx - torch|``; infinite where shapes, types or finiteness differ.
+        max_rel: ``max |onnx - torch| / max |torch|``.
+        constant: torch's output is one number everywhere, so that agreement says little (a DiT
+            before training is 0).
+    """
+
+    name: str
+    max_abs: float
+    max_rel: float
+    constant: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        shapes: shape of every input.
+        outputs: differences.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    outputs: tuple[OutputError, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What was compared, and how well it agrees.
+
+    Attributes:
+        path: the file.
+        tolerance: largest accepted ``max_rel``.
+        cases: the comparisons.
+    """
+
+    path: Path
+    tolerance: float
+    cases: tuple[Case, ...]
+
+    @property
+    def max_abs(self) -> float:
+        """Largest absolute difference."""
+        return max(o.max_abs for c in self.cases for o in c.outputs)
+
+    @property
+    def max_rel(self) -> float:
+        """Largest relative difference."""
+        return max(o.max_rel for c in self.cases for o in c.outputs)
+
+    @property
+    def passed(self) -> bool:
+        """Every difference is within the tolerance."""
+        return all(o.max_rel <= self.tolerance for c in self.cases for o in c.outputs)
+
+    @property
+    def constant(self) -> bool:
+        """Every output of torch was one number everywhere."""
+        return all(o.constant for c in self.cases for o in c.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        cases = [
+            {
+                "shapes": {n: list(s) for n, s in c.shapes.items()},
+                "outputs": [
+                    {
+                        "name": o.name,
+                        "max_abs": o.max_abs,
+                        "max_rel": o.max_rel,
+                        "constant": o.constant,
+                    }
+                    for o in c.outputs
+                ],
+            }
+            for c in self.cases
+        ]
+        return {
+            "path": str(self.path), "tolerance": self.tolerance, "passed": self.passed,
+            "max_abs": self.max_abs, "max_rel": self.max_rel, "constant": self.constant,
+            "cases": cases,
+        }  # fmt: skip
+
+
+class VerificationError(ValueError):
+    """A graph does not compute what the model computes.
+
+    Attributes:
+        report: the comparison, None if it could not be made.
+    """
+
+    def __init__(self, message: str, report: VerifyReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def verify_onnx(
+    path: str | Path,
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    cases: int = 3,
+    tolerance: float = 1e-4,
+    threads: int | None = None,
+    generator: torch.Generator | None = None,
+) -> VerifyReport:
+    """Compare an ONNX file with the module it was exported from.
+
+    The symbols of the graph's inputs tell what may vary: the first one (batch) takes 1, 3 and 5,
+    the others half, one and a half times, twice, ... their length in ``inputs``; sizes that the
+    model itself refuses are passed over. A graph without symbols is compared at its one shape with
+    other values.
+
+    Args:
+        path: the file.
+        model: the module; evaluated in eval mode, its state is put back.
+        inputs: example inputs, as for `export_onnx`.
+        cases: number of comparisons.
+        tolerance: largest accepted ``max |onnx - torch| / max |torch|`` of every output.
+        threads: threads of ONNX Runtime.
+        generator: randomness of the values; None is a fresh one with seed 0.
+
+    Raises:
+        FormatError: not an ONNX file that ONNX Runtime loads.
+        VerificationError: inputs or outputs do not fit, the model runs at too few shapes, or a
+            difference is above the tolerance.
+    """
+    graph, session = read_graph(path), Session(path, threads=threads)
+    call = bind(model, inputs, where="verify")
+    axes = _axes(graph, call)
+    draws = torch.Generator().manual_seed(0) if generator is None else generator
+    traced = json.loads(graph.metadata.get(TRACED, "{}"))
+    with evaluating(model):
+        runs = itertools.islice(_other_runs(model, call, axes, traced, draws), cases)
+        found = tuple(_compare(session, other, expected) for other, expected in runs)
+    report = VerifyReport(path=Path(path), tolerance=tolerance, cases=found)
+    if not report.passed:
+        raise VerificationError(_explain(report), report)
+    return report
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode; each gets its own mode back."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _axes(graph: GraphFacts, call: Call) -> Axes:
+    names = [v.name for v in graph.inputs]
+    if missing := [n for n in names if n not in call.tensors]:
+        raise VerificationError(
+            f"verify: the graph takes {names}, the example inputs are {list(call.tensors)}; "
+            f"{missing[0]!r} is missing"
+        )
+    axes: Axes = {}
+    for value in graph.inputs:
+        have = tuple(call.tensors[value.name].shape)
+        fits = len(have) == len(value.shape) and all(
+            want == n or not isinstance(want, int)
+            for n, want in zip(have, value.shape, strict=True)
+        )
+        if not fits:
+            raise VerificationError(
+                f"verify: the graph takes {value.name!r} {value.shape}, the example is {have}"
+            )
+        axes[value.name] = {i: d for i, d in enumerate(value.shape) if isinstance(d, str)}
+    return axes
+
+
+def _other_runs(
+    model: nn.Module, call: Call, axes: Axes, traced: Mapping[str, int], draws: torch.Generator
+) -> Iterator[tuple[Call, list[Tensor]]]:
+    """Calls at lengths other than the traced ones, with torch's outputs."""
+    base = call.sizes(axes)
+    while not base:
+        other = call.resized(axes, base, draws)
+        yield other, other.run(model)
+    batches = {by[0] for by in axes.values() if 0 in by}
+    seen, error = [base | dict(traced)], None
+    for attempt in range(len(_BATCHES) * len(_FACTORS)):
+        sizes = dict.fromkeys(batches, _BATCHES[(len(seen) - 1) % len(_BATCHES)])
+        for i, symbol in enumerate(s for s in base if s not in batches):
+            sizes[symbol] = int(base[symbol] * _FACTORS[(attempt + i) % len(_FACTORS)])
+        if sizes in seen:
+            sizes |= dict.fromkeys(batches, max(max(s.values()) for s in seen) + 1)
+        if sizes in seen or not all(sizes.values()):
+            continue
+        other = call.resized(axes, sizes, draws)
+        try:
+            expected = other.run(model)
+        except (ValueError, RuntimeError, AssertionError, IndexError) as refused:
+            error = refused
+            continue
+        seen.append(sizes)
+        yield other, expected
+    raise VerificationError(
+        f"verify: {type(model).__name__} itself runs at only {len(seen) - 1} other lengths of "
+        f"{', '.join(base)}, which the graph declares dynamic; the last error: {error}"
+    ) from error
+
+
+def _compare(session: Session, call: Call, expected: list[Tensor]) -> Case:
+    actual = session.run(call.tensors)
+    if len(expected) != len(actual):
+        raise VerificationError(
+            f"verify: the model returns {len(expected)} tensors, the graph {len(actual)}"
+        )
+    outputs = tuple(
+        _difference(n, a, e) for (n, a), e in zip(actual.items(), expected, strict=True)
+    )
+    return Case(shapes={n: tuple(x.shape) for n, x in call.tensors.items()}, outputs=outputs)
+
+
+def _difference(name: str, array: np.ndarray[Any, Any], expected: Tensor) -> OutputError:
+    actual = torch.from_numpy(array)
+    constant = expected.numel() == 0 or bool((expected == expected.flatten()[0]).all())
+    worst = OutputError(name=name, max_abs=float("inf"), max_rel=float("inf"), constant=constant)
+    if actual.shape != expected.shape or actual.is_floating_point() != expected.is_floating_point():
+        return worst
+    a, e = actual.double(), expected.double()
+    if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(e).all()):
+        return worst
+    if e.numel() == 0:
+        return OutputError(name=name, max_abs=0.0, max_rel=0.0, constant=constant)
+    absolute, scale = float((a - e).abs().max()), float(e.abs().max())
+    relative = absolute / scale if scale else float("inf") if absolute else 0.0
+    return OutputError(name=name, max_abs=absolute, max_rel=relative, constant=constant)
+
+
+def _explain(report: VerifyReport) -> str:
+    case, output = max(
+        ((c, o) for c in report.cases for o in c.outputs), key=lambda pair: pair[1].max_rel
+    )
+    shapes = ", ".join(f"{n} {s}" for n, s in case.shapes.items())
+    if output.max_rel == float("inf"):
+        what = "differs in shape or type from torch's, or is not finite"
+    else:
+        what = f"differs from torch's by {output.max_rel:.2e} of its largest value"
+        what += f" (allowed {report.tolerance:.0e})"
+    return f"verify: output {output.name!r} {what}, at {shapes}"
