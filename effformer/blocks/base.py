@@ -154,7 +154,9 @@ class Block(nn.Module):
 
     def macs(self, n: int, m: int | None = None) -> int:
         """Dense multiply-adds of one sample with n tokens (m in the memory)."""
-        total = 0 if self.site.cond_dim is None else self.modulation.linear.weight.numel()
+        total = 0
+        if self.site.cond_dim is not None:
+            total = self.modulation.linear.in_features * self.modulation.linear.out_features
         for name, branch in zip(self.order, self.branches, strict=True):
             part: Any = branch.part
             if not isinstance(part, Mixer):
