@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linformer": {"tokens": 130, "projected": 5},
     "longformer": {"window": 4, "global_tokens": 1},
     "nystrom": {"landmarks": 4, "conv": 3},
+    "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
     "topk": {"keep": 3},
 }
 """Options that let a mechanism work on the few tokens of a test."""

@@ -12,6 +12,7 @@ from .longformer import Longformer
 from .multihead import Attention
 from .nystrom import Nystrom
 from .performer import Performer
+from .reformer import Reformer
 from .relative import Relative
 from .softmax import Softmax
 from .topk import TopK
@@ -29,6 +30,7 @@ __all__ = [
     "Mixer",
     "Nystrom",
     "Performer",
+    "Reformer",
     "Relative",
     "Softmax",
     "Streaming",

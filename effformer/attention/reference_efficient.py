@@ -13,7 +13,7 @@ from .performer import Performer
 __all__ = [
     "efficient_reference", "linformer_reference", "longformer_reference",
     "nystrom_reference", "performer_reference",
-    "topk_reference",
+    "reformer_reference", "topk_reference",
 ]  # fmt: skip
 
 
@@ -114,3 +114,27 @@ def longformer_reference(
         scores = torch.stack([(q[i] * k[j]).sum() / q.shape[1] ** 0.5 for j in seen])
         rows.append(scores.softmax(0) @ v[seen])
     return torch.stack(rows)
+
+
+def reformer_reference(
+    q: Tensor, v: Tensor, rotations: Tensor, *, chunk: int, causal: bool = False
+) -> Tensor:
+    """LSH attention of one head: shared q (N, K), v (N, V), rotations (K, rounds, buckets / 2)."""
+    n, outputs, normalisers = len(q), [], []
+    keys = torch.stack([x / (x.square().mean() + 1e-6).sqrt() / len(x) ** 0.5 for x in q])
+    for r in range(rotations.shape[1]):
+        rotated = q.detach() @ rotations[:, r]
+        bucket = torch.cat([rotated, -rotated], dim=1).argmax(dim=1).tolist()
+        order = sorted(range(n), key=lambda i: (bucket[i], i))
+        slot = {i: order.index(i) for i in range(n)}
+        for i in range(n):
+            if causal:
+                near = [j for j in range(i + 1) if bucket[j] == bucket[i]]
+                seen = [j for j in near if slot[i] - slot[j] <= chunk]
+            else:
+                seen = [j for j in range(n) if 0 <= slot[i] // chunk - slot[j] // chunk <= 1]
+            scores = torch.stack([q[i] @ keys[j] if j != i else q.new_tensor(-1e5) for j in seen])
+            outputs.append(scores.softmax(0) @ v[seen])
+            normalisers.append(scores.logsumexp(0))
+    rounds = torch.stack(normalisers).view(-1, n).softmax(dim=0)
+    return (rounds[..., None] * torch.stack(outputs).view(-1, n, v.shape[1])).sum(dim=0)

@@ -1,0 +1,277 @@
+"""Reformer: tokens attend within buckets of a locality-sensitive hash."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effformer.checks import CapabilityError
+from effformer.config import Config as BaseConfig
+from effformer.context import EMPTY, Context, Site, check_context
+from effformer.registry import Caps, attention
+
+from .base import Mixer
+from .slices import over_sequences
+
+__all__ = ["Reformer"]
+
+_CAPS = Caps(causal="optional", mask="key", packed=True, cost="n log n")
+_NEVER = -1e9
+
+
+@attention.register("reformer", caps=_CAPS, paper="2001.04451")
+class Reformer(Mixer):
+    """LSH attention with shared queries and keys: ``softmax_j(q_i . q_j / |q_j|) v_j`` over near j.
+
+    In each round a random rotation R hashes a token into ``argmax [q R; -q R]``; tokens are sorted
+    by (bucket, position) and cut into chunks; a chunk attends to itself and to the chunk before it.
+    A token attends to itself only if it has no other target. Rounds are weighted by their
+    normalisers (log-sum-exp of scores). No gradient flows through hashing and sorting. With at most
+    ``chunk`` tokens all rounds see everything: plain attention with shared queries and keys.
+
+    Rotations are the buffer ``rotations`` (H, K, rounds, buckets / 2), drawn from ``seed`` and the
+    layer's index and saved with the weights. Masked tokens have a bucket of their own, behind all
+    others, and any number of tokens is padded to whole chunks with such tokens.
+
+    The causal form attends to the ``chunk`` latest tokens of the same bucket. Where chunks are cut
+    depends on later tokens, so that masking later keys alone would let the future through.
+
+    Differs from the paper: chunks see no chunk of another round, so that padding changes nothing;
+    the causal form, as above. ``compat`` reproduces the published code.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+
+    Raises:
+        ValueError: the width is not divisible by the heads.
+
+    Reference: Reformer: The Efficient Transformer, 2020, arXiv 2001.04451.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `Reformer`.
+
+        Attributes:
+            chunk: tokens per chunk.
+            rounds: number of hashes.
+            buckets: number of buckets of a hash, even; None means the largest power of two that is
+                at most 2 tokens / chunk where the model fixes its tokens, else 32.
+            causal: output i depends on tokens <= i only.
+            head_dim: width of a head; None means dim / heads.
+            across: tokens of one chunk attend across the borders of buckets.
+            once: keys that a query meets in several rounds count once.
+            compat: "none", or the code whose numbers are wanted, "transformers" or
+                "reformer-pytorch": chunks wrap around over all rounds, ``causal`` masks later keys
+                but cuts chunks by them (it leaks), and the latter divides scores by K^0.5 again.
+            proj_bias: the output projection has a bias.
+            seed: seed of the rotations.
+        """
+
+        chunk: int = 64
+        rounds: int = 4
+        buckets: int | None = None
+        causal: bool = False
+        head_dim: int | None = None
+        across: bool = True
+        once: bool = False
+        compat: Literal["none", "transformers", "reformer-pytorch"] = "none"
+        proj_bias: bool = True
+        seed: int = 0
+
+        def __post_init__(self) -> None:
+            for name in ("chunk", "rounds"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"reformer: {name} must be at least 1")
+            if self.buckets is not None and (self.buckets < 2 or self.buckets % 2):
+                raise ValueError(f"reformer: buckets must be even, got {self.buckets}")
+            if self.causal and self.once and self.compat == "none":
+                raise ValueError("reformer: once is not offered for the causal form")
+
+    rotations: Tensor
+
+    def __init__(self, config: Reformer.Config, site: Site) -> None:
+        super().__init__(config, site)
+        if config.head_dim is None and site.dim % site.heads:
+            raise ValueError(
+                f"{site.path or 'reformer'}: width {site.dim} is not divisible by {site.heads} "
+                "heads; change heads or give head_dim"
+            )
+        self.strict = config.causal and config.compat == "none"
+        self.own = -5e4 if config.compat == "reformer-pytorch" else -1e5
+        self.heads, self.head_dim = site.heads, config.head_dim or site.dim // site.heads
+        inner = self.heads * self.head_dim
+        self.qk = nn.Linear(site.dim, inner, bias=False)
+        self.v = nn.Linear(site.dim, inner, bias=False)
+        self.proj = nn.Linear(inner, site.out_dim or site.dim, bias=config.proj_bias)
+        self.drop = nn.Dropout(site.dropout)
+        self.buckets = config.buckets or _bucket_count(site.tokens, config.chunk)
+        shape = (self.heads, self.head_dim, config.rounds, self.buckets // 2)
+        self.register_buffer("rotations", torch.empty(shape))
+        self.redraw(torch.Generator().manual_seed(config.seed + site.layer))
+
+    def redraw(self, generator: torch.Generator) -> None:
+        """Draw new rotations in place."""
+        drawn = torch.randn(self.rotations.shape, generator=generator, device="cpu")
+        self.rotations.copy_(drawn)
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        where = self.site.path or "reformer"
+        check_context(ctx, _CAPS, "attention", where)
+        if ctx.packing is None:
+            return self.drop(self.proj(self._mix(x, ctx, ctx.mask)))
+        if ctx.mask is not None or ctx.tap is not None:
+            raise CapabilityError(f"{where}: packing goes with neither mask nor tap; unpack first")
+        mixed = over_sequences(lambda one: self._mix(one, ctx, None), x, ctx.packing)
+        return self.drop(self.proj(mixed))
+
+    def _mix(self, x: Tensor, ctx: Context, mask: Tensor | None) -> Tensor:
+        """Everything between input and output projection."""
+        heads = (self.heads, self.head_dim)
+        q, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in (self.qk, self.v))
+        if ctx.tap is not None:
+            q, v = (ctx.tap(f"{self.site.path}.{name}", y) for name, y in (("q", q), ("v", v)))
+        return self.attend(q, v, mask).transpose(1, 2).flatten(2)
+
+    def attend(self, q: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """LSH attention of q (B, H, N, K), which are the keys, too, and v (B, H, N, V)."""
+        n, chunk = q.shape[2], self.config.chunk
+        if n <= chunk and not self.strict and not torch.compiler.is_exporting():
+            return self._plain(q, v, mask)
+        pad = (-n) % chunk
+        if pad:
+            mask = q.new_ones(q.shape[0], n, dtype=torch.bool) if mask is None else mask
+            q, v, mask = F.pad(q, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad)), F.pad(mask, (0, pad))
+        hashes = self.hash(q, mask)
+        rounds, total = hashes.shape[2:]
+        if self.config.compat != "none":  # all rounds are one list
+            hashes = hashes.flatten(2)[:, :, None]
+        place = torch.arange(hashes.shape[-1], device=q.device)
+        order = (hashes * hashes.shape[-1] + place).argsort(dim=-1)
+        out, normaliser = self._chunks(q, v, hashes, order, mask)
+        back = order.argsort(dim=-1)
+        out = out.gather(3, back[..., None].expand_as(out))
+        out = out.flatten(2, 3).unflatten(2, (rounds, total))
+        normaliser = normaliser.gather(3, back).flatten(2).unflatten(2, (rounds, total))
+        if self.config.compat == "none":
+            weights = normaliser.softmax(dim=2)
+        else:  # with tokens that see only themselves, at -1e5, this does not sum to one in float32
+            weights = (normaliser - normaliser.logsumexp(dim=2, keepdim=True)).exp()
+        return (out * weights[..., None]).sum(dim=2)[:, :, :n]
+
+    def hash(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Buckets (B, H, rounds, N), counted on from round to round."""
+        rotated = torch.einsum("bhnk,hkrf->bhrnf", q.detach(), self.rotations.to(q.dtype))
+        buckets, count = torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1), self.buckets
+        if mask is not None:
+            buckets, count = torch.where(mask[:, None, None], buckets, count), count + 1
+        first = torch.arange(self.config.rounds, device=q.device) * count
+        return buckets + first[:, None]
+
+    def _keys(self, q: Tensor) -> Tensor:
+        """Queries of unit length; the epsilon is that of the published code."""
+        keys = q * (q.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        power = -1.0 if self.config.compat == "reformer-pytorch" else -0.5
+        return keys * q.shape[-1] ** power
+
+    def _plain(self, q: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        n = q.shape[2]
+        scores = q @ self._keys(q).mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], _NEVER)
+        if self.config.causal:
+            lower = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~lower, _NEVER)
+        own = torch.eye(n, dtype=torch.bool, device=q.device)
+        return scores.masked_fill(own, self.own).softmax(dim=-1) @ v
+
+    def _chunks(
+        self, q: Tensor, v: Tensor, hashes: Tensor, order: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend in sorted order.
+
+        Returns:
+            Outputs (B, H, lists, T, V) and log-normalisers (B, H, lists, T).
+        """
+        place, chunk = order % q.shape[2], self.config.chunk
+
+        def sort(x: Tensor) -> Tensor:
+            flat = place.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
+            return x.gather(2, flat).unflatten(2, (*place.shape[2:3], -1, chunk))
+
+        queries, values = sort(q), self._with_previous(sort(v), 0)
+        keys = self._with_previous(self._keys(queries), 0)
+        mine = place.unflatten(3, (-1, chunk))
+        theirs = self._with_previous(mine, -1)
+        allowed = (theirs >= 0)[..., None, :]
+        if mask is not None:
+            real = sort(mask[:, None, :, None].expand(-1, q.shape[1], -1, -1))[..., 0]
+            allowed = allowed & self._with_previous(real, 0)[..., None, :]
+        if self.strict or not self.config.across:
+            buckets = hashes.gather(3, order).unflatten(3, (-1, chunk))
+            near = buckets[..., None] == self._with_previous(buckets, -1)[..., None, :]
+            allowed = allowed & near
+        if self.strict:
+            slots = torch.arange(2 * chunk, device=q.device)
+            ahead = slots - slots[:chunk, None]  # of the earliest key that every query reaches
+            allowed = allowed & (ahead >= 0) & (ahead <= chunk)
+        elif self.config.causal:
+            allowed = allowed & (mine[..., None] >= theirs[..., None, :])
+        scores = (queries @ keys.mT).masked_fill(~allowed, _NEVER)
+        scores = scores.masked_fill(mine[..., None] == theirs[..., None, :], self.own)
+        if self.config.once:
+            scores = scores - (self._meetings(order, hashes, mine, theirs) + 1e-9).log()
+        normaliser = scores.logsumexp(dim=-1, keepdim=True)
+        out = (scores - normaliser).exp() @ values
+        return out.flatten(3, 4), normaliser.flatten(3)
+
+    def _with_previous(self, x: Tensor, empty: int) -> Tensor:
+        """Chunks behind the ones before them: (B, H, lists, C, c, ...) -> (..., C, 2 c, ...)."""
+        last = x[:, :, :, -1:]
+        first = torch.full_like(last, empty) if self.config.compat == "none" else last
+        return torch.cat([torch.cat([first, x[:, :, :, :-1]], dim=3), x], dim=4)
+
+    def _meetings(self, order: Tensor, hashes: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
+        """How often, over all rounds, each pair of tokens meets in a chunk and its predecessor."""
+        shape = (self.config.rounds, -1)
+        chunks = (order.argsort(dim=-1) // self.config.chunk).flatten(2).unflatten(2, shape)
+        buckets = hashes.flatten(2).unflatten(2, shape)
+        total = order.shape[-1] // self.config.chunk
+        count = torch.zeros((), dtype=self.rotations.dtype, device=order.device)
+        for i in range(self.config.rounds):
+            ours, others = (
+                tuple(
+                    table[:, :, i].gather(2, at.clamp(min=0).flatten(2)).view_as(at)
+                    for table in (chunks, buckets)
+                )
+                for at in (mine, theirs)
+            )
+            behind = others[0] + 1
+            behind = behind if self.config.compat == "none" else behind % total
+            met = (ours[0][..., None] == others[0][..., None, :]).to(count.dtype)
+            met = met + (ours[0][..., None] == behind[..., None, :])
+            if not self.config.across:
+                met = met * (ours[1][..., None] == others[1][..., None, :])
+            count = count + met
+        return count
+
+    def macs(self, n: int, m: int | None = None) -> int:
+        inner = self.heads * self.head_dim
+        total = n * inner * (2 * self.site.dim + (self.site.out_dim or self.site.dim))
+        chunk, rounds = self.config.chunk, self.config.rounds
+        if n <= chunk and not self.strict:
+            return total + 2 * n * n * inner
+        rows = rounds * -(-n // chunk) * chunk
+        return total + rows * inner * (self.buckets // 2 + 4 * chunk)
+
+
+def _bucket_count(tokens: int | None, chunk: int) -> int:
+    if tokens is None:
+        return 32
+    return 2 ** max(1, int(math.log2(max(2 * tokens / chunk, 2))))
