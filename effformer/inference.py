@@ -1,11 +1,14 @@
-"""An inference-ready form of a model: weights prepacked for the CPU, activations fused into products."""
+"""An inference-ready form of a model: weights prepacked for the CPU, fewer temporaries."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .blocks import Branch
 from .checks import CapabilityError
@@ -13,23 +16,27 @@ from .ffn import MLP
 
 __all__ = ["PackedLinear", "optimize"]
 
-_FUSED = {"relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu-tanh": ("gelu", "tanh")}
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu-tanh": partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "silu": partial(F.silu, inplace=True),
+}
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in oneDNN's blocked order, with an optional fused activation.
+    """A linear layer whose weight lies in oneDNN's blocked order.
 
     Float32 inference only: there is no gradient, and the weight is not part of the state dict.
 
     Args:
         linear: the layer to pack; it is not changed.
-        act: activation applied to the result ("relu", "gelu", "gelu-tanh"), None for none.
 
     Raises:
         CapabilityError: the layer is not float32 on the CPU, or this build of torch has no oneDNN.
     """
 
-    def __init__(self, linear: nn.Linear, act: str | None = None) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -41,31 +48,28 @@ class PackedLinear(nn.Module):
                 "optimize: this build of torch has no oneDNN; use the model as it is"
             )
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.act = act
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = None if linear.bias is None else linear.bias.detach().clone()
-        self._fused = ("none", "") if act is None else _FUSED[act]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if x.requires_grad and torch.is_grad_enabled():
             raise CapabilityError("an optimized model has no gradients; train the original")
-        name, variant = self._fused
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, self._bias, name, [], variant
+            x, self._weight, self._bias, "none", [], ""
         )
         return out
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, act={self.act}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def optimize(model: nn.Module) -> nn.Module:
     """An inference-ready copy for the CPU: same results to rounding, faster, float32, no gradients.
 
-    Every `nn.Linear` is prepacked for oneDNN; the activation of an `MLP` runs inside its first
-    product; constant branch factors (Macaron's 0.5) are folded into the last weights. The copy
-    cannot be trained, saved or exported: keep the original for that.
+    Every `nn.Linear` is prepacked for oneDNN, activations of an `MLP` work in place, constant
+    branch factors (Macaron's 0.5) are folded into the last weights. The copy cannot be trained,
+    saved or exported: keep the original for that.
 
     Args:
         model: any module; it is not changed.
@@ -86,23 +90,14 @@ def optimize(model: nn.Module) -> nn.Module:
     for module in list(ready.modules()):
         if isinstance(module, Branch):
             _fold_factor(module)
-    for module in list(ready.modules()):
-        if (
-            isinstance(module, MLP)
-            and isinstance(module.fc1, nn.Linear)
-            and module.config.act in _FUSED
-        ):
-            module.fc1 = PackedLinear(module.fc1, module.config.act)  # type: ignore[assignment]
-            module.act = _identity
+    for module in ready.modules():
+        if isinstance(module, MLP) and module.config.act in _IN_PLACE:
+            module.act = _IN_PLACE[module.config.act]
     for module in list(ready.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))
     return ready
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _fold_factor(branch: Branch) -> None:

@@ -24,7 +24,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, H/p * W/p, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # tokens in memory order: a transposed stream would be copied by every norm behind it
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(x: Tensor, height: int, width: int, patch: int) -> Tensor:
