@@ -10,10 +10,10 @@ from diffusers import DiTTransformer2DModel
 from markdown import Row, write
 
 import effformer
-from effformer.export import export_onnx, open_session
+from effformer.export import Session, export_onnx
 from effformer.profile import interleave
 
-THREADS, RUNS = 2, 11
+THREADS, RUNS = 2, 25
 
 
 def peer() -> DiTTransformer2DModel:
@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dit-b.onnx"
         export_onnx(model, path, verify=True)
-        session = open_session(path, threads=THREADS)
+        session = Session(path, threads=THREADS)
         feed = {name: value.numpy() for name, value in inputs.items()}
         side = interleave(
             {
