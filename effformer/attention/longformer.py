@@ -151,7 +151,9 @@ class Longformer(Mixer):
         else:
             chosen = marks if mask is None else marks & mask
             count = int(chosen.sum(dim=1).max()) if batch else 0
-        first = torch.argsort(~chosen, dim=1, stable=True)[:, :count]
+        # the earliest chosen tokens, then others; a stable sort has no ONNX form
+        order = chosen.to(torch.int64) * n - torch.arange(n, device=x.device)
+        first = order.topk(count, dim=1).indices
         return first, chosen.gather(1, first)
 
     def _window(

@@ -20,7 +20,7 @@ from .slices import over_sequences
 
 __all__ = ["Reformer"]
 
-_CAPS = Caps(causal="optional", mask="key", packed=True, cost="n log n")
+_CAPS = Caps(causal="optional", mask="key", packed=True, onnx=False, cost="n log n")
 _NEVER = -1e9
 
 
