@@ -260,8 +260,8 @@ class _Trainer:
                 raise DivergenceError(
                     f"train: loss {loss}, gradient norm {norm} at step {first + i + 1} of "
                     f"{self.config.steps} (last checkpoint: {newest or 'none'}); try a lower lr "
-                    f"(now {self.config.lr:g}), a longer warmup ({self.config.warmup}) or a lower clip "
-                    f"({self.config.clip})"
+                    f"(now {self.config.lr:g}) or clip ({self.config.clip}), or a longer warmup "
+                    f"({self.config.warmup})"
                 )
         self._losses, self._norms = [], []
         self.loss = sum(losses) / len(losses)
