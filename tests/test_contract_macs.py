@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from contract import BLOCKS, FFNS, MIXERS, context_for, make_block, make_ffn, make_mixer, mixers, tokens
+from contract import (
+    BLOCKS,
+    FFNS,
+    MIXERS,
+    context_for,
+    make_block,
+    make_ffn,
+    make_mixer,
+    mixers,
+    tokens,
+)
 from torch import nn
 
 from effformer import registry

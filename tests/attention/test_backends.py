@@ -65,7 +65,9 @@ class _OnDevice:
 def test_xformers_selection_passes_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def kernel(q: object, k: object, v: object, *, attn_bias: object, scale: float | None) -> _OnDevice:
+    def kernel(
+        q: object, k: object, v: object, *, attn_bias: object, scale: float | None
+    ) -> _OnDevice:
         seen.update(bias=attn_bias, scale=scale)
         return _OnDevice()
 

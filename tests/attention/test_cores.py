@@ -42,9 +42,7 @@ def _same_values_and_gradients(core: Core, one: Callable[..., Tensor], m: int = 
 @pytest.mark.parametrize("preset", FLOW_PRESETS)
 def test_flow_presets_equal_the_definition(preset: str) -> None:
     config = FLOW_PRESETS[preset].replace(chunk=5)
-    _same_values_and_gradients(
-        Flow(config, SITE), lambda q, k, v: flow_reference(q, k, v, config)
-    )
+    _same_values_and_gradients(Flow(config, SITE), lambda q, k, v: flow_reference(q, k, v, config))
 
 
 def test_flow_cross_attention_equals_the_definition() -> None:
@@ -80,8 +78,12 @@ def _flows(q: Tensor, k: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
 def test_flow_is_conserved() -> None:
     q, k, _ = _qkv(19, 13)
     into, out_of = _flows(q, k)
-    torch.testing.assert_close(out_of.mean(2), torch.full_like(out_of.mean(2), 19 / 13), rtol=1e-4, atol=0)
-    torch.testing.assert_close(into.mean(2), torch.full_like(into.mean(2), 13 / 19), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        out_of.mean(2), torch.full_like(out_of.mean(2), 19 / 13), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(
+        into.mean(2), torch.full_like(into.mean(2), 13 / 19), rtol=1e-4, atol=0
+    )
 
 
 def test_flow_permutations() -> None:
@@ -100,10 +102,14 @@ def test_flow_causal_and_parallel_agree_on_one_token_only() -> None:
     torch.testing.assert_close(both(*one), causal(*one))
     assert not torch.allclose(both(*two), causal(*two))
     # a single token passes about sigmoid(1) of its value, unlike softmax attention
-    torch.testing.assert_close(both(*one), one[2] * torch.sigmoid(torch.tensor(1.0)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        both(*one), one[2] * torch.sigmoid(torch.tensor(1.0)), rtol=1e-3, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("core", [Flow(Flow.Config(causal=True), SITE), Linear(Linear.Config(causal=True), SITE)])
+@pytest.mark.parametrize(
+    "core", [Flow(Flow.Config(causal=True), SITE), Linear(Linear.Config(causal=True), SITE)]
+)
 def test_chunk_size_does_not_matter(core: Core) -> None:
     qkv = _qkv(23, 23)
     expected = core(*qkv)
