@@ -204,11 +204,13 @@ class Performer(Core):
         past: PerformerState,
     ) -> tuple[Tensor, PerformerState]:
         """One chunk: every exponential is of a difference that is at most zero."""
-        top = torch.maximum(top.cummax(dim=-1).values, past.top)
+        lower = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+        # a running maximum that has an ONNX form, unlike cummax
+        running = top[:, :, None].masked_fill(~lower, _lowest(top)).amax(dim=-1)
+        top = torch.maximum(running, past.top)
         k = (h - top[..., None]).exp() if self.softmax else h
         ones = torch.ones_like(top) if mask is None else mask.to(v.dtype).expand_as(top)
         k, v = k * ones[..., None], v * ones[..., None]
-        lower = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
         decay = (top[:, :, None] - top[..., None]).masked_fill(~lower, -torch.inf).exp()
         carry = (past.top - top).exp()[..., None]
         width = q.sum(dim=-1, keepdim=True)
