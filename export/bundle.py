@@ -136,8 +136,9 @@ def export_bundle(
             for all.
         convention: how the network counts; None: as we do, t = 0 noise, t = 1 data, velocity. Names
             are resolved by `effformer.flow.get_convention`.
-        quantize: of the graph, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4".
-            Models quantized by `effformer.compress` are exported as they are.
+        quantize: of the graph, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4"
+            (which of them is faster: see `quantize_onnx`). Models quantized by `effformer.compress`
+            are exported as they are.
         verify: compare the graph with torch at three batch sizes (before ``quantize``).
         shape: (C, H, W) of a sample; like the next two, read from the config of our models if None.
         num_classes: number of classes.

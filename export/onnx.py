@@ -76,7 +76,8 @@ def export_onnx(
     """Write a module as an ONNX graph.
 
     Layers quantized by `effformer.compress` keep their packed weights: row formats ("int8", "int4")
-    become MatMulNBits on targets that have it, other formats are decoded in the graph.
+    become MatMulNBits on targets that have it, other formats are decoded in the graph, once, when
+    it is loaded. So a packed model with ``target="onnx"`` takes the memory and time of float32.
 
     Args:
         model: any module; it and its train/eval state are left as they were. The graph is that of
@@ -113,6 +114,11 @@ def export_onnx(
         (('batch', 4), True)
     """
     started, runtime = time.perf_counter(), get_target(target)
+    version = runtime.opset if opset is None else opset
+    if not 18 <= version <= runtime.newest:
+        raise ValueError(
+            f"export_onnx: target {target!r} takes opsets 18 to {runtime.newest}, got {version}"
+        )
     call = bind(model, inputs, where="export_onnx")
     axes = resolve_axes(model, call, dynamic, where="export_onnx")
     call = call.traceable(axes)
@@ -121,7 +127,7 @@ def export_onnx(
         call.run(
             model
         )  # inputs that do not fit fail with their own message; caches hold real tensors
-        program = _trace(model, call, axes, opset or runtime.opset, nbits)
+        program = _trace(model, call, axes, version, nbits)
     _name(program, call, axes, output_names)
     _stamp(program.model, model, call, axes)
 

@@ -72,6 +72,8 @@ def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
             for name, child in list(parent.named_children()):
                 if accuracy_level is None or not isinstance(child, QuantLinear):
                     continue
+                if child.dtype != torch.float32:  # the kernel wants scales of the activations' type
+                    continue
                 weight = None if child in made else child.to_matmul_nbits()
                 if weight is not None:
                     made[child] = NBitsLinear(weight, child.bias, accuracy_level)

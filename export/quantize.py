@@ -78,7 +78,8 @@ def quantize_onnx(
       are cut to 7 bits (``reduce_range``); products of unsigned bytes are widened first and need no
       such care.
     - "matmul-nbits": weights in blocks of 4 or 8 bits (com.microsoft.MatMulNBits), activations in
-      floating point.
+      floating point. Smaller and, with many tokens, slower: DiT-B/2 took 1.6 times as long as in
+      float32 on a CPU with AVX2, where dynamic-uint8 took 0.75 times as long.
 
     Args:
         path: the file.
