@@ -8,10 +8,10 @@ from statistics import median
 
 import torch
 from diffusers import DiTTransformer2DModel
+from effformer.export import Session, export_onnx
 from markdown import Row, write
 
 import effformer
-from effformer.export import Session, export_onnx
 from effformer.profile import interleave
 
 THREADS, RUNS = 2, 25

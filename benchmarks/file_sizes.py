@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from effformer.compress import quantize
 from markdown import Row, write
 
 import effformer
-from effformer.compress import quantize
 from effformer.profile import machine
 
 SCHEMES = {"int8": 0.27, "int4": None, "nf4": 0.15, "fp4": None}

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from .context import Rope as Rope
     from .context import Site as Site
     from .context import Tap as Tap
+    from .inference import optimize as optimize
     from .io import load_model as load_model
     from .io import load_weights as load_weights
     from .io import save_pretrained as save_pretrained
     from .io import save_weights as save_weights
-    from .inference import optimize as optimize
 
 _NAMES = {
     "build": (

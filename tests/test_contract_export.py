@@ -17,10 +17,10 @@ from contract import (
     make_mixer,
     mixers,
 )
+from effformer.export import ExportError, export_onnx
 from torch import Tensor, nn
 
 from effformer import registry
-from effformer.export import ExportError, export_onnx
 
 CONDS = {"never": [False], "optional": [False, True], "always": [True]}
 FORMS = [(n, False) for n in MIXERS if caps_of(n).onnx]

@@ -1,0 +1,58 @@
+"""`effformer bench`: latency of several models side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import Batch, Json, Out, Threads, emit, load, overrides, stages
+
+
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Model names or folders; parts after a colon: dit-b dit-b:attn=flow,depth=6. "
+            "Ratios are relative to the first."
+        ),
+    ],
+    batch: Batch = 1,
+    runs: Annotated[int, typer.Option(help="Timed calls of each.", min=1)] = 7,
+    warmup: Annotated[int, typer.Option(help="Untimed calls of each.", min=0)] = 2,
+    threads: Threads = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time models in turns (medians, ratios within one run) beside what they cost on paper.
+
+    Examples: `effformer bench dit-s dit-s:attn=flow --threads 2`,
+    `effformer bench model model-int8 -o compare.html`
+    """
+    from ..profile import compare
+
+    built = []
+    for spec in models:
+        name, _, changes = spec.partition(":")
+        built.append(load(name, overrides(pairs=[c for c in changes.split(",") if c])))
+    inputs = built[0].example_inputs(batch)
+    with stages() as stage:
+        result = compare(
+            built,
+            inputs,
+            names=_unique(models),
+            warmup=warmup,
+            runs=runs,
+            threads=threads,
+            progress=stage,
+        )
+        if out is not None:
+            result.save(out)
+    emit(result.to_dict(), str(result), as_json)
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Number the repeated ones, so that a model can be timed against itself."""
+    return [
+        n if names.count(n) == 1 else f"{n} #{names[: i + 1].count(n)}" for i, n in enumerate(names)
+    ]

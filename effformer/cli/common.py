@@ -1,0 +1,245 @@
+"""What the verbs share: options, part overrides, output, and errors as one sentence."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+from ..checks import MissingExtra
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from effformer.flow import FlowConvention
+    from effformer.models.base import Model
+
+__all__ = [
+    "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "convention", "emit",
+    "guard", "load", "overrides", "parse_value", "save_to", "set_threads", "stages",
+    "steps_bar", "table",
+]  # fmt: skip
+
+P = ParamSpec("P")
+
+Attn = Annotated[str | None, typer.Option(help="Token mixer or attention core.", metavar="NAME")]
+FFN = Annotated[str | None, typer.Option("--ffn", help="FFN of every block.", metavar="NAME")]
+Block = Annotated[str | None, typer.Option(help="Block type.", metavar="NAME")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any option of the config, value in JSON: depth=4, attn.eps=1e-5, "
+        'layers=\'{"0:4": {"attn": "softmax"}}\'. May be repeated.',
+        metavar="KEY=VALUE",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1)]
+Batch = Annotated[int, typer.Option(help="Samples per call.", min=1)]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
+
+# These are the user's to solve, and one sentence says how; every other exception is a bug and
+# keeps its traceback. The variable shows the traceback of these as well.
+USER_ERRORS = (ValueError, TypeError, MissingExtra, OSError)
+TRACEBACK = "EFFFORMER_TRACEBACK"
+
+
+def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
+    """Turn user errors into one sentence on stderr and exit code 2, Ctrl-C into exit code 130.
+
+    Args:
+        verb: the function behind a verb.
+        intact: what an interrupted run leaves behind, a sentence.
+    """
+
+    @functools.wraps(verb)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            verb(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except USER_ERRORS as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            _fail(_sentence(error), 2)
+        except KeyboardInterrupt:
+            _fail(f"interrupted; {intact}", 130)
+
+    return guarded
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file'}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"effformer: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def emit(data: Any, text: RenderableType, as_json: bool) -> None:
+    """Print the result on stdout, as JSON or for people."""
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+        return
+    from rich.console import Console
+
+    # pipes have no width; tables that are cut at 80 columns lose data
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(
+        text, soft_wrap=isinstance(text, str), markup=False
+    )
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> Table:
+    """A table whose columns of numbers are aligned right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for i, header in enumerate(headers):
+        numbers = bool(rows) and all(str(row[i])[:1].isdigit() or row[i] == "" for row in rows)
+        made.add_column(header, justify="right" if numbers else "left", no_wrap=i == 0)
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the present stage on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _stage: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("working") as status:
+        yield status.update
+
+
+@contextmanager
+def steps_bar(what: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """Yield a function of (steps done, steps in all) that moves a bar; None if nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch to ``threads`` threads, None leaves its choice."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def parse_value(text: str) -> Any:
+    """JSON if it is JSON, else the string itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def overrides(
+    attn: str | None = None,
+    ffn: str | None = None,
+    block: str | None = None,
+    pairs: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Keywords of `build_model` from the command line.
+
+    ``--attn flow --set attn.eps=1e-5`` gives ``{"attn": {"name": "flow", "eps": 1e-05}}``.
+
+    Raises:
+        ValueError: a pair without "=", or a key that is given a value and has options below it.
+    """
+    made: dict[str, Any] = {
+        k: v for k, v in (("attn", attn), ("ffn", ffn), ("block", block)) if v is not None
+    }
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"--set {pair}: write KEY=VALUE, for instance --set depth=4")
+        _put(made, key.split("."), parse_value(value), pair)
+    return made
+
+
+def _put(target: dict[str, Any], keys: list[str], value: Any, pair: str) -> None:
+    *above, last = keys
+    for key in above:
+        below = target.setdefault(key, {})
+        if isinstance(below, str):
+            below = target[key] = {"name": below}
+        if not isinstance(below, dict):
+            raise ValueError(f"--set {pair}: {key} already has the value {below!r}")
+        target = below
+    if isinstance(target.get(last), dict) and isinstance(value, str):
+        value = {"name": value, **target[last]}
+    target[last] = value
+
+
+def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -> Model:
+    """A saved model if ``source`` is a folder, else a new one by name.
+
+    Raises:
+        ValueError: unknown name, or changes to a saved model.
+    """
+    import torch
+
+    from ..build import build_model
+    from ..io import load_model
+
+    if Path(source).is_dir():
+        if changes:
+            raise ValueError(
+                f"{source} is a saved model, its parts are fixed; {', '.join(changes)} can be "
+                "chosen when a model is built by name"
+            )
+        return load_model(source)
+    if os.sep in source:
+        raise ValueError(f"{source}: no such folder; saved models are folders with config.json")
+    torch.manual_seed(seed)
+    return build_model(source, **(changes or {})).eval()
+
+
+def save_to(out: Path | None, verb: str) -> Path:
+    """The output path of a verb that must write.
+
+    Raises:
+        ValueError: none was given.
+    """
+    if out is None:
+        raise ValueError(f"{verb}: where to? Add --out PATH")
+    return out
+
+
+def convention(model: Model) -> FlowConvention | None:
+    """How the network of a family counts; None: as we do.
+
+    Published DiTs predict noise, SiT is our own convention.
+    """
+    from ..flow import CONVENTIONS, FlowConvention
+
+    found = CONVENTIONS.get(model.FAMILY)
+    if found is None or found == FlowConvention(data_at=1):
+        return None
+    return found.replace(variance=model.config.learn_sigma) if found.variance else found

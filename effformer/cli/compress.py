@@ -1,0 +1,44 @@
+"""`effformer compress`: quantize a saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, Out, Set, emit, load, overrides, save_to
+
+
+def compress(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)],
+    scheme: Annotated[str, typer.Option(help="effformer list quantizers.")] = "int8",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of module paths to pack, for instance 'blocks.*.ffn'."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Glob of layers that stay as they are.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="torch, bitsandbytes or auto.")] = "torch",
+    pairs: Set = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize the weights of a saved model; prints errors and sizes per layer.
+
+    Options of the scheme go into --set: `--scheme int8 --set block=32`.
+
+    Examples: `effformer compress model --scheme nf4 -o model-nf4`
+    """
+    from ..compress import quantize
+    from ..io import save_pretrained
+
+    target = save_to(out, "compress")
+    dense = load(str(model))
+    small, report = quantize(
+        dense, {"name": scheme, **overrides(pairs=pairs)}, where or "*", skip=skip or (),
+        backend=backend, inputs=dense.example_inputs(),
+    )  # fmt: skip
+    save_pretrained(small, target)
+    emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)

@@ -1,0 +1,46 @@
+"""`effformer convert`: weights from one published key layout to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, Out, Set, emit, load, overrides, save_to
+
+
+def convert(
+    weights: Annotated[
+        Path, typer.Argument(help="A safetensors or torch file, or the folder of a saved model.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model that the weights belong to.")
+    ] = None,
+    source: Annotated[
+        str, typer.Option("--from", help="Layout of the file; auto recognises it.")
+    ] = "auto",
+    target: Annotated[str, typer.Option("--to", help="Layout to write.")] = "effformer",
+    pairs: Set = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Convert weights between effformer's and published layouts (official, diffusers, timm).
+
+    `effformer show NAME` names the layouts of a model. Foreign files are read as data, not as code.
+
+    Examples: `effformer convert DiT-XL-2-256x256.pt -m dit-xl --to diffusers -o dit.safetensors`
+    """
+    from ..io import load_weights, save_weights
+
+    place = save_to(out, "convert")
+    if weights.is_dir():
+        built, layout = load(str(weights), overrides(pairs=pairs)), "effformer"
+    elif model is None:
+        raise ValueError("convert: a file does not say what model it belongs to; add --model NAME")
+    else:
+        built = load(model, overrides(pairs=pairs))
+        layout = load_weights(built, weights, layout=source).layout
+    save_weights(built, place, layout=target)
+    data = {"model": built.name, "from": layout, "to": target, "saved": str(place)}
+    emit(data, f"{built.name}: {layout} -> {target}, saved in {place}", as_json)

@@ -1,0 +1,190 @@
+"""What `effformer demo` leaves behind: a summary, and a page with pictures, curves and numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ..version import VERSION
+from .demo_steps import ATTENTIONS, EDGE, GATE, RUNTIME, Demo
+
+if TYPE_CHECKING:
+    from effformer.profile.plots import Pareto
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+__all__ = ["cost_rows", "page", "summary"]
+
+_STYLE = """<style>
+.grids { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
+.grids figure { margin: 0; } .grids figcaption { font-size: .9rem; margin-top: .4rem; }
+.grids figcaption span { color: var(--soft); }
+.grids img { width: 100%; display: block; image-rendering: pixelated; border-radius: .35rem; }
+code { font-size: .95em; }
+</style>"""
+# Okabe and Ito's palette, with another line style for each curve.
+_CURVES = (("#0072B2", "-"), ("#D55E00", "--"))
+
+
+def summary(demo: Demo) -> dict[str, Any]:
+    """Everything as plain JSON values."""
+    return {
+        "effformer": VERSION,
+        "passed": demo.passed,
+        "gate": GATE,
+        "seed": demo.seed,
+        "samples": len(demo.labels),
+        "steps": demo.recipe.steps,
+        "guidance": demo.recipe.guidance,
+        "judge_accuracy": demo.judge.accuracy,
+        "recognised": {form.label: form.recognised for form in demo.gated},
+        "forms": [asdict(form) for form in demo.forms],
+        "loss": {attn: records[-1]["loss"] for attn, records in demo.losses.items()},
+        "parity": {name: report.max_rel for name, report in demo.parity.items()},
+        "scaling": [{"tokens": n, "softmax": s, "flow": f} for n, s, f in demo.scaling],
+        "machine": demo.machine,
+        "seconds": {name: round(value, 3) for name, value in demo.seconds.items()},
+        "seconds_total": round(sum(demo.seconds.values()), 3),
+    }
+
+
+def cost_rows(demo: Demo) -> Table:
+    """Header and cells: every form with its size, time and quality."""
+    first = demo.forms[0]
+    rows = [
+        (
+            form.label,
+            f"{form.macs / 1e6:.2f} M",
+            f"{form.bytes / 1e3:,.0f} kB",
+            f"{form.bytes / first.bytes:.2f}x",
+            f"{form.milliseconds:.2f} ms",
+            f"{form.ratio:.2f}x",
+            "-" if form.recognised is None else f"{form.recognised:.1%}",
+        )
+        for form in demo.forms
+    ]
+    return ("form", "MACs", "file", "to softmax", "forward", "to softmax", "recognised"), rows
+
+
+def pareto(demo: Demo) -> Pareto:
+    """Time against size; a form that was not sampled computes what its torch twin does."""
+    from ..profile.plots import Pareto
+
+    points = tuple((f.label, f.milliseconds, f.bytes / 1e3) for f in demo.forms)
+    return Pareto(points, "time of one forward / ms", "file / kB")
+
+
+def page(demo: Demo) -> str:
+    """The report, one self-contained HTML document."""
+    from ..profile.html import page as document
+
+    recipe = demo.recipe
+    body = [
+        _STYLE,
+        "<h1>effformer demo</h1>",
+        "<p>Two rectified-flow transformers that differ in nothing but <code>attn=</code>, trained "
+        "on real handwritten digits on this machine; then measured, quantized, exported, and run "
+        "without torch.</p>",
+        _tiles(demo),
+        "<h2>Samples</h2>",
+        f"<p>One class per row; {recipe.steps} Euler steps, guidance {recipe.guidance:g}. A "
+        "convolutional network that saw real digits only "
+        f"({demo.judge.accuracy:.1%} on held-out ones) judges {len(demo.labels)} samples of each "
+        "form.</p>",
+        _grids(demo),
+        "<h2>Training</h2>",
+        f'<div class="plot">{_losses(demo.losses)}</div>',
+        "<h2>What each form costs</h2>",
+        _table(*cost_rows(demo)),
+        "<p>MACs: multiply-adds of one forward of one sample. Forward: median time of 20 samples, "
+        f"all forms in turns; {escape(demo.machine)}. Weights in 4 bits are decoded on the fly by "
+        "torch, which costs time on a CPU; ONNX Runtime has kernels for packed int8.</p>",
+        f'<div class="plot">{pareto(demo).svg()}</div>',
+        "<h2>The same exchange on longer inputs</h2>",
+        _table(*_scaling(demo)),
+        "<p>Multiply-adds of one forward of dit-b-2, counted without weights. With 16 tokens, as "
+        "for these digits, the two attentions cost much the same; the difference comes with "
+        "length.</p>",
+        "<h2>Export, verified</h2>",
+        _table(*_parity(demo)),
+        "<p>ONNX Runtime against torch at shapes other than the traced one, relative to the "
+        "largest output.</p>",
+        "<h2>Where the time went</h2>",
+        _table(("step", "seconds"), [(n, f"{s:.1f}") for n, s in demo.seconds.items()]),
+        f"<p>effformer {VERSION}, seed {demo.seed}. The bundle in <code>bundle/</code> samples "
+        "with numpy and onnxruntime alone: <code>python bundle/run.py --labels 0,1,2 --out "
+        "samples.png</code></p>",
+    ]
+    return document("effformer demo", "\n".join(body))
+
+
+def _tiles(demo: Demo) -> str:
+    edge, dense = demo.form(EDGE, RUNTIME), demo.form("flow")
+    shown = [(f"{demo.form(a).recognised:.1%}", f"recognised, attn={a}") for a in ATTENTIONS]
+    shown += [
+        (f"{edge.recognised:.1%}", "recognised, int8 edge bundle"),
+        (f"{edge.bytes / dense.bytes:.2f}x", "int8 graph by fp32 model"),
+        (f"{max(r.max_rel for r in demo.parity.values()):.0e}", "largest export error"),
+        (f"{sum(demo.seconds.values()):.0f} s", "for all of this"),
+    ]
+    tiles = (f'<div class="tile"><b>{v}</b><span>{escape(t)}</span></div>' for v, t in shown)
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _grids(demo: Demo) -> str:
+    figures = []
+    for grid in demo.grids:
+        data = base64.b64encode(grid.file.read_bytes()).decode()
+        figures.append(
+            f'<figure><img alt="{escape(grid.title)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{escape(grid.title)}<br><span>{escape(grid.note)}</span></figcaption></figure>"
+        )
+    return f'<div class="grids">{"".join(figures)}</div>'
+
+
+def _scaling(demo: Demo) -> Table:
+    rows = [
+        (f"{n:,} tokens", f"{soft / 1e9:.1f} G", f"{flow / 1e9:.1f} G", f"{flow / soft:.2f}x")
+        for n, soft, flow in demo.scaling
+    ]
+    return ("dit-b-2", "attn=softmax", "attn=flow", "ratio"), rows
+
+
+def _parity(demo: Demo) -> Table:
+    rows = []
+    for name, report in demo.parity.items():
+        shapes = ", ".join("x".join(map(str, case.shapes["x"])) for case in report.cases)
+        rows.append((name, shapes, f"{report.max_rel:.1e}", f"{report.tolerance:.0e}"))
+    return ("form", "shapes of x", "difference", "allowed"), rows
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Loss over steps as an SVG element."""
+    from ..checks import need
+
+    figure = need("matplotlib.figure").Figure((6.4, 2.8), dpi=160, layout="constrained")
+    axes: Any = figure.add_subplot()
+    for (name, records), (color, line) in zip(curves.items(), _CURVES, strict=True):
+        steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+        axes.plot(steps, losses, line, color=color, linewidth=1.4, label=f"attn={name}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("squared error of the velocity")
+    axes.grid(True, color="#D9DCE1", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    buffer = io.StringIO()
+    with need("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "effformer"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

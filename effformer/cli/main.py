@@ -1,0 +1,80 @@
+"""The entry point: every verb, and nothing that is slow to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from ..version import VERSION
+from . import (
+    bench,
+    build,
+    compress,
+    convert,
+    demo,
+    doctor,
+    export,
+    profile,
+    sample,
+    show,
+    train,
+    verify,
+)
+from . import list as list_parts
+from .common import guard
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="effformer",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_NOTHING = "nothing was written"
+_OLD = "what was at the target before is intact"
+_VERBS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("demo", demo.demo, "run the same command again: finished steps are kept"),
+    ("list", list_parts.list_parts, _NOTHING),
+    ("show", show.show, _NOTHING),
+    ("build", build.build, _OLD),
+    ("profile", profile.profile, _OLD),
+    ("bench", bench.bench, _NOTHING),
+    ("train", train.train, "the last checkpoint is intact, --resume goes on from it"),
+    ("sample", sample.sample, _OLD),
+    ("compress", compress.compress, _OLD),
+    ("export", export.export, _OLD),
+    ("verify", verify.verify, _NOTHING),
+    ("convert", convert.convert, _OLD),
+    ("doctor", doctor.doctor, _NOTHING),
+)
+for _name, _verb, _intact in _VERBS:
+    app.command(_name)(guard(_verb, intact=_intact))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Efficient transformers from interchangeable parts: build, train, measure, compress, export.
+
+    Start with `effformer demo`, `effformer list attention` or `effformer doctor`.
+    """
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,110 @@
+"""`effformer show`: everything about one name or one saved model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..checks import unknown
+from .common import Json, emit
+
+if TYPE_CHECKING:
+    from ..registry import Entry
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A registered name, or the folder of a saved model.")],
+    as_json: Json = False,
+) -> None:
+    """Show the config, capabilities, paper, size and key layouts of a part or model.
+
+    Examples: `effformer show flow`, `effformer show DiT-B/2`, `effformer show runs/digits/model`
+    """
+    found = [_folder(name)] if Path(name).is_dir() else [_entry(e) for e in _find(name)]
+    emit(found, "\n\n".join(_text(facts) for facts in found), as_json)
+
+
+def _find(name: str) -> list[Entry]:
+    from ..registry import KINDS
+
+    found = [registry.get(name) for registry in KINDS.values() if name in registry]
+    if not found:
+        names = sorted({e.name for registry in KINDS.values() for e in registry})
+        raise unknown("name", name, names, hint=f"{len(names)} known: effformer list")
+    return found
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "kind": entry.kind,
+        "name": entry.name,
+        "summary": entry.summary,
+        "paper": entry.paper,
+        "aliases": list(entry.aliases),
+        "caps": asdict(entry.caps),
+    }
+    if entry.kind == "model":
+        import torch
+
+        with torch.device("meta"):
+            model = entry.build(entry.preset, name=entry.name)
+        facts |= _model(model) | {"source": entry.facts.get("source", "")}
+        del facts["caps"]
+    elif entry.preset is not None:
+        facts["config"] = entry.preset.to_dict()
+    elif entry.config is not None:
+        facts["config"] = _defaults(entry.config)
+    return facts
+
+
+def _defaults(config: type[Any]) -> dict[str, Any]:
+    """Options with their defaults; required ones show their type."""
+    try:
+        made: dict[str, Any] = config().to_dict()
+    except TypeError:
+        return {f: "required" for f in config.__dataclass_fields__}
+    return made
+
+
+def _folder(folder: str) -> dict[str, Any]:
+    from ..io import load_model
+
+    model = load_model(folder)
+    size = sum(p.stat().st_size for p in Path(folder).iterdir() if p.is_file())
+    facts = {"kind": "saved model", "name": model.name, "folder": folder, "bytes": size}
+    transforms = [{"kind": t["kind"], "layers": len(t.get("layers", ()))} for t in model.transforms]
+    return facts | _model(model) | {"transforms": transforms}
+
+
+def _model(model: Any) -> dict[str, Any]:
+    return {
+        "family": model.FAMILY,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layouts": ["effformer", *(layout.name for layout in model.LAYOUTS)],
+        "config": model.config.to_dict(),
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['kind']} {facts['name']}"]
+    for key, value in facts.items():
+        if key in ("kind", "name") or value in ("", [], None):
+            continue
+        if key == "caps":
+            value = ", ".join(
+                k if v is True else f"{k} {v}"
+                for k, v in value.items()
+                if v not in (False, "never", "none")
+            )
+        elif key in ("parameters", "bytes"):
+            value = f"{value:,}"
+        elif isinstance(value, dict):
+            value = json.dumps(value, indent=2).replace("\n", "\n  ")
+        elif isinstance(value, list):
+            value = ", ".join(v if isinstance(v, str) else json.dumps(v) for v in value)
+        lines.append(f"  {key}: {value}")
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""Every verb: what it prints, as text and as JSON, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import effformer
+from effformer.cli import common, main
+
+SMALL = ["--set", "input_size=8", "--set", "channels=1", "--set", "num_classes=10"]
+
+
+def invoke(*words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main.app, words)
+    assert result.exit_code == code, result.output
+    if code == 2:
+        assert "Traceback" not in result.output
+    return result
+
+
+def answer(*words: str) -> Any:
+    return json.loads(invoke(*words, "--json").stdout)
+
+
+def refusal(*words: str) -> str:
+    """The sentence on stderr that goes with exit code 2."""
+    result = invoke(*words, code=2)
+    assert result.stdout == ""
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small saved model."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    invoke("build", "sit-nano", *SMALL, "--attn", "flow", "-o", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("verb", [name for name, _, _ in main._VERBS])
+def test_help_says_what_and_shows_an_example(verb: str) -> None:
+    text = invoke(verb, "--help").stdout
+    assert "--json" in text
+    assert verb == "doctor" or f"effformer {verb}" in text.replace("\n", " ")
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.strip() == effformer.__version__
+
+
+def test_unknown_verbs_and_options_are_named() -> None:
+    assert "build" in refusal("bulid")
+    assert "--attn" in refusal("build", "sit-nano", "--atn", "flow")
+
+
+def test_list() -> None:
+    names = {e["name"] for e in answer("list", "attention", "--causal", "--mask", "key")}
+    assert {"softmax", "flow", "linear"} <= names
+    assert "flow" not in {e["name"] for e in answer("list", "core", "--mask", "full")}
+    assert all(e["kind"] == "model" for e in answer("list", "models", "--like", "sit*"))
+    assert "flow" in invoke("list").stdout
+    assert "did you mean 'attention'" in refusal("list", "atention")
+    assert "'key', 'full'" in refusal("list", "core", "--mask", "keys")
+
+
+def test_show(saved: Path) -> None:
+    (flow,) = answer("show", "flow")
+    assert flow["config"]["eps"] == 1e-6
+    assert flow["paper"] == "2202.06258"
+    (model,) = answer("show", "DiT-B/2")
+    assert model["parameters"] == effformer.registry.model.get("dit-b").facts["params"]
+    assert model["layouts"] == ["effformer", "official", "diffusers"]
+    (own,) = answer("show", str(saved))
+    assert own["config"]["attn"]["core"]["name"] == "flow"
+    assert "flow" in invoke("show", "flow").stdout
+    assert "did you mean 'flow'" in refusal("show", "flwo")
+
+
+def test_build_overrides(saved: Path) -> None:
+    data = answer(
+        "build", "dit-nano", "--attn", "flow", "--set", "attn.eps=1e-5", "--ffn", "swiglu",
+        "--set", "depth=3", "--set", 'layers={"0": {"attn": "softmax"}}', "--block", "macaron",
+    )  # fmt: skip
+    assert data["config"]["attn"]["core"]["eps"] == 1e-5
+    assert data["config"]["ffn"]["name"] == "swiglu"
+    assert data["config"]["depth"] == 3
+    assert effformer.load_model(saved).config.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("dit-bb",), "unknown model 'dit-bb'; did you mean"),
+        (("sit-nano", "--attn", "flwo"), "did you mean 'flow'"),
+        (("sit-nano", "--set", "deptth=3"), "did you mean 'depth'"),
+        (("sit-nano", "--set", "depth=deep"), "expected int, got 'deep'"),
+        (("sit-nano", "--set", "depth"), "write KEY=VALUE"),
+        (("sit-nano", "--set", "depth=2", "--set", "depth.x=2"), "already has the value 2"),
+        (("sit-nano", "--set", "dim=50"), "dim"),
+        (("sit-nano", "--weights", "missing.safetensors"), "no such file"),
+        (("folder/that/is/not/there",), "no such folder"),
+    ],
+)
+def test_build_refuses(words: tuple[str, ...], message: str) -> None:
+    assert message in refusal("build", *words)
+
+
+def test_build_keeps_other_folders(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("x")
+    assert "holds other files" in refusal("build", "sit-nano", "-o", str(tmp_path))
+    assert (tmp_path / "precious.txt").read_text() == "x"
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "is a file" in refusal("build", "sit-nano", "-o", str(file))
+
+
+def test_foreign_weights_are_read_as_data(tmp_path: Path) -> None:
+    evil = tmp_path / "evil.pt"
+    torch.save({"x": print}, evil)
+    assert "pickled objects" in refusal("build", "sit-nano", "--weights", str(evil))
+    truncated = tmp_path / "short.safetensors"
+    truncated.write_bytes(b"\x08\0\0\0")
+    assert "truncated" in refusal("build", "sit-nano", "--weights", str(truncated))
+
+
+def test_saved_models_are_checked(saved: Path, tmp_path: Path) -> None:
+    assert "its parts are fixed" in refusal("profile", str(saved), "--attn", "softmax")
+    assert "no config.json" in refusal("show", str(tmp_path))
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    config = json.loads((saved / "config.json").read_text())
+    (newer / "config.json").write_text(json.dumps(config | {"format": 99}))
+    assert "pip install -U effformer" in refusal("show", str(newer))
+
+
+def test_profile(tmp_path: Path) -> None:
+    page = tmp_path / "cost.html"
+    data = answer("profile", "sit-nano", *SMALL, "--batch", "2", "--latency", "-o", str(page))
+    assert data["total"] > 0
+    assert data["latency"]["median"] > 0
+    assert "<html" in page.read_text()
+    assert "MACs" in invoke("profile", "sit-nano", *SMALL).stdout
+    wrong = refusal("profile", "sit-nano", *SMALL, "-o", str(tmp_path / "cost.doc"))
+    assert "must end in .json, .html or .txt" in wrong
+
+
+def test_bench(tmp_path: Path) -> None:
+    small = "sit-nano:input_size=8,channels=1"
+    page = tmp_path / "bench.json"
+    words = [small, f"{small},attn=flow", "--runs", "2", "--warmup", "1", "--threads", "1"]
+    data = answer("bench", *words, "-o", str(page))
+    assert len(data["rows"]) == 2
+    assert json.loads(page.read_text())
+    assert "ratio" in invoke("bench", *words).stdout
+    assert "did you mean 'flow'" in refusal("bench", "sit-nano:attn=flwo")
+    assert "should be greater" in refusal("bench", small, "--runs", "0")
+
+
+def test_train_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["sit-nano", "--set", "patch=4", "--steps", "4", "--batch", "8", "-o", str(run)]
+    data = answer("train", *words, "--save-every", "2")
+    assert data["steps"] == 4
+    assert effformer.load_model(run / "model").config.input_size == 8
+    assert "already holds a run" in refusal("train", *words)
+    assert answer("train", *words, "--resume")["resumed"] == 4
+    assert "lr" in refusal("train", *words, "--resume", "--lr", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sit-nano",), "Add --out"),
+        (("sit-nano", "--data", "digit", "-o", "run"), "did you mean 'digits'"),
+        (("sit-nano", "--data", "mnist:missing", "-o", "run"), "missing"),
+        (("sit-nano", "--steps", "0", "-o", "run"), "steps must be at least 1"),
+        (("sit-nano", "--train", "clipp=1", "-o", "run"), "did you mean 'clip'"),
+        (("sit-nano", "--objective", "huber", "-o", "run"), "unknown objective"),
+    ],
+)
+def test_train_refuses(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal("train", *words)
+
+
+def test_compress(saved: Path, tmp_path: Path) -> None:
+    small = tmp_path / "nf4"
+    data = answer("compress", str(saved), "--scheme", "nf4", "-o", str(small))
+    assert data["ratio"] < 1
+    assert effformer.load_model(small).transforms
+    again = refusal("compress", str(small), "-o", str(tmp_path / "twice"))
+    assert "already quantized" in again
+    assert "Add --out" in refusal("compress", str(saved))
+    where = refusal("compress", str(saved), "--where", "blokcs.*", "-o", str(tmp_path / "x"))
+    assert "matches no module" in where
+    assert "did you mean" in refusal("compress", str(saved), "--scheme", "nf5", "-o", "x")
+
+
+def test_convert(tmp_path: Path) -> None:
+    folder, there = tmp_path / "dit", tmp_path / "official.safetensors"
+    invoke("build", "dit-nano", "-o", str(folder))
+    assert answer("convert", str(folder), "--to", "official", "-o", str(there))["to"] == "official"
+    back = tmp_path / "back.safetensors"
+    data = answer("convert", str(there), "--model", "dit-nano", "-o", str(back))
+    assert data["from"] == "official"
+    assert "add --model" in refusal("convert", str(there), "-o", str(back))
+    unknown = refusal("convert", str(folder), "--to", "offical", "-o", str(back))
+    assert "did you mean 'official'" in unknown
+
+
+def test_doctor() -> None:
+    data = answer("doctor")
+    assert set(data["self_test"].values()) == {"ok"}
+    assert data["softmax_backends"][:2] == ["sdpa", "reference"]
+    assert "torch" in invoke("doctor").stdout
+
+
+def test_interruptions_say_what_is_intact(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("effformer.io.save_pretrained", interrupted)
+    result = invoke("build", "sit-nano", "-o", str(saved), code=130)
+    assert "interrupted; what was at the target before is intact" in result.stderr
+    assert effformer.load_model(saved).config.num_classes == 10
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("effformer.build.build_model", broken)
+    result = CliRunner().invoke(main.app, ["build", "sit-nano"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(common.TRACEBACK, "1")
+    result = CliRunner().invoke(main.app, ["build", "dit-bb"])
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "made"),
+    [
+        (["a=1", "b=x", "c=true", "d=null"], {"a": 1, "b": "x", "c": True, "d": None}),
+        (["attn=flow", "attn.eps=1e-5"], {"attn": {"name": "flow", "eps": 1e-5}}),
+        (["attn.eps=1e-5", "attn=flow"], {"attn": {"name": "flow", "eps": 1e-5}}),
+        (["a.b.c=[1, 2]"], {"a": {"b": {"c": [1, 2]}}}),
+        (["x=a=b"], {"x": "a=b"}),
+    ],
+)
+def test_overrides(pairs: list[str], made: dict[str, Any]) -> None:
+    assert common.overrides(pairs=pairs) == made
