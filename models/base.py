@@ -91,5 +91,5 @@ def register_presets(cls: type[Model], presets: Mapping[str, Preset], *, paper: 
                 summary=summary,
                 aliases=preset.aliases,
                 facts=facts,
-            )  # fmt: skip
+            )
         )

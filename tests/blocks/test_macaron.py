@@ -22,7 +22,7 @@ DIM = 12
 def build(*, attn: Any = "softmax", causal: bool = False, **config: Any) -> Macaron:
     mixer = with_causal(resolve("attention", attn), causal)
     ffn = MLP.Config(act="relu")
-    block = Macaron(Macaron.Config(**config), Site(dim=DIM, heads=3), attn=mixer, ffn=ffn)
+    block = Macaron(Macaron.Config(**config), Site(dim=DIM, heads=3, tokens=8), attn=mixer, ffn=ffn)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return block.eval()

@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,9 +75,7 @@ class Golden:
     @property
     def tolerance(self) -> tuple[float, float]:
         words = str(self.meta.get("tolerance", "")).replace(",", " ").split()
-        found = {
-            k: float(v) for k, v in zip(words, words[1:], strict=False) if k in ("rtol", "atol")
-        }
+        found = {k: float(v) for k, v in pairwise(words) if k in ("rtol", "atol")}
         return found.get("rtol", 1e-4), found.get("atol", 1e-5)
 
 
