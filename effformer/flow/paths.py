@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -298,12 +299,12 @@ class DDPM(VariancePreserving):
     schedule: Literal["linear", "scaled-linear"] = "linear"
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        table = _ddpm_table(self).to(t)
+        table = torch.tensor(_ddpm_table(self), dtype=torch.float64).to(t)
         index, weight = self._locate(t)
         return table[index] + weight * (table[index + 1] - table[index])
 
     def ratio(self, t: Tensor) -> Tensor:
-        table = _ddpm_table(self).to(t)
+        table = torch.tensor(_ddpm_table(self), dtype=torch.float64).to(t)
         index, _ = self._locate(t)
         return self.steps * (table[index] - table[index + 1])
 
@@ -314,12 +315,15 @@ class DDPM(VariancePreserving):
 
 
 @functools.lru_cache(maxsize=8)
-def _ddpm_table(path: DDPM) -> Tensor:
-    """Return log alpha (steps + 1,) after 0, 1, ..., steps noising steps, float64."""
+def _ddpm_table(path: DDPM) -> tuple[float, ...]:
+    """Return log alpha after 0, 1, ..., steps noising steps.
+
+    Numbers, not a tensor: a tensor made inside a trace would be a fake one ever after.
+    """
     power = 1.0 if path.schedule == "linear" else 0.5
     ends = (path.beta_start**power, path.beta_end**power)
-    betas = torch.linspace(*ends, path.steps, dtype=torch.float64) ** (1 / power)
-    return torch.nn.functional.pad(torch.log1p(-betas).cumsum(0) / 2, (1, 0))
+    betas = np.linspace(*ends, path.steps, dtype=np.float64) ** (1 / power)
+    return (0.0, *(np.log1p(-betas).cumsum() / 2).tolist())
 
 
 PATHS: dict[str, type[Path]] = {c.name: c for c in (Linear, GVP, VP, DDPM)}
