@@ -71,7 +71,8 @@ def _claim(out: Path) -> None:
         raise FormatError(f"demo: {out} is a file; choose a folder with --out")
     if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).exists():
         raise FormatError(
-            f"demo: {out} holds other things and no {_MARKER}; choose a new or an empty folder with --out"
+            f"demo: {out} holds other things and no {_MARKER}; choose a new or an empty folder "
+            "with --out"
         )
     write_json(out / _MARKER, {"kind": "effformer demo", "effformer": VERSION})
 
