@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .registry import Caps
 
 __all__ = [
-    "EMPTY", "Context", "Ledger", "Packing", "Rope", "Site", "Stream", "Tap", "check_context",
+    "EMPTY", "Choice", "Context", "Ledger", "Packing", "Rope", "Site", "Stream", "Tap", "check_context",
 ]  # fmt: skip
 
 
@@ -144,6 +144,19 @@ class Packing:
         return flat.index_copy(0, self.indices, x[0]).unflatten(0, (len(self.lengths), self.padded))
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the gate of a dynamic part chose.
+
+    Attributes:
+        gate: (B, N, K + 1) probabilities, or one-hot with a gradient, of running 0..K units.
+        cost: multiply-adds of one unit on one token.
+    """
+
+    gate: Tensor
+    cost: float
+
+
 @dataclass(slots=True)
 class Ledger:
     """Where dynamic parts write what the output tensor cannot carry.
@@ -152,10 +165,12 @@ class Ledger:
         losses: auxiliary losses by name; the trainer adds `total_loss` to its objective.
         executed: fraction of its dense work that each part executed, (B,) tensors in [0, 1]; the
             profiler reports executed = dense x fraction.
+        choices: what gates chose, for losses over all of them.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     executed: dict[str, Tensor] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
     def loss(self, name: str, value: Tensor) -> None:
         """Record an auxiliary loss; the same name adds up."""
@@ -164,6 +179,10 @@ class Ledger:
     def work(self, name: str, fraction: Tensor) -> None:
         """Record the executed fraction (B,) of the part at path ``name``."""
         self.executed[name] = fraction.detach()
+
+    def choose(self, name: str, gate: Tensor, cost: float) -> None:
+        """Record the gate of the part at path ``name``, see `Choice`."""
+        self.choices[name] = Choice(gate, cost)
 
     def total_loss(self) -> Tensor | float:
         """Sum of the auxiliary losses, 0.0 if there are none."""

@@ -85,6 +85,11 @@ def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
     return Context(**fields)
 
 
+def is_dynamic(part: nn.Module) -> bool:
+    """The part skips work in evaluation, and runs densely in training."""
+    return bool(getattr(part, "core_caps", part.caps).dynamic)  # type: ignore[union-attr]
+
+
 def _random(module: nn.Module) -> nn.Module:
     """Weights away from zero, so that gates are open and every path matters."""
     with torch.no_grad():

@@ -8,6 +8,7 @@ from contract import (
     FFNS,
     MIXERS,
     context_for,
+    is_dynamic,
     make_block,
     make_ffn,
     make_mixer,
@@ -17,6 +18,7 @@ from contract import (
 from torch import nn
 
 from effformer import registry
+from effformer.context import Ledger
 from effformer.profile import Counter
 
 FORMS = [(n, False) for n in MIXERS] + [(n, True) for n in mixers(causal=True)]
@@ -46,7 +48,18 @@ def test_mixers(name: str, causal: bool, n: int) -> None:
 @pytest.mark.parametrize("name", FFNS)
 def test_ffns(name: str) -> None:
     part = make_ffn(name)
-    assert _traced(part, 7) == part.macs(7)
+    assert _traced(part.train(is_dynamic(part)), 7) == part.macs(7)
+
+
+@pytest.mark.parametrize("name", registry.ffn.names(dynamic=True))
+def test_dynamic_ffns_execute_what_they_report(name: str) -> None:
+    part, x, ledger = make_ffn(name), tokens(7, 3), Ledger()
+    with Counter(part) as counter:
+        part(x, context_for(part, x, ledger=ledger))
+    executed = sum(tally.macs for tally in counter.rows.values())
+    (fraction,) = ledger.executed.values()
+    assert fraction.shape == (3,)
+    assert round(float(fraction.sum()) * part.macs(7)) == executed
 
 
 @pytest.mark.parametrize(("name", "cond"), BLOCK_FORMS)

@@ -13,6 +13,7 @@ from contract import (
     caps_of,
     context_for,
     default_config,
+    is_dynamic,
     make_block,
     make_ffn,
     make_mixer,
@@ -81,6 +82,9 @@ def test_shape_is_kept_and_every_parameter_learns(part: nn.Module) -> None:
     assert out.shape == x.shape
     torch.testing.assert_close(_run(part, x), out, rtol=0, atol=0)
     part.zero_grad()
+    # gates pass gradients on in training only, where they sample
+    out = _run(part.train(is_dynamic(part)), x)
+    part.eval()
     (out * torch.randn_like(out)).sum().backward()
     silent = [n for n, p in part.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .acm import ACM
 from .base import FFN, FFNConfig
 from .gated import GEGLU, SwiGLU
 from .mlp import MLP
 
-__all__ = ["FFN", "GEGLU", "MLP", "FFNConfig", "SwiGLU"]
+__all__ = ["ACM", "FFN", "GEGLU", "MLP", "FFNConfig", "SwiGLU"]

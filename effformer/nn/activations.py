@@ -12,11 +12,15 @@ from torch.nn import functional as F
 
 __all__ = ["ACTIVATIONS", "Activation"]
 
-Activation = Literal["relu", "gelu", "gelu-tanh", "quick-gelu", "silu"]
+Activation = Literal["relu", "gelu", "gelu-tanh", "quick-gelu", "silu", "identity"]
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,4 +29,5 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu-tanh": partial(F.gelu, approximate="tanh"),
     "quick-gelu": _quick_gelu,
     "silu": F.silu,
+    "identity": _identity,
 }
