@@ -42,7 +42,8 @@ def demo(
 
     set_threads(threads)
     _claim(out)
-    result = run_demo(out, DIGITS_QUICK if quick else DIGITS, seed=seed, say=_speaker())
+    recipe, per_class = (DIGITS_QUICK, 20) if quick else (DIGITS, 50)
+    result = run_demo(out, recipe, seed=seed, per_class=per_class, say=_speaker())
     facts = summary(result) | {"quick": quick}
     write_json(out / "summary.json", facts)
     with atomic_path(out / "report.html") as temporary:

@@ -63,7 +63,7 @@ def cost_rows(demo: Demo) -> Table:
             f"{form.bytes / 1e3:,.0f} kB",
             f"{form.bytes / first.bytes:.2f}x",
             f"{form.milliseconds:.2f} ms",
-            f"{form.ratio:.2f}x",
+            f"{form.milliseconds / first.milliseconds:.2f}x",
             "-" if form.recognised is None else f"{form.recognised:.1%}",
         )
         for form in demo.forms
@@ -102,8 +102,7 @@ def page(demo: Demo) -> str:
         "<h2>What each form costs</h2>",
         _table(*cost_rows(demo)),
         "<p>MACs: multiply-adds of one forward of one sample. Forward: median time of 20 samples, "
-        f"all forms in turns; {escape(demo.machine)}. Weights in 4 bits are decoded on the fly by "
-        "torch, which costs time on a CPU; ONNX Runtime has kernels for packed int8.</p>",
+        f"the forms of a runtime in turns; {escape(demo.machine)}.</p>",
         f'<div class="plot">{pareto(demo).svg()}</div>',
         "<h2>The same exchange on longer inputs</h2>",
         _table(*_scaling(demo)),

@@ -41,23 +41,21 @@ class Form:
     Attributes:
         name: attention and number format, for instance "flow int8".
         runtime: "torch" or "onnxruntime".
-        parameters: parameters of the dense model.
-        macs: multiply-adds of one forward of one sample.
         bytes: size of the file that has to be shipped.
         recognised: share of its samples that the classifier takes for what they should be, None if
             it was not sampled.
+        parameters: parameters of the dense model.
+        macs: multiply-adds of one forward of one sample.
         milliseconds: median time of one forward of `BATCH` samples.
-        ratio: that time by the one of the first form.
     """
 
     name: str
     runtime: str
-    parameters: int
-    macs: int
     bytes: int
     recognised: float | None = None
+    parameters: int = 0
+    macs: int = 0
     milliseconds: float = 0.0
-    ratio: float = 0.0
 
     @property
     def label(self) -> str:
@@ -187,10 +185,10 @@ def run_demo(
     models |= _quantize(demo, models)
     for name, model in models.items():
         _sample(demo, name, model)
-    sessions = _export(demo, models)
-    _bundle(demo, models[EDGE])
-    _time(demo, models, sessions)
-    _scale(demo)
+    files = {attn: _export(demo, attn, models[attn]) for attn in ATTENTIONS}
+    files[EDGE] = _bundle(demo, models[EDGE])
+    _time(demo, models, files)
+    _count(demo)
     return demo
 
 
@@ -241,66 +239,46 @@ def _quantize(demo: Demo, models: dict[str, Model]) -> dict[str, Model]:
 
 def _sample(demo: Demo, name: str, model: Model) -> None:
     """Sample a torch model and judge it."""
-    from ..profile import profile
-
+    recipe = demo.recipe
     with demo.step("sample"):
-        recipe = demo.recipe
         samples = draw(
             model, demo.labels, steps=recipe.steps, guidance=recipe.guidance, seed=demo.seed
         )
         share = demo.judged(samples)
-    with demo.step("profile"):
-        dense = _build(demo, name.split()[0])
-        cost = profile(dense, dense.example_inputs(1), memory=False)
-    file = demo.out / "models" / name.replace(" ", "-") / "model.safetensors"
-    demo.forms.append(
-        Form(
-            name=name,
-            runtime=TORCH,
-            parameters=cost.params,
-            macs=cost.total,
-            bytes=file.stat().st_size,
-            recognised=share,
-        )
-    )
-    demo.picture(name.replace(" ", "-"), name, f"torch, {share:.1%} recognised", samples)
+    key = name.replace(" ", "-")
+    file = demo.out / "models" / key / "model.safetensors"
+    demo.forms.append(Form(name=name, runtime=TORCH, bytes=file.stat().st_size, recognised=share))
+    demo.picture(key, name, f"torch, {share:.1%} recognised", samples)
     demo.say(f"{name}: {share:.1%} of {len(samples)} samples recognised")
 
 
-def _export(demo: Demo, models: dict[str, Model]) -> dict[str, Path]:
-    """Both dense models, and the form for the edge, as ONNX files."""
+def _export(demo: Demo, name: str, model: Model) -> Path:
+    """Write a dense model as an ONNX file."""
     from ..export import export_onnx
 
-    files = {}
+    file = demo.out / "onnx" / f"{name}.onnx"
+    inputs = model.example_inputs(2)
     with demo.step("export and verify"):
-        for name in (*ATTENTIONS, EDGE):
-            files[name] = demo.out / "onnx" / f"{name.replace(' ', '-')}.onnx"
-            report = export_onnx(models[name], files[name], models[name].example_inputs(2))
-            assert report.parity is not None
-            demo.parity[name] = report.parity
-            torch_form = demo.form(name)
-            demo.forms.append(
-                Form(
-                    name=name,
-                    runtime=RUNTIME,
-                    parameters=torch_form.parameters,
-                    macs=torch_form.macs,
-                    bytes=report.graph.bytes,
-                )
-            )
-            demo.say(f"{name}: exported, differs from torch by {report.parity.max_rel:.1e}")
-    return files
+        report = export_onnx(model, file, inputs, dynamic={key: {0: "batch"} for key in inputs})
+    assert report.parity is not None  # verification is on by default
+    demo.parity[name] = report.parity
+    demo.forms.append(Form(name=name, runtime=RUNTIME, bytes=report.graph.bytes))
+    demo.say(f"{name}: exported, differs from torch by {report.parity.max_rel:.1e}")
+    return file
 
 
-def _bundle(demo: Demo, model: Model) -> None:
+def _bundle(demo: Demo, model: Model) -> Path:
     """Write the bundle, then let it sample in a process of its own that has no torch."""
     import numpy as np
 
     from ..export import export_bundle
 
     folder, target = demo.out / "bundle", demo.out / "images" / "bundle.npy"
-    with demo.step("write the bundle"):
-        export_bundle(model, folder, steps=demo.recipe.steps, guidance=demo.recipe.guidance)
+    recipe = demo.recipe
+    with demo.step("export and verify"):
+        report = export_bundle(model, folder, steps=recipe.steps, guidance=recipe.guidance)
+    assert report.parity is not None  # verification is on by default
+    demo.parity[EDGE] = report.parity
     with demo.step("run the bundle"):
         labels = ",".join(map(str, demo.labels))
         words = ["--labels", labels, "--seed", str(demo.seed), "--out", str(target)]
@@ -310,42 +288,55 @@ def _bundle(demo: Demo, model: Model) -> None:
             raise ValueError(f"demo: the bundle does not run: {done.stderr.strip()}")
         samples = np.load(target, allow_pickle=False)
         target.unlink()
-    share = demo.form(EDGE, RUNTIME).recognised = demo.judged(samples)
+    share, graph = demo.judged(samples), folder / "velocity.onnx"
+    size = graph.stat().st_size
+    demo.forms.append(Form(name=EDGE, runtime=RUNTIME, bytes=size, recognised=share))
     note = f"numpy and onnxruntime alone, {share:.1%} recognised"
-    demo.picture("bundle", "flow int8 bundle", note, samples)
+    demo.picture("bundle", f"{EDGE} bundle", note, samples)
     demo.say(f"edge bundle: {share:.1%} of {len(samples)} samples recognised")
+    return graph
 
 
 def _time(demo: Demo, models: dict[str, Model], files: dict[str, Path]) -> None:
-    """Time every form in turns, in one run."""
+    """Time the forms of each runtime in turns.
+
+    Not the two runtimes among each other: the threads of ONNX Runtime wait actively for a while
+    after a call, which would slow whatever runs next.
+    """
     import torch
 
     from ..export import Session
     from ..profile import interleave
 
     inputs = models[ATTENTIONS[0]].example_inputs(BATCH)
-    candidates: dict[str, Any] = {demo.form(name).label: model for name, model in models.items()}
-    for name, file in files.items():
-        session = Session(file, threads=torch.get_num_threads())
-        candidates[demo.form(name, RUNTIME).label] = lambda s=session: s.run(inputs)
+    threads = torch.get_num_threads()
+    sessions = {name: Session(file, threads=threads) for name, file in files.items()}
+    exported = {name: lambda s=s: s.run(inputs) for name, s in sessions.items()}
     with demo.step("measure latency"):
-        measured = interleave(candidates, inputs, warmup=3, runs=21)
-    for form in demo.forms:
-        form.milliseconds = 1e3 * measured.rows[form.label].median
-        form.ratio = measured.ratios[form.label]
+        for runtime, candidates in ((TORCH, models), (RUNTIME, exported)):
+            measured = interleave(candidates, inputs, warmup=3, runs=21)
+            for name, row in measured.rows.items():
+                demo.form(name, runtime).milliseconds = 1e3 * row.median
 
 
-def _scale(demo: Demo) -> None:
-    """Multiply-adds of a published size on longer inputs, counted without weights."""
+def _count(demo: Demo) -> None:
+    """Multiply-adds: of the two models, and of a published size on longer inputs."""
     import torch
 
     from ..build import build_model
     from ..profile import profile
 
-    with demo.step("profile"), torch.device("meta"):
-        for size in (32, 64, 128):
-            pair = [
-                profile(build_model("dit-b", attn=attn, input_size=size), memory=False).total
-                for attn in ATTENTIONS
-            ]
-            demo.scaling.append(((size // 2) ** 2, pair[0], pair[1]))
+    with demo.step("profile"):
+        for attn in ATTENTIONS:
+            model = _build(demo, attn)
+            cost = profile(model, model.example_inputs(1), memory=False)
+            for form in demo.forms:
+                if form.name.split()[0] == attn:
+                    form.parameters, form.macs = cost.params, cost.total
+        with torch.device("meta"):
+            for size in (32, 64, 128):
+                soft, flow = (
+                    profile(build_model("dit-b", attn=attn, input_size=size), memory=False).total
+                    for attn in ATTENTIONS
+                )
+                demo.scaling.append(((size // 2) ** 2, soft, flow))
