@@ -106,8 +106,11 @@ class Counter(TorchDispatchMode):
         what = kind(func)
         if what == "unknown":
             # composite operators reach this place whole in inference mode
-            with self:
+            super().__enter__()  # not ``with self``, whose end removes the hooks
+            try:
                 parts = func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)

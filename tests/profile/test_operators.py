@@ -148,3 +148,15 @@ def test_the_fast_path_switch_is_restored_after_an_error() -> None:
     with pytest.raises(KeyError):
         count(fail)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_modules_behind_an_unknown_operator_keep_their_names() -> None:
+    class Largest(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x.topk(1).values  # no formula: the counter asks for its parts
+
+    counter = Counter(net := nn.Sequential(Largest(), nn.Linear(5, 3)))
+    with torch.inference_mode(), counter:
+        net(randn(2, 5))
+    assert "1" in counter.paths
+    assert counter.total == 2 * 5 * 3
