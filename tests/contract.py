@@ -21,6 +21,7 @@ BLOCKS = registry.block.names()
 OPTIONS: dict[str, dict[str, Any]] = {
     "linformer": {"tokens": 130, "projected": 5},
     "longformer": {"window": 4, "global_tokens": 1},
+    "moe": {"experts": 3},
     "nystrom": {"landmarks": 4, "conv": 3},
     "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
     "topk": {"keep": 3},
@@ -54,8 +55,8 @@ def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Modu
 
 def make_ffn(name: str) -> nn.Module:
     entry = registry.ffn.get(name)
-    assert entry.config is not None
-    return _random(entry.build(entry.config(), Site(dim=DIM)))
+    config = resolve("ffn", {"name": name, **OPTIONS.get(name, {})})
+    return _random(entry.build(config, Site(dim=DIM)))
 
 
 def make_block(name: str, *, cond: bool) -> nn.Module:

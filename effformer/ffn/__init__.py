@@ -6,5 +6,6 @@ from .acm import ACM
 from .base import FFN, FFNConfig
 from .gated import GEGLU, SwiGLU
 from .mlp import MLP
+from .moe import MoE
 
-__all__ = ["ACM", "FFN", "GEGLU", "MLP", "FFNConfig", "SwiGLU"]
+__all__ = ["ACM", "FFN", "GEGLU", "MLP", "FFNConfig", "MoE", "SwiGLU"]
