@@ -46,7 +46,7 @@ def main() -> None:
                 "effformer.optimize, eager": lambda: ready(x, t, y),
                 "effformer in ONNX Runtime": lambda: session.run(feed),
             },
-            warmup=3, runs=RUNS, threads=THREADS,
+            warmup=3, runs=RUNS, threads=THREADS, pause=0.1,
         )  # fmt: skip
     aims = {"effformer, eager": 1.0, "effformer.optimize, eager": 0.87}
     rows = []
@@ -66,7 +66,8 @@ def main() -> None:
     against = median(a / b for a, b in zip(runtime, eager, strict=True))
     rows.append(Row(what="ONNX Runtime against our eager", value="", ratio=against, target=0.8))
     notes = [
-        "batch 1, 256 tokens, random weights; ratios against diffusers unless the row says otherwise"
+        "batch 1, 256 tokens, random weights; ratios against diffusers unless the row says otherwise",
+        "0.1 s of rest before every call: threads of one runtime that still spin slow the next",
     ]
     write("dit_latency", "DiT-B/2 on the CPU", rows, side.rows["effformer, eager"].machine, notes)
 

@@ -1,8 +1,10 @@
-"""An inference-ready form of a model: weights prepacked for the CPU, fewer temporaries."""
+"""An inference-ready form of a model: products evaluated as this CPU likes them, fewer temporaries."""
 
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -14,7 +16,7 @@ from .blocks import Branch
 from .checks import CapabilityError
 from .ffn import MLP
 
-__all__ = ["PackedLinear", "optimize"]
+__all__ = ["LeftLinear", "PackedLinear", "optimize"]
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -24,80 +26,184 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in oneDNN's blocked order.
-
-    Float32 inference only: there is no gradient, and the weight is not part of the state dict.
-
-    Args:
-        linear: the layer to pack; it is not changed.
-
-    Raises:
-        CapabilityError: the layer is not float32 on the CPU, or this build of torch has no oneDNN.
-    """
+class _Frozen(nn.Module):
+    """A linear layer for float32 inference on the CPU; the weight is not part of the state dict."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach()
+        weight = linear.weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise CapabilityError(
-                f"optimize: packs float32 weights on the CPU, got {weight.dtype} on {weight.device}"
-            )
-        if not torch.backends.mkldnn.is_available():
-            raise CapabilityError(
-                "optimize: this build of torch has no oneDNN; use the model as it is"
+                f"optimize: float32 weights on the CPU only, got {weight.dtype} on {weight.device}"
             )
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self._bias = None if linear.bias is None else linear.bias.detach().clone()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+    def _check(self, x: Tensor) -> None:
         if x.requires_grad and torch.is_grad_enabled():
             raise CapabilityError("an optimized model has no gradients; train the original")
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, self._bias, "none", [], ""
-        )
-        return out
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def optimize(model: nn.Module) -> nn.Module:
-    """An inference-ready copy for the CPU: same results to rounding, faster, float32, no gradients.
+class PackedLinear(_Frozen):
+    """A linear layer whose weight lies in oneDNN's blocked order.
 
-    Every `nn.Linear` is prepacked for oneDNN, activations of an `MLP` work in place, constant
-    branch factors (Macaron's 0.5) are folded into the last weights. The copy cannot be trained,
-    saved or exported: keep the original for that.
+    Args:
+        linear: the layer to pack; it is not changed.
+
+    Raises:
+        CapabilityError: the layer is not float32 on the CPU, or this build of torch has no oneDNN;
+            at call, an input that wants a gradient.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        if not torch.backends.mkldnn.is_available():
+            raise CapabilityError("optimize: this build of torch has no oneDNN")
+        weight = linear.weight.detach().contiguous()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = None if linear.bias is None else linear.bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        self._check(x)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self._bias, "none", [], ""
+        )
+        return out
+
+
+class LeftLinear(_Frozen):
+    """A linear layer evaluated as ``y^T = W x^T``, with the weight on the left.
+
+    BLAS libraries split a product by its rows; with few tokens and wide layers the weight has more
+    of them. The result is a transposed view, which a second such layer reads without a copy.
+
+    Args:
+        linear: the layer; its weight is shared.
+
+    Raises:
+        CapabilityError: the layer is not float32 on the CPU; at call, an input that wants a
+            gradient.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._weight = linear.weight.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach()[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        self._check(x)
+        out = self._weight @ x.reshape(-1, self.in_features).t()
+        if self._bias is not None:
+            out.add_(self._bias)
+        return out.t().unflatten(0, x.shape[:-1])
+
+
+def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
+    """An inference-ready copy for the CPU: same results to rounding, float32, no gradients.
+
+    Every `nn.Linear` becomes the evaluation that is fastest on this machine, found by timing the
+    candidates once for each shape: as it is, prepacked for oneDNN, or, inside an `MLP`, with the
+    weight on the left. Activations of an `MLP` work in place, constant branch factors (Macaron's
+    0.5) are folded into the last weights. The copy cannot be trained, saved or exported: keep the
+    original for that.
 
     Args:
         model: any module; it is not changed.
+        rows: tokens times batch that the timing assumes.
 
     Returns:
         The copy, in eval mode.
 
     Raises:
-        CapabilityError: weights that are not float32 on the CPU, or a torch without oneDNN.
+        CapabilityError: weights that are not float32 on the CPU.
+        ValueError: rows below 1.
 
     Example:
         >>> model = effformer.optimize(effformer.build_model("dit-tiny"))
         >>> model(**effformer.build_model("dit-tiny").example_inputs()).shape
         torch.Size([1, 8, 32, 32])
     """
+    if rows < 1:
+        raise ValueError(f"optimize: rows must be at least 1, got {rows}")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     ready.inference_only = True  # type: ignore[assignment]
+    chosen: dict[tuple[int, ...], type[nn.Module]] = {}
     for module in list(ready.modules()):
         if isinstance(module, Branch):
             _fold_factor(module)
-    for module in ready.modules():
         if isinstance(module, MLP) and module.config.act in _IN_PLACE:
-            module.act = _IN_PLACE[module.config.act]
+            _optimize_mlp(module, rows, chosen)
     for module in list(ready.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
+                setattr(module, name, _optimize_linear(child, rows, chosen))
     return ready
+
+
+def _optimize_mlp(mlp: MLP, rows: int, chosen: dict[tuple[int, ...], type[nn.Module]]) -> None:
+    """Replace both layers by the form in which the whole network is fastest."""
+    mlp.act = _IN_PLACE[mlp.config.act]
+    first, second = mlp.fc1, mlp.fc2
+    if type(first) is not nn.Linear or type(second) is not nn.Linear:
+        return
+    forms = {form: (form(first), form(second)) for form in (*_forms(), LeftLinear)}
+    key = (first.in_features, first.out_features, second.out_features)
+    if key not in chosen:
+        x = torch.randn(1, rows, first.in_features)
+        chosen[key] = _fastest(
+            {form: partial(_chain, a, mlp.act, b, x) for form, (a, b) in forms.items()}
+        )
+    mlp.fc1, mlp.fc2 = forms[chosen[key]]
+
+
+def _chain(first: nn.Module, act: Callable[[Tensor], Tensor], second: nn.Module, x: Tensor) -> None:
+    second(act(first(x)))
+
+
+def _optimize_linear(
+    linear: nn.Linear, rows: int, chosen: dict[tuple[int, ...], type[nn.Module]]
+) -> nn.Module:
+    forms = {form: form(linear) for form in _forms()}
+    key = (linear.in_features, linear.out_features)
+    if key not in chosen:
+        x = torch.randn(1, rows, linear.in_features)
+        chosen[key] = _fastest({form: partial(layer, x) for form, layer in forms.items()})
+    return forms[chosen[key]]
+
+
+class _Plain(_Frozen):
+    """A linear layer as torch evaluates it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._weight = linear.weight.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        self._check(x)
+        return F.linear(x, self._weight, self._bias)
+
+
+def _forms() -> tuple[type[nn.Module], ...]:
+    return (_Plain, PackedLinear) if torch.backends.mkldnn.is_available() else (_Plain,)
+
+
+def _fastest(candidates: dict[type[nn.Module], Callable[[], object]]) -> type[nn.Module]:
+    """The candidate with the smallest median time; they take turns."""
+    times: dict[type[nn.Module], list[float]] = {form: [] for form in candidates}
+    with torch.inference_mode():
+        for turn in range(8):
+            for form, call in candidates.items():
+                start = time.perf_counter()
+                call()
+                if turn:  # the first turn warms up
+                    times[form].append(time.perf_counter() - start)
+    return min(times, key=lambda form: statistics.median(times[form]))
 
 
 def _fold_factor(branch: Branch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import effformer
 from effformer.checks import CapabilityError
-from effformer.inference import PackedLinear
+from effformer.inference import LeftLinear, PackedLinear, _fastest
 
 
 def _model(**overrides: object) -> nn.Module:
@@ -61,11 +62,34 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         effformer.save_pretrained(ready, tmp_path / "model")
     with pytest.raises(CapabilityError, match="train the original"):
         PackedLinear(nn.Linear(4, 4))(torch.randn(2, 4, requires_grad=True))
-    with pytest.raises(CapabilityError, match=r"float32 weights on the CPU, got torch.float64"):
+    with pytest.raises(CapabilityError, match=r"float32 weights on the CPU only, got torch.float64"):
         effformer.optimize(_model().double())
 
 
-def test_a_torch_without_onednn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_onednn_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(CapabilityError, match="no oneDNN"):
         PackedLinear(nn.Linear(4, 4))
+    model = _model()
+    inputs = model.example_inputs(2)
+    with torch.no_grad():
+        ready = effformer.optimize(model)
+        torch.testing.assert_close(ready(**inputs), model(**inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [LeftLinear, PackedLinear])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_form_computes_the_same(form: type[nn.Module], bias: bool) -> None:
+    linear = nn.Linear(12, 20, bias=bias)
+    x = torch.randn(3, 5, 12)
+    with torch.no_grad():
+        out = form(linear)(x)
+        assert out.shape == (3, 5, 20)
+        torch.testing.assert_close(out, linear(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_fastest_form_is_chosen() -> None:
+    slow = {LeftLinear: lambda: time.sleep(0.002), PackedLinear: lambda: None}
+    assert _fastest(slow) is PackedLinear
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        effformer.optimize(_model(), rows=0)

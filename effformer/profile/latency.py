@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -113,6 +113,7 @@ def interleave(
     runs: int = 11,
     threads: int | None = None,
     compile: bool = False,
+    pause: float = 0.0,
 ) -> SideBySide:
     """Time several candidates in turns: a b c a b c ...; ratios are relative to the first.
 
@@ -124,16 +125,18 @@ def interleave(
         runs: timed calls of each.
         threads: torch's threads; None leaves them.
         compile: compile the modules.
+        pause: seconds of rest before every timed call; threads of one runtime that still spin
+            would slow the next.
 
     Raises:
         ValueError: no candidates, or as in `latency`.
     """
     if not candidates:
         raise ValueError("interleave: no candidates")
-    if runs < 1 or warmup < 0 or (threads is not None and threads < 1):
+    if runs < 1 or warmup < 0 or pause < 0 or (threads is not None and threads < 1):
         raise ValueError(
             f"latency: runs and threads must be at least 1 and warmup at least 0, "
-            f"got runs={runs}, threads={threads}, warmup={warmup}"
+            f"got runs={runs}, threads={threads}, warmup={warmup}, pause={pause}"
         )
     calls = {name: _call(name, c, inputs, compile) for name, c in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -144,6 +147,7 @@ def interleave(
                 call()
         for _ in range(runs):
             for name, call in calls.items():
+                sleep(pause)
                 samples[name].append(_timed(call))
         facts = machine()
     rows = {n: _latency(n, candidates[n], samples[n], warmup, compile, facts) for n in calls}
