@@ -6,7 +6,7 @@ from .base import Core, CoreConfig, Mixer, Streaming
 from .differential import Differential
 from .efficient import Efficient
 from .flow import Flow
-from .linear import Linear
+from .linear import Linear, Sana
 from .linformer import Linformer
 from .longformer import Longformer
 from .multihead import Attention
@@ -32,6 +32,7 @@ __all__ = [
     "Performer",
     "Reformer",
     "Relative",
+    "Sana",
     "Softmax",
     "Streaming",
     "TopK",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum
 from .slices import over_heads
 
-__all__ = ["Linear", "LinearState"]
+__all__ = ["Linear", "LinearState", "Sana"]
 
 
 class LinearState(NamedTuple):
@@ -25,13 +26,10 @@ class LinearState(NamedTuple):
     kv: Tensor
 
 
-@core.register(
-    "linear",
-    caps=Caps(
-        causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, cost="n"
-    ),
-    paper="2006.16236",
-)
+_CAPS = Caps(causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True)
+
+
+@core.register("linear", caps=_CAPS, paper="2006.16236")
 class Linear(Core):
     """Linear attention: ``phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j) + eps)``, phi
     = elu + 1.
@@ -62,14 +60,25 @@ class Linear(Core):
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
 
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = _phi(q), _phi(k)
+            q, k = self.phi(q), self.phi(k)
             k = k if mask is None else k * mask
             if self.config.causal:
                 return self._scan(q, k, v, None)[0]
-            normaliser = q @ k.sum(dim=2).unsqueeze(-1) + self.config.eps
+            normaliser = self.guarded(q @ k.sum(dim=2).unsqueeze(-1))
             return (q @ (k.transpose(-2, -1) @ v)) / normaliser
 
         return over_heads(mix, q, k, v)
+
+    @staticmethod
+    def phi(x: Tensor) -> Tensor:
+        """Elu + 1, contiguous: heads cut from a fused projection would be copied by every
+        product.
+        """
+        return (F.elu(x) + 1).contiguous()
+
+    def guarded(self, normaliser: Tensor) -> Tensor:
+        """The normaliser, never 0."""
+        return normaliser + self.config.eps
 
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None
@@ -78,7 +87,7 @@ class Linear(Core):
         out, kv = causal_product(
             q, k, v, None if state is None else state.kv, chunk=self.config.chunk
         )
-        normaliser = (q * sums).sum(dim=-1, keepdim=True) + self.config.eps
+        normaliser = self.guarded((q * sums).sum(dim=-1, keepdim=True))
         return out / normaliser, LinearState(sums[:, :, -1], kv)
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
@@ -96,9 +105,53 @@ class Linear(Core):
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState
     ) -> tuple[Tensor, LinearState]:
         """Feed the next tokens; the state has a fixed size."""
-        return self._scan(_phi(q), _phi(k), v, state)
+        return self._scan(self.phi(q), self.phi(k), v, state)
 
 
-def _phi(x: Tensor) -> Tensor:
-    """Elu + 1, contiguous: heads cut from a fused projection would be copied by every product."""
-    return (F.elu(x) + 1).contiguous()
+@core.register("sana", caps=_CAPS, paper="2410.10629")
+class Sana(Linear):
+    """ReLU linear attention: ``relu(q_i) sum_j relu(k_j)^T v_j / (relu(q_i) . sum_j relu(k_j) +
+    eps)``.
+
+    Computed in float32 at least; a query whose features are all zero gets zeros. There is no
+    scale and no position: in SANA the convolution of the FFN (``ffn="glumbconv"``) supplies it.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+
+    Reference: SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers,
+    2024, arXiv 2410.10629.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(Linear.Config):
+        """Knobs of `Sana`; see `Linear.Config`."""
+
+        eps: float = 1e-15
+
+    @staticmethod
+    def phi(x: Tensor) -> Tensor:
+        """Relu, contiguous."""
+        return F.relu(x).contiguous()
+
+    def guarded(self, normaliser: Tensor) -> Tensor:
+        """The normaliser, at least eps: any sum above 1e-8 swallows an added 1e-15, and the ONNX
+        optimizer takes that addition for one of zero.
+        """
+        return normaliser.clamp(min=self.config.eps)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        return super().forward(_widened(q), _widened(k), _widened(v), ctx).to(v.dtype)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState
+    ) -> tuple[Tensor, LinearState]:
+        """Feed the next tokens; the state has a fixed size, in float32 at least."""
+        out, state = super().step(_widened(q), _widened(k), _widened(v), state)
+        return out.to(v.dtype), state
+
+
+def _widened(x: Tensor) -> Tensor:
+    """In float32 at least: eps does not exist in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

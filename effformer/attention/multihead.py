@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,8 @@ class Attention(Mixer):
             core: what happens between the projections.
             qkv_bias: the input projections have biases.
             proj_bias: the output projection has a bias.
-            qk_norm: queries and keys are normalised per head before the core (and before rotary
-                embedding).
+            qk_norm: queries and keys are normalised before the core (and before rotary embedding),
+                per head (True) or over all heads together ("across-heads").
             head_dim: width of a head; None means dim / heads.
             kv_heads: number of key and value heads, each shared by heads / kv_heads query heads
                 (grouped-query attention); None means one per query head.
@@ -71,7 +71,7 @@ class Attention(Mixer):
         core: CoreConfig = part("core", Softmax.Config())
         qkv_bias: bool = True
         proj_bias: bool = True
-        qk_norm: bool = False
+        qk_norm: bool | Literal["across-heads"] = False
         head_dim: int | None = None
         kv_heads: int | None = None
 
@@ -99,8 +99,9 @@ class Attention(Mixer):
         else:
             self.qkv = nn.Linear(site.dim, inner + 2 * kv, bias=config.qkv_bias)
         if config.qk_norm:
-            self.q_norm = make_norm(site, self.head_dim)
-            self.k_norm = make_norm(site, self.head_dim)
+            together = config.qk_norm == "across-heads"
+            self.q_norm = make_norm(site, inner if together else self.head_dim)
+            self.k_norm = make_norm(site, kv if together else self.head_dim)
         entry = core.owner(config.core)
         assert entry is not None
         self.core: Core = entry.build(config.core, replace(site, dim=inner))
@@ -170,7 +171,9 @@ class Attention(Mixer):
                     "build it with Site(memory_dim=...)"
                 )
             q, k, v = self._split(self.qkv(x))
-        if self.config.qk_norm:
+        if self.config.qk_norm == "across-heads":
+            q, k = _across_heads(self.q_norm, q), _across_heads(self.k_norm, k)
+        elif self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rope is not None:
             q, k = apply_rope(q, k, ctx.rope)
@@ -200,6 +203,12 @@ class Attention(Mixer):
                 f"{self.site.path or 'attention'}: streaming needs a causal core with a step; "
                 f"choices, with causal=True: {able}"
             )
+
+
+def _across_heads(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm over the channels of all heads of x (B, H, N, K)."""
+    joined: Tensor = norm(x.transpose(1, 2).flatten(2))
+    return joined.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2)
 
 
 def _per_sequence(module: Core, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -221,6 +221,7 @@ def _part_name(config: Config) -> str:
 
 def _check_layer(layer: Layer, needs: Needs, where: str) -> None:
     _check_mixer(layer.attn, needs, f"{where}.attn")
+    _check_ffn(layer.ffn, needs, f"{where}.ffn")
     entry = registry.block.owner(layer.block)
     assert entry is not None
     if layer.cross is not None:
@@ -240,6 +241,23 @@ def _check_layer(layer: Layer, needs: Needs, where: str) -> None:
         raise CapabilityError(
             f"{where}.block: {entry.name!r} cannot use this model's conditioning vector; choices: {able}"
         )
+
+
+def _check_ffn(config: Config, needs: Needs, where: str) -> None:
+    """An FFN over the grid mixes neighbours, later and masked ones included."""
+    entry = registry.ffn.owner(config)
+    assert entry is not None
+    if not entry.caps.grid or (needs.grid and not needs.causal and needs.mask == "none"):
+        return
+    reason = (
+        "needs a token grid, which this model has not"
+        if not needs.grid
+        else "mixes neighbours, but this model must not see later tokens"
+        if needs.causal
+        else f"mixes neighbours and cannot honour a {needs.mask} mask"
+    )
+    able = ", ".join(registry.ffn.names(grid=False))
+    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {able}")
 
 
 def _check_mixer(config: Config, needs: Needs, where: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .acm import ACM
 from .base import FFN, FFNConfig
 from .gated import GEGLU, SwiGLU
+from .glumbconv import GLUMBConv
 from .mlp import MLP
 from .moe import MoE
 
-__all__ = ["ACM", "FFN", "GEGLU", "MLP", "FFNConfig", "MoE", "SwiGLU"]
+__all__ = ["ACM", "FFN", "GEGLU", "MLP", "FFNConfig", "GLUMBConv", "MoE", "SwiGLU"]
