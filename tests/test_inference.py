@@ -62,7 +62,9 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         effformer.save_pretrained(ready, tmp_path / "model")
     with pytest.raises(CapabilityError, match="train the original"):
         PackedLinear(nn.Linear(4, 4))(torch.randn(2, 4, requires_grad=True))
-    with pytest.raises(CapabilityError, match=r"float32 weights on the CPU only, got torch.float64"):
+    with pytest.raises(
+        CapabilityError, match=r"float32 weights on the CPU only, got torch.float64"
+    ):
         effformer.optimize(_model().double())
 
 
