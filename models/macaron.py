@@ -154,11 +154,11 @@ class MacaronNet(Model):
         if config.share == "none":
             self.head = nn.Linear(dim, target_vocab, bias=False)
         self.drop = nn.Dropout(config.dropout)
-        self.encoder = self._tower("encoder", config, Needs(mask="key"))
-        self.decoder = self._tower("decoder", config.decoder(), Needs(causal=True, mask="key"))
+        self.encoder = self._tower("encoder", config)
+        self.decoder = self._tower("decoder", config.decoder())
         self.reset_parameters()
 
-    def _tower(self, path: str, config: MacaronNet.Config, needs: Needs) -> Tower:
+    def _tower(self, path: str, config: MacaronNet.Config) -> Tower:
         decoder = path == "decoder"
         site = Site(
             dim=config.dim,
@@ -168,7 +168,10 @@ class MacaronNet(Model):
             path=path,
         )
         cross = config.cross if decoder else None
-        blocks = build_stack(config, site, needs, name=f"{self.name} {path}", cross=cross)
+        encoding, decoding = Needs(mask="key"), Needs(causal=True, mask="key", memory=True)
+        needs, beside = (decoding, encoding) if decoder else (encoding, decoding)
+        where = f"{self.name} {path}"
+        blocks = build_stack(config, site, needs, name=where, cross=cross, beside=(beside,))
         return Tower(blocks, make_norm(site) if config.final_norm else nn.Identity())
 
     def reset_parameters(self) -> None:

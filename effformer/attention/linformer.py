@@ -68,10 +68,11 @@ class Linformer(Core):
         own = site.tokens if site.memory_dim is None else None
         tokens = own if config.tokens is None else config.tokens
         if tokens is None:
+            able = ", ".join(core.names(cost="n", cross=True, joint=True, mask="key"))
             raise CapabilityError(
-                f"{site.path or 'linformer'}: the number of keys is not fixed here; give the most "
-                "there will be, {'name': 'linformer', 'tokens': 512}, or take a part for any "
-                "number: linear, performer, flow, nystrom"
+                f"{site.path or 'linformer'}: 'linformer' needs a fixed number of keys, which this "
+                "model has not; give the most there will be, {'name': 'linformer', 'tokens': 512}; "
+                f"choices: {able}"
             )
         self.tokens = tokens
         self.key = nn.Parameter(torch.empty(tokens, config.projected))

@@ -93,6 +93,7 @@ class Needs:
         rope: the model passes rotary tables.
         grid: the model passes the layout of its tokens.
         cross: a mixer attends to a memory.
+        memory: blocks have a further branch that attends to a memory.
     """
 
     causal: bool = False
@@ -101,6 +102,7 @@ class Needs:
     rope: bool = False
     grid: bool = False
     cross: bool = False
+    memory: bool = False
 
 
 def build_stack(
@@ -110,6 +112,7 @@ def build_stack(
     *,
     name: str,
     cross: Config | None = None,
+    beside: Sequence[Needs] = (),
 ) -> nn.ModuleList:
     """Build the blocks of a model at paths ``blocks.0``, ``blocks.1``, ...
 
@@ -121,6 +124,8 @@ def build_stack(
         name: the model's name, for messages.
         cross: config of a further mixer in every block that attends to a memory of width
             ``site.memory_dim`` (decoders), None for none.
+        beside: what other stacks of the model ask of the same parts; choices in messages serve
+            them, too.
 
     Raises:
         CapabilityError: a part cannot do what the model needs; parts that can are named.
@@ -129,9 +134,10 @@ def build_stack(
     if isinstance(site, Site):
         assert isinstance(config, BackboneConfig)
         site = [site] * config.depth
+    needs = replace(needs, memory=cross is not None)
     layers = _layers(config, len(site), cross, name)
     for where, layer in _runs(layers, name):
-        _check_layer(layer, needs, where)
+        _check_layer(layer, needs, where, beside)
     blocks = nn.ModuleList()
     for i, (layer, place) in enumerate(zip(layers, site, strict=True)):
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
@@ -219,75 +225,90 @@ def _part_name(config: Config) -> str:
     return str(inner.to_dict().get("name", type(inner).__qualname__))
 
 
-def _check_layer(layer: Layer, needs: Needs, where: str) -> None:
-    _check_mixer(layer.attn, needs, f"{where}.attn")
-    _check_ffn(layer.ffn, needs, f"{where}.ffn")
-    entry = registry.block.owner(layer.block)
-    assert entry is not None
+def _check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs]) -> None:
+    every = (needs, *beside)
+    _check_mixer(layer.attn, every, f"{where}.attn")
+    _check_ffn(layer.ffn, every, f"{where}.ffn")
     if layer.cross is not None:
-        _check_mixer(layer.cross, Needs(mask=needs.mask, cross=True), f"{where}.cross")
-        if not entry.caps.cross:
-            able = ", ".join(registry.block.names(cross=True))
-            raise CapabilityError(
-                f"{where}.block: {entry.name!r} has no attention to a memory; choices: {able}"
-            )
-    if entry.caps.cond == "always" and not needs.cond:
-        able = ", ".join(e.name for e in registry.block if e.caps.cond != "always")
-        raise CapabilityError(
-            f"{where}.block: {entry.name!r} needs a conditioning vector, but this model has none; choices: {able}"
-        )
-    if entry.caps.cond == "never" and needs.cond:
-        able = ", ".join(e.name for e in registry.block if e.caps.cond != "never")
-        raise CapabilityError(
-            f"{where}.block: {entry.name!r} cannot use this model's conditioning vector; choices: {able}"
-        )
+        _check_mixer(layer.cross, (Needs(mask=needs.mask, cross=True),), f"{where}.cross")
+    _check_block(layer.block, every, f"{where}.block")
 
 
-def _check_ffn(config: Config, needs: Needs, where: str) -> None:
-    """An FFN over the grid mixes neighbours, later and masked ones included."""
+def _check_block(config: Config, needs: Sequence[Needs], where: str) -> None:
+    entry = registry.block.owner(config)
+    assert entry is not None
+    reason = _block_reason(entry.caps, needs[0])
+    if reason is None:
+        return
+    able = [e.name for e in registry.block if all(not _block_reason(e.caps, n) for n in needs)]
+    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(sorted(able))}")
+
+
+def _block_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why a block does not serve, None if it does."""
+    if needs.memory and not caps.cross:
+        return "has no attention to a memory"
+    if caps.cond == "always" and not needs.cond:
+        return "needs a conditioning vector, which this model has not"
+    if caps.cond == "never" and needs.cond:
+        return "cannot use this model's conditioning vector"
+    return None
+
+
+def _check_ffn(config: Config, needs: Sequence[Needs], where: str) -> None:
     entry = registry.ffn.owner(config)
     assert entry is not None
-    if not entry.caps.grid or (needs.grid and not needs.causal and needs.mask == "none"):
+    reason = _ffn_reason(entry.caps, needs[0])
+    if reason is None:
         return
-    reason = (
-        "needs a token grid, which this model has not"
-        if not needs.grid
-        else "mixes neighbours, but this model must not see later tokens"
-        if needs.causal
-        else f"mixes neighbours and cannot honour a {needs.mask} mask"
-    )
-    able = ", ".join(registry.ffn.names(grid=False))
-    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {able}")
+    able = sorted(e.name for e in registry.ffn if all(not _ffn_reason(e.caps, n) for n in needs))
+    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(able)}")
 
 
-def _check_mixer(config: Config, needs: Needs, where: str) -> None:
-    caps, name = _caps(config), _part_name(config)
+def _ffn_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why an FFN does not serve: one over the grid mixes neighbours, later and masked ones
+    included.
+    """
+    if not caps.grid:
+        return None
+    if not needs.grid:
+        return "needs a token grid, which this model has not"
+    if needs.causal:
+        return "mixes neighbours, but this model must not see later tokens"
+    return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
+
+
+def _check_mixer(config: Config, needs: Sequence[Needs], where: str) -> None:
+    name = _part_name(config)
     inner: Any = config.core if isinstance(config, Attention.Config) else config
-    wanted: dict[str, Any] = {"causal": needs.causal}
-    if needs.mask != "none":
-        wanted["mask"] = needs.mask
-    for flag in ("rope", "cross"):
-        if getattr(needs, flag):
-            wanted[flag] = True
-    reasons = {
-        "causal": "is not causal, but this model must not see later tokens"
-        if needs.causal
-        else "needs causal order, but this model attends both ways",
-        "mask": f"cannot honour a {needs.mask} mask",
-        "rope": "cannot apply rotary embedding",
-        "cross": "cannot attend to a memory",
+    reason = _mixer_reason(_caps(config), needs[0])
+    if reason is None and not needs[0].causal and getattr(inner, "causal", False):
+        reason = "has causal=True, but this model attends both ways"
+    if reason is None:
+        return
+    entries = [entry for kind in (registry.attention, registry.core) for entry in kind]
+    able = sorted(e.name for e in entries if all(not _mixer_reason(e.caps, n) for n in needs))
+    raise CapabilityError(f"{where}: {name!r} {reason}; choices: {', '.join(able)}")
+
+
+def _mixer_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why a token mixer does not serve, None if it does."""
+    reasons: dict[str, tuple[Any, str]] = {
+        "causal": (
+            needs.causal,
+            "is not causal, but this model must not see later tokens"
+            if needs.causal
+            else "needs causal order, but this model attends both ways",
+        ),
+        "mask": (needs.mask, f"cannot honour a {needs.mask} mask"),
     }
-    placed: dict[str, object] = {} if needs.grid else {"grid": False}
-    kinds = (registry.attention, registry.core)
-    able = ", ".join(sorted(name for kind in kinds for name in kind.names("*", **wanted, **placed)))
-    for key, value in wanted.items():
+    if needs.rope:
+        reasons["rope"] = (True, "cannot apply rotary embedding")
+    if needs.cross:
+        reasons["cross"] = (True, "cannot attend to a memory")
+    for key, (value, reason) in reasons.items():
         if not caps.satisfies(**{key: value}):
-            raise CapabilityError(f"{where}: {name!r} {reasons[key]}; choices: {able}")
+            return reason
     if caps.grid and not needs.grid:
-        raise CapabilityError(
-            f"{where}: {name!r} needs a token grid, which this model has not; choices: {able}"
-        )
-    if not needs.causal and getattr(inner, "causal", False):
-        raise CapabilityError(
-            f"{where}: {name!r} has causal=True, but this model attends both ways"
-        )
+        return "needs a token grid, which this model has not"
+    return None

@@ -49,7 +49,9 @@ def test_the_model_fixes_the_number_of_tokens() -> None:
     model = effformer.build_model("dit-nano", attn={"name": "linformer", "projected": 8})
     assert model.blocks[0].attn.part.core.tokens == 256
     model(**model.example_inputs())
-    with pytest.raises(CapabilityError, match=r"blocks\.0\.attn.*not fixed here.*linear"):
+    with pytest.raises(
+        CapabilityError, match=r"blocks\.0\.attn.*a fixed number of keys.*choices: .*linear"
+    ):
         effformer.build_model("bert-tiny", attn="linformer")
     bert = effformer.build_model("bert-tiny", attn={"name": "linformer", "tokens": 32}).eval()
     with pytest.raises(ValueError, match="40 keys, but it was built for at most 32"):
@@ -62,5 +64,7 @@ def test_bad_options_are_refused() -> None:
     for name in ("tokens", "projected"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
             Linformer.Config(**{name: 0})
-    with pytest.raises(CapabilityError, match="not fixed here"):  # of the memory, that is
+    with pytest.raises(
+        CapabilityError, match="needs a fixed number of keys"
+    ):  # of the memory, that is
         Linformer(Linformer.Config(), replace(SITE, tokens=9, memory_dim=24))
