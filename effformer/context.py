@@ -38,7 +38,8 @@ class Site:
         tokens: number of tokens where the model fixes it, else None.
         norm: "layer" or "rms".
         norm_eps: epsilon of every norm.
-        norm_affine: the norms have a learned scale (and bias); modulated branches never have one.
+        norm_affine: the norms have a learned scale (and bias); see ``modulated_affine``.
+        modulated_affine: the norms of modulated branches have one, too (LightningDiT).
         dropout: probability after each part.
         drop_path: probability of dropping a whole branch (stochastic depth).
         layer_scale: initial value of a learned per-channel factor on each branch, None for no
@@ -56,6 +57,7 @@ class Site:
     norm: str = "layer"
     norm_eps: float = 1e-6
     norm_affine: bool = True
+    modulated_affine: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
     layer_scale: float | None = None

@@ -13,6 +13,7 @@ from .dit import DiT
 from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
+from .lightningdit import LightningDiT
 from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
 from .sit import SiT
@@ -25,6 +26,7 @@ __all__ = [
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",
+    "LightningDiT",
     "MacaronBert",
     "MacaronNet",
     "Model",

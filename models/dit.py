@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Rope, Site, Tap
 from effformer.ffn import FFN
 from effformer.layout import Layout
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
-from effformer.nn.norms import Modulation, make_norm, modulate
+from effformer.nn.norms import Modulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
 
 from .base import Model, Preset, register_presets
@@ -36,7 +36,7 @@ class FinalLayer(nn.Module):
     def __init__(self, site: Site, patch: int, channels: int) -> None:
         super().__init__()
         assert site.cond_dim is not None
-        self.norm = make_norm(site, affine=False)
+        self.norm = branch_norm(site)
         self.modulation = Modulation(site.cond_dim, site.dim, 2)
         self.linear = nn.Linear(site.dim, patch * patch * channels)
 
@@ -109,13 +109,7 @@ class DiT(Model):
         side = config.input_size // config.patch
         self.grid = (side, side)
         self.out_channels = config.channels * (2 if config.learn_sigma else 1)
-        site = Site(
-            dim=config.dim,
-            heads=config.heads,
-            cond_dim=config.dim,
-            norm_affine=False,
-            tokens=side * side,
-        )
+        site = self._site()
         self.patch_embed = PatchEmbed(config.channels, config.dim, config.patch)
         learned = config.positions == "learned"
         self.pos_embed = nn.Parameter(sincos_2d(side, side, config.dim), requires_grad=learned)
@@ -123,8 +117,7 @@ class DiT(Model):
         self.label_embed = LabelEmbedding(
             config.num_classes, config.dim, null=config.label_dropout > 0
         )
-        needs = Needs(cond=True, grid=True)
-        self.blocks = build_stack(config, site, needs, name=self.name)
+        self.blocks = build_stack(config, site, self._needs(), name=self.name)
         self.final = FinalLayer(site, config.patch, self.out_channels)
         self._set_ffn_norms()
         self.reset_parameters()
@@ -171,15 +164,40 @@ class DiT(Model):
             ValueError: a shape does not fit.
             TypeError: labels are not integers.
         """
-        self._check(x, t, y)
-        height, width = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
-        time = self.time_embed(t, x.dtype)
-        cond = time + self.label_embed(y, drop)
-        ctx = Context(cond=cond, time=time, grid=(height, width), ledger=ledger, tap=tap)
-        h = self.patch_embed(x) + self._positions(height, width)
+        ctx = self.context(x, t, y, drop=drop, ledger=ledger, tap=tap)
+        h = self.embed(x)
         for block in self.blocks:
             h = block(h, ctx)
-        return unpatchify(self.final(h, cond), height, width, self.config.patch)
+        return self.head(h, ctx)
+
+    def context(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        drop: Tensor | None = None,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+    ) -> Context:
+        """Check the inputs and make what the blocks get beside the tokens; see `forward`."""
+        self._check(x, t, y)
+        time = self.time_embed(t, x.dtype)
+        cond = time + self.label_embed(y, drop)
+        grid = self._cells(x)
+        rope = self._rope(grid, x)
+        return Context(cond=cond, time=time, grid=grid, rope=rope, ledger=ledger, tap=tap)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Patches of x (B, C, H, W) with positions: the tokens (B, N, D) of the first block."""
+        tokens: Tensor = self.patch_embed(x) + self._positions(*self._cells(x))
+        return tokens
+
+    def head(self, h: Tensor, ctx: Context) -> Tensor:
+        """The output of the model from the tokens (B, N, D) behind the last block."""
+        assert ctx.grid is not None
+        height, width = ctx.grid
+        return unpatchify(self.final(h, ctx.cond), height, width, self.config.patch)
 
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
@@ -196,6 +214,28 @@ class DiT(Model):
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         space = {} if self.config.positions == "learned" else {2: "height", 3: "width"}
         return {"x": {0: "batch", **space}, "t": {0: "batch"}, "y": {0: "batch"}}
+
+    def _site(self) -> Site:
+        """What the blocks are told about this model when they are built."""
+        config = self.config
+        return Site(
+            dim=config.dim,
+            heads=config.heads,
+            cond_dim=config.dim,
+            norm_affine=False,
+            tokens=self.grid[0] * self.grid[1],
+        )
+
+    def _needs(self) -> Needs:
+        """What this model asks of its parts."""
+        return Needs(cond=True, grid=True)
+
+    def _rope(self, grid: tuple[int, int], like: Tensor) -> Rope | None:
+        """Rotary tables, where a family has them."""
+        return None
+
+    def _cells(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
 
     def _positions(self, height: int, width: int) -> Tensor:
         if self.config.positions == "learned":

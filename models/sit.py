@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from effformer.context import Ledger, Tap
+from effformer.context import Context
 
 from .base import register_presets
 from .dit import DiT, dit_presets
@@ -22,7 +22,7 @@ __all__ = ["PRESETS", "SiT"]
 
 class SiT(DiT):
     """Scalable interpolant transformer: `DiT` with time in [0, 1] (0 noise, 1 data) and the
-    velocity as output.
+    velocity as output: ``forward(x, t, y)`` with t in [0, 1] returns (B, C, H, W).
 
     Args:
         config: the config.
@@ -42,19 +42,9 @@ class SiT(DiT):
         thrown away.
         """
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor,
-        *,
-        drop: Tensor | None = None,
-        ledger: Ledger | None = None,
-        tap: Tap | None = None,
-    ) -> Tensor:
-        """Predict the velocity (B, C, H, W); arguments as `DiT.forward`, t in [0, 1]."""
-        out = super().forward(x, t, y, drop=drop, ledger=ledger, tap=tap)
-        return out[:, : self.config.channels]
+    def head(self, h: Tensor, ctx: Context) -> Tensor:
+        """The velocity (B, C, H, W) from the tokens behind the last block."""
+        return super().head(h, ctx)[:, : self.config.channels]
 
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None

@@ -63,6 +63,7 @@ class Attention(Mixer):
             proj_bias: the output projection has a bias.
             qk_norm: queries and keys are normalised before the core (and before rotary embedding),
                 per head (True) or over all heads together ("across-heads").
+            qk_norm_eps: epsilon of these norms; None means that of the model's norms.
             head_dim: width of a head; None means dim / heads.
             kv_heads: number of key and value heads, each shared by heads / kv_heads query heads
                 (grouped-query attention); None means one per query head.
@@ -72,6 +73,7 @@ class Attention(Mixer):
         qkv_bias: bool = True
         proj_bias: bool = True
         qk_norm: bool | Literal["across-heads"] = False
+        qk_norm_eps: float | None = None
         head_dim: int | None = None
         kv_heads: int | None = None
 
@@ -100,8 +102,10 @@ class Attention(Mixer):
             self.qkv = nn.Linear(site.dim, inner + 2 * kv, bias=config.qkv_bias)
         if config.qk_norm:
             together = config.qk_norm == "across-heads"
-            self.q_norm = make_norm(site, inner if together else self.head_dim)
-            self.k_norm = make_norm(site, kv if together else self.head_dim)
+            eps = site.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+            place = replace(site, norm_eps=eps)
+            self.q_norm = make_norm(place, inner if together else self.head_dim)
+            self.k_norm = make_norm(place, kv if together else self.head_dim)
         entry = core.owner(config.core)
         assert entry is not None
         self.core: Core = entry.build(config.core, replace(site, dim=inner))

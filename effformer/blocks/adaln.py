@@ -21,7 +21,7 @@ class AdaLNZero(PreNorm):
     ``Linear(silu(cond))``, zero at initialisation, so that the block starts as the identity.
 
     Args:
-        config: no knobs.
+        config: the knobs.
         site: the place in the model; ``site.cond_dim`` is required.
         attn: config of the token mixer.
         ffn: config of the position-wise network.
@@ -31,9 +31,16 @@ class AdaLNZero(PreNorm):
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):
-        """`AdaLNZero` has no knobs."""
+        """Knobs of `AdaLNZero`.
+
+        Attributes:
+            shift: False leaves the shifts out, ``x + gate * attn(norm(x) * (1 + scale))``: four
+                vectors instead of six (LightningDiT's ``wo_shift``).
+        """
+
+        shift: bool = True
 
     def __init__(
         self, config: AdaLNZero.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
     ) -> None:
-        super().__init__(PreNorm.Config(), site, attn=attn, ffn=ffn)
+        super().__init__(PreNorm.Config(), site, attn=attn, ffn=ffn, shift=config.shift)

@@ -16,7 +16,7 @@ from effformer.config import Config
 from effformer.context import EMPTY, Context, Site, Stream
 from effformer.ffn import FFN
 from effformer.nn.drop import DropPath
-from effformer.nn.norms import Modulation, make_norm, modulate
+from effformer.nn.norms import Modulation, branch_norm, modulate
 
 __all__ = ["Block", "Branch", "make_ffn", "make_mixer"]
 
@@ -46,8 +46,7 @@ class Branch(nn.Module):
         self.site = site
         self.factor = factor
         self.post_norm = post_norm
-        affine = False if site.cond_dim is not None else None
-        self.norm = make_norm(site, affine=affine) if normed else nn.Identity()
+        self.norm = branch_norm(site) if normed else nn.Identity()
         self.part = part
         if site.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((site.dim,), site.layer_scale))
@@ -95,7 +94,7 @@ class Block(nn.Module):
     modulated.
 
     The modulation is adaLN-Zero: one linear layer maps ``silu(cond)`` to (shift, scale, gate) for
-    every branch, in branch order, and starts at zero.
+    every branch, in branch order, and starts at zero. Without shifts it makes (scale, gate).
 
     A branch called "cross" attends to ``ctx.memory`` under ``ctx.memory_mask``; the others see
     their own tokens only.
@@ -103,16 +102,19 @@ class Block(nn.Module):
     Args:
         branches: name -> branch, in execution order; the names become children of the block.
         site: the place of the block in the model.
+        shift: the modulation shifts.
     """
 
-    def __init__(self, branches: Mapping[str, Branch], site: Site) -> None:
+    def __init__(self, branches: Mapping[str, Branch], site: Site, *, shift: bool = True) -> None:
         super().__init__()
         self.site = site
+        self.shift = shift
         self.order = tuple(branches)
         for name, branch in branches.items():
             self.add_module(name, branch)
         if site.cond_dim is not None:
-            self.modulation = Modulation(site.cond_dim, site.dim, 3 * len(branches))
+            each = 3 if shift else 2
+            self.modulation = Modulation(site.cond_dim, site.dim, each * len(branches))
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -150,7 +152,11 @@ class Block(nn.Module):
                 f"{self.site.path or 'block'}: ctx.cond is None, but the block is modulated"
             )
         mods: tuple[Tensor, ...] = self.modulation(ctx.cond)
-        return mods
+        if self.shift:
+            return mods
+        zero = mods[0].new_zeros(())
+        pairs = zip(mods[0::2], mods[1::2], strict=True)
+        return tuple(x for scale, gate in pairs for x in (zero, scale, gate))
 
     def macs(self, n: int, m: int | None = None) -> int:
         """Dense multiply-adds of one sample with n tokens (m in the memory)."""

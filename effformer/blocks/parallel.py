@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context, Site
 from effformer.nn.drop import DropPath
-from effformer.nn.norms import make_norm, modulate
+from effformer.nn.norms import branch_norm, modulate
 from effformer.registry import Caps, block
 
 from .base import Block, Branch, below, make_ffn, make_mixer
@@ -52,7 +52,7 @@ class Parallel(Block):
             "ffn": Branch(make_ffn(ffn, f), f, normed=False),
         }
         super().__init__(branches, site)
-        self.norm = make_norm(site, affine=False if site.cond_dim is not None else None)
+        self.norm = branch_norm(site)
         if site.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((site.dim,), site.layer_scale))
         self.drop_path = DropPath(site.drop_path) if site.drop_path else nn.Identity()

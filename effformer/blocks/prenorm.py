@@ -26,6 +26,7 @@ class PreNorm(Block):
         ffn: config of the position-wise network.
         cross: config of the mixer that attends to a memory of width ``site.memory_dim``, None for
             no such branch.
+        shift: the modulation of a conditioned model shifts.
 
     Reference: On Layer Normalization in the Transformer Architecture, 2020, arXiv 2002.04745.
     """
@@ -50,9 +51,10 @@ class PreNorm(Block):
         attn: BaseConfig,
         ffn: BaseConfig,
         cross: BaseConfig | None = None,
+        shift: bool = True,
     ) -> None:
         plain = replace(site, layer_scale=None)
         f = below(site if config.scale_ffn else plain, "ffn")
         branches = mixer_branches(attn, cross, site if config.scale_attn else plain)
         branches["ffn"] = Branch(make_ffn(ffn, f), f)
-        super().__init__(branches, site)
+        super().__init__(branches, site, shift=shift)

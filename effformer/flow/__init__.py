@@ -33,6 +33,7 @@ from .objectives import Distillation as Distillation
 from .objectives import FlowMatching as FlowMatching
 from .objectives import LossOutput as LossOutput
 from .objectives import PseudoHuber as PseudoHuber
+from .objectives import cosine_distance as cosine_distance
 from .objectives import loss_weight as loss_weight
 from .paths import DDPM as DDPM
 from .paths import GVP as GVP

@@ -19,7 +19,7 @@ from ..config import Config
 from .paths import DDPM, Linear, Path, Prediction, get_path
 
 __all__ = [
-    "CONVENTIONS", "DIT", "EFFFORMER", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "MDT_DIST",
+    "CONVENTIONS", "DIT", "EFFFORMER", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "LIGHTNINGDIT", "MDT_DIST",
     "RECTIFIED_DIFFUSION", "RECTIFIED_FLOW", "RFPP", "SD3", "SIT", "SIT_PAPER", "SLIMFLOW",
     "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Velocity",
     "VelocityField", "adapt", "batch_times", "flip", "get_convention",
@@ -107,6 +107,7 @@ TRIPOSG = FlowConvention(data_at=0, label_scale=1000.0, sign=-1)
 TORCHCFM = EFFFORMER
 FLOW_MATCHING = EFFFORMER
 SIT = EFFFORMER
+LIGHTNINGDIT = EFFFORMER
 SIT_PAPER = FlowConvention(data_at=0)
 DIT = FlowConvention(
     data_at=0, label_scale=1000.0, label_offset=-1.0, label_round=True,
@@ -118,7 +119,7 @@ CONVENTIONS: dict[str, FlowConvention] = {
     "slimflow-paper": SLIMFLOW_PAPER, "rfpp": RFPP, "instaflow": INSTAFLOW,
     "rectified-diffusion": RECTIFIED_DIFFUSION, "mdt-dist": MDT_DIST, "trellis": TRELLIS,
     "sd3": SD3, "flux": FLUX, "triposg": TRIPOSG, "torchcfm": TORCHCFM,
-    "flow-matching": FLOW_MATCHING, "sit": SIT, "sit-paper": SIT_PAPER, "dit": DIT,
+    "flow-matching": FLOW_MATCHING, "sit": SIT, "lightningdit": LIGHTNINGDIT, "sit-paper": SIT_PAPER, "dit": DIT,
 }  # fmt: skip
 
 

@@ -115,9 +115,10 @@ def forward_with_cfg(
     scale: float,
     *,
     channels: Channels = 3,
+    interval: tuple[float, float] | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Guidance as DiT's and SiT's ``forward_with_cfg`` compute it, quirks included.
+    """Guidance as the ``forward_with_cfg`` of DiT, SiT and LightningDiT compute it, quirks included.
 
     The batch is [conditional; unconditional] in time and conditions. Only the first half of x is
     used, for both. The guided channels ``null + scale (cond - null)`` are written to both halves;
@@ -130,6 +131,9 @@ def forward_with_cfg(
         t: (2B,) in the network's own convention.
         scale: guidance scale.
         channels: number of guided leading channels of the output, or "all" of the channels of x.
+        interval: (low, high) in the network's own time, inside which guidance acts. The first
+            sample's time decides for the whole batch; outside, both halves get ``cond`` on the
+            guided channels. `guided` decides for every sample.
         cond: conditions (2B, ...), the null condition in the second half.
 
     Returns:
@@ -145,6 +149,8 @@ def forward_with_cfg(
     guided_channels = x.shape[1] if channels == "all" else channels
     v_cond, v_null = out[:, :guided_channels].chunk(2)
     mixed = v_null + scale * (v_cond - v_null)
+    if interval is not None:
+        mixed = torch.where((t[0] >= interval[0]) & (t[0] <= interval[1]), mixed, v_cond)
     return torch.cat([torch.cat([mixed, mixed]), out[:, guided_channels:]], dim=1)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from effformer.checks import unknown
 from effformer.context import Site
 
-__all__ = ["Modulation", "make_norm", "modulate"]
+__all__ = ["Modulation", "branch_norm", "make_norm", "modulate"]
 
 
 def make_norm(site: Site, dim: int | None = None, *, affine: bool | None = None) -> nn.Module:
@@ -18,7 +18,7 @@ def make_norm(site: Site, dim: int | None = None, *, affine: bool | None = None)
     Args:
         site: gives kind, epsilon and whether there are learned factors.
         dim: width if it is not ``site.dim`` (heads).
-        affine: overrides ``site.norm_affine``; modulated branches have no learned factors.
+        affine: overrides ``site.norm_affine``.
 
     Raises:
         ValueError: ``site.norm`` is neither "layer" nor "rms".
@@ -30,6 +30,11 @@ def make_norm(site: Site, dim: int | None = None, *, affine: bool | None = None)
     if site.norm == "rms":
         return nn.RMSNorm(width, eps=site.norm_eps, elementwise_affine=learned)
     raise unknown("norm", site.norm, ["layer", "rms"], where=site.path)
+
+
+def branch_norm(site: Site) -> nn.Module:
+    """The norm before a part; where the model is conditioned, the modulation follows it."""
+    return make_norm(site, affine=None if site.cond_dim is None else site.modulated_affine)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -11,26 +11,27 @@ from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.embeddings import sincos_2d
 
-__all__ = ["DIFFUSERS", "OFFICIAL"]
+__all__ = ["DIFFUSERS", "NAMES", "OFFICIAL", "check_positions"]
+
+NAMES = (
+    ("patch_embed.proj", "x_embedder.proj"),
+    ("time_embed.fc1", "t_embedder.mlp.0"),
+    ("time_embed.fc2", "t_embedder.mlp.2"),
+    ("label_embed.table", "y_embedder.embedding_table"),
+    ("blocks.{i}.attn.part", "blocks.{i}.attn"),
+    ("blocks.{i}.ffn.part", "blocks.{i}.mlp"),
+    ("blocks.{i}.modulation.linear", "blocks.{i}.adaLN_modulation.1"),
+    ("final.modulation.linear", "final_layer.adaLN_modulation.1"),
+    ("final.linear", "final_layer.linear"),
+)
+"""(our prefix, official prefix)."""
 
 _NAMES = renamed(
-    "official",
-    [
-        ("patch_embed.proj", "x_embedder.proj"),
-        ("time_embed.fc1", "t_embedder.mlp.0"),
-        ("time_embed.fc2", "t_embedder.mlp.2"),
-        ("label_embed.table", "y_embedder.embedding_table"),
-        ("blocks.{i}.attn.part", "blocks.{i}.attn"),
-        ("blocks.{i}.ffn.part", "blocks.{i}.mlp"),
-        ("blocks.{i}.modulation.linear", "blocks.{i}.adaLN_modulation.1"),
-        ("final.modulation.linear", "final_layer.adaLN_modulation.1"),
-        ("final.linear", "final_layer.linear"),
-    ],
-    recognise=has_keys("x_embedder.proj.weight", "t_embedder.mlp.0.weight"),
+    "official", NAMES, recognise=has_keys("x_embedder.proj.weight", "t_embedder.mlp.0.weight")
 )
 
 
-def _check_positions(state: StateDict, config: Any) -> StateDict:
+def check_positions(state: StateDict, config: Any) -> StateDict:
     """Refuse a position table that is not the fixed one, unless the model has a learned table."""
     table = state.get("pos_embed")
     if table is None or config.positions == "learned":
@@ -47,7 +48,7 @@ def _check_positions(state: StateDict, config: Any) -> StateDict:
 OFFICIAL = Layout(
     name="official",
     recognise=_NAMES.recognise,
-    to_ours=lambda state, config: _check_positions(_NAMES.to_ours(state, config), config),
+    to_ours=lambda state, config: check_positions(_NAMES.to_ours(state, config), config),
     from_ours=_NAMES.from_ours,
 )
 

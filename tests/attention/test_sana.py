@@ -34,6 +34,13 @@ def test_half_precision_is_computed_in_single() -> None:
     torch.testing.assert_close(out, core(q.float(), k.float(), v.float()).half(), rtol=0, atol=0)
 
 
+def test_norms_of_queries_have_their_own_epsilon() -> None:
+    for eps, expected in ((None, 1e-3), (0.5, 0.5)):
+        config = Attention.Config(qk_norm=True, qk_norm_eps=eps)
+        part = Attention(config, Site(dim=12, heads=3, norm_eps=1e-3))
+        assert part.q_norm.eps == part.k_norm.eps == expected
+
+
 def test_norm_across_heads() -> None:
     config = Attention.Config(qk_norm="across-heads")
     part = Attention(config, Site(dim=12, heads=3, norm="rms")).eval()

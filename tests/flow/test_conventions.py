@@ -28,6 +28,7 @@ TABLE: dict[str, tuple[int, Any, Any, Any]] = {
     "torchcfm": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
     "flow-matching": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
     "sit": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
+    "lightningdit": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
     "sit-paper": (0, lambda u: (1 - u, u), (-1, 1), lambda u: u),
     "effformer": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
 }

@@ -18,7 +18,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.batches.append(len(x))
-        return torch.tanh(self.conv(x) + (self.label(y) * (1 + t[:, None]))[:, :, None, None])
+        label = self.label(y) * (1 + t[:, None].to(x))
+        return torch.tanh(self.conv(x) + label[:, :, None, None])
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def test_batched_equals_two_passes_forward_and_backward(
     case: Any, channels: Any, interval: Any
 ) -> None:
     net, x, t, y = case
+    net, x = net.double(), x.double()  # a batch of another size is summed in another order
     outs, grads = [], []
     for batched in (True, False):
         field = guided(
@@ -110,6 +112,20 @@ def test_forward_with_cfg_quirks() -> None:
     torch.testing.assert_close(everything[:, 4:], both[:, 4:])
     # scale 1 is the conditional pass on every channel
     torch.testing.assert_close(forward_with_cfg(net, x, t, 1.0, y=y)[:2], both[:2])
+
+
+def test_forward_with_cfg_lets_the_first_time_decide() -> None:
+    net = Net(4, 8)
+    x, y = torch.randn(4, 4, 5, 5), torch.tensor([1, 2, 5, 5])
+    early, late = torch.tensor([0.1, 0.9] * 2), torch.tensor([0.9, 0.1] * 2)
+    free = forward_with_cfg(net, x, late, 4.0, y=y)
+    inside = forward_with_cfg(net, x, late, 4.0, interval=(0.3, 1.0), y=y)
+    torch.testing.assert_close(inside, free, rtol=0, atol=0)
+    outside = forward_with_cfg(net, x, early, 4.0, interval=(0.3, 1.0), y=y)
+    both = net(torch.cat([x[:2], x[:2]]), early, y)
+    torch.testing.assert_close(outside[:2, :3], both[:2, :3], rtol=0, atol=0)
+    torch.testing.assert_close(outside[2:, :3], both[:2, :3], rtol=0, atol=0)
+    torch.testing.assert_close(outside[:, 3:], both[:, 3:], rtol=0, atol=0)
 
 
 def test_the_quirk_and_guided_agree_on_the_conditional_half() -> None:

@@ -15,6 +15,7 @@ from effformer.flow import (
     KStep,
     PseudoHuber,
     Uniform,
+    cosine_distance,
     get_path,
     loss_weight,
     reference,
@@ -49,6 +50,35 @@ def test_flow_matching_equals_the_reference_forward_and_backward(case: Any) -> N
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_cosine_distance_is_the_angle_over_channels() -> None:
+    value, target = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64)
+    for b in range(2):
+        total = 0.0
+        for i in range(2):
+            for j in range(2):
+                a, c = value[b, :, i, j], target[b, :, i, j]
+                total += float(1 - (a @ c) / (a.norm() * c.norm()))
+        assert float(cosine_distance(value, target)[b]) == pytest.approx(total / 4)
+    half = cosine_distance(value.half(), target.half())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(cosine_distance(value, 3 * value).sum(), torch.tensor(0.0).double())
+
+
+def test_cosine_is_added_with_its_weight_and_not_weighted_by_time(case: Any) -> None:
+    net, data, noise, t = case
+    plain = FlowMatching(FlowMatching.Config())(net, data, noise=noise, t=t)
+    both = FlowMatching(FlowMatching.Config(cosine=0.5))(net, data, noise=noise, t=t)
+    angle = 1 - torch.cosine_similarity(net(plain.x, t), data - noise, dim=1)
+    torch.testing.assert_close(both.per_sample, plain.per_sample + 0.5 * angle)
+    options: dict[str, Any] = {"prediction": "noise", "weight": "velocity"}
+    plain = FlowMatching(FlowMatching.Config(**options))(net, data, noise=noise, t=t)
+    both = FlowMatching(FlowMatching.Config(**options, cosine=2.0))(net, data, noise=noise, t=t)
+    angle = 1 - torch.cosine_similarity(net(plain.x, t), noise, dim=1)
+    torch.testing.assert_close(both.per_sample, plain.per_sample + 2 * angle)
+    with pytest.raises(ValueError, match="cosine must be at least 0, got -1"):
+        FlowMatching(FlowMatching.Config(cosine=-1.0))
 
 
 def test_half_sum(case: Any) -> None:

@@ -1,0 +1,61 @@
+"""Key layout of LightningDiT's official checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from effformer.checks import FormatError
+from effformer.ffn import SwiGLU
+from effformer.layout import Layout, StateDict, has_keys, renamed
+from effformer.nn.rope import GridRope
+
+from .dit import NAMES, check_positions
+
+__all__ = ["OFFICIAL"]
+
+_NORMS = (
+    ("blocks.{i}.attn.norm", "blocks.{i}.norm1"),
+    ("blocks.{i}.ffn.norm", "blocks.{i}.norm2"),
+    ("final.norm", "final_layer.norm_final"),
+)
+_GATED = (
+    ("blocks.{i}.ffn.part.fc1", "blocks.{i}.mlp.w12"),
+    ("blocks.{i}.ffn.part.fc2", "blocks.{i}.mlp.w3"),
+)
+_RECOGNISE = has_keys("x_embedder.proj.weight", "t_embedder.mlp.0.weight")
+_PLAIN = renamed("official", (*_NORMS, *NAMES), recognise=_RECOGNISE)
+_SWIGLU = renamed("official", (*_NORMS, *_GATED, *NAMES), recognise=_RECOGNISE)
+_TABLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
+
+
+def _names(config: Any) -> Layout:
+    return _SWIGLU if isinstance(config.ffn, SwiGLU.Config) else _PLAIN
+
+
+def _tables(config: Any) -> StateDict:
+    """The rotary tables (N, K), which official checkpoints carry as buffers."""
+    if config.rope is None:
+        return {}
+    side = config.input_size // config.patch
+    rope = GridRope(config.rope, config.dim // config.heads, heads=config.heads, depth=config.depth)
+    (table,) = rope(side, side, like=torch.empty(0))
+    return dict(zip(_TABLES, (table.cos, table.sin), strict=True))
+
+
+def _to_ours(state: StateDict, config: Any) -> StateDict:
+    """Rename; tables are checked, since the model computes its own."""
+    state = dict(state)
+    for key, expected in _tables(config).items():
+        table = state.pop(key, expected)
+        if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-4):
+            raise FormatError(f"{key} is not the rotary table of this model's grid and heads")
+    return check_positions(_names(config).to_ours(state, config), config)
+
+
+def _from_ours(state: StateDict, config: Any) -> StateDict:
+    return _names(config).from_ours(state, config) | _tables(config)
+
+
+OFFICIAL = Layout(name="official", recognise=_RECOGNISE, to_ours=_to_ours, from_ours=_from_ours)
