@@ -13,13 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from effformer.attention import Attention
+from effformer.attention import AdaptiveProjections, Attention
 from effformer.blocks import BackboneConfig, Branch, Needs, build_stack
 from effformer.blocks.base import below, make_ffn
 from effformer.checks import check_shape
 from effformer.config import Config, part
 from effformer.context import EMPTY, Context, Ledger, Rope, Site, Tap
-from effformer.ffn import MLP
+from effformer.ffn import ACM, MLP
 from effformer.layout import Layout
 from effformer.nn.embeddings import resize_positions
 from effformer.nn.init import truncated_normal_linears
@@ -443,5 +443,18 @@ def _presets() -> dict[str, Preset]:
     return presets
 
 
-PRESETS = _presets()
+def _adaptive() -> dict[str, Preset]:
+    """ViT-B/16 whose FFNs and projections are adaptive computation modules."""
+    attn = Attention.Config(projections=AdaptiveProjections())
+    config = ViT.Config(dim=768, depth=12, heads=12, attn=attn, ffn=ACM.Config(hidden=3072))
+    preset = Preset(
+        config=config,
+        params=87_298_852,
+        source="arXiv 2312.10193: 7,145,733 parameters in projections, FFN and gates of a block",
+        summary="ViT-B/16 whose projections and FFNs run as many learners per token as gates choose.",
+    )
+    return {"vit-b-16-acm": preset}
+
+
+PRESETS = _presets() | _adaptive()
 register_presets(ViT, PRESETS, paper="2010.11929")

@@ -12,12 +12,14 @@ from .longformer import Longformer
 from .multihead import Attention
 from .nystrom import Nystrom
 from .performer import Performer
+from .projections import AdaptiveProjections
 from .reformer import Reformer
 from .relative import Relative
 from .softmax import Softmax
 from .topk import TopK
 
 __all__ = [
+    "AdaptiveProjections",
     "Attention",
     "Core",
     "CoreConfig",

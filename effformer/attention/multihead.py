@@ -17,6 +17,7 @@ from effformer.nn.rope import apply_rope
 from effformer.registry import Caps, attention, core
 
 from .base import Core, CoreConfig, Mixer
+from .projections import AdaptiveProjections, Work, project
 from .softmax import Softmax
 
 __all__ = ["Attention"]
@@ -40,7 +41,9 @@ class Attention(Mixer):
 
     Self-attention has one fused projection ``qkv`` (rows q, k, v; head-major inside each). The
     core's site has the width of all heads together. With ``site.memory_dim`` the part is a
-    cross-attention: ``q`` reads the tokens, ``kv`` reads ``ctx.memory``.
+    cross-attention: ``q`` reads the tokens, ``kv`` reads ``ctx.memory``. With
+    ``config.projections`` the four projections ``q``, ``k``, ``v``, ``proj`` are separate, and each
+    token chooses how much of each it runs.
 
     Args:
         config: the core and the projections.
@@ -67,6 +70,8 @@ class Attention(Mixer):
             head_dim: width of a head; None means dim / heads.
             kv_heads: number of key and value heads, each shared by heads / kv_heads query heads
                 (grouped-query attention); None means one per query head.
+            projections: learners in place of the projections' matrices, which then have the biases
+                of the learners; None: plain matrices.
         """
 
         core: CoreConfig = part("core", Softmax.Config())
@@ -76,6 +81,7 @@ class Attention(Mixer):
         qk_norm_eps: float | None = None
         head_dim: int | None = None
         kv_heads: int | None = None
+        projections: AdaptiveProjections | None = None
 
     def __init__(self, config: Attention.Config, site: Site) -> None:
         super().__init__(config, site)
@@ -94,12 +100,7 @@ class Attention(Mixer):
             )
         inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.cross = site.memory_dim is not None
-        if self.cross:
-            assert site.memory_dim is not None
-            self.q = nn.Linear(site.dim, inner, bias=config.qkv_bias)
-            self.kv = nn.Linear(site.memory_dim, 2 * kv, bias=config.qkv_bias)
-        else:
-            self.qkv = nn.Linear(site.dim, inner + 2 * kv, bias=config.qkv_bias)
+        self._build_projections(config, inner, kv)
         if config.qk_norm:
             together = config.qk_norm == "across-heads"
             eps = site.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
@@ -110,12 +111,30 @@ class Attention(Mixer):
         assert entry is not None
         self.core: Core = entry.build(config.core, replace(site, dim=inner))
         self.core_caps = entry.caps
-        self.proj = nn.Linear(inner, site.out_dim or site.dim, bias=config.proj_bias)
         self.drop = nn.Dropout(site.dropout)
+
+    def _build_projections(self, config: Attention.Config, inner: int, kv: int) -> None:
+        site, adaptive = self.site, config.projections
+        source = site.dim if site.memory_dim is None else site.memory_dim
+        out = site.out_dim or site.dim
+        self.q: nn.Module
+        self.proj: nn.Module
+        if adaptive is not None:
+            self.q = adaptive.build(site.dim, inner)
+            self.k, self.v = adaptive.build(source, kv), adaptive.build(source, kv)
+            self.proj = adaptive.build(inner, out)
+            return
+        if self.cross:
+            self.q = nn.Linear(site.dim, inner, bias=config.qkv_bias)
+            self.kv = nn.Linear(source, 2 * kv, bias=config.qkv_bias)
+        else:
+            self.qkv = nn.Linear(site.dim, inner + 2 * kv, bias=config.qkv_bias)
+        self.proj = nn.Linear(inner, out, bias=config.proj_bias)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         check_context(ctx, self.core_caps, "core", self.site.path or "attention")
-        q, k, v = self._heads(x, ctx)
+        work = Work(ctx.ledger, self.site.path)
+        q, k, v = self._heads(x, ctx, work)
         if ctx.packing is not None and (ctx.mask is not None or ctx.memory is not None):
             where = self.site.path or "attention"
             raise CapabilityError(
@@ -125,15 +144,30 @@ class Attention(Mixer):
             out = self.core(q, k, v, ctx)
         else:
             out = _per_sequence(self.core, q, k, v, ctx.packing)
-        return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
+        out = project(self.proj, out.transpose(1, 2).flatten(2), "proj", work)
+        if ctx.ledger is not None and self.config.projections is not None:
+            lengths = [(x.shape[1], k.shape[2])]
+            if ctx.packing is not None:
+                lengths = [(n, n) for n in ctx.packing.lengths]
+            core = sum(self._core_macs(n, m) for n, m in lengths)
+            dense = self._projection_macs(x.shape[1], k.shape[2]) + core
+            ctx.ledger.work(self.site.path, (torch.stack(work.executed).sum(0) + core) / dense)
+        return self.drop(out)
 
     def macs(self, n: int, m: int | None = None) -> int:
-        inner, dim = self.heads * self.head_dim, self.site.dim
         keys = n if m is None else m
+        return self._projection_macs(n, keys) + self._core_macs(n, keys)
+
+    def _core_macs(self, n: int, m: int) -> int:
+        return self.core.macs(n, m, heads=self.heads, head_dim=self.head_dim)
+
+    def _projection_macs(self, n: int, m: int) -> int:
+        if self.config.projections is not None:
+            return self.q.macs(n) + self.k.macs(m) + self.v.macs(m) + self.proj.macs(n)  # type: ignore[operator]
+        inner, dim = self.heads * self.head_dim, self.site.dim
         source = self.site.memory_dim if self.site.memory_dim is not None else dim
-        projections = n * (dim + (self.site.out_dim or dim)) * inner
-        projections += 2 * keys * source * self.kv_heads * self.head_dim
-        return projections + self.core.macs(n, keys, heads=self.heads, head_dim=self.head_dim)
+        total = n * (dim + (self.site.out_dim or dim)) * inner
+        return total + 2 * m * source * self.kv_heads * self.head_dim
 
     def init_state(self, batch: int, *, like: Tensor) -> Any:
         """State before the first token.
@@ -155,26 +189,23 @@ class Attention(Mixer):
             raise CapabilityError(
                 f"{self.site.path or 'attention'}: streaming takes no mask; feed real tokens only"
             )
-        q, k, v = self._heads(x, ctx)
+        work = Work(None, self.site.path)
+        q, k, v = self._heads(x, ctx, work)
         out, state = self.core.step(q, k, v, state)  # type: ignore[operator]
-        return self.proj(out.transpose(1, 2).flatten(2)), state
+        return project(self.proj, out.transpose(1, 2).flatten(2), "proj", work), state
 
-    def _heads(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, ctx: Context, work: Work) -> tuple[Tensor, Tensor, Tensor]:
         if self.cross:
             if ctx.memory is None:
                 raise CapabilityError(
                     f"{self.site.path or 'attention'}: built for cross-attention, but ctx.memory is None"
                 )
-            q = self.q(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-            kv = self.kv(ctx.memory).unflatten(-1, (2, self.kv_heads, self.head_dim))
-            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        else:
-            if ctx.memory is not None:
-                raise CapabilityError(
-                    f"{self.site.path or 'attention'}: built for self-attention, but ctx.memory is given; "
-                    "build it with Site(memory_dim=...)"
-                )
-            q, k, v = self._split(self.qkv(x))
+        elif ctx.memory is not None:
+            raise CapabilityError(
+                f"{self.site.path or 'attention'}: built for self-attention, but ctx.memory is given; "
+                "build it with Site(memory_dim=...)"
+            )
+        q, k, v = self._projected(x, x if ctx.memory is None else ctx.memory, work)
         if self.config.qk_norm == "across-heads":
             q, k = _across_heads(self.q_norm, q), _across_heads(self.k_norm, k)
         elif self.config.qk_norm:
@@ -191,14 +222,28 @@ class Attention(Mixer):
             )
         return q, k, v
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor, source: Tensor, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of queries from x, of keys and values from ``source``: (B, H, N or M, K)."""
+        if self.config.projections is not None:
+            parts = (("q", self.q, x), ("k", self.k, source), ("v", self.v, source))
+            q, k, v = (self._split(project(m, y, name, work)) for name, m, y in parts)
+            return q, k, v
+        if self.cross:
+            kv = self.kv(source).unflatten(-1, (2, self.kv_heads, self.head_dim))
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            return self._split(self.q(x)), k, v
+        qkv = self.qkv(x)
         if self.kv_heads == self.heads:
             qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             return q, k, v
         counts = [self.heads, self.kv_heads, self.kv_heads]
-        q, k, v = qkv.unflatten(-1, (sum(counts), self.head_dim)).transpose(1, 2).split(counts, 1)
+        q, k, v = self._split(qkv).split(counts, 1)
         return q, k, v
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, N, H K) -> (B, H, N, K)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _check_streaming(self) -> None:
         if not self.core_caps.streaming or not self.core.config.causal:

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effformer.context import Choice, Ledger
-
-from .acm import Learners
+from effformer.nn.learners import Learners
 
 __all__ = [
     "acm_losses", "budget_loss", "distillation_loss", "diversity_loss", "entropy_loss", "gate_labels",

@@ -33,10 +33,13 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("adaln_blocks", r"(^|\.)(\w*modulation|adaln\w*)(\.|$)|\.norm\d?\.linear$"),
         ("t_mlp", r"(^|\.)(t_embed\w*|time\w*|t_block)(\.|$)"),
         ("patch_embed", r"(^|\.)(patch\w*|x_embed\w*|conv_proj)(\.|$)|^pos_embed\.proj$"),
-        ("qkv", r"\.(qkv|kv|q|k|v|to_qkv|to_q|to_k|to_v|[qkv]_proj|query|key|value)$"),
+        (
+            "qkv",
+            r"\.(qkv|kv|q|k|v|to_qkv|to_q|to_k|to_v|[qkv]_proj|query|key|value)(\.(fc[12]|gate)\..*)?$",
+        ),
         (
             "proj",
-            r"(attn|attention|cross)\w*\.(.*\.)?(proj|out_proj|to_out(\.\d+)?)$|attention\.output\.dense$",
+            r"(attn|attention|cross)\w*\.(.*\.)?(proj|out_proj|to_out(\.\d+)?)(\.(fc[12]|gate)\..*)?$|attention\.output\.dense$",
         ),
         (
             "mlp",

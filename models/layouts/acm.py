@@ -19,7 +19,7 @@ _GATE = ("gate.net.", "gating_network.net.")
 
 
 def split_learners(state: StateDict, count: int) -> StateDict:
-    """Official keys of one layer -> those of `effformer.ffn.acm.Learners` with ``count``
+    """Official keys of one layer -> those of `effformer.nn.learners.Learners` with ``count``
     learners.
     """
     state = dict(state)

@@ -17,6 +17,8 @@ from effformer.blocks import Parallel, ParallelBranches, PreNorm, ResPost
 from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 
+from .torchvision import TORCHVISION
+
 __all__ = ["LAYOUTS"]
 
 _CORE = [
@@ -248,4 +250,4 @@ TIMM_EVA, TIMM_SPLIT, TIMM_SHARED = (
     )
 )
 # "timm" is the most general form and comes last
-LAYOUTS = (TIMM_SHARED, TIMM_SPLIT, TIMM_EVA, TIMM)
+LAYOUTS = (TORCHVISION, TIMM_SHARED, TIMM_SPLIT, TIMM_EVA, TIMM)
