@@ -36,6 +36,7 @@ class Site:
         memory_dim: width of ``ctx.memory``; None means that there is no memory.
         out_dim: width of what a token mixer returns, None for ``dim`` (blocks need ``dim``).
         tokens: number of tokens where the model fixes it, else None.
+        axes: number of axes of the token grid where the model fixes it, else None.
         norm: "layer" or "rms".
         norm_eps: epsilon of every norm.
         norm_affine: the norms have a learned scale (and bias); see ``modulated_affine``.
@@ -54,6 +55,7 @@ class Site:
     memory_dim: int | None = None
     out_dim: int | None = None
     tokens: int | None = None
+    axes: int | None = None
     norm: str = "layer"
     norm_eps: float = 1e-6
     norm_affine: bool = True
@@ -246,6 +248,9 @@ class Context:
         rope: rotary tables.
         grid: layout of the token axis, for instance (T, H, W). Tokens beyond its product stand in
             front and have no place in it (class token, registers).
+        coords: real coordinates of the grid's cells, one (n,) tensor per axis, in units of the
+            model's choice; None: the parts that need some count from 0 to 1 on every axis. Like
+            ``grid`` a fact about the tokens, not a demand: parts without positions need not look.
         packing: several sequences in one row.
         ledger: dynamic parts write auxiliary losses and executed work here.
         tap: reads or replaces values at named places.
@@ -259,6 +264,7 @@ class Context:
     memory_mask: Tensor | None = None
     rope: Rope | None = None
     grid: tuple[int, ...] | None = None
+    coords: tuple[Tensor, ...] | None = None
     packing: Packing | None = None
     ledger: Ledger | None = None
     tap: Tap | None = None

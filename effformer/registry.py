@@ -39,11 +39,12 @@ class Caps:
         packed: honours ``ctx.packing`` (several sequences in one row).
         streaming: has ``init_state`` and ``step``.
         grid: needs ``ctx.grid``.
+        front: a part that needs a grid takes tokens that stand in front of it (class token).
         cond: uses the conditioning vector ``ctx.cond``.
         dynamic: executes a part of its work that depends on the input, and reports it to
             ``ctx.ledger``.
         onnx: exports to ONNX.
-        cost: growth with the number of tokens, "n", "n log n" or "n^2".
+        cost: growth with the number of tokens, "n", "n log n", "n^1.5" (a square grid) or "n^2".
     """
 
     causal: When = "never"
@@ -54,6 +55,7 @@ class Caps:
     packed: bool = False
     streaming: bool = False
     grid: bool = False
+    front: bool = False
     cond: When = "never"
     dynamic: bool = False
     onnx: bool = True

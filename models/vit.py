@@ -251,7 +251,8 @@ class ViT(Model):
             width = getattr(config.attn, "head_dim", None) or config.dim // config.heads
             self.rope = GridRope(rope, width, heads=config.heads, depth=config.depth)
         self.norm_before = make_norm(site) if config.norm.before else nn.Identity()
-        needs = Needs(grid=True, rope=rope is not None)
+        front = config.prefix.count > 0
+        needs = Needs(grid=True, front=front, rope=rope is not None)
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.norm = make_norm(site) if config.head.norm == "tokens" else nn.Identity()
         self.head = Classifier(

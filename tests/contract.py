@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer import registry
+from effformer.attention import Mixer
 from effformer.blocks.stack import with_causal
 from effformer.build import list_attention
 from effformer.config import Config, resolve
@@ -84,6 +85,12 @@ def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
     if caps.grid:
         fields.setdefault("grid", (1, x.shape[1]))
     return Context(**fields)
+
+
+def macs_of(part: nn.Module, n: int) -> int:
+    """Counted work of n tokens in the grid of `context_for`."""
+    takes_grid = isinstance(part, Mixer) and part.caps.grid  # type: ignore[attr-defined]
+    return part.macs(n, grid=(1, n)) if takes_grid else part.macs(n)  # type: ignore[operator]
 
 
 def is_dynamic(part: nn.Module) -> bool:

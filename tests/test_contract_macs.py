@@ -9,6 +9,7 @@ from contract import (
     MIXERS,
     context_for,
     is_dynamic,
+    macs_of,
     make_block,
     make_ffn,
     make_mixer,
@@ -42,7 +43,7 @@ def _traced(part: nn.Module, n: int) -> int:
 @pytest.mark.parametrize(("name", "causal"), FORMS)
 def test_mixers(name: str, causal: bool, n: int) -> None:
     part = make_mixer(name, causal=causal)
-    assert _traced(part, n) == part.macs(n)
+    assert _traced(part, n) == macs_of(part, n)
 
 
 @pytest.mark.parametrize("name", FFNS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Core, CoreConfig, Mixer, Streaming
 from .differential import Differential
 from .efficient import Efficient
+from .factorized import FactorizedChained, FactorizedParallel
 from .flow import Flow
 from .linear import Linear, Sana
 from .linformer import Linformer
@@ -25,6 +26,8 @@ __all__ = [
     "CoreConfig",
     "Differential",
     "Efficient",
+    "FactorizedChained",
+    "FactorizedParallel",
     "Flow",
     "Linear",
     "Linformer",

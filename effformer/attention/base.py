@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from effformer.config import Config
 from effformer.context import EMPTY, Context, Site
+from effformer.registry import Caps
 
 __all__ = ["Core", "CoreConfig", "Mixer", "Streaming"]
 
@@ -56,7 +57,12 @@ class Mixer(nn.Module, ABC):
     Args:
         config: the knobs.
         site: the place in the model.
+
+    Attributes:
+        caps: what the part can do; the registry sets it.
     """
+
+    caps: ClassVar[Caps]
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
@@ -69,7 +75,10 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def macs(self, n: int, m: int | None = None) -> int:
-        """Dense multiply-adds of one sample with n tokens (m in the memory)."""
+        """Dense multiply-adds of one sample with n tokens (m in the memory).
+
+        Mixers with ``caps.grid`` take a keyword ``grid``, the layout of the tokens, as well.
+        """
 
 
 @runtime_checkable

@@ -158,8 +158,10 @@ class Block(nn.Module):
         pairs = zip(mods[0::2], mods[1::2], strict=True)
         return tuple(x for scale, gate in pairs for x in (zero, scale, gate))
 
-    def macs(self, n: int, m: int | None = None) -> int:
-        """Dense multiply-adds of one sample with n tokens (m in the memory)."""
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
+        """Dense multiply-adds of one sample with n tokens (m in the memory); mixers whose work
+        depends on the shape of the grid need ``grid``.
+        """
         total = 0
         if self.site.cond_dim is not None:
             total = self.modulation.linear.in_features * self.modulation.linear.out_features
@@ -169,7 +171,8 @@ class Block(nn.Module):
                 total += part.macs(n)
             else:
                 own = "cross" in self.order and name != "cross"
-                total += part.macs(n, None if own else m)
+                shape = {"grid": grid} if part.caps.grid else {}
+                total += part.macs(n, None if own else m, **shape)
         return total
 
 

@@ -92,6 +92,7 @@ class Needs:
         cond: the model has a conditioning vector.
         rope: the model passes rotary tables.
         grid: the model passes the layout of its tokens.
+        front: tokens without a place stand in front of the grid.
         cross: a mixer attends to a memory.
         memory: blocks have a further branch that attends to a memory.
     """
@@ -101,6 +102,7 @@ class Needs:
     cond: bool = False
     rope: bool = False
     grid: bool = False
+    front: bool = False
     cross: bool = False
     memory: bool = False
 
@@ -271,8 +273,8 @@ def _ffn_reason(caps: registry.Caps, needs: Needs) -> str | None:
     """
     if not caps.grid:
         return None
-    if not needs.grid:
-        return "needs a token grid, which this model has not"
+    if (reason := _grid_reason(caps, needs)) is not None:
+        return reason
     if needs.causal:
         return "mixes neighbours, but this model must not see later tokens"
     return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
@@ -309,6 +311,13 @@ def _mixer_reason(caps: registry.Caps, needs: Needs) -> str | None:
     for key, (value, reason) in reasons.items():
         if not caps.satisfies(**{key: value}):
             return reason
-    if caps.grid and not needs.grid:
+    return _grid_reason(caps, needs) if caps.grid else None
+
+
+def _grid_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why a part over the grid does not serve, None if it does."""
+    if not needs.grid:
         return "needs a token grid, which this model has not"
+    if needs.front and not caps.front:
+        return "has no place for tokens in front of the grid (class token, registers)"
     return None

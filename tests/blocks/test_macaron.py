@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract import caps_of
 
 from effformer import registry
 from effformer.attention import Attention
@@ -13,7 +14,7 @@ from effformer.blocks import Block, Macaron, PreNorm
 from effformer.blocks.stack import with_causal
 from effformer.build import list_attention
 from effformer.config import resolve
-from effformer.context import EMPTY, Site
+from effformer.context import EMPTY, Context, Site
 from effformer.ffn import MLP
 
 DIM = 12
@@ -88,7 +89,8 @@ def test_first_activation() -> None:
 def test_any_attention_fits(attn: str) -> None:
     x = torch.randn(2, 5, DIM)
     spec = {"name": attn, "head_dim": 4} if attn in registry.core else attn
-    assert build(attn=spec)(x).shape == x.shape
+    ctx = Context(grid=(1, 5)) if caps_of(attn).grid else EMPTY
+    assert build(attn=spec)(x, ctx).shape == x.shape
 
 
 @pytest.mark.parametrize("attn", list_attention(causal=True))
