@@ -13,6 +13,7 @@ from effformer.blocks.stack import with_causal
 from effformer.build import list_attention
 from effformer.config import Config, resolve
 from effformer.context import Context, Site
+from effformer.nn.lif import LIF
 from effformer.registry import Caps
 
 DIM, HEADS = 24, 3
@@ -25,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moe": {"experts": 3},
     "nystrom": {"landmarks": 4, "conv": 3},
     "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
+    "spiking-lmu": {"lif": {"threshold": 0.05}},
     "topk": {"keep": 3},
 }
 """Options that let a mechanism work on the few tokens of a test."""
@@ -87,10 +89,16 @@ def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
     return Context(**fields)
 
 
+<<<<<<< HEAD
 def macs_of(part: nn.Module, n: int) -> int:
     """Counted work of n tokens in the grid of `context_for`."""
     takes_grid = isinstance(part, Mixer) and part.caps.grid  # type: ignore[attr-defined]
     return part.macs(n, grid=(1, n)) if takes_grid else part.macs(n)  # type: ignore[operator]
+=======
+def spikes(part: nn.Module) -> bool:
+    """The part fires: the gradient of a spike is a surrogate, no derivative."""
+    return any(isinstance(module, LIF) for module in part.modules())
+>>>>>>> fb33e5a (Add Legendre memory units: parallel, recurrent, streaming and exported forms that agree; spiking ones with exact surrogate gradients)
 
 
 def is_dynamic(part: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from .factorized import FactorizedChained, FactorizedParallel
 from .flow import Flow
 from .linear import Linear, Sana
 from .linformer import Linformer
+from .lmu import LMU
 from .longformer import Longformer
 from .multihead import Attention
 from .nystrom import Nystrom
@@ -17,10 +18,12 @@ from .projections import AdaptiveProjections
 from .reformer import Reformer
 from .relative import Relative
 from .softmax import Softmax
+from .spiking_lmu import SpikingLMU
 from .topk import TopK
 
 __all__ = [
     "AdaptiveProjections",
+    "LMU",
     "Attention",
     "Core",
     "CoreConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "Relative",
     "Sana",
     "Softmax",
+    "SpikingLMU",
     "Streaming",
     "TopK",
 ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .flow import Flow
+from effformer.nn.legendre import legendre_system
 
-__all__ = ["flow_reference", "linear_reference", "softmax_reference"]
+from .flow import Flow
+from .lmu import LMU
+
+__all__ = ["flow_reference", "linear_reference", "lmu_reference", "softmax_reference"]
 
 
 def softmax_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
@@ -76,4 +79,16 @@ def _flow_causal(q: Tensor, k: Tensor, v: Tensor, config: Flow.Config) -> Tensor
         total = total + weight
         values = values + torch.outer(k[t], v[t] * n * weight / total)
         rows.append(torch.sigmoid(i2) * (q[t] * i / n) @ values)
+    return torch.stack(rows)
+
+
+def lmu_reference(x: Tensor, part: LMU) -> Tensor:
+    """A Legendre memory unit, one token at a time; x (N, D)."""
+    transition, write = legendre_system(part.memory.order, part.memory.theta)
+    m, rows = torch.zeros_like(write), []
+    for token in x:
+        u = (part.write.weight[0] * token).sum() + part.write.bias[0]
+        m = transition @ m + write * u.clamp(min=0)
+        h = part.read.weight @ torch.cat([m, token]) + part.read.bias
+        rows.append(part.proj(h.clamp(min=0)))
     return torch.stack(rows)

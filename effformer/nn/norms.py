@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from effformer.checks import unknown
 from effformer.context import Site
 
-__all__ = ["Modulation", "branch_norm", "make_norm", "modulate"]
+__all__ = ["Modulation", "TokenBatchNorm", "branch_norm", "make_norm", "modulate"]
 
 
 def make_norm(site: Site, dim: int | None = None, *, affine: bool | None = None) -> nn.Module:
@@ -40,6 +40,21 @@ def branch_norm(site: Site) -> nn.Module:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``x * (1 + scale) + shift``; x (B, N, D), shift and scale (B, 1, D), one pass over x."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm of every channel over all tokens (B, N, D).
+
+    In training a sample sees the others, and padded tokens enter the statistics; in evaluation the
+    running statistics make it an affine map.
+
+    Reference: Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+    Covariate Shift, 2015, arXiv 1502.03167.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return super().forward(x.flatten(0, 1)).view_as(x)
 
 
 class Modulation(nn.Module):

@@ -27,8 +27,8 @@ __all__ = [
 
 CONVENTION = (
     "one multiply-add = 1 MAC, FLOPs = 2 x MACs; matrix products, convolutions and attention "
-    "products count, elementwise work, norms, softmax and embeddings are 0; masks and causality do "
-    "not reduce the count"
+    "products count, a Fourier transform of length L is 5/2 L log2 L (half of it if one side is real), "
+    "elementwise work, norms, softmax and embeddings are 0; masks and causality do not reduce the count"
 )
 
 

@@ -13,7 +13,7 @@ elements, 0 MACs;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from math import log2, prod
 from typing import Any, Literal
 
 import torch
@@ -241,3 +241,19 @@ def _attention_heads_third(args: Sequence[Any], kwargs: Mapping[str, Any], out: 
 def _recurrent_layer(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     x, w_input, w_state = args[:3]
     return int(prod(x.shape[:-1]) * (w_input.numel() + w_state.numel()))
+
+
+@register_formula("aten::_fft_r2c", "aten::_fft_c2r", "aten::_fft_c2c")
+def _fourier_transform(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
+    """5/2 L log2 L per complex transform of length L: the 5 L log2 L operations of radix 2, two of
+    them one multiply-add. Half of it along the axis (the last named) on whose other side numbers
+    are real.
+    """
+    real = next((x for x in (args[0], out) if not x.is_complex()), None)
+    wide = out if out.is_complex() else args[0]
+    axes = list(args[1])
+    total = 0.0
+    if real is not None:
+        axis = axes.pop()
+        total = 1.25 * real.numel() * log2(real.shape[axis])
+    return round(total + sum(2.5 * wide.numel() * log2(wide.shape[axis]) for axis in axes))

@@ -1,0 +1,159 @@
+"""Legendre memory unit: a token mixer without attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effformer.checks import CapabilityError
+from effformer.config import Config as BaseConfig
+from effformer.context import EMPTY, Context, Site, check_context
+from effformer.nn.legendre import LegendreMemory
+from effformer.registry import Caps, attention
+
+from .base import Mixer
+from .slices import over_sequences
+
+__all__ = ["LMU", "LMUState"]
+
+_CAPS = Caps(causal="always", mask="key", packed=True, streaming=True, cost="n")
+
+
+class LMUState(NamedTuple):
+    """What an `LMU` keeps of the tokens that it has read.
+
+    Attributes:
+        memory: (B, q) coefficients.
+    """
+
+    memory: Tensor
+
+
+@attention.register("lmu", caps=_CAPS, paper="2402.04882")
+class LMU(Mixer):
+    """Legendre memory unit: one scalar per token is remembered, and every token reads the memory.
+
+    ::
+
+        u_t = relu(w . x_t + b)                   what a token writes, one number
+        m_t = Ad m_(t-1) + bd u_t                 the last theta numbers as q coefficients
+        h_t = relu(W [m_t ; x_t] + c)             what it reads
+        y_t = proj(h_t)
+
+    The recurrence is linear and its matrices are constants, so the memory of all tokens is a causal
+    convolution (`effformer.nn.legendre`): it trains in parallel over any number of tokens, and reads
+    token by token with a state of q numbers. Work grows linearly in tokens once there are more than
+    about 2 theta of them.
+
+    A masked token writes nothing; time passes over it. So left padding changes nothing, and right
+    padding could not, because no token sees later ones.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+
+    Raises:
+        ValueError: without ``proj`` the width is ``site.out_dim`` or ``site.dim``, and ``hidden``
+            differs from it.
+
+    Reference: LMUFormer: Low Complexity Yet Powerful Spiking Model With Legendre Memory Units,
+    2024, arXiv 2402.04882.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `LMU`.
+
+        Attributes:
+            memory: q, number of coefficients; None for the width of the tokens.
+            theta: window in tokens that the memory represents.
+            hidden: width of h; None for the width of the output.
+            proj: a linear map follows; False returns h.
+        """
+
+        memory: int | None = None
+        theta: float = 128.0
+        hidden: int | None = None
+        proj: bool = True
+
+        def __post_init__(self) -> None:
+            for name in ("memory", "hidden"):
+                if (value := getattr(self, name)) is not None and value < 1:
+                    raise ValueError(f"lmu: {name} must be at least 1 or None, got {value}")
+            if self.theta < 1:
+                raise ValueError(f"lmu: theta must be at least 1 token, got {self.theta}")
+
+    def __init__(self, config: LMU.Config, site: Site) -> None:
+        super().__init__(config, site)
+        self.where = site.path or "lmu"
+        order, hidden, out = lmu_widths(config, site)
+        self.write = nn.Linear(site.dim, 1)
+        self.memory = LegendreMemory(order, config.theta)
+        self.read = nn.Linear(order + site.dim, hidden)
+        self.proj = nn.Linear(hidden, out) if config.proj else nn.Identity()
+        self.drop = nn.Dropout(site.dropout)
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        check_context(ctx, _CAPS, "attention", self.where)
+        if ctx.packing is None:
+            return self.drop(self.proj(self._mix(x, ctx.mask)))
+        if ctx.mask is not None:
+            raise CapabilityError(f"{self.where}: packing goes with no mask; unpack first")
+        return self.drop(
+            self.proj(over_sequences(lambda one: self._mix(one, None), x, ctx.packing))
+        )
+
+    def macs(self, n: int, m: int | None = None) -> int:
+        return lmu_macs(n, self.write, self.memory, self.read, self.proj)
+
+    def init_state(self, batch: int, *, like: Tensor) -> LMUState:
+        """The empty memory, in float32 at least."""
+        return LMUState(self.memory.init_state(batch))
+
+    def step(self, x: Tensor, state: LMUState, ctx: Context = EMPTY) -> tuple[Tensor, LMUState]:
+        """Feed the next tokens x (B, n, D).
+
+        Raises:
+            CapabilityError: the context carries a mask.
+        """
+        if ctx.mask is not None:
+            raise CapabilityError(f"{self.where}: streaming takes no mask; feed real tokens only")
+        m, memory = self.memory.step(self._write(x, None), state.memory)
+        return self.proj(self._read(m, x)), LMUState(memory)
+
+    def _mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self._read(self.memory(self._write(x, mask)), x)
+
+    def _write(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        u = self.write(x).squeeze(-1).relu()
+        return u if mask is None else u * mask
+
+    def _read(self, m: Tensor, x: Tensor) -> Tensor:
+        return self.read(torch.cat([m, x], dim=-1)).relu()
+
+
+def lmu_widths(config: LMU.Config, site: Site) -> tuple[int, int, int]:
+    """Coefficients, width of h and width of the output.
+
+    Raises:
+        ValueError: without a projection h is the output, but ``hidden`` differs from its width.
+    """
+    out = site.out_dim or site.dim
+    hidden = config.hidden or out
+    if not config.proj and hidden != out:
+        raise ValueError(
+            f"{site.path or 'lmu'}: without proj the output is hidden={hidden} wide, but {out} is "
+            "needed; leave hidden at None or use proj=True"
+        )
+    return config.memory or site.dim, hidden, out
+
+
+def lmu_macs(
+    n: int, write: nn.Linear, memory: LegendreMemory, read: nn.Linear, proj: nn.Module
+) -> int:
+    """Multiply-adds of a unit on n tokens: its linear maps and its memory."""
+    maps = [layer for layer in (write, read, proj) if isinstance(layer, nn.Linear)]
+    return memory.macs(n) + n * sum(layer.in_features * layer.out_features for layer in maps)

@@ -1,0 +1,185 @@
+"""Leaky integrate-and-fire neurons, whose time axis is the token axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+
+from effformer.config import Config as BaseConfig
+
+__all__ = ["LIF"]
+
+
+class LIF(nn.Module):
+    """Leaky integrate-and-fire neuron along the tokens, one per channel.
+
+    With v the membrane potential, 0 before the first token (or ``reset``)::
+
+        v' = v + (x - v) / tau           charge; decay_input=False: v' = v - v / tau + x
+        s  = 1 if v' >= threshold else 0
+        v  = (1 - s) v' + s reset        reset=None: v = v' - s threshold
+
+    A spike has no derivative. Its gradient is the derivative of ``sigmoid(alpha (v' - threshold))``;
+    with ``detach_reset`` no gradient passes through the reset. In eager mode the backward pass is a
+    loop of its own (two operations per token). A compiled graph holds the loop unrolled; an exported
+    one holds it as a loop (ONNX: Scan).
+
+    Args:
+        config: the knobs.
+
+    Example:
+        >>> spikes, v = LIF(LIF.Config())(torch.full((1, 4, 1), 1.6))
+        >>> spikes.flatten().tolist()
+        [0.0, 1.0, 0.0, 1.0]
+
+    Reference: SpikingJelly: An open-source machine learning infrastructure platform for spike-based
+    intelligence, 2023, arXiv 2310.16620.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `LIF`.
+
+        Attributes:
+            tau: time constant in tokens, above 1.
+            threshold: potential at which the neuron fires.
+            reset: potential after a spike; None subtracts the threshold instead.
+            decay_input: the input is divided by tau, too.
+            detach_reset: no gradient passes through the reset.
+            alpha: steepness of the surrogate gradient.
+        """
+
+        tau: float = 2.0
+        threshold: float = 1.0
+        reset: float | None = 0.0
+        decay_input: bool = True
+        detach_reset: bool = True
+        alpha: float = 4.0
+
+        def __post_init__(self) -> None:
+            if self.tau <= 1 or self.alpha <= 0:
+                raise ValueError(
+                    f"lif: tau must exceed 1 and alpha 0, got tau={self.tau}, alpha={self.alpha}"
+                )
+            if self.threshold <= (self.reset or 0.0):
+                raise ValueError(
+                    f"lif: threshold must exceed the reset potential, got threshold={self.threshold}, "
+                    f"reset={self.reset}"
+                )
+
+    def __init__(self, config: LIF.Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def init_state(self, batch: int, channels: int, *, like: Tensor) -> Tensor:
+        """Potential (B, D) before the first token."""
+        return like.new_full((batch, channels), self.config.reset or 0.0)
+
+    def forward(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Spikes of every token.
+
+        Args:
+            x: (B, N, ...) input.
+            v: (B, ...) potential before the first token, None for the initial one.
+
+        Returns:
+            Spikes (B, N, ...), 0 or 1 in the dtype of x, and the potential (B, ...) after the last
+            token.
+        """
+        if v is None:
+            v = torch.full_like(x[:, 0], self.config.reset or 0.0)
+        if torch.compiler.is_exporting():
+            return self.scanned(x, v)
+        if torch.compiler.is_compiling():
+            return self.unrolled(x, v)
+        spikes, last = _Fire.apply(x, v, self.config)
+        return spikes, last
+
+    def unrolled(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The equations, token by token, differentiated by autograd."""
+        c, fired = self.config, []
+        for token in x.unbind(1):
+            charged = _charge(token, v, c)
+            above = charged - c.threshold
+            soft = torch.sigmoid(c.alpha * above)
+            spike = (above >= 0).to(x.dtype) + (soft - soft.detach())
+            v = _reset(charged, spike.detach() if c.detach_reset else spike, c)
+            fired.append(spike)
+        return torch.stack(fired, dim=1), v
+
+    def scanned(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The loop as one operator, whose graph serves every number of tokens; inference only."""
+
+        def one(v: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+            charged = _charge(token, v, self.config)
+            spike = (charged >= self.config.threshold).to(token.dtype)
+            return _reset(charged, spike, self.config), spike
+
+        v, spikes = scan(one, v.contiguous(), x.transpose(0, 1).contiguous())
+        return spikes.transpose(0, 1), v
+
+    def extra_repr(self) -> str:
+        return f"tau={self.config.tau:g}, threshold={self.config.threshold:g}"
+
+
+def _charge(x: Tensor, v: Tensor, c: LIF.Config) -> Tensor:
+    """Potential before firing."""
+    above_rest = v - c.reset if c.reset else v
+    if c.decay_input:
+        return v + (x - above_rest) / c.tau
+    return v - above_rest / c.tau + x
+
+
+def _reset(charged: Tensor, spike: Tensor, c: LIF.Config) -> Tensor:
+    """Potential after firing."""
+    if c.reset is None:
+        return charged - spike * c.threshold
+    kept = (1 - spike) * charged
+    return kept + spike * c.reset if c.reset else kept
+
+
+class _Fire(torch.autograd.Function):
+    """The loop of `LIF`, and its surrogate gradient as a loop backward in time.
+
+    With G_t the gradient of v'_t and d_t the derivative of the surrogate,
+    ``G_t = d_t g_t + (1 - 1 / tau) G_(t+1) dv_t / dv'_t`` and ``dL / dx_t = G_t / tau``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor, config: LIF.Config) -> tuple[Tensor, Tensor]:
+        charges, fired = [], []
+        for token in x.unbind(1):
+            charged = _charge(token, v, config)
+            spike = (charged >= config.threshold).to(x.dtype)
+            v = _reset(charged, spike, config)
+            charges.append(charged)
+            fired.append(spike)
+        spikes = torch.stack(fired, dim=1)
+        ctx.config = config
+        ctx.save_for_backward(torch.stack(charges, dim=1), spikes)
+        return spikes, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_spikes, carry), c = grads, ctx.config
+        charges, spikes = ctx.saved_tensors
+        soft = torch.sigmoid(c.alpha * (charges - c.threshold))
+        slope = c.alpha * soft * (1 - soft)
+        direct = slope * grad_spikes
+        if c.reset is None:
+            kept = torch.ones_like(spikes) if c.detach_reset else 1 - c.threshold * slope
+        else:
+            kept = 1 - spikes
+            if not c.detach_reset:
+                kept = kept + (c.reset - charges) * slope
+        leak, out = 1 - 1 / c.tau, []
+        for own, share in zip(reversed(direct.unbind(1)), reversed(kept.unbind(1)), strict=True):
+            grad = torch.addcmul(own, carry, share)
+            carry = grad * leak
+            out.append(grad)
+        total = torch.stack(out[::-1], dim=1)
+        return (total / c.tau if c.decay_input else total), carry, None
