@@ -89,16 +89,15 @@ def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
     return Context(**fields)
 
 
-<<<<<<< HEAD
 def macs_of(part: nn.Module, n: int) -> int:
     """Counted work of n tokens in the grid of `context_for`."""
     takes_grid = isinstance(part, Mixer) and part.caps.grid  # type: ignore[attr-defined]
     return part.macs(n, grid=(1, n)) if takes_grid else part.macs(n)  # type: ignore[operator]
-=======
+
+
 def spikes(part: nn.Module) -> bool:
     """The part fires: the gradient of a spike is a surrogate, no derivative."""
     return any(isinstance(module, LIF) for module in part.modules())
->>>>>>> fb33e5a (Add Legendre memory units: parallel, recurrent, streaming and exported forms that agree; spiking ones with exact surrogate gradients)
 
 
 def is_dynamic(part: nn.Module) -> bool:

@@ -22,8 +22,8 @@ from .spiking_lmu import SpikingLMU
 from .topk import TopK
 
 __all__ = [
-    "AdaptiveProjections",
     "LMU",
+    "AdaptiveProjections",
     "Attention",
     "Core",
     "CoreConfig",
