@@ -48,6 +48,8 @@ class Attention(Mixer):
     Args:
         config: the core and the projections.
         site: the place in the model.
+        aligned: the memory holds other features of the same tokens. Masks, order, rotary angles and
+            packing then mean both, as in self-attention, and the core is told of no memory.
 
     Raises:
         ValueError: the width is not divisible by the heads.
@@ -83,7 +85,7 @@ class Attention(Mixer):
         kv_heads: int | None = None
         projections: AdaptiveProjections | None = None
 
-    def __init__(self, config: Attention.Config, site: Site) -> None:
+    def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
         super().__init__(config, site)
         if config.head_dim is None and site.dim % site.heads:
             raise ValueError(
@@ -100,6 +102,7 @@ class Attention(Mixer):
             )
         inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.cross = site.memory_dim is not None
+        self.aligned = aligned
         self._build_projections(config, inner, kv)
         if config.qk_norm:
             together = config.qk_norm == "across-heads"
@@ -109,7 +112,8 @@ class Attention(Mixer):
             self.k_norm = make_norm(place, kv if together else self.head_dim)
         entry = core.owner(config.core)
         assert entry is not None
-        self.core: Core = entry.build(config.core, replace(site, dim=inner))
+        memory_dim = None if aligned else site.memory_dim
+        self.core: Core = entry.build(config.core, replace(site, dim=inner, memory_dim=memory_dim))
         self.core_caps = entry.caps
         self.drop = nn.Dropout(site.dropout)
 
@@ -132,9 +136,10 @@ class Attention(Mixer):
         self.proj = nn.Linear(inner, out, bias=config.proj_bias)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        given, ctx = ctx, replace(ctx, memory=None) if self.aligned else ctx
         check_context(ctx, self.core_caps, "core", self.site.path or "attention")
         work = Work(ctx.ledger, self.site.path)
-        q, k, v = self._heads(x, ctx, work)
+        q, k, v = self._heads(x, given, work)
         if ctx.packing is not None and (ctx.mask is not None or ctx.memory is not None):
             where = self.site.path or "attention"
             raise CapabilityError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adaln import AdaLNZero
 from .base import Block, Branch
+from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
 from .macaron import Macaron
 from .parallel import Parallel, ParallelBranches
 from .postnorm import PostNorm
@@ -16,6 +17,8 @@ __all__ = [
     "BackboneConfig",
     "Block",
     "Branch",
+    "FlowTransformerDecoder",
+    "FlowTransformerEncoder",
     "Macaron",
     "Needs",
     "Parallel",
