@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +128,26 @@ class Packing:
     def longest(self) -> int:
         """Length of the longest sequence."""
         return max(self.lengths, default=0)
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(count, length) of neighbours of equal length, empty samples left out: each run is a
+        batch, and a view of the packed row.
+        """
+        groups = groupby(length for length in self.lengths if length)
+        return tuple((len(list(same)), length) for length, same in groups)
+
+    def check_row(self, tokens: Tensor, dim: int = 1) -> None:
+        """Refuse a tensor that is not one row of all real tokens along ``dim``.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if tokens.shape[0] != 1 or tokens.shape[dim] != sum(self.lengths):
+            raise ValueError(
+                f"packed input: expected one row of {sum(self.lengths)} tokens, got "
+                f"{tokens.shape[0]} of {tokens.shape[dim]}"
+            )
 
     @property
     def positions(self) -> Tensor:

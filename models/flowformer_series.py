@@ -5,7 +5,7 @@ Reference: Flowformer: Linearizing Transformers with Conservation Flows, 2022, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Packing, Site, Tap
 from effformer.ffn import MLP
 from effformer.nn.norms import make_norm
 from effformer.nn.text import sinusoids
@@ -83,6 +83,7 @@ class FlowformerSeries(Model):
         x: Tensor,
         mask: Tensor | None = None,
         *,
+        packed: bool = False,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
     ) -> Tensor:
@@ -91,6 +92,8 @@ class FlowformerSeries(Model):
         Args:
             x: (B, length, channels) series.
             mask: (B, length) bool, True = real time step.
+            packed: run the blocks on the real time steps only, with the same result. Their number
+                depends on the data; export the padded form.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
 
@@ -99,6 +102,7 @@ class FlowformerSeries(Model):
 
         Raises:
             ValueError: a shape does not fit.
+            CapabilityError: ``packed``, but a part cannot run packed.
         """
         config = self.config
         sizes = (None, config.length, config.channels)
@@ -107,11 +111,17 @@ class FlowformerSeries(Model):
             check_shape(mask, "(B, length)", tuple(x.shape[:2]), where=f"{self.name}: mask")
         steps = torch.arange(config.length, device=x.device)
         h = self.embed(x) * config.dim**0.5 + sinusoids(steps, config.dim).to(x.dtype)
-        h, ctx = self.drop(h), Context(mask=mask, ledger=ledger, tap=tap)
+        ctx = Context(mask=mask, ledger=ledger, tap=tap)
+        if packed and mask is not None:
+            packing = Packing.from_mask(mask)
+            h, ctx = packing.pack(h), replace(ctx, mask=None, packing=packing)
+        h = self.drop(h)
         for block in self.blocks:
             h = block(h, ctx)
         h = self.norm(h)
-        if mask is not None:
+        if ctx.packing is not None:
+            h = ctx.packing.unpack(h)
+        elif mask is not None:
             h = h * mask.unsqueeze(-1)
         logits: Tensor = self.head(h.flatten(1))
         return logits

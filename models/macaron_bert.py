@@ -6,7 +6,7 @@ View, 2019, arXiv 1906.02762.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Packing, Site, Tap
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
@@ -135,6 +135,7 @@ class MacaronBert(Model):
         mask: Tensor | None = None,
         rows: Tensor | None = None,
         *,
+        packed: bool = False,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
     ) -> MacaronBertOutput:
@@ -145,14 +146,17 @@ class MacaronBert(Model):
             segments: (B, N) int64, 1 for the first sentence and 0 for the second; None: all 1.
             mask: (B, N) bool, True = real token; None: every id but ``config.pad``.
             rows: (R,) int64 flat places b * N + n whose tokens are to be predicted; None: all.
+            packed: run the blocks on the real tokens only; features of padding are then zero. The
+                number of tokens depends on the data; export the padded form.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
 
         Raises:
             ValueError: a shape does not fit.
             TypeError: ids are not integers, or the mask is not bool.
+            CapabilityError: ``packed``, but a part cannot run packed.
         """
-        h = self.encode(tokens, segments, mask, ledger=ledger, tap=tap)
+        h = self.encode(tokens, segments, mask, packed=packed, ledger=ledger, tap=tap)
         nsp = self.nsp(h[:, 0]).squeeze(-1)
         if rows is not None:
             check_shape(rows, "(R,)", (None,), where=f"{self.name}: rows")
@@ -165,6 +169,7 @@ class MacaronBert(Model):
         segments: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        packed: bool = False,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
     ) -> Tensor:
@@ -176,11 +181,15 @@ class MacaronBert(Model):
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
             h = h + self.segment_embed(segments)
-        h, ctx = self.drop(h), Context(mask=mask, ledger=ledger, tap=tap)
+        ctx = Context(mask=mask, ledger=ledger, tap=tap)
+        if packed:
+            packing = Packing.from_mask(mask)
+            h, ctx = packing.pack(h), replace(ctx, mask=None, packing=packing)
+        h = self.drop(h)
         for block in self.blocks:
             h = block(h, ctx)
         out: Tensor = self.norm(h)
-        return out
+        return out if ctx.packing is None else ctx.packing.unpack(out)
 
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None

@@ -23,6 +23,13 @@ def test_packing_takes_any_mask() -> None:
     torch.testing.assert_close(packing.unpack(packed), x * mask[..., None])
 
 
+def test_neighbours_of_equal_length_are_a_run() -> None:
+    lengths = torch.tensor([[2], [2], [0], [2], [4], [1], [1]])
+    packing = Packing.from_mask(torch.arange(4) < lengths)
+    assert packing.runs == ((3, 2), (1, 4), (2, 1))
+    assert Packing.from_mask(torch.zeros(2, 3)).runs == ()
+
+
 def test_packing_keeps_gradients() -> None:
     packing = Packing.from_mask(torch.tensor([[True, False, True]]))
     x = torch.randn(1, 3, 2, requires_grad=True)

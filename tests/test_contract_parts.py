@@ -181,8 +181,8 @@ def test_packed_equals_looped(name: str, causal: bool) -> None:
     if causal and not caps_of(name).satisfies(causal=True):
         pytest.skip("the part has no causal form")
     part = make_mixer(name, causal=causal)
-    x = tokens(7, 4)
-    mask = torch.arange(7)[None] < torch.tensor([7, 3, 0, 1])[:, None]
+    x = tokens(7, 6)
+    mask = torch.arange(7)[None] < torch.tensor([7, 3, 0, 3, 3, 1])[:, None]
     packing = Packing.from_mask(mask)
     out = packing.unpack(part(packing.pack(x), Context(packing=packing)))
     for i, n in enumerate(packing.lengths):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from effformer.checks import CapabilityError, need, unknown
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_packed"]
 
 
 def attend(
@@ -52,6 +54,53 @@ def attend(
     raise unknown("backend", backend, ["sdpa", "xformers", "reference"], where="softmax")
 
 
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    *,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Softmax attention within the sequences of one packed row, by one kernel of xformers.
+
+    Args:
+        q: (1, H, T, K).
+        k: (1, H, T, K).
+        v: (1, H, T, V).
+        lengths: tokens of each sequence, T in total.
+        causal: tokens attend to earlier ones of their sequence.
+        scale: factor of the scores, None means K^-0.5.
+
+    Returns:
+        (1, H, T, V).
+
+    Raises:
+        CapabilityError: a tensor that is not on a CUDA device.
+    """
+    _check_cuda(q)
+    ops = need("xformers.ops", "xformers")
+    biases = need("xformers.ops.fmha.attn_bias", "xformers")
+    real = [length for length in lengths if length]
+    if not real:
+        return v
+    bias = biases.BlockDiagonalMask.from_seqlens(real)
+    heads_last = (x.transpose(1, 2) for x in (q, k, v))
+    out: Tensor = ops.memory_efficient_attention(
+        *heads_last, attn_bias=bias.make_causal() if causal else bias, scale=scale
+    )
+    return out.transpose(1, 2)
+
+
+def _check_cuda(q: Tensor) -> None:
+    if not q.is_cuda:
+        raise CapabilityError(
+            f"softmax: backend 'xformers' runs on CUDA devices only, got a tensor on {q.device}; "
+            "choices here: sdpa, reference"
+        )
+
+
 def _causal_mask(q: Tensor, mask: Tensor | None) -> Tensor:
     lower = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     return lower if mask is None else lower & mask
@@ -84,11 +133,7 @@ def _reference(
 def _xformers(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
-    if not q.is_cuda:
-        raise CapabilityError(
-            f"softmax: backend 'xformers' runs on CUDA devices only, got a tensor on {q.device}; "
-            "choices here: sdpa, reference"
-        )
+    _check_cuda(q)
     ops = need("xformers.ops", "xformers")
     if mask is None:
         bias = ops.LowerTriangularMask() if causal else None

@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from effformer.config import Config
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context, Packing, Site
 from effformer.registry import Caps
 
 __all__ = ["Core", "CoreConfig", "Mixer", "Streaming"]
@@ -45,6 +46,25 @@ class Core(nn.Module, ABC):
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         """Mix: q (B, H, N, K), k (B, H, M, K), v (B, H, M, V) -> (B, H, N, V)."""
+
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """Mix every sequence of a packed row alone: q (1, H, T, K), k and v likewise -> (1, H, T,
+        V).
+
+        Neighbours of equal length run as one batch.
+
+        Raises:
+            ValueError: not one row of all real tokens.
+        """
+        packing.check_row(q, dim=2)
+        outputs, start = [], 0
+        for count, length in packing.runs:
+            rows = slice(start, start + count * length)
+            batch = (x[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
+            # tokens first: the fused operator writes in this order, so that nothing is copied twice
+            outputs.append(self(*batch).transpose(1, 2).flatten(0, 1))
+            start += count * length
+        return torch.cat(outputs)[None].transpose(1, 2) if outputs else v
 
     @abstractmethod
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import EMPTY, Context, Packing, Site, check_context
+from effformer.context import EMPTY, Context, Site, check_context
 from effformer.nn.norms import make_norm
 from effformer.nn.rope import apply_rope
 from effformer.registry import Caps, attention, core
@@ -148,7 +148,7 @@ class Attention(Mixer):
         if ctx.packing is None:
             out = self.core(q, k, v, ctx)
         else:
-            out = _per_sequence(self.core, q, k, v, ctx.packing)
+            out = self.core.packed(q, k, v, ctx.packing)
         out = project(self.proj, out.transpose(1, 2).flatten(2), "proj", work)
         if ctx.ledger is not None and self.config.projections is not None:
             lengths = [(x.shape[1], k.shape[2])]
@@ -263,19 +263,3 @@ def _across_heads(norm: nn.Module, x: Tensor) -> Tensor:
     """A norm over the channels of all heads of x (B, H, N, K)."""
     joined: Tensor = norm(x.transpose(1, 2).flatten(2))
     return joined.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2)
-
-
-def _per_sequence(module: Core, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """Run a core on each sequence of a packed row; sequences do not see each other."""
-    if q.shape[0] != 1 or q.shape[2] != sum(packing.lengths):
-        raise ValueError(
-            f"packed input: expected one row of {sum(packing.lengths)} tokens, got {q.shape[0]} of {q.shape[2]}"
-        )
-    outputs, start = [], 0
-    for length in packing.lengths:
-        rows = slice(start, start + length)
-        outputs.append(
-            module(q[:, :, rows], k[:, :, rows], v[:, :, rows]) if length else v[:, :, rows]
-        )
-        start += length
-    return torch.cat(outputs, dim=2)

@@ -41,13 +41,15 @@ def over_heads(
 def over_sequences(function: Callable[[Tensor], Tensor], x: Tensor, packing: Packing) -> Tensor:
     """``function`` on each sequence of a packed row x (1, T, D), joined again.
 
+    Neighbours of equal length run as one batch.
+
     Raises:
         ValueError: x is not one row of all real tokens.
     """
-    total = sum(packing.lengths)
-    if x.shape[0] != 1 or x.shape[1] != total:
-        raise ValueError(
-            f"packed input: expected one row of {total} tokens, got {x.shape[0]} of {x.shape[1]}"
-        )
-    sequences = [one for one in x.split(list(packing.lengths), dim=1) if one.shape[1]]
-    return torch.cat([function(one) for one in sequences], dim=1) if sequences else x
+    packing.check_row(x)
+    outputs, start = [], 0
+    for count, length in packing.runs:
+        batch = x[0, start : start + count * length].unflatten(0, (count, length))
+        outputs.append(function(batch).flatten(0, 1))
+        start += count * length
+    return torch.cat(outputs)[None] if outputs else x

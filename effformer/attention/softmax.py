@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Context, Packing
 from effformer.registry import Caps, core
 
-from .backends import attend
+from .backends import attend, attend_packed
 from .base import Core, CoreConfig
 
 __all__ = ["Softmax", "SoftmaxState"]
@@ -70,6 +70,13 @@ class Softmax(Core):
         return attend(
             self.config.backend, q, k, v, mask, causal=self.config.causal, scale=self.config.scale
         )
+
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        if self.config.backend != "xformers":
+            return super().packed(q, k, v, packing)
+        packing.check_row(q, dim=2)
+        lengths, config = packing.lengths, self.config
+        return attend_packed(q, k, v, lengths, causal=config.causal, scale=config.scale)
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         return 2 * heads * head_dim * n * (n if m is None else m)

@@ -8,8 +8,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from effformer.attention.backends import attend
+from effformer.attention import Softmax
+from effformer.attention.backends import attend, attend_packed
 from effformer.checks import CapabilityError, MissingExtra
+from effformer.context import Packing, Site
 
 
 def _qkv() -> tuple[torch.Tensor, ...]:
@@ -79,6 +81,86 @@ def test_xformers_selection_passes_every_argument(monkeypatch: pytest.MonkeyPatc
     assert seen == {"bias": "causal", "scale": 0.5}
     attend("xformers", x, x, x, None, causal=False, scale=None)  # type: ignore[arg-type]
     assert seen == {"bias": None, "scale": None}
+
+
+class _BlockDiagonal:
+    """A stand-in for the bias of several sequences in one row."""
+
+    def __init__(self, lengths: list[int], causal: bool = False) -> None:
+        self.lengths, self.causal = lengths, causal
+
+    @classmethod
+    def from_seqlens(cls, lengths: list[int]) -> _BlockDiagonal:
+        return cls(lengths)
+
+    def make_causal(self) -> _BlockDiagonal:
+        return _BlockDiagonal(self.lengths, causal=True)
+
+    def mask(self) -> torch.Tensor:
+        sample = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        mask = sample[:, None] == sample
+        return mask.tril() if self.causal else mask
+
+
+class _Row(torch.Tensor):
+    """A CPU tensor that says that it is on a CUDA device."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_xformers_runs_a_packed_row_in_one_kernel(
+    causal: bool, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def kernel(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        attn_bias: _BlockDiagonal,
+        scale: float | None,
+    ) -> torch.Tensor:
+        calls.append(attn_bias.lengths)
+        heads = (x.as_subclass(torch.Tensor).transpose(1, 2) for x in (q, k, v))
+        mask = attn_bias.mask()
+        return attend("reference", *heads, mask, causal=False, scale=scale).transpose(1, 2)
+
+    modules = {
+        "xformers": ModuleType("xformers"),
+        "xformers.ops": SimpleNamespace(memory_efficient_attention=kernel),
+        "xformers.ops.fmha": ModuleType("xformers.ops.fmha"),
+        "xformers.ops.fmha.attn_bias": SimpleNamespace(BlockDiagonalMask=_BlockDiagonal),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    packing = Packing.from_mask(torch.arange(6) < torch.tensor([[4], [0], [6], [1]]))
+    q, k, v = (torch.randn(1, 3, 11, 8) for _ in range(3))
+    site = Site(dim=24, heads=3)
+    fast, slow = (
+        Softmax(Softmax.Config(backend=name, causal=causal, scale=scale), site)
+        for name in ("xformers", "sdpa")
+    )
+    out = fast.packed(*(x.as_subclass(_Row) for x in (q, k, v)), packing)
+    torch.testing.assert_close(out, slow.packed(q, k, v, packing))
+    assert calls == [[4, 6, 1]]
+
+
+def test_a_packed_row_on_a_cpu_is_refused_by_xformers() -> None:
+    x = torch.randn(1, 3, 4, 8)
+    with pytest.raises(CapabilityError, match=r"CUDA devices only.*choices here: sdpa, reference"):
+        attend_packed(x, x, x, (4,), causal=False, scale=None)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 8), (1, 3, 5, 8)])
+def test_a_packed_row_holds_all_tokens(shape: tuple[int, ...]) -> None:
+    x, packing = torch.randn(shape), Packing.from_mask(torch.ones(1, 4, dtype=torch.bool))
+    for backend in ("sdpa", "xformers"):
+        core = Softmax(Softmax.Config(backend=backend), Site(dim=24, heads=3))
+        with pytest.raises(ValueError, match="expected one row of 4 tokens, got"):
+            core.packed(x, x, x, packing)
 
 
 def test_missing_xformers_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
