@@ -184,7 +184,7 @@ class Learners(nn.Module):
 
     def reset_parameters(self) -> None:
         """Uniform values, bounded as the official code bounds them: ``(K h)^-1/2`` and ``E^-1/2``
-        for the weights, ``h^-1/2`` and ``E^-1/2`` for the biases.
+        for the weights, ``h^-1/2`` and ``E^-1/2`` for the biases; torch's own for the gate.
         """
         bounds = {
             "fc1.weight": self.count * self.width, "fc1.bias": self.width,
@@ -194,6 +194,8 @@ class Learners(nn.Module):
             kind = ".".join(part for part in name.split(".") if not part.isdigit())
             if kind in bounds:
                 nn.init.uniform_(value, -(bounds[kind] ** -0.5), bounds[kind] ** -0.5)
+        for layer in self.gate.net:
+            layer.reset_parameters()  # type: ignore[operator]
 
     def learner(self, i: int, x: Tensor) -> Tensor:
         """``f_i`` of tokens (..., D), i from 1 to K: (..., E)."""

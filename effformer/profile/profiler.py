@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from effformer.context import Ledger
+from effformer.context import Ledger, takes_ledger
 
 from .attribution import Costs
 from .counter import Counter
@@ -206,7 +205,7 @@ def _run(
 
 def _watch(run: Run, memory: bool, method: str) -> tuple[Counter, Memory | None, Ledger]:
     ledger = Ledger()
-    more = {"ledger": ledger} if "ledger" in inspect.signature(run.model.forward).parameters else {}
+    more = {"ledger": ledger} if takes_ledger(run.model) else {}
     tracker, counter = MemoryTracker(run.own), Counter(run.model)
     with torch.no_grad(), tracker if memory else nullcontext(), counter:
         run.call(**more)

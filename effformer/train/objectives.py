@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, part, resolve
-from ..context import Ledger
+from ..context import Ledger, takes_ledger
 from ..flow.objectives import FlowMatching
 from ..registry import objective as registry
 
@@ -44,7 +44,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classification:
-    """Cross entropy of ``model(x)``, which returns logits (B, classes).
+    """Cross entropy of ``model(x)``, which returns logits (B, classes); a model that takes a ledger
+    gets it.
 
     Attributes:
         smoothing: share of the target that is spread evenly over all classes, in [0, 1).
@@ -55,7 +56,8 @@ class Classification:
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
-        return nn.functional.cross_entropy(model(batch.x), batch.y, label_smoothing=self.smoothing)
+        logits = model(batch.x, ledger=ledger) if takes_ledger(model) else model(batch.x)
+        return nn.functional.cross_entropy(logits, batch.y, label_smoothing=self.smoothing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
