@@ -53,12 +53,12 @@ class Config:
         return dataclasses.replace(self, **converted)
 
 
-def part(kind: str, default: Config | None = None) -> Any:
+def part(kind: str, default: Config | None = None, *, optional: bool = False) -> Any:
     """Declare a dataclass field that holds a registered part of ``kind`` (None: the field is
-    required).
+    required, or with ``optional`` empty).
     """
     metadata = {"kind": kind}
-    if default is None:
+    if default is None and not optional:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -236,7 +236,18 @@ def _check_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
 
 
 def _name_of(config: Config) -> str | None:
-    for kind in ("attention", "core", "ffn", "block", "objective", "sampler", "quantizer"):
+    kinds = (
+        "attention",
+        "core",
+        "ffn",
+        "block",
+        "width",
+        "tokens",
+        "objective",
+        "sampler",
+        "quantizer",
+    )
+    for kind in kinds:
         if (entry := registry.KINDS[kind].owner(config)) is not None:
             return entry.name
     return None

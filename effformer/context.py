@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .registry import Caps
 
 __all__ = [
-    "EMPTY", "Choice", "Context", "Ledger", "Packing", "Rope", "Site", "Stream", "Tap", "check_context", "takes_ledger",
+    "EMPTY", "Choice", "Context", "Ledger", "Packing", "Rope", "Share", "Site", "Stream", "Tap",
+    "check_context", "takes_ledger",
 ]  # fmt: skip
 
 
@@ -35,6 +36,7 @@ class Site:
         dim: width of the tokens.
         heads: number of attention heads.
         cond_dim: width of the conditioning vector, None if the model has none.
+        time_dim: width of the time embedding ``ctx.time``, None if the model has none.
         memory_dim: width of ``ctx.memory``; None means that there is no memory.
         out_dim: width of what a token mixer returns, None for ``dim`` (blocks need ``dim``).
         tokens: number of tokens where the model fixes it, else None.
@@ -54,6 +56,7 @@ class Site:
     dim: int
     heads: int = 1
     cond_dim: int | None = None
+    time_dim: int | None = None
     memory_dim: int | None = None
     out_dim: int | None = None
     tokens: int | None = None
@@ -183,6 +186,19 @@ class Choice:
     cost: float
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much of its dense work a dynamic part executed.
+
+    Attributes:
+        fraction: (B,) in [0, 1], with the gradient of the gates.
+        cost: dense multiply-adds of one sample.
+    """
+
+    fraction: Tensor
+    cost: float
+
+
 @dataclass(slots=True)
 class Ledger:
     """Where dynamic parts write what the output tensor cannot carry.
@@ -192,19 +208,25 @@ class Ledger:
         executed: fraction of its dense work that each part executed, (B,) tensors in [0, 1]; the
             profiler reports executed = dense x fraction.
         choices: what gates chose, for losses over all of them.
+        shares: executed fractions with their gradients, for losses on the work of all parts.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     executed: dict[str, Tensor] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
 
     def loss(self, name: str, value: Tensor) -> None:
         """Record an auxiliary loss; the same name adds up."""
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
-    def work(self, name: str, fraction: Tensor) -> None:
-        """Record the executed fraction (B,) of the part at path ``name``."""
+    def work(self, name: str, fraction: Tensor, cost: float | None = None) -> None:
+        """Record the executed fraction (B,) of the part at path ``name``; with its dense cost also
+        as a `Share`.
+        """
         self.executed[name] = fraction.detach()
+        if cost is not None:
+            self.shares[name] = Share(fraction, cost)
 
     def choose(self, name: str, gate: Tensor, cost: float) -> None:
         """Record the gate of the part at path ``name``, see `Choice`."""
@@ -278,6 +300,9 @@ class Context:
         coords: real coordinates of the grid's cells, one (n,) tensor per axis, in units of the
             model's choice; None: the parts that need some count from 0 to 1 on every axis. Like
             ``grid`` a fact about the tokens, not a demand: parts without positions need not look.
+        width: (B, U) factors in [0, 1] on the U units of a part: heads of a mixer, equal groups of
+            hidden channels of an FFN.
+        complete: dynamic parts do all of their work; their gates stay idle.
         packing: several sequences in one row.
         ledger: dynamic parts write auxiliary losses and executed work here.
         tap: reads or replaces values at named places.
@@ -292,10 +317,26 @@ class Context:
     rope: Rope | None = None
     grid: tuple[int, ...] | None = None
     coords: tuple[Tensor, ...] | None = None
+    width: Tensor | None = None
+    complete: bool = False
     packing: Packing | None = None
     ledger: Ledger | None = None
     tap: Tap | None = None
     stream: Stream | None = None
+
+    def rows(self, index: Tensor) -> Context:
+        """The context of some samples: ``index`` (B',) picks from the batch, with repetition."""
+        names = ("cond", "time", "memory", "mask", "memory_mask", "width")
+        fields = {name: getattr(self, name) for name in names}
+        chosen = {
+            name: value.index_select(0, index)
+            for name, value in fields.items()
+            if value is not None and value.shape[0] > 1
+        }
+        rope = self.rope
+        if rope is not None and rope.cos.dim() == 4 and rope.cos.shape[0] > 1:
+            raise CapabilityError("rotary tables that differ between samples cannot be regrouped")
+        return replace(self, **chosen)
 
 
 EMPTY = Context()
@@ -316,6 +357,7 @@ def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
         "rope": ctx.rope is not None or None,
         "cross": ctx.memory is not None or None,
         "packed": ctx.packing is not None or None,
+        "width": ctx.width is not None or None,
         "mask": None if ctx.mask is None else "key" if ctx.mask.dim() == 2 else "full",
     }
     for field_name, wanted in wants.items():

@@ -18,6 +18,7 @@ from .checks import unknown
 
 __all__ = [
     "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "model", "quantizer", "sampler", "target",
+    "tokens", "width",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -41,6 +42,11 @@ class Caps:
         grid: needs ``ctx.grid``.
         front: a part that needs a grid takes tokens that stand in front of it (class token).
         cond: uses the conditioning vector ``ctx.cond``.
+        time: needs the time embedding ``ctx.time``.
+        width: honours ``ctx.width``, factors on its units (heads of a mixer, hidden channels of an
+            FFN) that do not see each other, and can be cut to some of them with ``select``.
+        tokens: a block whose branches run one after the other, so that a part of kind "tokens" may
+            act between them.
         dynamic: executes a part of its work that depends on the input, and reports it to
             ``ctx.ledger``.
         onnx: exports to ONNX.
@@ -57,6 +63,9 @@ class Caps:
     grid: bool = False
     front: bool = False
     cond: When = "never"
+    time: bool = False
+    width: bool = False
+    tokens: bool = False
     dynamic: bool = False
     onnx: bool = True
     cost: str = "n"
@@ -240,6 +249,8 @@ core = Registry("core", "effformer.attention")
 attention = Registry("attention", "effformer.attention")
 ffn = Registry("ffn", "effformer.ffn")
 block = Registry("block", "effformer.blocks")
+width = Registry("width", "effformer.blocks")
+tokens = Registry("tokens", "effformer.blocks")
 model = Registry("model", "effformer.models")
 sampler = Registry("sampler", "effformer.flow")
 objective = Registry("objective", "effformer.flow")
@@ -247,5 +258,18 @@ quantizer = Registry("quantizer", "effformer.compress.quant")
 target = Registry("target", "effformer.export.targets")
 
 KINDS: dict[str, Registry] = {
-    r.kind: r for r in (core, attention, ffn, block, model, sampler, objective, quantizer, target)
+    r.kind: r
+    for r in (
+        core,
+        attention,
+        ffn,
+        block,
+        width,
+        tokens,
+        model,
+        sampler,
+        objective,
+        quantizer,
+        target,
+    )
 }

@@ -146,6 +146,7 @@ class DiT(Model):
         drop: Tensor | None = None,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Predict noise (and variance logits).
 
@@ -156,6 +157,7 @@ class DiT(Model):
             drop: (B,) bool, labels to replace by the null class.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, C, H, W), or (B, 2 C, H, W) with ``learn_sigma``.
@@ -164,7 +166,7 @@ class DiT(Model):
             ValueError: a shape does not fit.
             TypeError: labels are not integers.
         """
-        ctx = self.context(x, t, y, drop=drop, ledger=ledger, tap=tap)
+        ctx = self.context(x, t, y, drop=drop, ledger=ledger, tap=tap, complete=complete)
         h = self.embed(x)
         for block in self.blocks:
             h = block(h, ctx)
@@ -179,14 +181,17 @@ class DiT(Model):
         drop: Tensor | None = None,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Context:
         """Check the inputs and make what the blocks get beside the tokens; see `forward`."""
         self._check(x, t, y)
         time = self.time_embed(t, x.dtype)
         cond = time + self.label_embed(y, drop)
         grid = self._cells(x)
-        rope = self._rope(grid, x)
-        return Context(cond=cond, time=time, grid=grid, rope=rope, ledger=ledger, tap=tap)
+        return Context(
+            cond=cond, time=time, grid=grid, rope=self._rope(grid, x),
+            ledger=ledger, tap=tap, complete=complete,
+        )  # fmt: skip
 
     def embed(self, x: Tensor) -> Tensor:
         """Patches of x (B, C, H, W) with positions: the tokens (B, N, D) of the first block."""
@@ -222,13 +227,14 @@ class DiT(Model):
             dim=config.dim,
             heads=config.heads,
             cond_dim=config.dim,
+            time_dim=config.dim,
             norm_affine=False,
             tokens=self.grid[0] * self.grid[1],
         )
 
     def _needs(self) -> Needs:
         """What this model asks of its parts."""
-        return Needs(cond=True, grid=True)
+        return Needs(cond=True, time=True, grid=True)
 
     def _rope(self, grid: tuple[int, int], like: Tensor) -> Rope | None:
         """Rotary tables, where a family has them."""

@@ -62,12 +62,28 @@ def make_ffn(name: str) -> nn.Module:
     return _random(entry.build(config, Site(dim=DIM)))
 
 
-def make_block(name: str, *, cond: bool) -> nn.Module:
+def make_block(
+    name: str,
+    *,
+    cond: bool,
+    width: str | None = None,
+    tokens: str | None = None,
+    attn: str = "softmax",
+    ffn: str = "mlp",
+) -> nn.Module:
+    """A block by name, with parts in its slots; a conditioned one has a time embedding, too."""
     entry = registry.block.get(name)
     assert entry.config is not None
-    site = Site(dim=DIM, heads=HEADS, cond_dim=DIM if cond else None)
-    attn, ffn = resolve("attention", "softmax"), resolve("ffn", "mlp")
-    return _random(entry.build(entry.config(), site, attn=attn, ffn=ffn))
+    there = DIM if cond else None
+    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, tokens=130)
+    parts = {
+        "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
+        "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
+    }
+    block = entry.build(entry.config(), site, **parts)
+    slots = {"width": width, "tokens": tokens}
+    block.attach(**{k: resolve(k, v) for k, v in slots.items() if v is not None})
+    return _random(block)
 
 
 def default_config(kind: str, name: str) -> Config:
@@ -84,6 +100,8 @@ def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
     caps: Caps = getattr(part, "core_caps", part.caps)  # type: ignore[arg-type]
     if site.cond_dim is not None:
         fields.setdefault("cond", torch.linspace(-1, 1, DIM, dtype=x.dtype).expand(x.shape[0], -1))
+    if site.time_dim is not None:
+        fields.setdefault("time", torch.linspace(1, -2, DIM, dtype=x.dtype).expand(x.shape[0], -1))
     if caps.grid:
         fields.setdefault("grid", (1, x.shape[1]))
     return Context(**fields)
@@ -102,7 +120,9 @@ def spikes(part: nn.Module) -> bool:
 
 def is_dynamic(part: nn.Module) -> bool:
     """The part skips work in evaluation, and runs densely in training."""
-    return bool(getattr(part, "core_caps", part.caps).dynamic)  # type: ignore[union-attr]
+    slots = [getattr(part, name, None) for name in ("width", "tokens")]
+    parts = [part, *(slot for slot in slots if slot is not None)]
+    return any(getattr(p, "core_caps", p.caps).dynamic for p in parts)  # type: ignore[union-attr]
 
 
 def _random(module: nn.Module) -> nn.Module:

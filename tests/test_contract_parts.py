@@ -291,4 +291,6 @@ def test_macs_of_a_block_add_up(name: str, cond: bool) -> None:
     block = make_block(name, cond=cond)
     parts = [b.part.macs(11) for b in block.branches]
     modulation = DIM * 3 * len(parts) * DIM if cond else 0
-    assert block.macs(11) == sum(parts) + modulation
+    slots = 0 if block.width is None else block.width.macs()
+    slots += 0 if block.tokens is None else block.tokens.macs(11)
+    assert block.macs(11) == sum(parts) + modulation + slots

@@ -97,7 +97,7 @@ class Refusal:
 
     @classmethod
     def parse(cls, message: str) -> Refusal:
-        """Read a refusal ``where: 'name' reason; choices: a, b``.
+        """Read a refusal ``where: 'name' reason; choices: a, b``; the choice None is an empty slot.
 
         Raises:
             ValueError: the message does not have this form.
@@ -109,7 +109,8 @@ class Refusal:
                 "a refusal at build time reads \"where: 'name' reason; choices: a, b\", "
                 f"this one: {message}"
             )
-        return cls(match["reason"], tuple(match["names"].split(", ")))
+        names = tuple(name for name in match["names"].split(", ") if name != "None")
+        return cls(match["reason"], names)
 
 
 def families() -> list[str]:
@@ -202,6 +203,8 @@ TITLES = {
     "cross": "Token mixers over a memory",
     "ffn": "FFNs",
     "block": "Blocks",
+    "width": "Widths",
+    "tokens": "Token reductions",
 }
 
 

@@ -32,6 +32,8 @@ TITLES = {
     ),
     "ffn": ("FFNs", "Names for `ffn=`."),
     "block": ("Blocks", "Names for `block=`: ordered lists of residual branches."),
+    "width": ("Widths", "Names for `width=`: how many heads and channels of each block run."),
+    "tokens": ("Token reductions", "Names for `tokens=`: on which tokens each block works."),
     "model": ("Models", "Names for `build_model`."),
     "objective": ("Objectives", "Training losses of flows."),
     "sampler": ("Samplers", "Solvers from noise to data."),

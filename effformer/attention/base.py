@@ -70,6 +70,10 @@ class Core(nn.Module, ABC):
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         """Dense multiply-adds of one sample with n queries and m keys (None: n)."""
 
+    def select(self, heads: Tensor) -> Core:
+        """The core for some heads (int64 indices); cores that hold values per head override it."""
+        return self
+
 
 class Mixer(nn.Module, ABC):
     """Kind "attention": any token mixer, (B, N, D) -> (B, N, D).

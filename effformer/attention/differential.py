@@ -19,7 +19,9 @@ __all__ = ["Differential"]
 
 @core.register(
     "differential",
-    caps=Caps(causal="optional", cross=True, joint=True, mask="full", packed=True, cost="n^2"),
+    caps=Caps(
+        causal="optional", cross=True, joint=True, mask="full", packed=True, width=True, cost="n^2"
+    ),
     paper="2410.05258",
 )
 class Differential(Core):

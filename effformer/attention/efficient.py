@@ -17,7 +17,9 @@ __all__ = ["Efficient"]
 
 
 @core.register(
-    "efficient", caps=Caps(cross=True, joint=True, mask="key", packed=True), paper="1812.01243"
+    "efficient",
+    caps=Caps(cross=True, joint=True, mask="key", packed=True, width=True),
+    paper="1812.01243",
 )
 class Efficient(Core):
     """Efficient attention: ``softmax_channels(q) (softmax_tokens(k)^T v)``.

@@ -60,7 +60,14 @@ class FlowTerms(NamedTuple):
 @core.register(
     "flow",
     caps=Caps(
-        causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, cost="n"
+        causal="optional",
+        cross=True,
+        joint=True,
+        mask="key",
+        packed=True,
+        streaming=True,
+        width=True,
+        cost="n",
     ),
     paper="2202.06258",
 )

@@ -26,7 +26,9 @@ class LinearState(NamedTuple):
     kv: Tensor
 
 
-_CAPS = Caps(causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True)
+_CAPS = Caps(
+    causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, width=True
+)
 
 
 @core.register("linear", caps=_CAPS, paper="2006.16236")

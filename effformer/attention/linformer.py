@@ -19,7 +19,9 @@ __all__ = ["Linformer"]
 
 
 @core.register(
-    "linformer", caps=Caps(cross=True, mask="key", packed=True, cost="n"), paper="2006.04768"
+    "linformer",
+    caps=Caps(cross=True, mask="key", packed=True, width=True, cost="n"),
+    paper="2006.04768",
 )
 class Linformer(Core):
     """Linformer: ``softmax(K^-0.5 q (E^T k)^T) (F^T v)`` with learned E, F of (tokens, projected).

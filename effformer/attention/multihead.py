@@ -12,6 +12,7 @@ from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import EMPTY, Context, Site, check_context
+from effformer.nn.cut import cut_linear, twin
 from effformer.nn.norms import make_norm
 from effformer.nn.rope import apply_rope
 from effformer.registry import Caps, attention, core
@@ -32,6 +33,7 @@ __all__ = ["Attention"]
         rope=True,
         packed=True,
         streaming=True,
+        width=True,
         cost="n^2",
     ),
     paper="1706.03762",
@@ -84,6 +86,17 @@ class Attention(Mixer):
         head_dim: int | None = None
         kv_heads: int | None = None
         projections: AdaptiveProjections | None = None
+
+        @property
+        def joined(self) -> str | None:
+            """Why heads cannot be taken apart, None if they can."""
+            if self.kv_heads is not None:
+                return "lets heads share keys (kv_heads=None would do)"
+            if self.qk_norm == "across-heads":
+                return "lets heads share a norm (qk_norm=True or False would do)"
+            if self.projections is not None:
+                return "lets heads share learners (projections=None would do)"
+            return None
 
     def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
         super().__init__(config, site)
@@ -138,7 +151,7 @@ class Attention(Mixer):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         given, ctx = ctx, replace(ctx, memory=None) if self.aligned else ctx
         check_context(ctx, self.core_caps, "core", self.site.path or "attention")
-        work = Work(ctx.ledger, self.site.path)
+        work = Work(ctx.ledger, self.site.path, ctx.complete)
         q, k, v = self._heads(x, given, work)
         if ctx.packing is not None and (ctx.mask is not None or ctx.memory is not None):
             where = self.site.path or "attention"
@@ -149,6 +162,8 @@ class Attention(Mixer):
             out = self.core(q, k, v, ctx)
         else:
             out = self.core.packed(q, k, v, ctx.packing)
+        if ctx.width is not None:
+            out = out * ctx.width[:, :, None, None].to(out.dtype)
         out = project(self.proj, out.transpose(1, 2).flatten(2), "proj", work)
         if ctx.ledger is not None and self.config.projections is not None:
             lengths = [(x.shape[1], k.shape[2])]
@@ -174,6 +189,36 @@ class Attention(Mixer):
         total = n * (dim + (self.site.out_dim or dim)) * inner
         return total + 2 * m * source * self.kv_heads * self.head_dim
 
+    @property
+    def units(self) -> int:
+        """Number of heads."""
+        return self.heads
+
+    def select(self, units: Tensor) -> Attention:
+        """The attention with some of its heads: rows of the input projections, columns of ``proj``.
+
+        Raises:
+            CapabilityError: heads share keys, a norm or learners, so that they cannot be taken apart.
+        """
+        where = self.site.path or "attention"
+        if (why := self.config.joined) is not None:
+            raise CapabilityError(f"{where}: cannot be cut to some heads, because it {why}")
+        width = self.head_dim
+        inner = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+        small = twin(self)
+        small.heads = small.kv_heads = len(units)
+        small.site = replace(self.site, heads=len(units))
+        stride = self.heads * width
+        if self.cross:
+            small.q = cut_linear(self.q, rows=inner)  # type: ignore[arg-type]
+            small.kv = cut_linear(self.kv, rows=torch.cat([inner, inner + stride]))
+        else:
+            rows = torch.cat([inner, inner + stride, inner + 2 * stride])
+            small.qkv = cut_linear(self.qkv, rows=rows)
+        small.core = self.core.select(units)
+        small.proj = cut_linear(self.proj, columns=inner)  # type: ignore[arg-type]
+        return small
+
     def init_state(self, batch: int, *, like: Tensor) -> Any:
         """State before the first token.
 
@@ -187,12 +232,14 @@ class Attention(Mixer):
         """Feed the next tokens x (B, n, D).
 
         Raises:
-            CapabilityError: the core has no streaming form, or the context carries a mask.
+            CapabilityError: the core has no streaming form, or the context carries a mask or
+                factors on heads.
         """
         self._check_streaming()
-        if ctx.mask is not None:
+        if ctx.mask is not None or ctx.width is not None:
             raise CapabilityError(
-                f"{self.site.path or 'attention'}: streaming takes no mask; feed real tokens only"
+                f"{self.site.path or 'attention'}: streaming takes no mask and no width; feed real "
+                "tokens only"
             )
         work = Work(None, self.site.path)
         q, k, v = self._heads(x, ctx, work)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context, Site
+from effformer.nn.cut import put, twin
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
@@ -17,7 +18,9 @@ from .base import Core, CoreConfig
 __all__ = ["Nystrom", "iterative_pinv"]
 
 
-@core.register("nystrom", caps=Caps(mask="key", packed=True, cost="n"), paper="2102.03902")
+@core.register(
+    "nystrom", caps=Caps(mask="key", packed=True, width=True, cost="n"), paper="2102.03902"
+)
 class Nystrom(Core):
     """Nystrom attention: ``softmax(q l_k^T) A^+ (softmax(l_q k^T) v) + conv(v)``, ``A = softmax(l_q
     l_k^T)``.
@@ -170,6 +173,15 @@ class Nystrom(Core):
             inverse = iterative_pinv(middle, self.config.iterations, coupled=True)
             out = first @ (inverse @ (third @ v))
         return (out if self.config.conv is None else out + self.conv(v))[:, :, -n:]
+
+    def select(self, heads: Tensor) -> Nystrom:
+        if self.config.conv is None:
+            return self
+        small, conv = twin(self), twin(self.conv)
+        conv.in_channels = conv.out_channels = conv.groups = len(heads)
+        put(conv, "weight", self.conv.weight.index_select(0, heads))
+        small.conv = conv
+        return small
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         c, size = self.config, self.config.landmarks

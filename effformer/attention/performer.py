@@ -40,7 +40,14 @@ class PerformerState(NamedTuple):
 @core.register(
     "performer",
     caps=Caps(
-        causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, cost="n"
+        causal="optional",
+        cross=True,
+        joint=True,
+        mask="key",
+        packed=True,
+        streaming=True,
+        width=True,
+        cost="n",
     ),
     paper="2009.14794",
 )

@@ -87,11 +87,13 @@ class Work:
     Attributes:
         ledger: takes the choices of the gates; None: nothing is recorded.
         path: of the attention; its projections stand below it in the ledger.
+        complete: every token runs all learners.
         executed: (B,) multiply-adds of each sample in each projection with learners.
     """
 
     ledger: Ledger | None
     path: str
+    complete: bool = False
     executed: list[Tensor] = field(default_factory=list)
 
 
@@ -107,7 +109,7 @@ def project(module: nn.Module, x: Tensor, name: str, work: Work) -> Tensor:
     if not isinstance(module, Learners):
         y: Tensor = module(x)
         return y
-    run: Run = module(x)
+    run: Run = module(x, complete=work.complete)
     if work.ledger is not None:
         place = f"{work.path}.{name}" if work.path else name
         work.executed.append(module.account(run, work.ledger, place))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context, Site
+from effformer.nn.cut import cut_linear, twin
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
@@ -16,7 +17,9 @@ from .base import Core, CoreConfig
 __all__ = ["Relative"]
 
 
-@core.register("relative", caps=Caps(mask="none", grid=True, cost="n^2"), paper="2111.09883")
+@core.register(
+    "relative", caps=Caps(mask="none", grid=True, width=True, cost="n^2"), paper="2111.09883"
+)
 class Relative(Core):
     """Softmax attention with a relative position bias: ``softmax(K^-0.5 q k^T + b(p_i - p_j)) v``.
 
@@ -83,6 +86,11 @@ class Relative(Core):
         down = rows[:, None] - rows + height - 1
         right = columns[:, None] - columns + width - 1
         return table[:, down[:, None, :, None], right[None, :, None, :]].flatten(3).flatten(1, 2)
+
+    def select(self, heads: Tensor) -> Relative:
+        small = twin(self)
+        small.fc2 = cut_linear(self.fc2, rows=heads)
+        return small
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         return 2 * heads * head_dim * n * n

@@ -34,6 +34,7 @@ class SoftmaxState(NamedTuple):
         rope=True,
         packed=True,
         streaming=True,
+        width=True,
         cost="n^2",
     ),
     paper="1706.03762",

@@ -31,6 +31,7 @@ _ELEMENTS = 2**21
         rope=True,
         packed=True,
         streaming=True,
+        width=True,
         cost="n^2",
     ),
     paper="2010.03688",

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from .adaln import AdaLNZero
 from .base import Block, Branch
+from .dynamic import DyDiTBlock, DynamicTokens, DynamicWidth
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
 from .macaron import Macaron
+from .needs import Layer, Needs
 from .parallel import Parallel, ParallelBranches
 from .postnorm import PostNorm
 from .prenorm import PreNorm
 from .respost import ResPost
-from .stack import BackboneConfig, Needs, StackConfig, build_stack
+from .slots import TokenPart, WidthPart
+from .stack import BackboneConfig, StackConfig, build_stack
 
 __all__ = [
     "AdaLNZero",
     "BackboneConfig",
     "Block",
     "Branch",
+    "DyDiTBlock",
+    "DynamicTokens",
+    "DynamicWidth",
     "FlowTransformerDecoder",
     "FlowTransformerEncoder",
+    "Layer",
     "Macaron",
     "Needs",
     "Parallel",
@@ -27,5 +34,7 @@ __all__ = [
     "PreNorm",
     "ResPost",
     "StackConfig",
+    "TokenPart",
+    "WidthPart",
     "build_stack",
 ]

@@ -13,7 +13,7 @@ from .prenorm import PreNorm
 __all__ = ["AdaLNZero"]
 
 
-@block.register("adaln-zero", caps=Caps(cond="always"), paper="2212.09748")
+@block.register("adaln-zero", caps=Caps(tokens=True, cond="always"), paper="2212.09748")
 class AdaLNZero(PreNorm):
     """Pre-norm block whose branches are shifted, scaled and gated by the conditioning (adaLN-Zero).
 

@@ -15,8 +15,11 @@ from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import EMPTY, Context, Site, Stream
 from effformer.ffn import FFN
+from effformer.nn.cut import Forms
 from effformer.nn.drop import DropPath
 from effformer.nn.norms import Modulation, branch_norm, modulate
+
+from .slots import TokenPart, WidthPart, report
 
 __all__ = ["Block", "Branch", "make_ffn", "make_mixer"]
 
@@ -48,6 +51,7 @@ class Branch(nn.Module):
         self.post_norm = post_norm
         self.norm = branch_norm(site) if normed else nn.Identity()
         self.part = part
+        self.forms = Forms()
         if site.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((site.dim,), site.layer_scale))
         self.drop_path = DropPath(site.drop_path) if site.drop_path else nn.Identity()
@@ -66,7 +70,7 @@ class Branch(nn.Module):
     def run(self, h: Tensor, ctx: Context) -> Tensor:
         """What the part makes of normed tokens, times the constant factor."""
         if ctx.stream is None or not isinstance(self.part, Mixer):
-            h = self.part(h, ctx)
+            h = self.forms.run(self.part, h, ctx)
         else:
             h = self._continue(h, ctx, ctx.stream)
         if ctx.tap is not None:
@@ -96,6 +100,8 @@ class Block(nn.Module):
     The modulation is adaLN-Zero: one linear layer maps ``silu(cond)`` to (shift, scale, gate) for
     every branch, in branch order, and starts at zero. Without shifts it makes (scale, gate).
 
+    Parts in the slots ``width`` and ``tokens`` (see `attach`) let it run less of its branches.
+
     A branch called "cross" attends to ``ctx.memory`` under ``ctx.memory_mask``; the others see
     their own tokens only.
 
@@ -110,6 +116,8 @@ class Block(nn.Module):
         self.site = site
         self.shift = shift
         self.order = tuple(branches)
+        self.width: WidthPart | None = None
+        self.tokens: TokenPart | None = None
         for name, branch in branches.items():
             self.add_module(name, branch)
         if site.cond_dim is not None:
@@ -123,15 +131,39 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        views = self._views(ctx)
-        if self.site.cond_dim is None:
-            for branch, view in zip(self.branches, views, strict=True):
-                x = branch(x, view)
-            return x
-        mods = self.modulations(ctx)
-        for i, (branch, view) in enumerate(zip(self.branches, views, strict=True)):
-            x = branch(x, view, mods[3 * i : 3 * i + 3])
+        mods = None if self.site.cond_dim is None else self.modulations(ctx)
+        for i, (name, view) in enumerate(zip(self.order, self._views(ctx), strict=True)):
+            branch, own = getattr(self, name), None if mods is None else mods[3 * i : 3 * i + 3]
+            view = self.narrowed(name, x, view)
+            if self.tokens is None:
+                x = branch(x, view, own)
+            else:
+                x = self.tokens(name, branch, x, view, own)
         return x
+
+    def attach(self, *, width: Config | None = None, tokens: Config | None = None) -> None:
+        """Fill the slots; None leaves a slot as it is.
+
+        Args:
+            width: config of a registered part that switches heads and channels off.
+            tokens: config of a registered part that chooses the tokens to work on.
+        """
+        branches = dict(zip(self.order, self.branches, strict=True))
+        for kind, config in (("width", width), ("tokens", tokens)):
+            if config is not None:
+                entry = registry.KINDS[kind].owner(config)
+                assert entry is not None, type(config)
+                setattr(self, kind, entry.build(config, below(self.site, kind), branches))
+
+    def narrowed(self, name: str, x: Tensor, ctx: Context) -> Context:
+        """The context of a branch with its active units, which are reported to the ledger."""
+        if self.width is None or ctx.complete:
+            return ctx
+        width = self.width(name, ctx)
+        if width is None:
+            return ctx
+        report(getattr(self, name), x, ctx, width.mean(dim=1))
+        return replace(ctx, width=width)
 
     def _views(self, ctx: Context) -> list[Context]:
         """The context of every branch."""
@@ -165,6 +197,10 @@ class Block(nn.Module):
         total = 0
         if self.site.cond_dim is not None:
             total = self.modulation.linear.in_features * self.modulation.linear.out_features
+        if self.width is not None:
+            total += self.width.macs()
+        if self.tokens is not None:
+            total += self.tokens.macs(n)
         for name, branch in zip(self.order, self.branches, strict=True):
             part: Any = branch.part
             if not isinstance(part, Mixer):

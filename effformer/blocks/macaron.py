@@ -15,7 +15,9 @@ from .base import Block, Branch, below, make_ffn, mixer_branches
 __all__ = ["Macaron"]
 
 
-@block.register("macaron", caps=Caps(cond="optional", cross=True, packed=True), paper="1906.02762")
+@block.register(
+    "macaron", caps=Caps(tokens=True, cond="optional", cross=True, packed=True), paper="1906.02762"
+)
 class Macaron(Block):
     """Macaron block: ``x + 1/2 ffn1(norm(x))``, ``x + attn(norm(x))``, ``x + 1/2 ffn2(norm(x))``.
 

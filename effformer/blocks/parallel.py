@@ -60,17 +60,23 @@ class Parallel(Block):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         h = self.norm(x)
         if self.site.cond_dim is None:
-            y = _total(branch.run(h, ctx) for branch in self.branches)
+            y = _total(branch.run(h, view) for branch, view in self._narrowed(h, ctx))
         else:
             mods = self.modulations(ctx)
-            triples = zip(self.branches, mods[0::3], mods[1::3], mods[2::3], strict=True)
+            triples = zip(mods[0::3], mods[1::3], mods[2::3], strict=True)
             y = _total(
-                gate * branch.run(modulate(h, shift, scale), ctx)
-                for branch, shift, scale, gate in triples
+                gate * branch.run(modulate(h, shift, scale), view)
+                for (branch, view), (shift, scale, gate) in zip(
+                    self._narrowed(h, ctx), triples, strict=True
+                )
             )
         if self.site.layer_scale is not None:
             y = y * self.layer_scale
         return x + self.drop_path(y)
+
+    def _narrowed(self, h: Tensor, ctx: Context) -> list[tuple[Branch, Context]]:
+        """The branches, each with its context."""
+        return [(getattr(self, name), self.narrowed(name, h, ctx)) for name in self.order]
 
 
 @block.register("parallel-branches", caps=Caps(packed=True), paper="2203.09795")
@@ -118,8 +124,9 @@ class ParallelBranches(Block):
         self.copies = config.copies
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        for group in (self.branches[: self.copies], self.branches[self.copies :]):
-            x = x + _total(branch.scale(branch.run(branch.norm(x), ctx)) for branch in group)
+        for group in (self.order[: self.copies], self.order[self.copies :]):
+            runs = [(getattr(self, name), self.narrowed(name, x, ctx)) for name in group]
+            x = x + _total(branch.scale(branch.run(branch.norm(x), view)) for branch, view in runs)
         return x
 
 

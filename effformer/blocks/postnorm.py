@@ -13,7 +13,7 @@ from .base import Block, Branch, below, make_ffn, mixer_branches
 __all__ = ["PostNorm"]
 
 
-@block.register("postnorm", caps=Caps(cross=True, packed=True), paper="1706.03762")
+@block.register("postnorm", caps=Caps(tokens=True, cross=True, packed=True), paper="1706.03762")
 class PostNorm(Block):
     """Post-norm block: ``norm(x + attn(x))``, then ``norm(x + ffn(x))``.
 

@@ -13,7 +13,7 @@ from .base import Block, Branch, below, make_ffn, mixer_branches
 __all__ = ["PreNorm"]
 
 
-@block.register("prenorm", caps=Caps(cross=True, packed=True), paper="2002.04745")
+@block.register("prenorm", caps=Caps(tokens=True, cross=True, packed=True), paper="2002.04745")
 class PreNorm(Block):
     """Pre-norm block: ``x + attn(norm(x))``, then ``x + ffn(norm(x))``.
 

@@ -22,7 +22,7 @@ class _NormedBranch(Branch):
         return x + self.scale(self.norm(self.run(x, ctx)))
 
 
-@block.register("respost", caps=Caps(packed=True), paper="2111.09883")
+@block.register("respost", caps=Caps(tokens=True, packed=True), paper="2111.09883")
 class ResPost(Block):
     """Residual post-norm block: ``x + norm(attn(x))``, then ``x + norm(ffn(x))``.
 

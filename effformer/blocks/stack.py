@@ -1,6 +1,4 @@
-"""Stacks of blocks: per-layer patterns and the check of capabilities before weights are
-allocated.
-"""
+"""Stacks of blocks, with per-layer patterns."""
 
 from __future__ import annotations
 
@@ -13,15 +11,16 @@ from torch import nn
 
 from effformer import registry
 from effformer.attention import Attention
-from effformer.checks import CapabilityError, unknown
+from effformer.checks import unknown
 from effformer.config import Config, part, resolve
 from effformer.context import Site
 from effformer.ffn import MLP
 
 from .base import Block
+from .needs import Layer, Needs, check_layer, mixer_caps
 from .prenorm import PreNorm
 
-__all__ = ["BackboneConfig", "Layer", "Needs", "StackConfig", "build_stack"]
+__all__ = ["BackboneConfig", "StackConfig", "build_stack", "with_causal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +31,8 @@ class StackConfig(Config):
         attn: token mixer of every block.
         ffn: position-wise network of every block.
         block: arrangement of every block.
+        width: which heads and channels of every block run, or None for all.
+        tokens: on which tokens every block works, or None for all.
         layers: changes for some blocks, slice -> parts: ``{"0:4": {"attn": "softmax"}, "3::4":
             {...}, "-1": {...}}``; later entries win.
         dropout: probability after each part.
@@ -41,6 +42,8 @@ class StackConfig(Config):
     attn: Config = part("attention", Attention.Config())
     ffn: Config = part("ffn", MLP.Config())
     block: Config = part("block", PreNorm.Config())
+    width: Config | None = part("width", optional=True)
+    tokens: Config | None = part("tokens", optional=True)
     layers: Mapping[str, Any] = field(default_factory=dict)
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -70,41 +73,6 @@ class BackboneConfig(StackConfig):
         for name in ("dim", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """The parts of one block."""
-
-    attn: Config
-    ffn: Config
-    block: Config
-    cross: Config | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """What a model asks of the parts in its blocks.
-
-    Attributes:
-        causal: tokens must not see later ones (False: the model attends both ways).
-        mask: mask that the model passes, "none", "key" or "full".
-        cond: the model has a conditioning vector.
-        rope: the model passes rotary tables.
-        grid: the model passes the layout of its tokens.
-        front: tokens without a place stand in front of the grid.
-        cross: a mixer attends to a memory.
-        memory: blocks have a further branch that attends to a memory.
-    """
-
-    causal: bool = False
-    mask: str = "none"
-    cond: bool = False
-    rope: bool = False
-    grid: bool = False
-    front: bool = False
-    cross: bool = False
-    memory: bool = False
 
 
 def build_stack(
@@ -139,7 +107,7 @@ def build_stack(
     needs = replace(needs, memory=cross is not None)
     layers = _layers(config, len(site), cross, name)
     for where, layer in _runs(layers, name):
-        _check_layer(layer, needs, where, beside)
+        check_layer(layer, needs, where, beside)
     blocks = nn.ModuleList()
     for i, (layer, place) in enumerate(zip(layers, site, strict=True)):
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
@@ -156,12 +124,13 @@ def _build_block(layer: Layer, site: Site, needs: Needs) -> Block:
     if layer.cross is not None:
         parts["cross"] = layer.cross
     block: Block = entry.build(layer.block, site, **parts)
+    block.attach(width=layer.width, tokens=layer.tokens)
     return block
 
 
 def with_causal(attn: Config, causal: bool) -> Config:
     """The mixer in causal form if the model needs it."""
-    if not causal or _caps(attn).causal == "always":
+    if not causal or mixer_caps(attn).causal == "always":
         return attn
     if isinstance(attn, Attention.Config):
         return attn.replace(core={"causal": True})
@@ -169,7 +138,10 @@ def with_causal(attn: Config, causal: bool) -> Config:
 
 
 def _layers(config: StackConfig, depth: int, cross: Config | None, name: str) -> list[Layer]:
-    layer = Layer(attn=config.attn, ffn=config.ffn, block=config.block, cross=cross)
+    layer = Layer(
+        attn=config.attn, ffn=config.ffn, block=config.block, cross=cross,
+        width=config.width, tokens=config.tokens,
+    )  # fmt: skip
     layers = [layer] * depth
     for key, changes in config.layers.items():
         where = f"{name} layers[{key!r}]"
@@ -182,16 +154,24 @@ def _layers(config: StackConfig, depth: int, cross: Config | None, name: str) ->
             )
         for i in chosen:
             new = {k: _resolve_part(k, v, layers[i], where) for k, v in changes.items()}
-            layers[i] = replace(layers[i], **new)
+            layers[i] = replace(layers[i], **new)  # type: ignore[arg-type]  # None in optional slots
     return layers
 
 
-def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config:
-    kinds = {"attn": "attention", "ffn": "ffn", "block": "block"}
+def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config | None:
+    kinds = {
+        "attn": "attention",
+        "ffn": "ffn",
+        "block": "block",
+        "width": "width",
+        "tokens": "tokens",
+    }
     if layer.cross is not None:
         kinds["cross"] = "attention"
     if slot not in kinds:
         raise unknown("part", slot, list(kinds), where=where)
+    if spec is None and slot in ("width", "tokens"):
+        return None
     return resolve(kinds[slot], spec, getattr(layer, slot), where=f"{where}.{slot}")
 
 
@@ -211,113 +191,3 @@ def _runs(layers: list[Layer], name: str) -> Iterator[tuple[str, Layer]]:
         if i == len(layers) or layers[i] != layers[start]:
             yield f"{name} blocks[{start}:{i}]", layers[start]
             start = i
-
-
-def _caps(config: Config) -> registry.Caps:
-    if isinstance(config, Attention.Config):
-        entry = registry.core.owner(config.core)
-    else:
-        entry = registry.attention.owner(config)
-    assert entry is not None, type(config)
-    return entry.caps
-
-
-def _part_name(config: Config) -> str:
-    inner = config.core if isinstance(config, Attention.Config) else config
-    return str(inner.to_dict().get("name", type(inner).__qualname__))
-
-
-def _check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs]) -> None:
-    every = (needs, *beside)
-    _check_mixer(layer.attn, every, f"{where}.attn")
-    _check_ffn(layer.ffn, every, f"{where}.ffn")
-    if layer.cross is not None:
-        _check_mixer(layer.cross, (Needs(mask=needs.mask, cross=True),), f"{where}.cross")
-    _check_block(layer.block, every, f"{where}.block")
-
-
-def _check_block(config: Config, needs: Sequence[Needs], where: str) -> None:
-    entry = registry.block.owner(config)
-    assert entry is not None
-    reason = _block_reason(entry.caps, needs[0])
-    if reason is None:
-        return
-    able = [e.name for e in registry.block if all(not _block_reason(e.caps, n) for n in needs)]
-    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(sorted(able))}")
-
-
-def _block_reason(caps: registry.Caps, needs: Needs) -> str | None:
-    """Why a block does not serve, None if it does."""
-    if needs.memory and not caps.cross:
-        return "has no attention to a memory"
-    if caps.cond == "always" and not needs.cond:
-        return "needs a conditioning vector, which this model has not"
-    if caps.cond == "never" and needs.cond:
-        return "cannot use this model's conditioning vector"
-    return None
-
-
-def _check_ffn(config: Config, needs: Sequence[Needs], where: str) -> None:
-    entry = registry.ffn.owner(config)
-    assert entry is not None
-    reason = _ffn_reason(entry.caps, needs[0])
-    if reason is None:
-        return
-    able = sorted(e.name for e in registry.ffn if all(not _ffn_reason(e.caps, n) for n in needs))
-    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(able)}")
-
-
-def _ffn_reason(caps: registry.Caps, needs: Needs) -> str | None:
-    """Why an FFN does not serve: one over the grid mixes neighbours, later and masked ones
-    included.
-    """
-    if not caps.grid:
-        return None
-    if (reason := _grid_reason(caps, needs)) is not None:
-        return reason
-    if needs.causal:
-        return "mixes neighbours, but this model must not see later tokens"
-    return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
-
-
-def _check_mixer(config: Config, needs: Sequence[Needs], where: str) -> None:
-    name = _part_name(config)
-    inner: Any = config.core if isinstance(config, Attention.Config) else config
-    reason = _mixer_reason(_caps(config), needs[0])
-    if reason is None and not needs[0].causal and getattr(inner, "causal", False):
-        reason = "has causal=True, but this model attends both ways"
-    if reason is None:
-        return
-    entries = [entry for kind in (registry.attention, registry.core) for entry in kind]
-    able = sorted(e.name for e in entries if all(not _mixer_reason(e.caps, n) for n in needs))
-    raise CapabilityError(f"{where}: {name!r} {reason}; choices: {', '.join(able)}")
-
-
-def _mixer_reason(caps: registry.Caps, needs: Needs) -> str | None:
-    """Why a token mixer does not serve, None if it does."""
-    reasons: dict[str, tuple[Any, str]] = {
-        "causal": (
-            needs.causal,
-            "is not causal, but this model must not see later tokens"
-            if needs.causal
-            else "needs causal order, but this model attends both ways",
-        ),
-        "mask": (needs.mask, f"cannot honour a {needs.mask} mask"),
-    }
-    if needs.rope:
-        reasons["rope"] = (True, "cannot apply rotary embedding")
-    if needs.cross:
-        reasons["cross"] = (True, "cannot attend to a memory")
-    for key, (value, reason) in reasons.items():
-        if not caps.satisfies(**{key: value}):
-            return reason
-    return _grid_reason(caps, needs) if caps.grid else None
-
-
-def _grid_reason(caps: registry.Caps, needs: Needs) -> str | None:
-    """Why a part over the grid does not serve, None if it does."""
-    if not needs.grid:
-        return "needs a token grid, which this model has not"
-    if needs.front and not caps.front:
-        return "has no place for tokens in front of the grid (class token, registers)"
-    return None

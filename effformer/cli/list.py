@@ -22,8 +22,8 @@ def list_parts(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="model, attention, core, ffn, block, objective, sampler, quantizer or target; "
-            "without it: all."
+            help="model, attention, core, ffn, block, width, tokens, objective, sampler, quantizer "
+            "or target; without it: all."
         ),
     ] = None,
     like: Annotated[str, typer.Option(help="Glob over names: 'dit*'.")] = "*",

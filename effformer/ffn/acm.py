@@ -88,7 +88,8 @@ class ACM(FFN):
         )
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        run = self.learners(x)
+        self.check_width(ctx)
+        run = self.learners(x, complete=ctx.complete)
         if ctx.ledger is not None:
             path = self.site.path
             done = self.learners.account(run, ctx.ledger, path)

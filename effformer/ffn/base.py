@@ -8,6 +8,8 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from effformer import registry
+from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import EMPTY, Context, Site
 from effformer.nn.activations import Activation
@@ -68,3 +70,29 @@ class FFN(nn.Module, ABC):
     @abstractmethod
     def macs(self, n: int) -> int:
         """Dense multiply-adds for n tokens of one sample."""
+
+    @property
+    def units(self) -> int:
+        """Number of hidden channels."""
+        return self.hidden
+
+    def check_width(self, ctx: Context) -> None:
+        """Refuse ``ctx.width``, for networks without ``caps.width``.
+
+        Raises:
+            CapabilityError: the context carries factors on channels.
+        """
+        if ctx.width is not None:
+            able = ", ".join(registry.ffn.names(width=True))
+            raise CapabilityError(
+                f"{self.site.path or 'ffn'}: this ffn cannot honour width=True; choices that can: "
+                f"{able}"
+            )
+
+
+def switched(hidden: Tensor, ctx: Context) -> Tensor:
+    """Hidden channels (B, N, M) times their groups' factors ``ctx.width`` (B, U)."""
+    if ctx.width is None:
+        return hidden
+    width = ctx.width.to(hidden.dtype)[:, None, :, None]
+    return (hidden.unflatten(-1, (width.shape[2], -1)) * width).flatten(-2)

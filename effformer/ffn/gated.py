@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from effformer.context import EMPTY, Context, Site
 from effformer.nn.activations import ACTIVATIONS, Activation
+from effformer.nn.cut import cut_linear, twin
 from effformer.registry import Caps, ffn
 
-from .base import FFN, FFNConfig
+from .base import FFN, FFNConfig, switched
 
 __all__ = ["GEGLU", "SwiGLU"]
 
@@ -27,13 +30,21 @@ class _Gated(FFN):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.drop(self.fc2(self.drop(self.act(gate) * value)))
+        return self.drop(self.fc2(self.drop(switched(self.act(gate) * value, ctx))))
+
+    def select(self, units: Tensor) -> Self:
+        """The network with some of its hidden channels."""
+        small = twin(self)
+        small.hidden = len(units)
+        small.fc1 = cut_linear(self.fc1, rows=torch.cat([units, units + self.hidden]))
+        small.fc2 = cut_linear(self.fc2, columns=units)
+        return small
 
     def macs(self, n: int) -> int:
         return 3 * n * self.site.dim * self.hidden
 
 
-@ffn.register("swiglu", caps=Caps(packed=True), paper="2002.05202")
+@ffn.register("swiglu", caps=Caps(packed=True, width=True), paper="2002.05202")
 class SwiGLU(_Gated):
     """Gated unit with SiLU: ``W2 (silu(Wg x) * (Wv x))``.
 
@@ -51,7 +62,7 @@ class SwiGLU(_Gated):
         act: Activation = "silu"
 
 
-@ffn.register("geglu", caps=Caps(packed=True), paper="2002.05202")
+@ffn.register("geglu", caps=Caps(packed=True, width=True), paper="2002.05202")
 class GEGLU(_Gated):
     """Gated unit with GELU (erf form): ``W2 (gelu(Wg x) * (Wv x))``.
 

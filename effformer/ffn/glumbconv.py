@@ -69,6 +69,7 @@ class GLUMBConv(FFN):
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        self.check_width(ctx)
         grid = self._grid(x, ctx)
         h = self._mix(self.act(self.fc1(x)), grid)
         value, gate = h.chunk(2, dim=-1)

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from effformer.context import EMPTY, Context, Site
 from effformer.nn.activations import ACTIVATIONS
+from effformer.nn.cut import cut_linear, twin
 from effformer.registry import Caps, ffn
 
-from .base import FFN, FFNConfig
+from .base import FFN, FFNConfig, switched
 
 __all__ = ["MLP"]
 
 
-@ffn.register("mlp", caps=Caps(packed=True), paper="1706.03762")
+@ffn.register("mlp", caps=Caps(packed=True, width=True), paper="1706.03762")
 class MLP(FFN):
     """Two linear layers: ``W2 act(W1 x + b1) + b2``.
 
@@ -34,7 +35,15 @@ class MLP(FFN):
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(self.act(switched(self.fc1(x), ctx)))))
+
+    def select(self, units: Tensor) -> MLP:
+        """The network with some of its hidden channels."""
+        small = twin(self)
+        small.hidden = len(units)
+        small.fc1 = cut_linear(self.fc1, rows=units)
+        small.fc2 = cut_linear(self.fc2, columns=units)
+        return small
 
     def macs(self, n: int) -> int:
         return 2 * n * self.site.dim * self.hidden

@@ -103,6 +103,7 @@ class MoE(FFN):
         return probabilities, weights.to(x.dtype), chosen
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        self.check_width(ctx)
         probabilities, weights, chosen = self.route(x)
         if ctx.ledger is not None:
             ctx.ledger.work(self.site.path, x.new_ones(x.shape[0]))

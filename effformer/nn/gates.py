@@ -5,10 +5,13 @@ known.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
-__all__ = ["gumbel_like", "straight_through", "values_known"]
+from effformer.context import EMPTY, Context
+
+__all__ = ["GateLinear", "Switch", "gumbel_like", "straight_through", "values_known"]
 
 
 def values_known(x: Tensor) -> bool:
@@ -41,3 +44,72 @@ def straight_through(soft: Tensor) -> Tensor:
     """
     hard = torch.zeros_like(soft).scatter(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
     return hard + (soft - soft.detach())
+
+
+class GateLinear(nn.Linear):
+    """The linear layer of a gate: Xavier-uniform weights, a constant bias, at least float32.
+
+    A model's own initialisation leaves it alone. Gates near zero flip with the last bits, so the
+    product is evaluated in float32 also in models of lower precision and under autocast.
+
+    Args:
+        inputs: width of the input.
+        outputs: number of logits.
+        start: initial bias.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, start: float = 0.0) -> None:
+        self.start = start
+        super().__init__(inputs, outputs)
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights; the bias is ``start``."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.constant_(self.bias, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight, bias)
+
+
+class Switch(nn.Module):
+    """Turns logits into 0 or 1.
+
+    Training samples: 1 where ``sigmoid((a + g1 - g2) / tau) > 1/2``, g1 and g2 standard Gumbel
+    noise, with the gradient of the sigmoid; so P(1) = sigmoid(a), whatever tau. Evaluation takes 1
+    where a > 0.
+
+    A `Tap` may read and replace the noise g1 - g2 at ``<path>.noise`` and the values at ``<path>``.
+
+    Args:
+        tau: temperature; scales the gradient.
+        path: name of the places.
+        generator: source of noise; None means torch's default generator, as `nn.Dropout` does.
+
+    Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456; Categorical Reparameterization
+    with Gumbel-Softmax, 2016, arXiv 1611.01144.
+    """
+
+    def __init__(
+        self, *, tau: float = 5.0, path: str = "", generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.tau, self.path = tau, path
+        self.generator = generator
+
+    def forward(self, logits: Tensor, ctx: Context = EMPTY) -> Tensor:
+        """Zeros and ones of the shape and type of the logits."""
+        if self.training:
+            noise = gumbel_like(logits, self.generator) - gumbel_like(logits, self.generator)
+            if ctx.tap is not None:
+                noise = ctx.tap(f"{self.path}.noise", noise)
+            soft = torch.sigmoid((logits + noise) / self.tau)
+            values = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+        else:
+            values = (logits > 0).to(logits.dtype)
+        return values if ctx.tap is None else ctx.tap(self.path, values)

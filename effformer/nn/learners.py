@@ -215,11 +215,12 @@ class Learners(nn.Module):
             outputs.append(before + self.learner(i, x))
         return torch.stack(outputs, dim=-2)
 
-    def forward(self, x: Tensor) -> Run:
-        """Tokens (B, N, D) through as many learners as each of them chose."""
-        if self.fixed is not None:
-            chosen = torch.full(x.shape[:2], self.fixed, device=x.device)
-            return Run(self.drop(self._prefix(x, self.fixed)), chosen, None)
+    def forward(self, x: Tensor, *, complete: bool = False) -> Run:
+        """Tokens (B, N, D) through as many learners as each of them chose; ``complete``: all."""
+        fixed = self.count if complete else self.fixed
+        if fixed is not None:
+            chosen = torch.full(x.shape[:2], fixed, device=x.device)
+            return Run(self.drop(self._prefix(x, fixed)), chosen, None)
         choice = self.gate(x)
         chosen = choice.argmax(dim=-1)
         if self.training or not values_known(x):

@@ -1,0 +1,344 @@
+"""DyDiT's gates: how many heads and channels run at which time, and which tokens reach the FFN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effformer import registry
+from effformer.attention import Attention, Mixer
+from effformer.checks import CapabilityError
+from effformer.config import Config as BaseConfig
+from effformer.config import part
+from effformer.context import Context, Site
+from effformer.ffn import FFN
+from effformer.nn.gates import GateLinear, Switch, values_known
+from effformer.registry import Caps, block, tokens, width
+
+from .adaln import AdaLNZero
+from .base import Branch
+from .needs import Layer, Needs, mixer_caps, part_name
+from .slots import TokenPart, WidthPart, report
+
+__all__ = ["DyDiTBlock", "DynamicTokens", "DynamicWidth", "TimeRouter", "TokenRouter"]
+
+
+class TimeRouter(nn.Module):
+    """Which of U units run at a time: ``[1, G(W e_t + b)]``; the first always does.
+
+    Args:
+        time_dim: width of the time embedding.
+        units: U, at least 2.
+        bias: initial b; large values switch everything on.
+        tau: temperature of G, see `Switch`.
+        path: name for `Tap`.
+
+    Raises:
+        ValueError: fewer than two units.
+    """
+
+    def __init__(self, time_dim: int, units: int, *, bias: float, tau: float, path: str) -> None:
+        super().__init__()
+        if units < 2:
+            raise ValueError(f"{path}: a gate needs at least 2 units, got {units}")
+        self.router = GateLinear(time_dim, units - 1, start=bias)
+        self.switch = Switch(tau=tau, path=path)
+
+    def forward(self, ctx: Context) -> Tensor:
+        """Zeros and ones (B, U).
+
+        Raises:
+            ValueError: the context carries no time embedding.
+        """
+        if ctx.time is None:
+            raise ValueError(f"{self.switch.path}: ctx.time is None, but the gate reads the time")
+        return F.pad(self.switch(self.router(ctx.time), ctx), (1, 0), value=1.0)
+
+    def macs(self) -> int:
+        """Multiply-adds of one sample."""
+        return self.router.in_features * self.router.out_features
+
+
+@width.register("dynamic", caps=Caps(time=True, dynamic=True), paper="2410.03456")
+class DynamicWidth(WidthPart):
+    """Timestep-wise width: heads of every mixer and channel groups of every FFN are switched by the
+    time alone.
+
+    ``g = [1, G(W e_t + b)]`` for each branch, see `Switch`; e_t is the embedding of the time,
+    without the label. Outputs of heads are multiplied by g before the output projection; groups of
+    hidden channels before the activation (of gated units: the product). In evaluation the parts
+    are cut to their active units instead, which gives the same result for less work: the pattern
+    belongs to the time, so it is the same for all samples of a sampler's step.
+
+    Args:
+        config: the knobs.
+        site: the place in the model; ``site.time_dim`` is required.
+        branches: the branches of the block.
+
+    Raises:
+        ValueError: fewer than two heads, or hidden channels that do not divide into the groups.
+        CapabilityError: heads that cannot be taken apart.
+
+    Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456; DyDiT++: Dynamic Diffusion
+    Transformers for Efficient Visual Generation, 2025, arXiv 2504.06803.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `DynamicWidth`.
+
+        Attributes:
+            groups: channel groups of an FFN; None means as many as heads.
+            bias: initial bias of the routers: everything starts switched on.
+            tau: temperature of the samples in training.
+        """
+
+        groups: int | None = None
+        bias: float = 15.0
+        tau: float = 5.0
+
+        def __post_init__(self) -> None:
+            if self.tau <= 0 or (self.groups is not None and self.groups < 2):
+                raise ValueError(
+                    "width 'dynamic': tau must be positive and groups at least 2, got "
+                    f"tau={self.tau}, groups={self.groups}"
+                )
+
+    def __init__(
+        self, config: DynamicWidth.Config, site: Site, branches: Mapping[str, Branch]
+    ) -> None:
+        super().__init__(config, site, branches)
+        if site.time_dim is None:
+            raise ValueError(f"{site.path}: the site has no time_dim")
+        self.gates = nn.ModuleDict()
+        for name, branch in branches.items():
+            units = self._units(branch.part)
+            self.gates[name] = TimeRouter(
+                site.time_dim, units, bias=config.bias, tau=config.tau, path=f"{site.path}.{name}"
+            )
+
+    @classmethod
+    def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
+        for slot in ("attn", "cross"):
+            mixer = getattr(layer, slot)
+            if mixer is not None and (why := _joined(mixer)) is not None:
+                raise CapabilityError(
+                    f"{where}.width: 'dynamic' switches heads, but {slot} {part_name(mixer)!r} {why}; "
+                    "choices: None"
+                )
+        entry = registry.ffn.owner(layer.ffn)
+        assert entry is not None
+        if not entry.caps.width:
+            able = ", ".join(registry.ffn.names(width=True))
+            raise CapabilityError(
+                f"{where}.width: 'dynamic' switches hidden channels, but ffn {entry.name!r} has none "
+                f"that can be taken apart (ffn: {able} would do); choices: None"
+            )
+
+    def forward(self, name: str, ctx: Context) -> Tensor:
+        gate: Tensor = self.gates[name](ctx)
+        return gate
+
+    def macs(self) -> int:
+        return sum(gate.macs() for gate in self.gates.values())  # type: ignore[operator]
+
+    def _units(self, part: Mixer | FFN) -> int:
+        """Number of gates of a part: heads, or groups of channels."""
+        if isinstance(part, Mixer):
+            return int(part.units)  # type: ignore[arg-type]
+        groups = self.config.groups or self.site.heads
+        if part.units % groups:
+            raise ValueError(
+                f"{self.site.path}: {part.units} hidden channels do not divide into {groups} groups; "
+                "change groups, or the FFN's hidden or ratio"
+            )
+        return int(groups)
+
+
+class TokenRouter(nn.Module):
+    """Which tokens a branch works on: ``G(W2 relu(W1 x))`` of the raw residual stream.
+
+    Args:
+        dim: width of the tokens.
+        hidden: width between the two layers.
+        bias: initial bias of the last one; large values keep every token.
+        tau: temperature of G, see `Switch`.
+        path: name for `Tap`.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, bias: float, tau: float, path: str) -> None:
+        super().__init__()
+        self.fc1 = GateLinear(dim, hidden)
+        self.fc2 = GateLinear(hidden, 1, start=bias)
+        self.switch = Switch(tau=tau, path=path)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """Zeros and ones (B, N, 1) for tokens (B, N, D)."""
+        out: Tensor = self.switch(self.fc2(F.relu(self.fc1(x))), ctx)
+        return out
+
+    def macs(self, n: int) -> int:
+        """Multiply-adds for n tokens."""
+        return n * (self.fc1.in_features + 1) * self.fc1.out_features
+
+
+@tokens.register("dynamic", caps=Caps(dynamic=True), paper="2410.03456")
+class DynamicTokens(TokenPart):
+    """Spatial-wise tokens: those that a gate switches off pass an FFN by on the residual stream.
+
+    ``s = G(W2 relu(W1 h))`` of the residual stream h in front of the FFN (no norm, no modulation),
+    then ``h + s * ffn_branch(h)``: biases and modulation gates are skipped as well. Attention works
+    on all tokens. In evaluation the tokens that remain are gathered into one matrix, and nothing
+    else is computed; none at all may remain.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+        branches: the branches of the block.
+
+    Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456; DyDiT++: Dynamic Diffusion
+    Transformers for Efficient Visual Generation, 2025, arXiv 2504.06803.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `DynamicTokens`.
+
+        Attributes:
+            reduction: token width over the gate's inner width.
+            bias: initial bias of the gate: every token starts switched on.
+            tau: temperature of the samples in training.
+        """
+
+        reduction: int = 16
+        bias: float = 35.0
+        tau: float = 5.0
+
+        def __post_init__(self) -> None:
+            if self.tau <= 0 or self.reduction < 1:
+                raise ValueError(
+                    "tokens 'dynamic': tau must be positive and reduction at least 1, got "
+                    f"tau={self.tau}, reduction={self.reduction}"
+                )
+
+    def __init__(
+        self, config: DynamicTokens.Config, site: Site, branches: Mapping[str, Branch]
+    ) -> None:
+        super().__init__(config, site, branches)
+        hidden = max(site.dim // config.reduction, 1)
+        self.gates = nn.ModuleDict()
+        for name, branch in branches.items():
+            if isinstance(branch.part, FFN):
+                self.gates[name] = TokenRouter(
+                    site.dim, hidden, bias=config.bias, tau=config.tau, path=f"{site.path}.{name}"
+                )
+
+    @classmethod
+    def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
+        entry = registry.ffn.owner(layer.ffn)
+        assert entry is not None
+        if entry.caps.grid or entry.caps.dynamic:
+            why = (
+                "mixes neighbours" if entry.caps.grid else "chooses its work for every token itself"
+            )
+            able = ", ".join(registry.ffn.names(grid=False, dynamic=False))
+            raise CapabilityError(
+                f"{where}.tokens: 'dynamic' lets tokens pass the FFN by, but ffn {entry.name!r} {why} "
+                f"(ffn: {able} would do); choices: None"
+            )
+
+    def forward(
+        self,
+        name: str,
+        branch: Branch,
+        x: Tensor,
+        ctx: Context,
+        mods: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
+        if name not in self.gates or ctx.complete:
+            return branch(x, ctx, mods)
+        gate: Tensor = self.gates[name](x, ctx)
+        fraction = gate.mean(dim=(1, 2))
+        report(branch, x, ctx, fraction if ctx.width is None else fraction * ctx.width.mean(dim=1))
+        if self.training or ctx.tap is not None or not values_known(x):
+            # exact at both ends: a token that is switched off keeps its very bits
+            return torch.lerp(x, branch(x, ctx, mods), gate.to(x.dtype))
+        return _gathered(branch, x, ctx, mods, gate > 0)
+
+    def macs(self, n: int) -> int:
+        return sum(gate.macs(n) for gate in self.gates.values())  # type: ignore[operator]
+
+
+def _gathered(
+    branch: Branch, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None, keep: Tensor
+) -> Tensor:
+    """The branch on the tokens in ``keep`` (B, N, 1), the others unchanged."""
+    index = keep.flatten().nonzero().flatten()
+    if len(index) in (0, keep.numel()):
+        return branch(x, ctx, mods) if len(index) else x
+    flat = x.flatten(0, 1)
+    chosen = flat.index_select(0, index)
+    if x.shape[0] == 1:
+        done = branch(chosen[None], ctx, mods)
+    else:  # every token becomes a sample of its own, with what belongs to its old sample
+        sample = index // x.shape[1]
+        own = (
+            None
+            if mods is None
+            else tuple(m if m.dim() == 0 else m.index_select(0, sample) for m in mods)
+        )
+        done = branch(chosen[:, None], ctx.rows(sample), own)
+    return flat.index_copy(0, index, done.flatten(0, 1)).view_as(x)
+
+
+def _joined(mixer: BaseConfig) -> str | None:
+    """Why the heads of a mixer cannot be taken apart, None if they can."""
+    entry = registry.attention.owner(mixer)
+    assert entry is not None, type(mixer)
+    if not (entry.caps.width and mixer_caps(mixer).width):
+        able = {*registry.core.names(width=True), *registry.attention.names(width=True)}
+        names = ", ".join(sorted(able - {"multihead"}))
+        return f"has none that can be taken apart (attn: {names} would do)"
+    if isinstance(mixer, Attention.Config) and (why := mixer.joined) is not None:
+        return why
+    return None
+
+
+@block.register(
+    "dydit", caps=Caps(cond="always", time=True, tokens=True, dynamic=True), paper="2410.03456"
+)
+class DyDiTBlock(AdaLNZero):
+    """The block of DyDiT: `AdaLNZero` with `DynamicWidth` and `DynamicTokens` in its slots.
+
+    ``block="dydit"`` means the same as ``block="adaln-zero", width="dynamic", tokens="dynamic"``.
+
+    Args:
+        config: the knobs of the two.
+        site: the place in the model; ``site.cond_dim`` and ``site.time_dim`` are required.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network.
+
+    Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `DyDiTBlock`.
+
+        Attributes:
+            width: which heads and channels run.
+            tokens: which tokens reach the FFN.
+        """
+
+        width: BaseConfig = part("width", DynamicWidth.Config())
+        tokens: BaseConfig = part("tokens", DynamicTokens.Config())
+
+    def __init__(
+        self, config: DyDiTBlock.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
+    ) -> None:
+        super().__init__(AdaLNZero.Config(), site, attn=attn, ffn=ffn)
+        self.attach(width=config.width, tokens=config.tokens)

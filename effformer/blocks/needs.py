@@ -1,0 +1,201 @@
+"""What a model needs of the parts in its blocks, compared with what they can do before weights are
+allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effformer import registry
+from effformer.attention import Attention
+from effformer.checks import CapabilityError
+from effformer.config import Config
+
+__all__ = ["Layer", "Needs", "check_layer", "mixer_caps", "part_name"]
+
+_NO_TIME = "reads the time embedding, which this model has not"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """The parts of one block."""
+
+    attn: Config
+    ffn: Config
+    block: Config
+    cross: Config | None = None
+    width: Config | None = None
+    tokens: Config | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a model asks of the parts in its blocks.
+
+    Attributes:
+        causal: tokens must not see later ones (False: the model attends both ways).
+        mask: mask that the model passes, "none", "key" or "full".
+        cond: the model has a conditioning vector.
+        time: the model passes a time embedding.
+        rope: the model passes rotary tables.
+        grid: the model passes the layout of its tokens.
+        front: tokens without a place stand in front of the grid.
+        cross: a mixer attends to a memory.
+        memory: blocks have a further branch that attends to a memory.
+    """
+
+    causal: bool = False
+    mask: str = "none"
+    cond: bool = False
+    time: bool = False
+    rope: bool = False
+    grid: bool = False
+    front: bool = False
+    cross: bool = False
+    memory: bool = False
+
+
+def mixer_caps(config: Config) -> registry.Caps:
+    """Capabilities of a token mixer: those of its core, if it has one."""
+    if isinstance(config, Attention.Config):
+        entry = registry.core.owner(config.core)
+    else:
+        entry = registry.attention.owner(config)
+    assert entry is not None, type(config)
+    return entry.caps
+
+
+def part_name(config: Config) -> str:
+    """The name that a user writes for a mixer."""
+    inner = config.core if isinstance(config, Attention.Config) else config
+    return str(inner.to_dict().get("name", type(inner).__qualname__))
+
+
+def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs]) -> None:
+    """Compare the parts of a block with what the model needs.
+
+    Args:
+        layer: the parts.
+        needs: what the model asks of them.
+        where: words that name the block, for messages.
+        beside: what other stacks of the model ask of the same parts; choices serve them, too.
+
+    Raises:
+        CapabilityError: a part cannot do it; parts that can are named.
+    """
+    every = (needs, *beside)
+    _check_mixer(layer.attn, every, f"{where}.attn")
+    _check_ffn(layer.ffn, every, f"{where}.ffn")
+    if layer.cross is not None:
+        _check_mixer(layer.cross, (Needs(mask=needs.mask, cross=True),), f"{where}.cross")
+    _check_block(layer.block, every, f"{where}.block")
+    for kind in ("width", "tokens"):
+        config = getattr(layer, kind) or getattr(layer.block, kind, None)
+        if config is not None:
+            _check_slot(kind, config, layer, needs, where)
+
+
+def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: str) -> None:
+    """Parts in the slots "width" and "tokens"."""
+    entry, holder = registry.KINDS[kind].owner(config), registry.block.owner(layer.block)
+    assert entry is not None
+    assert holder is not None
+    if entry.caps.time and not needs.time:
+        able = ", ".join(registry.KINDS[kind].names(time=False)) or "None"
+        raise CapabilityError(f"{where}.{kind}: {entry.name!r} {_NO_TIME}; choices: {able}")
+    if kind == "tokens" and not holder.caps.tokens:
+        able = ", ".join(registry.block.names(tokens=True))
+        raise CapabilityError(
+            f"{where}.tokens: {entry.name!r} acts between the branches of a block, but those of "
+            f"{holder.name!r} run side by side; choices of block: {able}"
+        )
+    entry.build.check(config, layer, needs, where)  # type: ignore[attr-defined]
+
+
+def _check_block(config: Config, needs: Sequence[Needs], where: str) -> None:
+    entry = registry.block.owner(config)
+    assert entry is not None
+    reason = _block_reason(entry.caps, needs[0])
+    if reason is None:
+        return
+    able = [e.name for e in registry.block if all(not _block_reason(e.caps, n) for n in needs)]
+    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(sorted(able))}")
+
+
+def _block_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why a block does not serve, None if it does."""
+    if needs.memory and not caps.cross:
+        return "has no attention to a memory"
+    if caps.cond == "always" and not needs.cond:
+        return "needs a conditioning vector, which this model has not"
+    if caps.cond == "never" and needs.cond:
+        return "cannot use this model's conditioning vector"
+    return _NO_TIME if caps.time and not needs.time else None
+
+
+def _check_ffn(config: Config, needs: Sequence[Needs], where: str) -> None:
+    entry = registry.ffn.owner(config)
+    assert entry is not None
+    reason = _ffn_reason(entry.caps, needs[0])
+    if reason is None:
+        return
+    able = sorted(e.name for e in registry.ffn if all(not _ffn_reason(e.caps, n) for n in needs))
+    raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(able)}")
+
+
+def _ffn_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why an FFN does not serve, None if it does: one over the grid mixes neighbours, later and masked ones
+    included.
+    """
+    if not caps.grid:
+        return None
+    if (reason := _grid_reason(caps, needs)) is not None:
+        return reason
+    if needs.causal:
+        return "mixes neighbours, but this model must not see later tokens"
+    return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
+
+
+def _check_mixer(config: Config, needs: Sequence[Needs], where: str) -> None:
+    name = part_name(config)
+    inner: Any = config.core if isinstance(config, Attention.Config) else config
+    reason = _mixer_reason(mixer_caps(config), needs[0])
+    if reason is None and not needs[0].causal and getattr(inner, "causal", False):
+        reason = "has causal=True, but this model attends both ways"
+    if reason is None:
+        return
+    entries = [entry for kind in (registry.attention, registry.core) for entry in kind]
+    able = sorted(e.name for e in entries if all(not _mixer_reason(e.caps, n) for n in needs))
+    raise CapabilityError(f"{where}: {name!r} {reason}; choices: {', '.join(able)}")
+
+
+def _mixer_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why a token mixer does not serve, None if it does."""
+    reasons: dict[str, tuple[Any, str]] = {
+        "causal": (
+            needs.causal,
+            "is not causal, but this model must not see later tokens"
+            if needs.causal
+            else "needs causal order, but this model attends both ways",
+        ),
+        "mask": (needs.mask, f"cannot honour a {needs.mask} mask"),
+    }
+    if needs.rope:
+        reasons["rope"] = (True, "cannot apply rotary embedding")
+    if needs.cross:
+        reasons["cross"] = (True, "cannot attend to a memory")
+    for key, (value, reason) in reasons.items():
+        if not caps.satisfies(**{key: value}):
+            return reason
+    return _grid_reason(caps, needs) if caps.grid else None
+
+
+def _grid_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why a part over the grid does not serve, None if it does."""
+    if not needs.grid:
+        return "needs a token grid, which this model has not"
+    if needs.front and not caps.front:
+        return "has no place for tokens in front of the grid (class token, registers)"
+    return None

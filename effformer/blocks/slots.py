@@ -1,0 +1,120 @@
+"""The slots of a block beside its branches: how much of each part runs, and on which tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from effformer.config import Config
+from effformer.context import Context, Site
+
+if TYPE_CHECKING:
+    from .base import Branch
+    from .needs import Layer, Needs
+
+__all__ = ["TokenPart", "WidthPart", "report"]
+
+
+class WidthPart(nn.Module, ABC):
+    """Kind "width": how many heads and channels of each branch run, for every sample.
+
+    Args:
+        config: the knobs.
+        site: the place of the block in the model; ``site.path`` is that of this part.
+        branches: the branches of the block, in execution order.
+
+    Attributes:
+        neutral_start: initial values leave the model's function as it is, so that weights trained
+            without this part may be loaded.
+    """
+
+    neutral_start: ClassVar[bool] = True
+
+    def __init__(self, config: Config, site: Site, branches: Mapping[str, Branch]) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.site = site
+
+    @classmethod
+    def check(cls, config: Config, layer: Layer, needs: Needs, where: str) -> None:
+        """Refuse at build time what this part cannot work with; ``where`` names the blocks.
+
+        Raises:
+            CapabilityError: parts that would work are named.
+        """
+
+    @abstractmethod
+    def forward(self, name: str, ctx: Context) -> Tensor | None:
+        """Factors (B, U) on the units of the branch called ``name``; None leaves it whole."""
+
+    @abstractmethod
+    def macs(self) -> int:
+        """Multiply-adds of this part itself, for one sample."""
+
+
+class TokenPart(nn.Module, ABC):
+    """Kind "tokens": on which tokens the branches of a block work.
+
+    Args:
+        config: the knobs.
+        site: the place of the block in the model; ``site.path`` is that of this part.
+        branches: the branches of the block, in execution order.
+
+    Attributes:
+        neutral_start: initial values leave the model's function as it is, so that weights trained
+            without this part may be loaded.
+    """
+
+    neutral_start: ClassVar[bool] = True
+
+    def __init__(self, config: Config, site: Site, branches: Mapping[str, Branch]) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.site = site
+
+    @classmethod
+    def check(cls, config: Config, layer: Layer, needs: Needs, where: str) -> None:
+        """Refuse at build time what this part cannot work with; ``where`` names the blocks.
+
+        Raises:
+            CapabilityError: parts that would work are named.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        name: str,
+        branch: Branch,
+        x: Tensor,
+        ctx: Context,
+        mods: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
+        """Run one branch: ``branch(x, ctx, mods)``, or less of it.
+
+        Args:
+            name: name of the branch in its block ("attn", "ffn", ...).
+            branch: the branch; ``branch.part`` is a `Mixer` or an `FFN`.
+            x: (B, N, D) the raw residual stream.
+            ctx: the branch's own context.
+            mods: shift, scale and gate (B, 1, D) of a modulated branch.
+
+        Returns:
+            (B, N', D) the residual stream behind the branch.
+        """
+
+    @abstractmethod
+    def macs(self, n: int) -> int:
+        """Multiply-adds of this part itself, for one sample with n tokens."""
+
+
+def report(branch: Branch, x: Tensor, ctx: Context, fraction: Tensor) -> None:
+    """Write into the ledger that a branch executes this fraction (B,) of its work on x (B, N, D)."""
+    if ctx.ledger is None:
+        return
+    part: Any = branch.part
+    n, m = x.shape[1], None if ctx.memory is None else ctx.memory.shape[1]
+    cost = part.macs(n) if m is None else part.macs(n, m)
+    ctx.ledger.work(branch.site.path, fraction, cost)
