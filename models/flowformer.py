@@ -11,10 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effformer.attention import Attention, Mixer, Streaming
+from effformer.attention import Attention
 from effformer.attention.flow import FLOW_PRESETS
-from effformer.blocks import BackboneConfig, Branch, Needs, build_stack
-from effformer.checks import CapabilityError
+from effformer.blocks import BackboneConfig, Needs, build_stack, init_states
 from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import Context, Ledger, Site, Stream, Tap
@@ -22,7 +21,6 @@ from effformer.ffn import FFN
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import check_tokens, draw_tokens
-from effformer.registry import attention
 
 from .base import Model, Preset, register_presets
 from .layouts.flowformer import GPT
@@ -35,7 +33,7 @@ class GPTState(NamedTuple):
 
     Attributes:
         position: number of tokens read.
-        mixers: state of every token mixer by its path; of constant size with flow and linear
+        mixers: state of every part that keeps one, by its path; of constant size with flow and linear
             attention, a cache of keys and values with softmax.
     """
 
@@ -147,17 +145,7 @@ class FlowformerGPT(Model):
         Raises:
             CapabilityError: a token mixer cannot stream.
         """
-        states = {}
-        for module in self.modules():
-            if not isinstance(module, Branch) or not isinstance(module.part, Mixer):
-                continue
-            if not isinstance(module.part, Streaming):
-                able = ", ".join(attention.names(streaming=True))
-                raise CapabilityError(
-                    f"{module.site.path}: this token mixer cannot stream; choices: {able}"
-                )
-            states[module.site.path] = module.part.init_state(batch, like=self.head.weight)
-        return GPTState(0, states)
+        return GPTState(0, init_states(self, batch, like=self.head.weight))
 
     def step(self, tokens: Tensor, state: GPTState) -> tuple[Tensor, GPTState]:
         """Read the next tokens.

@@ -26,10 +26,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moe": {"experts": 3},
     "nystrom": {"landmarks": 4, "conv": 3},
     "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
+    "spiking-conv-channel": {"lif": {"threshold": 0.05}},
     "spiking-lmu": {"lif": {"threshold": 0.05}},
     "topk": {"keep": 3},
 }
 """Options that let a mechanism work on the few tokens of a test."""
+
+
+BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
+    "spiking-lmu": {"attn_lif": {"threshold": 0.05}, "ffn_lif": {"threshold": 0.05}},
+}
 
 
 def caps_of(name: str) -> Caps:
@@ -73,14 +79,14 @@ def make_block(
 ) -> nn.Module:
     """A block by name, with parts in its slots; a conditioned one has a time embedding, too."""
     entry = registry.block.get(name)
-    assert entry.config is not None
+    config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
     site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, tokens=130)
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
     }
-    block = entry.build(entry.config(), site, **parts)
+    block = entry.build(config, site, **parts)
     slots = {"width": width, "tokens": tokens}
     block.attach(**{k: resolve(k, v) for k, v in slots.items() if v is not None})
     return _random(block)

@@ -225,15 +225,21 @@ def test_ffns_without_channels_refuse(name: str) -> None:
     with pytest.raises(CapabilityError, match=r"width=True; choices that can: .*mlp"):
         part(x, context_for(part, x, width=torch.ones(2, 3)))
     with pytest.raises(CapabilityError, match=r"ffn: .*mlp.* would do"):
-        _stack(ffn={"name": name, **OPTIONS.get(name, {})}, width="dynamic")
+        _stack(
+            causal=registry.ffn.get(name).caps.causal == "always",
+            ffn={"name": name, **OPTIONS.get(name, {})},
+            width="dynamic",
+        )
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if not registry.block.get(b).caps.tokens])
 @pytest.mark.parametrize("name", registry.tokens.names())
 def test_blocks_whose_branches_run_side_by_side_refuse_tokens(block: str, name: str) -> None:
-    cond = registry.block.get(block).caps.cond != "never"
-    with pytest.raises(CapabilityError, match=r"side by side .block: .*prenorm.* would do"):
-        _stack(cond=cond, block=block, tokens=name)
+    caps = registry.block.get(block).caps
+    causal = caps.causal == "always"
+    why = "carry a state from token to token" if causal else "run side by side"
+    with pytest.raises(CapabilityError, match=rf"{why}; choices of block: .*prenorm"):
+        _stack(cond=caps.cond != "never", causal=causal, block=block, tokens=name)
 
 
 @pytest.mark.parametrize("name", registry.width.names(time=True))

@@ -107,7 +107,7 @@ class LMU(Mixer):
         )
 
     def macs(self, n: int, m: int | None = None) -> int:
-        return lmu_macs(n, self.write, self.memory, self.read, self.proj)
+        return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 
     def init_state(self, batch: int, *, like: Tensor) -> LMUState:
         """The empty memory, in float32 at least."""
@@ -151,9 +151,7 @@ def lmu_widths(config: LMU.Config, site: Site) -> tuple[int, int, int]:
     return config.memory or site.dim, hidden, out
 
 
-def lmu_macs(
-    n: int, write: nn.Linear, memory: LegendreMemory, read: nn.Linear, proj: nn.Module
-) -> int:
-    """Multiply-adds of a unit on n tokens: its linear maps and its memory."""
-    maps = [layer for layer in (write, read, proj) if isinstance(layer, nn.Linear)]
-    return memory.macs(n) + n * sum(layer.in_features * layer.out_features for layer in maps)
+def lmu_maps(config: LMU.Config, site: Site) -> int:
+    """Multiply-adds of a unit's linear maps on one token: writing, reading, projecting."""
+    order, hidden, out = lmu_widths(config, site)
+    return site.dim + (order + site.dim) * hidden + (hidden * out if config.proj else 0)

@@ -16,7 +16,7 @@ from effformer.nn.norms import TokenBatchNorm
 from effformer.registry import Caps, attention
 
 from .base import Mixer
-from .lmu import LMU, lmu_macs, lmu_widths
+from .lmu import LMU, lmu_maps, lmu_widths
 from .slices import over_sequences
 
 __all__ = ["SpikingLMU", "SpikingLMUState"]
@@ -106,7 +106,7 @@ class SpikingLMU(Mixer):
 
     def macs(self, n: int, m: int | None = None) -> int:
         """Dense work: products with spikes count like any other."""
-        return lmu_macs(n, self.write, self.memory, self.read, self.proj)
+        return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 
     def init_state(self, batch: int, *, like: Tensor) -> SpikingLMUState:
         """The empty memory, and neurons at rest."""

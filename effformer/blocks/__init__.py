@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .adaln import AdaLNZero
-from .base import Block, Branch
+from .base import Block, Branch, init_states
 from .dynamic import DyDiTBlock, DynamicTokens, DynamicWidth
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
+from .lmu import LMUBlock, SpikingLMUBlock
 from .macaron import Macaron
 from .needs import Layer, Needs
 from .parallel import Parallel, ParallelBranches
@@ -25,6 +26,7 @@ __all__ = [
     "DynamicWidth",
     "FlowTransformerDecoder",
     "FlowTransformerEncoder",
+    "LMUBlock",
     "Layer",
     "Macaron",
     "Needs",
@@ -33,8 +35,10 @@ __all__ = [
     "PostNorm",
     "PreNorm",
     "ResPost",
+    "SpikingLMUBlock",
     "StackConfig",
     "TokenPart",
     "WidthPart",
     "build_stack",
+    "init_states",
 ]

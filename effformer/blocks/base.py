@@ -21,7 +21,7 @@ from effformer.nn.norms import Modulation, branch_norm, modulate
 
 from .slots import TokenPart, WidthPart, report
 
-__all__ = ["Block", "Branch", "make_ffn", "make_mixer"]
+__all__ = ["Block", "Branch", "init_states", "make_ffn", "make_mixer"]
 
 
 class Branch(nn.Module):
@@ -69,22 +69,37 @@ class Branch(nn.Module):
 
     def run(self, h: Tensor, ctx: Context) -> Tensor:
         """What the part makes of normed tokens, times the constant factor."""
-        if ctx.stream is None or not isinstance(self.part, Mixer):
-            h = self.forms.run(self.part, h, ctx)
-        else:
+        if ctx.stream is not None and isinstance(self.part, (Mixer, Streaming)):
             h = self._continue(h, ctx, ctx.stream)
+        else:
+            h = self.forms.run(self.part, h, ctx)
         if ctx.tap is not None:
             h = ctx.tap(self.site.path, h)
         return h if self.factor == 1.0 else h * self.factor
 
     def _continue(self, h: Tensor, ctx: Context, stream: Stream) -> Tensor:
-        """The mixer on the next tokens, from its state in the stream."""
+        """The part on the next tokens, from its state in the stream."""
         path = self.site.path
+        h, stream.after[path] = self._streaming().step(h, stream.before[path], ctx)
+        return h
+
+    def init_state(self, batch: int, *, like: Tensor) -> dict[str, Any]:
+        """States before the first token, by path; none if every token stands alone.
+
+        Raises:
+            CapabilityError: the token mixer cannot stream.
+        """
+        if not isinstance(self.part, (Mixer, Streaming)):
+            return {}
+        return {self.site.path: self._streaming().init_state(batch, like=like)}
+
+    def _streaming(self) -> Streaming:
         if not isinstance(self.part, Streaming):
             able = ", ".join(registry.attention.names(streaming=True))
-            raise CapabilityError(f"{path}: this token mixer cannot stream; choices: {able}")
-        h, stream.after[path] = self.part.step(h, stream.before[path], ctx)
-        return h
+            raise CapabilityError(
+                f"{self.site.path}: this token mixer cannot stream; choices: {able}"
+            )
+        return self.part
 
     def scale(self, h: Tensor) -> Tensor:
         """Layer scale and stochastic depth, the last steps before the sum."""
@@ -210,6 +225,24 @@ class Block(nn.Module):
                 shape = {"grid": grid} if part.caps.grid else {}
                 total += part.macs(n, None if own else m, **shape)
         return total
+
+
+def init_states(module: nn.Module, batch: int, *, like: Tensor) -> dict[str, Any]:
+    """What `effformer.context.Stream` holds before the first token: the state of every branch.
+
+    Args:
+        module: a model, or any module with blocks in it.
+        batch: number of samples.
+        like: gives dtype and device.
+
+    Raises:
+        CapabilityError: a token mixer cannot stream.
+    """
+    states: dict[str, Any] = {}
+    for branch in module.modules():
+        if isinstance(branch, Branch):
+            states |= branch.init_state(batch, like=like)
+    return states
 
 
 def below(site: Site, name: str, **changes: Any) -> Site:

@@ -107,9 +107,11 @@ def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: st
         raise CapabilityError(f"{where}.{kind}: {entry.name!r} {_NO_TIME}; choices: {able}")
     if kind == "tokens" and not holder.caps.tokens:
         able = ", ".join(registry.block.names(tokens=True))
+        state = holder.caps.causal == "always"
+        why = "carry a state from token to token" if state else "run side by side"
         raise CapabilityError(
             f"{where}.tokens: {entry.name!r} acts between the branches of a block, but those of "
-            f"{holder.name!r} run side by side; choices of block: {able}"
+            f"{holder.name!r} {why}; choices of block: {able}"
         )
     entry.build.check(config, layer, needs, where)  # type: ignore[attr-defined]
 
@@ -132,7 +134,7 @@ def _block_reason(caps: registry.Caps, needs: Needs) -> str | None:
         return "needs a conditioning vector, which this model has not"
     if caps.cond == "never" and needs.cond:
         return "cannot use this model's conditioning vector"
-    return _NO_TIME if caps.time and not needs.time else None
+    return _NO_TIME if caps.time and not needs.time else _carry_reason(caps, needs)
 
 
 def _check_ffn(config: Config, needs: Sequence[Needs], where: str) -> None:
@@ -150,11 +152,20 @@ def _ffn_reason(caps: registry.Caps, needs: Needs) -> str | None:
     included.
     """
     if not caps.grid:
-        return None
+        return _carry_reason(caps, needs)
     if (reason := _grid_reason(caps, needs)) is not None:
         return reason
     if needs.causal:
         return "mixes neighbours, but this model must not see later tokens"
+    return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
+
+
+def _carry_reason(caps: registry.Caps, needs: Needs) -> str | None:
+    """Why a block or an FFN that carries a state from token to token does not serve."""
+    if caps.causal != "always":
+        return None
+    if not needs.causal:
+        return "carries a state from token to token, but this model attends both ways"
     return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -14,23 +14,21 @@ from effformer.config import Config
 from effformer.context import EMPTY, Context, Site
 from effformer.nn.activations import Activation
 
-__all__ = ["FFN", "FFNConfig"]
+__all__ = ["FFN", "FFNConfig", "InnerConfig", "refuse_fields"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FFNConfig(Config):
-    """Knobs shared by the position-wise networks.
+class InnerConfig(Config):
+    """Knobs shared by all networks of this kind.
 
     Attributes:
         ratio: inner width over token width.
         hidden: inner width; overrides ``ratio``.
-        act: activation.
         bias: the linear layers have biases.
     """
 
     ratio: float = 4.0
     hidden: int | None = None
-    act: Activation = "gelu-tanh"
     bias: bool = True
 
     def __post_init__(self) -> None:
@@ -49,17 +47,31 @@ class FFNConfig(Config):
         return self.replace(ratio=self.ratio * share, hidden=hidden)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FFNConfig(InnerConfig):
+    """Knobs shared by the networks with an activation.
+
+    Attributes:
+        act: activation.
+    """
+
+    act: Activation = "gelu-tanh"
+
+
 class FFN(nn.Module, ABC):
     """Kind "ffn": acts on every token alone, (B, N, D) -> (B, N, D).
+
+    Networks that look beyond a token say so: ``caps.grid`` for neighbours, ``caps.causal ==
+    "always"`` for a state carried from token to token (then `init_state` and `step` continue it).
 
     Args:
         config: the knobs.
         site: the place in the model.
     """
 
-    def __init__(self, config: FFNConfig, site: Site) -> None:
+    def __init__(self, config: InnerConfig, site: Site) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.site = site
         self.hidden = config.width(site.dim)
 
@@ -96,3 +108,25 @@ def switched(hidden: Tensor, ctx: Context) -> Tensor:
         return hidden
     width = ctx.width.to(hidden.dtype)[:, None, :, None]
     return (hidden.unflatten(-1, (width.shape[2], -1)) * width).flatten(-2)
+
+
+def refuse_fields(ctx: Context, names: tuple[str, ...], what: str, where: str) -> None:
+    """Refuse context fields that a network which looks beyond a token cannot honour.
+
+    Args:
+        ctx: the context.
+        names: fields of it.
+        what: who refuses, and why: ``"'glumbconv' mixes neighbours"``.
+        where: path of the part.
+
+    Raises:
+        CapabilityError: a field is set; networks that act on every token alone are named.
+    """
+    for name in names:
+        if getattr(ctx, name) is not None:
+            able = sorted(
+                e.name for e in registry.ffn if not e.caps.grid and e.caps.causal == "never"
+            )
+            raise CapabilityError(
+                f"{where}: {what} and cannot honour {name}; choices that can: {', '.join(able)}"
+            )

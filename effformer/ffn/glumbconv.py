@@ -13,7 +13,7 @@ from effformer.context import EMPTY, Context, Site
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.registry import Caps, ffn
 
-from .base import FFN, FFNConfig
+from .base import FFN, FFNConfig, refuse_fields
 
 __all__ = ["GLUMBConv"]
 
@@ -90,13 +90,7 @@ class GLUMBConv(FFN):
 
     def _grid(self, x: Tensor, ctx: Context) -> tuple[int, ...]:
         where = self.site.path or "glumbconv"
-        for name in ("mask", "packing", "stream"):
-            if getattr(ctx, name) is not None:
-                able = ", ".join(e.name for e in ffn if not e.caps.grid)
-                raise CapabilityError(
-                    f"{where}: 'glumbconv' mixes neighbours and cannot honour {name}; "
-                    f"choices that can: {able}"
-                )
+        refuse_fields(ctx, ("mask", "packing", "stream"), "'glumbconv' mixes neighbours", where)
         if ctx.grid is None or len(ctx.grid) < 2:
             raise CapabilityError(
                 f"{where}: 'glumbconv' needs ctx.grid with rows and columns, got {ctx.grid}"
