@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from .context import Rope as Rope
     from .context import Site as Site
     from .context import Tap as Tap
+    from .dynamic import gate_tables as gate_tables
+    from .dynamic import prepare_widths as prepare_widths
+    from .dynamic import sort_by_magnitude as sort_by_magnitude
     from .inference import optimize as optimize
     from .io import load_model as load_model
     from .io import load_weights as load_weights
@@ -63,6 +66,11 @@ _NAMES = {
         "Rope",
         "Site",
         "Tap",
+    ),
+    "dynamic": (
+        "gate_tables",
+        "prepare_widths",
+        "sort_by_magnitude",
     ),
     "inference": ("optimize",),
     "io": (

@@ -285,7 +285,8 @@ def load_weights(
         source: a safetensors or torch file, or a state dict.
         layout: "auto", "effformer", the name of a published layout of the model's family, or any
             `Layout`.
-        strict: missing or unexpected keys are an error.
+        strict: missing or unexpected keys are an error. Parts that leave the function of the model
+            as it is until they are trained (gates that start open) may be missing altogether.
 
     Raises:
         FormatError: the file cannot be read, its layout is not recognised, or keys or shapes do not
@@ -310,9 +311,10 @@ def load_weights(
                 f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
             )
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if wrong or (strict and (missing or unexpected)):
+    needed = [key for key in missing if key not in _addable(model, missing)]
+    if wrong or (strict and (needed or unexpected)):
         parts = [f"wrong shapes: {_some(wrong)}"] if wrong else []
-        parts += [f"missing: {_some(missing)}"] if missing else []
+        parts += [f"missing: {_some(needed)}"] if needed else []
         parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
         raise FormatError(f"{where} does not fit {_name(model)}: {'; '.join(parts)}")
     model.load_state_dict({k: state[k] for k in state.keys() & own.keys()}, strict=False)
@@ -349,6 +351,16 @@ def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "eff
             metadata={"format": "pt"},
         )
     return Path(path)
+
+
+def _addable(model: nn.Module, missing: list[str]) -> set[str]:
+    """Missing keys of parts that start neutral, if such a part is missing whole."""
+    gone, found = set(missing), set[str]()
+    for path, module in model.named_modules():
+        if getattr(module, "neutral_start", False):
+            keys = {f"{path}.{key}" for key in module.state_dict()}
+            found |= keys if keys <= gone else set()
+    return found
 
 
 def _viewable(have: torch.Size, want: torch.Size) -> bool:

@@ -10,6 +10,7 @@ if not __name__.startswith("effformer."):
 from .base import Model, Preset
 from .bert import Bert
 from .dit import DiT
+from .dydit import DyDiT
 from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
@@ -23,6 +24,7 @@ from .vit import ViT
 __all__ = [
     "Bert",
     "DiT",
+    "DyDiT",
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",

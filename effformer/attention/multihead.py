@@ -194,6 +194,14 @@ class Attention(Mixer):
         """Number of heads."""
         return self.heads
 
+    def magnitudes(self) -> Tensor:
+        """Norm of each head's rows in the input projections and columns in ``proj``, (heads,)."""
+        inputs: Any = [self.q, self.kv] if self.cross else [self.qkv]
+        rows = torch.cat([layer.weight for layer in inputs]).unflatten(0, (3, self.heads, -1))
+        columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]
+        total: Tensor = rows.square().sum(dim=(0, 2, 3)) + columns.square().sum(dim=(0, 2))
+        return total.sqrt()
+
     def select(self, units: Tensor) -> Attention:
         """The attention with some of its heads: rows of the input projections, columns of ``proj``.
 

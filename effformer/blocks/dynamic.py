@@ -34,19 +34,18 @@ class TimeRouter(nn.Module):
         time_dim: width of the time embedding.
         units: U, at least 2.
         bias: initial b; large values switch everything on.
-        tau: temperature of G, see `Switch`.
-        path: name for `Tap`.
+        switch: G; its path is the name for `Tap`.
 
     Raises:
         ValueError: fewer than two units.
     """
 
-    def __init__(self, time_dim: int, units: int, *, bias: float, tau: float, path: str) -> None:
+    def __init__(self, time_dim: int, units: int, switch: Switch, *, bias: float) -> None:
         super().__init__()
         if units < 2:
-            raise ValueError(f"{path}: a gate needs at least 2 units, got {units}")
+            raise ValueError(f"{switch.path}: a gate needs at least 2 units, got {units}")
         self.router = GateLinear(time_dim, units - 1, start=bias)
-        self.switch = Switch(tau=tau, path=path)
+        self.switch = switch
 
     def forward(self, ctx: Context) -> Tensor:
         """Zeros and ones (B, U).
@@ -95,18 +94,18 @@ class DynamicWidth(WidthPart):
             groups: channel groups of an FFN; None means as many as heads.
             bias: initial bias of the routers: everything starts switched on.
             tau: temperature of the samples in training.
+            threshold: of the gates, in (0, 1).
         """
 
         groups: int | None = None
         bias: float = 15.0
         tau: float = 5.0
+        threshold: float = 0.5
 
         def __post_init__(self) -> None:
-            if self.tau <= 0 or (self.groups is not None and self.groups < 2):
-                raise ValueError(
-                    "width 'dynamic': tau must be positive and groups at least 2, got "
-                    f"tau={self.tau}, groups={self.groups}"
-                )
+            _check_gate(self, "width")
+            if self.groups is not None and self.groups < 2:
+                raise ValueError(f"width 'dynamic': groups must be at least 2, got {self.groups}")
 
     def __init__(
         self, config: DynamicWidth.Config, site: Site, branches: Mapping[str, Branch]
@@ -117,9 +116,8 @@ class DynamicWidth(WidthPart):
         self.gates = nn.ModuleDict()
         for name, branch in branches.items():
             units = self._units(branch.part)
-            self.gates[name] = TimeRouter(
-                site.time_dim, units, bias=config.bias, tau=config.tau, path=f"{site.path}.{name}"
-            )
+            switch = _switch(config, site, name)
+            self.gates[name] = TimeRouter(site.time_dim, units, switch, bias=config.bias)
 
     @classmethod
     def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
@@ -166,15 +164,14 @@ class TokenRouter(nn.Module):
         dim: width of the tokens.
         hidden: width between the two layers.
         bias: initial bias of the last one; large values keep every token.
-        tau: temperature of G, see `Switch`.
-        path: name for `Tap`.
+        switch: G; its path is the name for `Tap`.
     """
 
-    def __init__(self, dim: int, hidden: int, *, bias: float, tau: float, path: str) -> None:
+    def __init__(self, dim: int, hidden: int, switch: Switch, *, bias: float) -> None:
         super().__init__()
         self.fc1 = GateLinear(dim, hidden)
         self.fc2 = GateLinear(hidden, 1, start=bias)
-        self.switch = Switch(tau=tau, path=path)
+        self.switch = switch
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """Zeros and ones (B, N, 1) for tokens (B, N, D)."""
@@ -212,17 +209,19 @@ class DynamicTokens(TokenPart):
             reduction: token width over the gate's inner width.
             bias: initial bias of the gate: every token starts switched on.
             tau: temperature of the samples in training.
+            threshold: of the gates, in (0, 1).
         """
 
         reduction: int = 16
         bias: float = 35.0
         tau: float = 5.0
+        threshold: float = 0.5
 
         def __post_init__(self) -> None:
-            if self.tau <= 0 or self.reduction < 1:
+            _check_gate(self, "tokens")
+            if self.reduction < 1:
                 raise ValueError(
-                    "tokens 'dynamic': tau must be positive and reduction at least 1, got "
-                    f"tau={self.tau}, reduction={self.reduction}"
+                    f"tokens 'dynamic': reduction must be at least 1, got {self.reduction}"
                 )
 
     def __init__(
@@ -233,9 +232,8 @@ class DynamicTokens(TokenPart):
         self.gates = nn.ModuleDict()
         for name, branch in branches.items():
             if isinstance(branch.part, FFN):
-                self.gates[name] = TokenRouter(
-                    site.dim, hidden, bias=config.bias, tau=config.tau, path=f"{site.path}.{name}"
-                )
+                switch = _switch(config, site, name)
+                self.gates[name] = TokenRouter(site.dim, hidden, switch, bias=config.bias)
 
     @classmethod
     def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
@@ -271,6 +269,18 @@ class DynamicTokens(TokenPart):
 
     def macs(self, n: int) -> int:
         return sum(gate.macs(n) for gate in self.gates.values())  # type: ignore[operator]
+
+
+def _check_gate(config: DynamicWidth.Config | DynamicTokens.Config, kind: str) -> None:
+    if config.tau <= 0 or not 0 < config.threshold < 1:
+        raise ValueError(
+            f"{kind} 'dynamic': tau must be positive and threshold lie in (0, 1), got "
+            f"tau={config.tau}, threshold={config.threshold}"
+        )
+
+
+def _switch(config: DynamicWidth.Config | DynamicTokens.Config, site: Site, name: str) -> Switch:
+    return Switch(tau=config.tau, threshold=config.threshold, path=f"{site.path}.{name}")
 
 
 def _gathered(

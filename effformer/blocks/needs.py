@@ -111,7 +111,7 @@ def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: st
         why = "carry a state from token to token" if state else "run side by side"
         raise CapabilityError(
             f"{where}.tokens: {entry.name!r} acts between the branches of a block, but those of "
-            f"{holder.name!r} {why}; choices of block: {able}"
+            f"{holder.name!r} {why} (block: {able} would do); choices: None"
         )
     entry.build.check(config, layer, needs, where)  # type: ignore[attr-defined]
 

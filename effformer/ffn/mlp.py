@@ -37,6 +37,11 @@ class MLP(FFN):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(switched(self.fc1(x), ctx)))))
 
+    def magnitudes(self) -> Tensor:
+        """Norm of each hidden channel's weights, (hidden,)."""
+        rows, columns = self.fc1.weight.square().sum(dim=1), self.fc2.weight.square().sum(dim=0)
+        return (rows + columns).sqrt()
+
     def select(self, units: Tensor) -> MLP:
         """The network with some of its hidden channels."""
         small = twin(self)

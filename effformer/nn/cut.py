@@ -31,6 +31,10 @@ class Cuttable(Protocol):
         """Number of units: heads, or hidden channels."""
         ...
 
+    def magnitudes(self) -> Tensor:
+        """Norm of the weights before and behind each unit, (units,)."""
+        ...
+
     def select(self, units: Tensor) -> Self:
         """The part with the units at these indices (int64, in this order) and no others."""
         ...

@@ -80,14 +80,15 @@ class GateLinear(nn.Linear):
 class Switch(nn.Module):
     """Turns logits into 0 or 1.
 
-    Training samples: 1 where ``sigmoid((a + g1 - g2) / tau) > 1/2``, g1 and g2 standard Gumbel
-    noise, with the gradient of the sigmoid; so P(1) = sigmoid(a), whatever tau. Evaluation takes 1
-    where a > 0.
+    Training samples: 1 where ``sigmoid((a + g1 - g2) / tau) > threshold``, g1 and g2 standard
+    Gumbel noise, with the gradient of the sigmoid; with the threshold 1/2, P(1) = sigmoid(a)
+    whatever tau. Evaluation takes 1 where ``sigmoid(a) > threshold``.
 
     A `Tap` may read and replace the noise g1 - g2 at ``<path>.noise`` and the values at ``<path>``.
 
     Args:
         tau: temperature; scales the gradient.
+        threshold: in (0, 1).
         path: name of the places.
         generator: source of noise; None means torch's default generator, as `nn.Dropout` does.
 
@@ -96,10 +97,15 @@ class Switch(nn.Module):
     """
 
     def __init__(
-        self, *, tau: float = 5.0, path: str = "", generator: torch.Generator | None = None
+        self,
+        *,
+        tau: float = 5.0,
+        threshold: float = 0.5,
+        path: str = "",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.tau, self.path = tau, path
+        self.tau, self.threshold, self.path = tau, threshold, path
         self.generator = generator
 
     def forward(self, logits: Tensor, ctx: Context = EMPTY) -> Tensor:
@@ -109,7 +115,7 @@ class Switch(nn.Module):
             if ctx.tap is not None:
                 noise = ctx.tap(f"{self.path}.noise", noise)
             soft = torch.sigmoid((logits + noise) / self.tau)
-            values = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+            values = (soft > self.threshold).to(soft.dtype) + (soft - soft.detach())
         else:
-            values = (logits > 0).to(logits.dtype)
+            values = (torch.sigmoid(logits) > self.threshold).to(logits.dtype)
         return values if ctx.tap is None else ctx.tap(self.path, values)

@@ -20,11 +20,15 @@ NAMES = (
     ("label_embed.table", "y_embedder.embedding_table"),
     ("blocks.{i}.attn.part", "blocks.{i}.attn"),
     ("blocks.{i}.ffn.part", "blocks.{i}.mlp"),
+    ("blocks.{i}.width.gates.attn.router", "blocks.{i}.attn_rate.router"),
+    ("blocks.{i}.width.gates.ffn.router", "blocks.{i}.mlp_rate.router"),
+    ("blocks.{i}.tokens.gates.ffn.fc1", "blocks.{i}.token_selection.mlp_head.0"),
+    ("blocks.{i}.tokens.gates.ffn.fc2", "blocks.{i}.token_selection.mlp_head.2"),
     ("blocks.{i}.modulation.linear", "blocks.{i}.adaLN_modulation.1"),
     ("final.modulation.linear", "final_layer.adaLN_modulation.1"),
     ("final.linear", "final_layer.linear"),
 )
-"""(our prefix, official prefix)."""
+"""(our prefix, official prefix); gates are those of DyDiT."""
 
 _NAMES = renamed(
     "official", NAMES, recognise=has_keys("x_embedder.proj.weight", "t_embedder.mlp.0.weight")

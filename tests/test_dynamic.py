@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import effformer
+from effformer.checks import CapabilityError
+from effformer.context import Ledger
+
+SMALL: dict[str, Any] = {"input_size": 8, "num_classes": 10, "dim": 48, "heads": 4}
+
+
+def awake(name: str = "dydit-nano", **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = effformer.build_model(name, **{**SMALL, **options}).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if ".gates." in key:
+                p.normal_(std=0.4)
+            elif p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@torch.no_grad()
+def test_tables_are_the_gates_of_a_forward() -> None:
+    model = awake()
+    times = torch.tensor([0.0, 333.0, 999.0])
+    table = effformer.gate_tables(model, times)
+    assert sorted(table.active) == [f"blocks.{i}.{n}" for i in range(2) for n in ("attn", "ffn")]
+    ledger, given = Ledger(), model.example_inputs(3)
+    model(**{**given, "t": times}, ledger=ledger)
+    for path, active in table.active.items():
+        assert active.shape == (3, 4)
+        assert active[:, 0].all()
+        if path.endswith("attn"):
+            torch.testing.assert_close(active.float().mean(1), ledger.executed[path])
+    mean = torch.stack([a.float().mean(1) for a in table.active.values()]).mean(0)
+    torch.testing.assert_close(table.fraction(), mean)
+    assert not model.training
+
+
+@torch.no_grad()
+def test_prepared_forms_are_used_until_weights_change() -> None:
+    model = awake()
+    times = torch.arange(0.0, 1000.0, 50.0)
+    table = effformer.prepare_widths(model, times)
+    branch = model.blocks[0].attn
+    patterns = {tuple(row) for row in table.active["blocks.0.attn"].tolist()}
+    kept = dict(branch.forms._kept)
+    assert set(kept) == {p for p in patterns if not all(p)}
+    assert kept
+    given = {**model.example_inputs(2), "t": torch.full((2,), 100.0)}
+    out = model(**given)
+    assert dict(branch.forms._kept) == kept
+    branch.part.proj.weight.mul_(2)
+    assert not torch.equal(model(**given), out)
+    assert all(form is not kept.get(key) for key, form in branch.forms._kept.items())
+
+
+def test_models_without_gates_over_time_are_refused() -> None:
+    with pytest.raises(CapabilityError, match="build it with width='dynamic'"):
+        effformer.gate_tables(effformer.build_model("dit-nano"), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"gate_tables: times: expected shape \(T,\)"):
+        effformer.gate_tables(awake(), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("attn", ["softmax", "flow", "relative", "nystrom"])
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@torch.no_grad()
+def test_sorting_keeps_the_function(attn: str, ffn: str) -> None:
+    options = {"landmarks": 4, "conv": 3} if attn == "nystrom" else {}
+    model = awake("dit-nano", attn={"name": attn, **options}, ffn=ffn).double()
+    given = model.example_inputs(2)
+    before = model(**given)
+    first = model.blocks[0].attn.part.magnitudes().clone()
+    effformer.sort_by_magnitude(model)
+    torch.testing.assert_close(model(**given), before)
+    for block in model.blocks:
+        for part in (block.attn.part, block.ffn.part):
+            sizes = part.magnitudes()
+            assert bool((sizes[:-1] >= sizes[1:]).all())
+    torch.testing.assert_close(
+        model.blocks[0].attn.part.magnitudes(), first.sort(descending=True)[0]
+    )
+
+
+@torch.no_grad()
+def test_sorting_leaves_parts_alone_that_cannot_be_taken_apart() -> None:
+    model = awake("dit-nano", attn={"kv_heads": 2}, ffn="acm")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    effformer.sort_by_magnitude(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
