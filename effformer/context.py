@@ -209,12 +209,15 @@ class Ledger:
             profiler reports executed = dense x fraction.
         choices: what gates chose, for losses over all of them.
         shares: executed fractions with their gradients, for losses on the work of all parts.
+        step: the optimizer step, counted from 0, for losses that follow a schedule; the trainer
+            sets it.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     executed: dict[str, Tensor] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
+    step: int = 0
 
     def loss(self, name: str, value: Tensor) -> None:
         """Record an auxiliary loss; the same name adds up."""

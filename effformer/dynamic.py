@@ -1,10 +1,10 @@
-"""What is done with a whole model that has dynamic parts: sort its units, tabulate its gates over
-time, cut its parts ahead of sampling.
+"""What is done with a whole model that has dynamic parts: sort its units, train its gates, tabulate
+them over time, cut its parts ahead of sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block, Branch
+from .blocks.dynamic_losses import WorkTarget, write_work_loss
 from .checks import CapabilityError, check_shape
-from .context import Context
+from .context import Context, Ledger
 
-__all__ = ["GateTable", "gate_tables", "prepare_widths", "sort_by_magnitude"]
+__all__ = ["Frugal", "GateTable", "gate_tables", "prepare_widths", "sort_by_magnitude"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,60 @@ def prepare_widths(model: nn.Module, times: Tensor) -> GateTable:
         for pattern in patterns:
             branch.forms.form(branch.part, pattern)
     return table
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Frugal:
+    """Objective for `effformer.train.train`: a task, and the work that the model may do for it.
+
+    ``task(dynamic model) + weight (mean executed share - target)^2``, and, for the first
+    ``complete`` steps, ``task(complete model)`` on the same samples, times and noise.
+
+    Attributes:
+        task: the objective; it must hand the ledger to the model.
+        target: wanted share of the dense work of all dynamic parts, or its course over training.
+        weight: of the loss on the work; 1 in the paper, 2 in its code.
+        complete: number of steps that train the complete model as well; 30,000 for XL in the paper,
+            none for smaller models.
+
+    Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456.
+    """
+
+    task: Callable[[Any, Any, torch.Generator, Ledger], Tensor]
+    target: float | WorkTarget
+    weight: float = 1.0
+    complete: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, (int, float)) and not 0 < self.target <= 1:
+            raise ValueError(f"Frugal: the target must lie in (0, 1], got {self.target}")
+
+    def __call__(
+        self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger
+    ) -> Tensor:
+        state = generator.get_state()
+        value = self.task(model, batch, generator, ledger)
+        if not ledger.shares:
+            raise CapabilityError(
+                "Frugal: no gate reported to the ledger, so that there is no work to save; build the "
+                "model with width='dynamic' or tokens='dynamic'"
+            )
+        target = self.target if isinstance(self.target, (int, float)) else self.target(ledger.step)
+        write_work_loss(ledger, target, weight=self.weight)
+        if ledger.step < self.complete:
+            generator.set_state(state)
+            value = value + self.task(_Complete(model), batch, generator, Ledger())
+        return value
+
+
+class _Complete:
+    """A model called with all of its work."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, complete=True, **kwargs)
 
 
 @torch.no_grad()

@@ -238,7 +238,7 @@ def test_blocks_whose_branches_run_side_by_side_refuse_tokens(block: str, name: 
     caps = registry.block.get(block).caps
     causal = caps.causal == "always"
     why = "carry a state from token to token" if causal else "run side by side"
-    with pytest.raises(CapabilityError, match=rf"{why}; choices of block: .*prenorm"):
+    with pytest.raises(CapabilityError, match=rf"{why} .block: .*prenorm.* would do"):
         _stack(cond=caps.cond != "never", causal=causal, block=block, tokens=name)
 
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import effformer
+from effformer.blocks.dynamic_losses import WorkTarget, executed_ratio
 from effformer.checks import CapabilityError
 from effformer.context import Ledger
+from effformer.dynamic import Frugal
+from effformer.train import Batch, Generation, TrainConfig, load_data, train
 
 SMALL: dict[str, Any] = {"input_size": 8, "num_classes": 10, "dim": 48, "heads": 4}
 
@@ -93,3 +96,52 @@ def test_sorting_leaves_parts_alone_that_cannot_be_taken_apart() -> None:
     state = {k: v.clone() for k, v in model.state_dict().items()}
     effformer.sort_by_magnitude(model)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+IMAGES: dict[str, Any] = {
+    "input_size": 8, "channels": 1, "num_classes": 10, "learn_sigma": False, "dim": 48, "heads": 4,
+}  # fmt: skip
+
+
+def _dynamic(bias: float = 2.0) -> Any:
+    torch.manual_seed(0)
+    gates = {"name": "dynamic", "bias": bias}
+    return effformer.build_model("sit-nano", **IMAGES, width=gates, tokens=gates)
+
+
+def _batch() -> Batch:
+    data = load_data("digits")
+    return Batch(data.images[:16], data.labels[:16])
+
+
+def test_training_reaches_the_wanted_work() -> None:
+    model = _dynamic()
+    objective = Frugal(
+        task=Generation(), target=WorkTarget(share=0.5, warmup=40, hold=5), weight=20.0
+    )
+    config = TrainConfig(steps=120, batch=16, lr=2e-2, warmup=5, ema=None, clip=None)
+    train(model, load_data("digits"), objective, config, progress=False)
+    ledger = Ledger()
+    Generation()(model.train(), _batch(), torch.Generator().manual_seed(0), ledger)
+    assert float(executed_ratio(ledger.shares).mean().detach()) == pytest.approx(0.5, abs=0.12)
+
+
+def test_the_complete_model_sees_the_same_samples_and_noise() -> None:
+    model, batch = _dynamic(bias=100.0), _batch()  # gates that never close: both are one model
+    plain, ledger = Generation(), Ledger()
+    value = plain(model, batch, torch.Generator().manual_seed(3), Ledger())
+    both = Frugal(task=plain, target=1.0, complete=1)
+    torch.testing.assert_close(
+        both(model, batch, torch.Generator().manual_seed(3), ledger), 2 * value
+    )
+    assert not torch.as_tensor(ledger.total_loss()).any()
+    later = Ledger(step=1)
+    torch.testing.assert_close(both(model, batch, torch.Generator().manual_seed(3), later), value)
+
+
+def test_models_without_dynamic_parts_have_no_work_to_save() -> None:
+    model = effformer.build_model("sit-nano", **IMAGES)
+    with pytest.raises(CapabilityError, match="no gate reported to the ledger"):
+        Frugal(task=Generation(), target=0.5)(model, _batch(), torch.Generator(), Ledger())
+    with pytest.raises(ValueError, match=r"target must lie in \(0, 1\], got 1.5"):
+        Frugal(task=Generation(), target=1.5)

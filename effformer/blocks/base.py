@@ -177,7 +177,8 @@ class Block(nn.Module):
         width = self.width(name, ctx)
         if width is None:
             return ctx
-        report(getattr(self, name), x, ctx, width.mean(dim=1))
+        if ctx.ledger is not None:
+            report(getattr(self, name), x, ctx, width.mean(dim=1))
         return replace(ctx, width=width)
 
     def _views(self, ctx: Context) -> list[Context]:

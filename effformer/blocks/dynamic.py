@@ -137,6 +137,10 @@ class DynamicWidth(WidthPart):
                 f"that can be taken apart (ffn: {able} would do); choices: None"
             )
 
+    @classmethod
+    def admits(cls, kind: str, caps: Caps) -> bool:
+        return caps.width or kind == "block"
+
     def forward(self, name: str, ctx: Context) -> Tensor:
         gate: Tensor = self.gates[name](ctx)
         return gate
@@ -239,15 +243,20 @@ class DynamicTokens(TokenPart):
     def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
         entry = registry.ffn.owner(layer.ffn)
         assert entry is not None
-        if entry.caps.grid or entry.caps.dynamic:
-            why = (
-                "mixes neighbours" if entry.caps.grid else "chooses its work for every token itself"
-            )
-            able = ", ".join(registry.ffn.names(grid=False, dynamic=False))
+        if not cls.admits("ffn", entry.caps):
+            why = "mixes tokens"
+            if entry.caps.dynamic:
+                why = "chooses its work for every token itself"
+            able = ", ".join(e.name for e in registry.ffn if cls.admits("ffn", e.caps))
             raise CapabilityError(
                 f"{where}.tokens: 'dynamic' lets tokens pass the FFN by, but ffn {entry.name!r} {why} "
                 f"(ffn: {able} would do); choices: None"
             )
+
+    @classmethod
+    def admits(cls, kind: str, caps: Caps) -> bool:
+        alone = not caps.grid and not caps.dynamic and caps.causal == "never"
+        return kind != "ffn" or alone
 
     def forward(
         self,
@@ -260,8 +269,10 @@ class DynamicTokens(TokenPart):
         if name not in self.gates or ctx.complete:
             return branch(x, ctx, mods)
         gate: Tensor = self.gates[name](x, ctx)
-        fraction = gate.mean(dim=(1, 2))
-        report(branch, x, ctx, fraction if ctx.width is None else fraction * ctx.width.mean(dim=1))
+        if ctx.ledger is not None:
+            fraction = gate.mean(dim=(1, 2))
+            narrow = 1.0 if ctx.width is None else ctx.width.mean(dim=1)
+            report(branch, x, ctx, fraction * narrow)
         if self.training or ctx.tap is not None or not values_known(x):
             # exact at both ends: a token that is switched off keeps its very bits
             return torch.lerp(x, branch(x, ctx, mods), gate.to(x.dtype))

@@ -4,7 +4,7 @@ allocated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from effformer.config import Config
 
 __all__ = ["Layer", "Needs", "check_layer", "mixer_caps", "part_name"]
 
+_SLOTS = ("width", "tokens")
 _NO_TIME = "reads the time embedding, which this model has not"
 
 
@@ -85,16 +86,25 @@ def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs])
     Raises:
         CapabilityError: a part cannot do it; parts that can are named.
     """
+    found = {kind: getattr(layer, kind) or getattr(layer.block, kind, None) for kind in _SLOTS}
+    slots = {kind: config for kind, config in found.items() if config is not None}
     every = (needs, *beside)
-    _check_mixer(layer.attn, every, f"{where}.attn")
-    _check_ffn(layer.ffn, every, f"{where}.ffn")
+    _check_mixer(layer.attn, every, f"{where}.attn", slots)
+    _check_ffn(layer.ffn, every, f"{where}.ffn", slots)
     if layer.cross is not None:
-        _check_mixer(layer.cross, (Needs(mask=needs.mask, cross=True),), f"{where}.cross")
-    _check_block(layer.block, every, f"{where}.block")
-    for kind in ("width", "tokens"):
-        config = getattr(layer, kind) or getattr(layer.block, kind, None)
-        if config is not None:
-            _check_slot(kind, config, layer, needs, where)
+        far = Needs(mask=needs.mask, cross=True)
+        _check_mixer(layer.cross, (far,), f"{where}.cross", slots)
+    _check_block(layer.block, every, f"{where}.block", slots)
+    for kind, config in slots.items():
+        _check_slot(kind, config, layer, needs, where)
+
+
+def _admitted(entry: registry.Entry, slots: Mapping[str, Config]) -> bool:
+    """The parts in the slots of a block can work with this part, too."""
+    if entry.kind == "block" and "tokens" in slots and not entry.caps.tokens:
+        return False
+    owners = (registry.KINDS[kind].owner(config) for kind, config in slots.items())
+    return all(o is None or o.build.admits(entry.kind, entry.caps) for o in owners)  # type: ignore[attr-defined]
 
 
 def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: str) -> None:
@@ -116,13 +126,19 @@ def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: st
     entry.build.check(config, layer, needs, where)  # type: ignore[attr-defined]
 
 
-def _check_block(config: Config, needs: Sequence[Needs], where: str) -> None:
+def _check_block(
+    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config]
+) -> None:
     entry = registry.block.owner(config)
     assert entry is not None
     reason = _block_reason(entry.caps, needs[0])
     if reason is None:
         return
-    able = [e.name for e in registry.block if all(not _block_reason(e.caps, n) for n in needs)]
+    able = [
+        e.name
+        for e in registry.block
+        if _admitted(e, slots) and all(not _block_reason(e.caps, n) for n in needs)
+    ]
     raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(sorted(able))}")
 
 
@@ -137,20 +153,28 @@ def _block_reason(caps: registry.Caps, needs: Needs) -> str | None:
     return _NO_TIME if caps.time and not needs.time else _carry_reason(caps, needs)
 
 
-def _check_ffn(config: Config, needs: Sequence[Needs], where: str) -> None:
+def _check_ffn(
+    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config]
+) -> None:
     entry = registry.ffn.owner(config)
     assert entry is not None
     reason = _ffn_reason(entry.caps, needs[0])
     if reason is None:
         return
-    able = sorted(e.name for e in registry.ffn if all(not _ffn_reason(e.caps, n) for n in needs))
+    able = sorted(
+        e.name
+        for e in registry.ffn
+        if _admitted(e, slots) and all(not _ffn_reason(e.caps, n) for n in needs)
+    )
     raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(able)}")
 
 
 def _ffn_reason(caps: registry.Caps, needs: Needs) -> str | None:
-    """Why an FFN does not serve, None if it does: one over the grid mixes neighbours, later and masked ones
-    included.
+    """Why an FFN does not serve, None if it does: one over the grid mixes neighbours, later and
+    masked ones included.
     """
+    if caps.time and not needs.time:
+        return _NO_TIME
     if not caps.grid:
         return _carry_reason(caps, needs)
     if (reason := _grid_reason(caps, needs)) is not None:
@@ -169,7 +193,9 @@ def _carry_reason(caps: registry.Caps, needs: Needs) -> str | None:
     return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
 
 
-def _check_mixer(config: Config, needs: Sequence[Needs], where: str) -> None:
+def _check_mixer(
+    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config]
+) -> None:
     name = part_name(config)
     inner: Any = config.core if isinstance(config, Attention.Config) else config
     reason = _mixer_reason(mixer_caps(config), needs[0])
@@ -178,7 +204,11 @@ def _check_mixer(config: Config, needs: Sequence[Needs], where: str) -> None:
     if reason is None:
         return
     entries = [entry for kind in (registry.attention, registry.core) for entry in kind]
-    able = sorted(e.name for e in entries if all(not _mixer_reason(e.caps, n) for n in needs))
+    able = sorted(
+        e.name
+        for e in entries
+        if _admitted(e, slots) and all(not _mixer_reason(e.caps, n) for n in needs)
+    )
     raise CapabilityError(f"{where}: {name!r} {reason}; choices: {', '.join(able)}")
 
 

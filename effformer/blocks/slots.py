@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effformer.config import Config
 from effformer.context import Context, Site
+from effformer.registry import Caps
 
 if TYPE_CHECKING:
     from .base import Branch
@@ -45,6 +46,11 @@ class WidthPart(nn.Module, ABC):
         Raises:
             CapabilityError: parts that would work are named.
         """
+
+    @classmethod
+    def admits(cls, kind: str, caps: Caps) -> bool:
+        """False for parts of a kind ("attention", "core", "ffn", "block") that `check` refuses."""
+        return True
 
     @abstractmethod
     def forward(self, name: str, ctx: Context) -> Tensor | None:
@@ -82,6 +88,11 @@ class TokenPart(nn.Module, ABC):
         Raises:
             CapabilityError: parts that would work are named.
         """
+
+    @classmethod
+    def admits(cls, kind: str, caps: Caps) -> bool:
+        """False for parts of a kind ("attention", "core", "ffn", "block") that `check` refuses."""
+        return True
 
     @abstractmethod
     def forward(

@@ -227,7 +227,7 @@ class _Trainer:
             batch = Batch(
                 self.data.images[rows].to(self.device), self.data.labels[rows].to(self.device)
             )
-            ledger = Ledger()
+            ledger = Ledger(step=self.done)
             value = self.objective(self.model, batch, self.generator, ledger) + ledger.total_loss()
             value = value / config.accumulate
             value.backward()

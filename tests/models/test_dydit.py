@@ -197,7 +197,7 @@ def test_a_vit_takes_tokens_and_refuses_width() -> None:
         ({"attn": {"projections": {}}}, r"share learners .projections=None would do"),
         ({"ffn": "acm"}, r"width: .*ffn 'acm' has none .*mlp.* would do"),
         ({"ffn": "acm", "width": None}, r"tokens: .*'acm' chooses its work .*mlp.* would do"),
-        ({"ffn": "glumbconv", "width": None}, r"'glumbconv' mixes neighbours .*mlp.* would do"),
+        ({"ffn": "glumbconv", "width": None}, r"'glumbconv' mixes tokens .*mlp.* would do"),
         ({"block": "parallel", "width": None}, r"side by side .block: .*prenorm.* would do"),
         ({"width": {"groups": 5}}, r"192 hidden channels do not divide into 5 groups"),
         ({"width": {"groups": 1}}, "groups must be at least 2"),
