@@ -17,6 +17,7 @@ from .flowformer_vision import FlowformerVision
 from .lightningdit import LightningDiT
 from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
+from .relactrl import RelaCtrl
 from .sit import SiT
 from .timm import vit_config_from_timm
 from .vit import ViT
@@ -33,6 +34,7 @@ __all__ = [
     "MacaronNet",
     "Model",
     "Preset",
+    "RelaCtrl",
     "SiT",
     "ViT",
     "vit_config_from_timm",

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
     "spiking-conv-channel": {"lif": {"threshold": 0.05}},
     "spiking-lmu": {"normed": False, "lif": {"threshold": 0.05}},
+    "tdsm": {"segments": 1, "tokens": 11},
     "topk": {"keep": 3},
 }
 """Options that let a mechanism work on the few tokens of a test."""

@@ -40,7 +40,8 @@ class _Alone(nn.Module):
 
 
 # the running stabilizer of causal Performer walks over chunks: its graph serves one length
-ONE_LENGTH = {("performer", True)}
+# TDSM's permutations are constants of one number of tokens
+ONE_LENGTH = {("performer", True), ("tdsm", False)}
 
 
 def _exports(part: nn.Module, folder: Path, *, fixed: bool = False) -> None:

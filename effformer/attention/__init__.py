@@ -19,10 +19,12 @@ from .reformer import Reformer
 from .relative import Relative
 from .softmax import Softmax
 from .spiking_lmu import SpikingLMU
+from .tdsm import TDSM
 from .topk import TopK
 
 __all__ = [
     "LMU",
+    "TDSM",
     "AdaptiveProjections",
     "Attention",
     "Core",

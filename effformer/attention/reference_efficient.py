@@ -5,15 +5,18 @@ q (N, K), k (M, K), v (M, V) unless stated otherwise; every fast path is tested 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from .performer import Performer
+from .tdsm import Shuffle
 
 __all__ = [
     "efficient_reference", "linformer_reference", "longformer_reference",
     "nystrom_reference", "performer_reference",
-    "reformer_reference", "topk_reference",
+    "reformer_reference", "tdsm_reference", "topk_reference",
 ]  # fmt: skip
 
 
@@ -138,3 +141,30 @@ def reformer_reference(
             normalisers.append(scores.logsumexp(0))
     rounds = torch.stack(normalisers).view(-1, n).softmax(dim=0)
     return (rounds[..., None] * torch.stack(outputs).view(-1, n, v.shape[1])).sum(dim=0)
+
+
+def tdsm_reference(
+    x: Tensor,
+    shuffle: Shuffle,
+    widths: Sequence[int],
+    segments: int,
+    attend: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """Two-dimensional shuffle mixer of x (N, D); ``attend(i, tokens)`` is the attention of group i
+    on the tokens (N / segments, d) of one segment.
+    """
+    n, out, start = x.shape[0], torch.zeros_like(x), 0
+    for i, width in enumerate(widths):
+        channels = shuffle.channels[start : start + width].tolist()
+        group = [x[token, channel] for token in range(n) for channel in channels]
+        elements = shuffle.elements[i].tolist()
+        shuffled = [group[element] for element in elements]
+        length = n * width // segments
+        mixed: list[Tensor] = []
+        for s in range(segments):
+            piece = torch.stack(shuffled[s * length : (s + 1) * length])
+            mixed += attend(i, piece.reshape(n // segments, width)).flatten()
+        for place, element in enumerate(elements):
+            out[element // width, channels[element % width]] = mixed[place]
+        start += width
+    return out
