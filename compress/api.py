@@ -140,18 +140,21 @@ def replay(model: M, record: Mapping[str, Any]) -> M:
     Raises:
         FormatError: the record is not one of ours, or does not fit the model.
     """
-    if record.get("kind") != "quantize" or not {"scheme", "layers"} <= set(record):
+    if record.get("kind") != "quantize":
         raise FormatError(
             f"transform {record.get('kind')!r}: unknown; known: 'quantize'. "
             "A newer effformer may have written it"
         )
+    layers = record.get("layers")
+    if "scheme" not in record or not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise FormatError("transform 'quantize': expected a scheme and a list of layers")
     try:
         scheme = make_scheme(record["scheme"], where="transform 'quantize'")
     except (TypeError, ValueError) as error:
         raise FormatError(f"{error}; a newer effformer may have written it") from error
     modules = dict(model.named_modules())
     packed: dict[nn.Module, nn.Module] = {}
-    for name in record["layers"]:
+    for name in layers:
         dense = modules.get(name)
         if not isinstance(dense, nn.Linear | nn.Embedding):
             found = "missing" if dense is None else f"a {type(dense).__name__}"

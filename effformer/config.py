@@ -13,7 +13,8 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Self, Union, get_args, get_origin
 
 from . import registry
@@ -40,7 +41,10 @@ class Config:
         missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in given]
         if missing:
             raise ValueError(f"{where or cls.__qualname__}: missing options {', '.join(missing)}")
-        return cls(**_convert(cls, given, None, where or cls.__qualname__))
+        where = where or cls.__qualname__
+        converted = _convert(cls, given, None, where)
+        with _named(where):
+            return cls(**converted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``"name"`` is added if the config belongs to a registered part."""
@@ -49,8 +53,10 @@ class Config:
 
     def replace(self, *, where: str = "", **changes: Any) -> Self:
         """A copy with changes; a change to a nested config starts from the present one."""
-        converted = _convert(type(self), changes, self, where or type(self).__qualname__)
-        return dataclasses.replace(self, **converted)
+        where = where or type(self).__qualname__
+        converted = _convert(type(self), changes, self, where)
+        with _named(where):
+            return dataclasses.replace(self, **converted)
 
 
 def part(kind: str, default: Config | None = None, *, optional: bool = False) -> Any:
@@ -151,6 +157,21 @@ def _lift(
     return base.replace(where=where, core=core, **outer)
 
 
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Begin the refusals of a config's own checks with the place where it was given."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -164,6 +185,7 @@ def _convert(
     cls: type[Config], given: Mapping[str, Any], base: Config | None, where: str
 ) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = _hints(cls)  # type: ignore[arg-type]
     out = {}
     for key, value in given.items():
         if key not in fields:
@@ -174,6 +196,8 @@ def _convert(
                 present = getattr(base, key)
             else:
                 present = None if field.default is dataclasses.MISSING else field.default
+            if value is None and not _optional(hints[key]):
+                raise TypeError(f"{path}: a model cannot be without it; name one, or leave it out")
             out[key] = (
                 None
                 if value is None
@@ -182,7 +206,7 @@ def _convert(
         elif isinstance(value, Mapping) and isinstance(getattr(base, key, None), Config):
             out[key] = getattr(base, key).replace(where=path, **value)
         else:
-            out[key] = _check(value, _hints(cls)[key], path)  # type: ignore[arg-type]
+            out[key] = _check(value, hints[key], path)
     return out
 
 

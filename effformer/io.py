@@ -7,14 +7,9 @@ Files are written to a temporary name and renamed; foreign pickles are read with
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +19,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .checks import FormatError, unknown
+from .files import atomic_folder, atomic_path, read_json, write_json
 from .layout import Layout, StateDict
 from .version import VERSION
 
@@ -37,6 +33,7 @@ __all__ = [
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+MODEL_FOLDER: Any = {"marker": _CONFIG, "own": (_WEIGHTS,)}
 _WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
 
 
@@ -55,99 +52,6 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; rename it on success, remove it on failure.
-
-    Raises:
-        FormatError: the place cannot be written, or is a folder.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise FormatError(f"{path}: is a folder; give the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
-        )
-    except OSError as error:
-        raise FormatError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(folder: str | Path, *, marker: str) -> Iterator[Path]:
-    """Yield a temporary folder; it replaces ``folder`` on success and vanishes on failure.
-
-    Args:
-        folder: the target. It may exist if it is empty or holds ``marker`` (an earlier result of
-            the same kind).
-        marker: file that identifies the kind of folder.
-
-    Raises:
-        FormatError: the target is a file, holds something else, or cannot be written.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FormatError(f"{folder}: is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
-        raise FormatError(
-            f"{folder}: holds other files and no {marker}; choose an empty or new folder"
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise FormatError(
-            f"{folder}: cannot be written ({error.strerror}); choose another place"
-        ) from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(temporary.name + ".old")
-        if folder.exists():
-            folder.replace(old)
-        try:
-            temporary.replace(folder)
-        except OSError:
-            if old.exists():
-                old.replace(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Write JSON atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: str | Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        FormatError: the file is missing or is not JSON.
-    """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: is not readable JSON ({error})") from error
 
 
 def save_pretrained(model: Model, folder: str | Path) -> Path:
@@ -171,7 +75,7 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
         "transforms": list(model.transforms),
     }
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    with atomic_folder(folder, marker=_CONFIG) as temporary:
+    with atomic_folder(folder, **MODEL_FOLDER) as temporary:
         save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / _CONFIG, facts)
     return Path(folder)
@@ -187,11 +91,7 @@ def load_model(folder: str | Path) -> Model:
     if not (folder / _CONFIG).is_file():
         raise FormatError(f"{folder}: no {_CONFIG}; expected a folder written by save_pretrained")
     facts = read_json(folder / _CONFIG)
-    kinds = {"format": int, "family": str, "config": dict}
-    if not isinstance(facts, dict) or not all(
-        isinstance(facts.get(key), kind) for key, kind in kinds.items()
-    ):
-        raise FormatError(f"{folder / _CONFIG}: is not an effformer config")
+    _check_facts(facts, folder / _CONFIG)
     if facts["format"] > FORMAT:
         raise FormatError(
             f"{folder / _CONFIG}: written by effformer {facts.get('effformer')} in format {facts['format']}, "
@@ -204,11 +104,25 @@ def load_model(folder: str | Path) -> Model:
         )
     entry = families[facts["family"]]
     config = type(entry.preset).from_dict(facts["config"], where=str(folder / _CONFIG))
-    model: Model = entry.build(config, name=facts.get("name"))
-    for record in facts.get("transforms", ()):
+    model: Model = entry.build(config, name=facts["name"])
+    for record in facts["transforms"]:
         model = _replay(model, record)
     load_weights(model, folder / _WEIGHTS, layout="effformer")
     return model.eval()
+
+
+def _check_facts(facts: Any, path: Path) -> None:
+    kinds = {"format": int, "family": str, "name": str, "config": dict, "transforms": list}
+    if not isinstance(facts, dict):
+        raise FormatError(f"{path}: is not an effformer config, it holds a {type(facts).__name__}")
+    for key, kind in kinds.items():
+        if not isinstance(facts.get(key), kind) or facts[key] is True:
+            found = repr(facts[key]) if key in facts else "nothing"
+            raise FormatError(
+                f"{path}: is not an effformer config; {key} is {found}, expected {kind.__name__}"
+            )
+    if facts["format"] < 1 or not all(isinstance(t, dict) for t in facts["transforms"]):
+        raise FormatError(f"{path}: is not an effformer config; format or transforms are damaged")
 
 
 def _replay(model: Model, record: Mapping[str, Any]) -> Model:

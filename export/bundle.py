@@ -5,6 +5,7 @@ onnxruntime.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.checks import unknown
-from effformer.io import atomic_folder, write_json
+from effformer.files import atomic_folder, write_json
 from effformer.version import VERSION
 
 from . import run
@@ -26,6 +27,10 @@ from .verify import VerifyReport, evaluating
 __all__ = ["BundleReport", "Convention", "export_bundle"]
 
 Quantize = Literal["dynamic-uint8", "int8", "int4"]
+_FOLDER: Any = {
+    "marker": "bundle.json",
+    "own": ("run.py", "self_test.npy", "velocity.onnx*", "decoder.onnx*", "__pycache__"),
+}
 _NBITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 
 
@@ -159,8 +164,11 @@ def export_bundle(
         raise unknown(
             "quantization", str(quantize), ["dynamic-uint8", *_NBITS], where="export_bundle"
         )
-    if steps < 1:
-        raise ValueError(f"export_bundle: steps must be at least 1, got {steps}")
+    if steps < 1 or not math.isfinite(guidance):
+        raise ValueError(
+            "export_bundle: steps must be at least 1 and guidance a finite number, "
+            f"got {steps} and {guidance}"
+        )
     size, classes, null = _describe(model, shape, num_classes, null_label)
     if guidance != 1.0 and null is None:
         raise ValueError(
@@ -182,7 +190,7 @@ def export_bundle(
         "network_convention": None if convention is None else convention.to_dict(),
         "quantization": quantize,
     }  # fmt: skip
-    with atomic_folder(folder, marker="bundle.json") as temporary, evaluating(model):
+    with atomic_folder(folder, **_FOLDER) as temporary, evaluating(model):
         network = _Velocity(model, convention)
         parity, quantized = _write_velocity(
             network, temporary / "velocity.onnx", size, classes, quantize, verify

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from effformer.checks import FormatError, need
+from effformer.files import atomic_path
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -149,8 +150,6 @@ def write_graph(
     Raises:
         FormatError: the place cannot be written.
     """
-    from effformer.io import atomic_path  # here: reading facts needs no torch
-
     path, ir = Path(path), need("onnx_ir")
     data = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.data")
     large = sum(_weights(model, "nbytes")) > SINGLE_FILE_LIMIT

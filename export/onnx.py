@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from effformer.checks import need
+from effformer.build import list_attention
+from effformer.checks import CapabilityError, need
+from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
 
 from .graph import GraphFacts, read_graph, write_graph
 from .inputs import Axes, Call, Inputs, bind, resolve_axes
 from .packed import decodes_codes, kernels_for, translations
 from .targets import get_target
-from .verify import TRACED, VerifyReport, evaluating, verify_onnx
+from .verify import TRACED, VerifyReport, check_tolerance, evaluating, verify_onnx
 
 if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
 
+_ANY = Caps()
 _log = logging.getLogger(__name__)
 
 
@@ -98,6 +101,7 @@ def export_onnx(
         output_names: names of the outputs; by default "output", or "output_0", "output_1", ...
 
     Raises:
+        CapabilityError: a registered part of the module has no ONNX form; parts that do are named.
         ExportError: the module cannot be traced or translated.
         VerificationError: the graph does not compute what the module computes.
         ValueError: ``dynamic`` does not fit the inputs, the graph does not fit the target, or an
@@ -119,6 +123,8 @@ def export_onnx(
         raise ValueError(
             f"export_onnx: target {target!r} takes opsets 18 to {runtime.newest}, got {version}"
         )
+    _check_parts(model)
+    check_tolerance(tolerance, "export_onnx")
     call = bind(model, inputs, where="export_onnx")
     axes = resolve_axes(model, call, dynamic, where="export_onnx")
     call = call.traceable(axes)
@@ -144,6 +150,22 @@ def export_onnx(
         _log.warning("%s: the model's output is constant, so its agreement proves little", path)
     seconds = time.perf_counter() - started
     return ExportReport(path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds)
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Refuse registered parts that declare no ONNX form before anything is traced."""
+    for path, module in model.named_modules():
+        if getattr(type(module), "caps", _ANY).onnx:
+            continue
+        for kind in KINDS.values():
+            for entry in kind:
+                if entry.build is type(module):
+                    mixes = entry.kind in ("attention", "core")  # `attn=` takes either
+                    able = ", ".join((list_attention if mixes else kind.names)(onnx=True))
+                    raise CapabilityError(
+                        f"export_onnx: {path}: {entry.kind} {entry.name!r} has no ONNX form; "
+                        f"choices: {able}"
+                    )
 
 
 def _trace(

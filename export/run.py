@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SAMPLERS", "Bundle", "BundleError", "main", "write_image"]
+__all__ = ["SAMPLERS", "Bundle", "BundleError", "main", "parse_labels", "write_image"]
 
 FORMAT = 1
+MOST = 10_000  # pictures at once: a mistyped range must not fill the memory
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Butcher tableaus: rows of the stages after the first, weights of the result, times of the stages.
@@ -202,6 +203,8 @@ class Bundle:
 
     def _start(self, count: int, seed: int, noise: Array | None) -> Array:
         shape = (count, *self.shape)
+        if seed < 0:
+            raise BundleError(f"seed must be at least 0, got {seed}")
         if noise is None:
             return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
         if noise.shape != shape:
@@ -245,18 +248,14 @@ def _read_facts(folder: Path) -> dict[str, Any]:
             f"{path}: has format {facts['format']}, this runner reads up to {FORMAT}; "
             "use the run.py inside the bundle or a newer effformer"
         )
-    needed = {
-        "files",
-        "graphs",
-        "shape",
-        "num_classes",
-        "null_label",
-        "sampler",
-        "value_range",
-        "self_test",
-    }
-    if missing := sorted(needed - set(facts)):
+    kinds = {
+        "files": dict, "graphs": dict, "sampler": dict, "self_test": dict, "shape": list,
+        "value_range": list, "num_classes": int, "null_label": int | None,
+    }  # fmt: skip
+    if missing := sorted(kinds.keys() - facts.keys()):
         raise BundleError(f"{path}: lacks {', '.join(missing)}")
+    if wrong := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]:
+        raise BundleError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r}; copy the folder again")
     return facts
 
 
@@ -334,13 +333,22 @@ def _save(path: Path, bundle: Bundle, samples: Array) -> None:
         )
 
 
-def _parse_labels(text: str) -> list[int]:
+def parse_labels(text: str) -> list[int]:
+    """Class ids from ``0,1,2``, ``0-9`` or a mixture.
+
+    Raises:
+        BundleError: something else.
+    """
     labels: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise BundleError(f"--labels {text!r}: expected class ids such as 0,1,2 or 0-9")
+        if int(last or first) - int(first) >= MOST:
+            raise BundleError(f"--labels {text!r}: at most {MOST} pictures at once")
         labels += range(int(first), int(last or first) + 1)
+    if not labels:
+        raise BundleError(f"--labels {text!r}: the range is empty")
     return labels
 
 
@@ -370,12 +378,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     try:
+        if given.threads is not None and not 1 <= given.threads <= 1024:
+            raise BundleError(f"--threads must lie in 1..1024, got {given.threads}")
         bundle = Bundle(given.folder, given.threads)
         if given.self_test:
             print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
             return 0
         options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
-        labels = _parse_labels(given.labels) if given.labels else []
+        labels = parse_labels(given.labels) if given.labels else []
         _save(given.out, bundle, bundle.sample(labels, **options))
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)

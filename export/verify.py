@@ -158,9 +158,11 @@ def verify_onnx(
 
     Raises:
         FormatError: not an ONNX file that ONNX Runtime loads.
+        ValueError: the tolerance is not positive.
         VerificationError: inputs or outputs do not fit, the model runs at too few shapes, or a
             difference is above the tolerance.
     """
+    check_tolerance(tolerance, "verify")
     graph, session = read_graph(path), Session(path, threads=threads)
     call = bind(model, inputs, where="verify")
     axes = _axes(graph, call)
@@ -173,6 +175,16 @@ def verify_onnx(
     if not report.passed:
         raise VerificationError(_explain(report), report)
     return report
+
+
+def check_tolerance(tolerance: float, where: str) -> None:
+    """Refuse tolerances that no graph, or every graph, meets.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    if not 0 < tolerance < float("inf"):
+        raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance}")
 
 
 @contextmanager

@@ -95,9 +95,14 @@ class DiT(Model):
 
         def __post_init__(self) -> None:
             BackboneConfig.__post_init__(self)
+            for name in ("input_size", "channels", "patch", "num_classes"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
             if self.input_size % self.patch:
+                fit = [p for p in range(1, self.input_size + 1) if not self.input_size % p]
                 raise ValueError(
-                    f"input_size {self.input_size} is not divisible by patch {self.patch}"
+                    f"input_size {self.input_size} is not divisible by patch {self.patch}; "
+                    f"patches that fit: {', '.join(map(str, fit[:8]))}"
                 )
             if self.dim % 4:
                 raise ValueError(f"dim must be divisible by 4 for 2-D positions, got {self.dim}")

@@ -106,6 +106,7 @@ def test_configs_are_frozen_and_comparable() -> None:
             TypeError,
             "Outer.ffn: expected a name, a dict or a Config",
         ),
+        ({"size": 1, "ffn": None}, TypeError, "Outer.ffn: a model cannot be without it"),
         ({"size": 1, "ffn": Softmax.Config()}, TypeError, "not the config of a registered ffn"),
         ({"size": 1, "ffn": {"ratio": -1.0}}, ValueError, "inner width must be positive"),
     ],

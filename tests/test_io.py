@@ -45,12 +45,14 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     assert left_behind(tmp_path / "deep") == []
 
 
-def test_saving_again_replaces_the_whole_folder(tmp_path: Path) -> None:
+def test_saving_again_replaces_the_model_and_loses_nothing_else(tmp_path: Path) -> None:
     effformer.save_pretrained(small(), tmp_path / "m")
-    (tmp_path / "m" / "old.txt").write_text("x")
-    model = small(depth=1)
-    effformer.save_pretrained(model, tmp_path / "m")
-    assert not (tmp_path / "m" / "old.txt").exists()
+    effformer.save_pretrained(small(depth=1), tmp_path / "m")
+    assert effformer.load_model(tmp_path / "m").config.depth == 1
+    (tmp_path / "m" / "notes.txt").write_text("x")
+    with pytest.raises(FormatError, match=r"also holds notes\.txt; move it away or choose another"):
+        effformer.save_pretrained(small(), tmp_path / "m")
+    assert (tmp_path / "m" / "notes.txt").read_text() == "x"
     assert effformer.load_model(tmp_path / "m").config.depth == 1
 
 
@@ -124,7 +126,14 @@ def test_no_such_folder(tmp_path: Path) -> None:
             FormatError,
             r"in format 99, this is effformer .* pip install -U effformer",
         ),
-        ({"format": "two"}, FormatError, "is not an effformer config"),
+        ({"format": "two"}, FormatError, "is not an effformer config; format is 'two', expected"),
+        ({"format": True}, FormatError, "format is True, expected int"),
+        ({"format": 0}, FormatError, "format or transforms are damaged"),
+        ({"name": 5}, FormatError, "name is 5, expected str"),
+        ({"transforms": 5}, FormatError, "transforms is 5, expected list"),
+        ({"transforms": [5]}, FormatError, "format or transforms are damaged"),
+        ({"transforms": [{"kind": "pruned"}]}, FormatError, "'pruned': unknown; known: 'quantize'"),
+        ({"transforms": [{"kind": "quantize"}]}, FormatError, "expected a scheme and a list"),
         ({"config": [1]}, FormatError, "is not an effformer config"),
         ({"family": "vti"}, ValueError, "unknown model family 'vti'; did you mean 'vit'"),
         ({"family": None}, FormatError, "is not an effformer config"),

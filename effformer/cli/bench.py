@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Batch, Json, Out, Threads, emit, load, overrides, stages
+from .common import Batch, Json, Out, Threads, check_report, emit, load, overrides, stages
 
 
 def bench(
@@ -31,6 +31,7 @@ def bench(
     """
     from ..profile import compare
 
+    check_report(out)
     built = []
     for spec in models:
         name, _, changes = spec.partition(":")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "convention", "emit",
+    "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "check_report", "convention", "emit",
     "guard", "load", "overrides", "parse_value", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
@@ -43,8 +43,10 @@ Set = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
+]
 Batch = Annotated[int, typer.Option(help="Samples per call.", min=1)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
@@ -72,10 +74,21 @@ def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
             if os.environ.get(TRACEBACK):
                 raise
             _fail(_sentence(error), 2)
+        except (MemoryError, RuntimeError) as error:
+            if os.environ.get(TRACEBACK) or not _out_of_memory(error):
+                raise
+            _fail(f"not enough memory; {intact}; choose a smaller batch or model", 2)
         except KeyboardInterrupt:
             _fail(f"interrupted; {intact}", 130)
 
     return guarded
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # torch raises a bare RuntimeError on the CPU, a subclass of its own on other devices
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory")
+    )
 
 
 def _sentence(error: BaseException) -> str:
@@ -230,6 +243,18 @@ def save_to(out: Path | None, verb: str) -> Path:
     if out is None:
         raise ValueError(f"{verb}: where to? Add --out PATH")
     return out
+
+
+def check_report(out: Path | None) -> None:
+    """Refuse the name of a report before anything is measured.
+
+    Raises:
+        ValueError: a suffix that reports are not written as.
+    """
+    from ..profile import SUFFIXES
+
+    if out is not None and out.suffix not in SUFFIXES:
+        raise ValueError(f"--out {out}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
 def convention(model: Model) -> FlowConvention | None:

@@ -32,9 +32,16 @@ def compress(
     Examples: `effformer compress model --scheme nf4 -o model-nf4`
     """
     from ..compress import quantize
-    from ..io import save_pretrained
+    from ..files import check_folder
+    from ..io import MODEL_FOLDER, save_pretrained
 
     target = save_to(out, "compress")
+    if target.resolve() == model.resolve():
+        raise ValueError(
+            f"compress: --out {target} is the model itself, whose dense weights would be lost; "
+            "choose another folder"
+        )
+    check_folder(target, **MODEL_FOLDER)
     dense = load(str(model))
     small, report = quantize(
         dense, {"name": scheme, **overrides(pairs=pairs)}, where or "*", skip=skip or (),

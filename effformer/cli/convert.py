@@ -35,6 +35,13 @@ def convert(
 
     place = save_to(out, "convert")
     if weights.is_dir():
+        if model is not None or source not in ("auto", "effformer"):
+            raise ValueError(
+                f"convert: {weights} is a saved model, which says what it is; leave --model and "
+                "--from out"
+            )
+        if place.resolve().parent == weights.resolve():
+            raise ValueError(f"convert: {place} lies inside {weights}; choose another place")
         built, layout = load(str(weights), overrides(pairs=pairs)), "effformer"
     elif model is None:
         raise ValueError("convert: a file does not say what model it belongs to; add --model NAME")

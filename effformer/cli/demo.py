@@ -35,7 +35,7 @@ def demo(
 
     Examples: `effformer demo`, `effformer demo --quick -o quick`
     """
-    from ..io import atomic_path, write_json
+    from ..files import atomic_path, write_json
     from ..train.recipes import DIGITS, DIGITS_QUICK
     from .demo_report import page, summary
     from .demo_steps import GATE, run_demo
@@ -65,7 +65,7 @@ def _claim(out: Path) -> None:
         OSError: it cannot be written.
     """
     from ..checks import FormatError
-    from ..io import write_json
+    from ..files import write_json
     from ..version import VERSION
 
     if out.exists() and not out.is_dir():

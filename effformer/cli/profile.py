@@ -15,6 +15,7 @@ from .common import (
     Out,
     Set,
     Threads,
+    check_report,
     emit,
     load,
     overrides,
@@ -47,6 +48,7 @@ def profile(
     """
     from .. import profile as library
 
+    check_report(out)
     set_threads(threads)
     built = load(model, overrides(attn, ffn, block, pairs))
     inputs = built.example_inputs(batch)

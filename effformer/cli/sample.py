@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from effformer.models.base import Model
 
-__all__ = ["draw", "parse_labels", "pixels", "sample"]
+__all__ = ["draw", "pixels", "sample"]
 
 
 def sample(
@@ -47,7 +47,7 @@ def sample(
     Examples: `effformer sample runs/digits/model --labels 0-9 -o digits.png`,
     `effformer sample bundle --labels 7,7,7 --guidance 3 -o sevens.png`
     """
-    from ..export.run import Bundle
+    from ..export.run import Bundle, parse_labels
 
     target = save_to(out, "sample")
     if target.suffix not in (".png", ".npy"):
@@ -144,30 +144,13 @@ def _write(target: Path, samples: Any, to_pixels: Callable[[Any], Any]) -> None:
     import numpy as np
 
     from ..export.run import write_image
-    from ..io import atomic_path
+    from ..files import atomic_path
 
     if target.suffix == ".png":
         write_image(target, to_pixels(samples))
         return
     with atomic_path(target) as temporary, temporary.open("wb") as file:
         np.save(file, samples, allow_pickle=False)
-
-
-def parse_labels(text: str) -> list[int]:
-    """Class ids from ``0,1,2``, ``0-9`` or a mixture.
-
-    Raises:
-        ValueError: something else.
-    """
-    ids: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"--labels {text}: expected class ids such as 0,1,2 or 0-9")
-        ids += range(int(first), int(last or first) + 1)
-    if not ids:
-        raise ValueError(f"--labels {text}: the range is empty")
-    return ids
 
 
 def _folder(source: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -73,6 +74,8 @@ def train(
     from ..train import train as run
 
     folder = save_to(out, "train")
+    if Path(model).is_dir():
+        raise ValueError(f"train: {model} is a saved model; training starts from a model's name")
     set_threads(threads)
     images = load_data(data, size=size)
     changes = _fit(model, images) | overrides(attn, ffn, block, pairs)

@@ -13,8 +13,10 @@ from .machine import Machine, machine
 from .memory import Memory, MemoryTracker, peak_memory, peak_rss
 from .operators import register_formula
 from .profiler import Profile, profile
+from .report import SUFFIXES
 
 __all__ = [
+    "SUFFIXES",
     "Comparison",
     "ComparisonRow",
     "Counter",

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effformer.checks import need
-
-from .files import write_atomic
+from effformer.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,6 +95,7 @@ class Pareto:
 
         Raises:
             ValueError: a suffix that matplotlib cannot write.
+            FormatError: the file cannot be written; an existing one is intact.
         """
         suffix = Path(path).suffix.lstrip(".")
         figure = self.figure()
@@ -104,9 +104,8 @@ class Pareto:
             raise ValueError(
                 f"Pareto.save: cannot write {str(path)!r}; suffixes: {', '.join(known)}"
             )
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix)
-        write_atomic(path, buffer.getvalue())
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format=suffix)
 
     def svg(self) -> str:
         """The plot as an SVG element for a page."""

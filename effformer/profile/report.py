@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write_atomic
+from effformer.files import atomic_path
+
 from .parts import PART_LABELS
 from .tree import Node, module_tree
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .profiler import Profile
 
 __all__ = [
+    "SUFFIXES",
     "amount",
     "comparison_dict",
     "comparison_table",
@@ -28,6 +30,8 @@ __all__ = [
     "table",
     "tree_text",
 ]
+
+SUFFIXES = (".json", ".html", ".txt")
 
 
 def amount(n: float) -> str:
@@ -189,7 +193,7 @@ def save_report(
 
     Raises:
         ValueError: another suffix.
-        OSError: the file cannot be written; an existing one is intact.
+        FormatError: the file cannot be written; an existing one is intact.
     """
     from .html import report_page
 
@@ -202,5 +206,8 @@ def save_report(
     elif suffix == ".html":
         text = report_page(profiles, comparison)
     else:
-        raise ValueError(f"save: {str(path)!r} must end in .json, .html or .txt")
-    write_atomic(path, text.encode())
+        raise ValueError(
+            f"save: {str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        )
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

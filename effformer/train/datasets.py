@@ -164,7 +164,8 @@ def load_data(
 def _not_found(text: str) -> Exception:
     name, _, path = text.partition(":")
     names = ["digits", *_IDX, *_TORCHVISION]
-    if text in names:
+    if text.rstrip(":") in names:
+        text = text.rstrip(":")
         return ValueError(f"load_data: {text!r} needs the folder that holds it: '{text}:DIR'")
     if Path(text).exists():
         return FileNotFoundError(f"load_data: {text!r} is a file, not a folder")

@@ -8,39 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import effformer
 from effformer.cli import common, main
 
-SMALL = ["--set", "input_size=8", "--set", "channels=1", "--set", "num_classes=10"]
-
-
-def invoke(*words: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(main.app, words)
-    assert result.exit_code == code, result.output
-    if code == 2:
-        assert "Traceback" not in result.output
-    return result
-
-
-def answer(*words: str) -> Any:
-    return json.loads(invoke(*words, "--json").stdout)
-
-
-def refusal(*words: str) -> str:
-    """The sentence on stderr that goes with exit code 2."""
-    result = invoke(*words, code=2)
-    assert result.stdout == ""
-    return " ".join(result.stderr.split())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small saved model."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    invoke("build", "sit-nano", *SMALL, "--attn", "flow", "-o", str(folder))
-    return folder
+from .running import SMALL, answer, invoke, refusal
 
 
 @pytest.mark.parametrize("verb", [name for name, _, _ in main._VERBS])

@@ -120,6 +120,8 @@ def test_bad_requests(flow: Flow, tmp_path: Path) -> None:
         export_bundle(flow, tmp_path / "b", quantize="int9", **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps must be at least 1"):
         export_bundle(flow, tmp_path / "b", steps=0, **SIZES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="guidance a finite number, got 10 and nan"):
+        export_bundle(flow, tmp_path / "b", shape=(1, 8, 8), num_classes=3, guidance=float("nan"))
     with pytest.raises(TypeError, match="Flow does not say its shape"):
         export_bundle(flow, tmp_path / "b", num_classes=3)
     with pytest.raises(ValueError, match=r"guidance 2\.0 needs a null class"):

@@ -18,7 +18,7 @@ from effformer.export import (
 from torch import Tensor, nn
 
 import effformer
-from effformer.checks import FormatError
+from effformer.checks import CapabilityError, FormatError
 
 from .networks import Mlp, Tokens, randomize
 
@@ -151,7 +151,7 @@ def test_a_failed_verification_leaves_what_was_there(tmp_path: Path, mlp: Mlp) -
     target = tmp_path / "m.onnx"
     target.write_bytes(b"what was there")
     with pytest.raises(VerificationError, match="differs from torch's"):
-        export_onnx(mlp, target, torch.randn(2, 32), tolerance=0.0)
+        export_onnx(mlp, target, torch.randn(2, 32), tolerance=1e-30)
     assert target.read_bytes() == b"what was there"
     assert [f.name for f in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -199,3 +199,19 @@ def test_an_opset_that_the_target_does_not_have(tmp_path: Path, mlp: Mlp) -> Non
 def test_import_loads_no_torch() -> None:
     code = "import sys, effformer.export, effformer.export.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_parts_without_an_onnx_form_are_refused_before_tracing(tmp_path: Path) -> None:
+    model = effformer.build_model("sit-nano", attn="reformer", input_size=16)
+    with pytest.raises(
+        CapabilityError, match=r"blocks\.0\.attn.*'reformer' has no ONNX form; .*flow"
+    ):
+        export_onnx(model, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan"), float("inf")])
+def test_tolerances_are_positive(tmp_path: Path, mlp: Mlp, tolerance: float) -> None:
+    with pytest.raises(ValueError, match="tolerance must be positive and finite"):
+        export_onnx(mlp, tmp_path / "m.onnx", torch.randn(2, 5, 32), tolerance=tolerance)
+    assert list(tmp_path.iterdir()) == []

@@ -104,6 +104,7 @@ def _damage(folder: Path) -> None:
         (lambda folder: (folder / "velocity.onnx").unlink(), "is missing from the bundle"),
         (lambda folder: (folder / "bundle.json").write_text("{"), "is not readable JSON"),
         (lambda folder: (folder / "bundle.json").write_text("[1]"), "not the description of a"),
+        (_edit(shape=5), "shape is 5; copy the folder again"),
         (_edit(format=99), "has format 99, this runner reads up to 1"),
         (_damage, "is damaged"),
     ],
@@ -130,6 +131,10 @@ def test_broken_bundles_end_with_code_2(
     ("options", "message"),
     [
         (["--labels", "0,x"], "expected class ids such as 0,1,2"),
+        (["--labels", "2-1"], "the range is empty"),
+        (["--labels", "0-99999999999"], "at most 10000 pictures at once"),
+        (["--labels", "0", "--seed", "-1"], "seed must be at least 0"),
+        (["--labels", "0", "--threads", "0"], "--threads must lie in 1..1024"),
         (["--labels", "0,3"], "label 3 is not one of the classes 0..2"),
         ([], "no labels given"),
         (["--labels", "0", "--steps", "0"], "steps must be at least 1"),

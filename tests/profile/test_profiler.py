@@ -9,6 +9,7 @@ from effformer.compress import quantize
 from torch import Tensor, nn
 
 from effformer import build_model
+from effformer.checks import FormatError
 from effformer.context import Ledger
 from effformer.profile import Profile, profile
 from effformer.profile.formulas import dit_params, dit_parts
@@ -353,13 +354,16 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        p.save(target)
+    with monkeypatch.context() as broken:
+        broken.setattr("os.replace", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            p.save(target)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
-    with pytest.raises(FileNotFoundError):
-        p.save(tmp_path / "missing" / "cost.json")
+    p.save(tmp_path / "new" / "cost.json")
+    assert (tmp_path / "new" / "cost.json").stat().st_size > 0
+    with pytest.raises(FormatError, match=r"cost\.json/more\.json: cannot be written"):
+        p.save(target / "more.json")
 
 
 def test_stages_are_announced() -> None:

@@ -1,0 +1,241 @@
+"""Bad input ends with exit code 2 and one sentence; what was there before is untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import effformer
+from effformer.cli import main
+
+from .running import SMALL, answer, invoke, refusal
+
+
+def fingerprint(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("truncated", lambda f: cut(f / "model.safetensors"), "is truncated or not a safetensors"),
+    ("empty", lambda f: (f / "model.safetensors").write_bytes(b""), "is truncated or not"),
+    ("pickled", lambda f: torch.save({"x": 1}, f / "model.safetensors"), "not a safetensors file"),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), "no such file"),
+    ("no config", lambda f: (f / "config.json").unlink(), "no config.json; expected a folder"),
+    ("half a config", lambda f: cut(f / "config.json"), "is not readable JSON"),
+    ("newer", config(format=2, effformer="9.9"), "written by effformer 9.9 in format 2, this is"),
+    ("newer transform", config(transforms=[{"kind": "folded"}]), "A newer effformer may have"),
+    ("foreign family", config(family="sti"), "unknown model family 'sti'; did you mean 'sit'?"),
+    ("other shapes", config(config={"dim": 96, "depth": 2, "heads": 2}), "does not fit sit-nano"),
+]
+
+
+@pytest.mark.parametrize("verb", ["show", "profile", "bench", "sample", "export", "compress"])
+@pytest.mark.parametrize(
+    ("change", "message"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES]
+)
+def test_damaged_models(
+    verb: str, change: Callable[[Path], None], message: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    change(folder)
+    writes = verb in ("sample", "export", "compress")
+    out = ["-o", str(tmp_path / "out.png")] if writes else []
+    assert message in refusal(verb, str(folder), *out)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("verb", ["build", "compress", "export", "sample", "convert", "train"])
+def test_targets_that_cannot_be_written(verb: str, saved: Path, tmp_path: Path) -> None:
+    source = "sit-nano" if verb in ("build", "train") else str(saved)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    below = file / "below.png"  # a place that nobody can make, whoever runs the tests
+    assert "below" in refusal(verb, source, "-o", str(below))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    message = refusal(verb, source, "-o", str(folder))
+    assert "folder" in message
+    assert fingerprint(tmp_path) == {"file": b"mine", "folder/notes.txt": b"mine"}
+
+
+def test_a_model_is_not_replaced_by_its_own_product(saved: Path) -> None:
+    before = fingerprint(saved)
+    assert "dense weights would be lost" in refusal("compress", str(saved), "-o", str(saved))
+    inside = str(saved / "model.safetensors")
+    lies = refusal("convert", str(saved), "--to", "official", "-o", inside)
+    assert "lies inside" in lies
+    assert "no bundle.json" in refusal("export", str(saved), "-o", str(saved))
+    assert fingerprint(saved) == before
+
+
+def test_a_saved_model_says_itself_what_it_is(saved: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "x.safetensors")
+    for words in (["-m", "dit-b"], ["--from", "diffusers"]):
+        assert "leave --model and --from out" in refusal("convert", str(saved), *words, "-o", out)
+    assert "training starts from a model's name" in refusal("train", str(saved), "-o", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--labels", "0-99999999999"), "at most 10000 pictures at once"),
+        (("--labels", "5-1"), "the range is empty"),
+        (("--labels", "10"), "label 10 is not one of the classes 0..9"),
+        (("--sampler", "eulr"), "did you mean 'euler'"),
+        (("--guidance", "nan"), "not finite"),
+        (("--threads", "100000"), "--threads"),
+        (("--seed", "99999999999999999999"), "--seed"),
+        (("--steps", "0"), "--steps"),
+    ],
+)
+def test_sample_requests(words: tuple[str, ...], message: str, saved: Path, tmp_path: Path) -> None:
+    assert message in refusal("sample", str(saved), *words, "-o", str(tmp_path / "s.png"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "attn=null"), "sit-nano.attn: a model cannot be without it"),
+        (("--set", "patch=0"), "sit-nano: patch must be at least 1, got 0"),
+        (("--set", "heads=5"), "width 48 is not divisible by 5 heads"),
+        (("--set", "attn.causal=true"), "this model attends both ways"),
+        (("--attn", "performer", "--set", "attn.causal=true"), "this model attends both ways"),
+        (("--attn", "flow", "--set", "attn.kernel=tanh"), "attn.kernel: unknown value 'tanh'"),
+        (("--block", "macaron", "--ffn", "softmax"), "unknown ffn 'softmax'"),
+        (("--set", 'layers={"7": {"attn": "flow"}}'), "selects none of the 2 blocks"),
+    ],
+)
+def test_impossible_models(words: tuple[str, ...], message: str) -> None:
+    assert message in refusal("build", "sit-nano", *words)
+
+
+def test_reports_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("measured before the name was checked")
+
+    monkeypatch.setattr("effformer.profile.profile", measured)
+    monkeypatch.setattr("effformer.profile.compare", measured)
+    for verb in ("profile", "bench"):
+        message = refusal(verb, "sit-nano", "-o", str(tmp_path / "cost.doc"))
+        assert "must end in .json, .html or .txt" in message
+
+
+@pytest.mark.parametrize("form", ["file.onnx", "bundle"])
+def test_parts_without_an_onnx_form(form: str, tmp_path: Path) -> None:
+    words = ["sit-nano", "--attn", "reformer", "--set", "input_size=16"]
+    message = refusal("export", *words, "-o", str(tmp_path / form))
+    assert "'reformer' has no ONNX form; choices: " in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_graphs(saved: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "m.onnx"
+    invoke("export", str(saved), "--no-verify", "-o", str(graph))
+    assert "tolerance must be positive" in refusal(
+        "verify", str(graph), str(saved), "--tolerance", "nan"
+    )
+    assert "the graph takes 'x'" in refusal("verify", str(graph), "dit-nano")
+    cut(graph)
+    assert "truncated or not an ONNX file" in refusal("verify", str(graph), str(saved))
+    assert "no bundle.json" in refusal("verify", str(saved))
+
+
+def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
+    def large(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+    monkeypatch.setattr("effformer.profile.profile", large)
+    assert "not enough memory; what was" in refusal("profile", str(saved))
+
+
+@pytest.mark.parametrize(
+    ("verb", "broken"),
+    [
+        ("compress", "effformer.io.save_pretrained"),
+        ("export", "effformer.export.export_bundle"),
+        ("convert", "effformer.io.save_weights"),
+        ("sample", "effformer.export.run.write_image"),
+    ],
+)
+def test_interruptions_leave_the_old_result(
+    verb: str, broken: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / ("out.png" if verb == "sample" else "out")
+    invoke(verb, str(saved), "-o", str(target))
+    before = fingerprint(tmp_path)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(broken, interrupted)
+    result = invoke(verb, str(saved), "-o", str(target), code=130)
+    assert "interrupted; what was at the target before is intact" in result.stderr
+    assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_training_interrupted_by_ctrl_c_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    words = [
+        "train", "sit-nano", "--set", "patch=4", "--steps", "60", "--batch", "8",
+        "--save-every", "5", "--threads", "1", "-o",
+    ]  # fmt: skip
+    stopped = subprocess.Popen(
+        [sys.executable, "-m", "effformer.cli.main", *words, str(tmp_path / "a")],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "a").glob("checkpoints/*.safetensors")):
+        assert stopped.poll() is None, stopped.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    stopped.send_signal(signal.SIGINT)
+    _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130, said
+    assert "interrupted; the last checkpoint is intact, --resume goes on from it" in said
+    assert "Traceback" not in said
+    resumed = answer(*words, str(tmp_path / "a"), "--resume")
+    assert 0 < resumed["resumed"] < 60
+    invoke(*words, str(tmp_path / "b"))
+    first, second = (effformer.load_model(tmp_path / run / "model") for run in "ab")
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name
+
+
+def test_every_verb_refuses_unknown_options() -> None:
+    for name, _, _ in main._VERBS:
+        result = CliRunner().invoke(main.app, [name, "--no-such-option"])
+        assert result.exit_code == 2
+        assert "no-such-option" in result.stderr
+
+
+def test_fine_sizes_are_still_accepted(tmp_path: Path) -> None:
+    assert answer("build", "sit-nano", *SMALL, "--set", "patch=8")["parameters"] > 0
