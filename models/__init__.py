@@ -15,6 +15,8 @@ from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
 from .lightningdit import LightningDiT
+from .lmu_sequence import LMUSequence
+from .lmuformer import LMUFormer, SpikingLMUFormer
 from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
 from .relactrl import RelaCtrl
@@ -29,6 +31,8 @@ __all__ = [
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",
+    "LMUFormer",
+    "LMUSequence",
     "LightningDiT",
     "MacaronBert",
     "MacaronNet",
@@ -36,6 +40,7 @@ __all__ = [
     "Preset",
     "RelaCtrl",
     "SiT",
+    "SpikingLMUFormer",
     "ViT",
     "vit_config_from_timm",
 ]
