@@ -47,6 +47,7 @@ class Caps:
             FFN) that do not see each other, and can be cut to some of them with ``select``.
         tokens: a block whose branches run one after the other, so that a part of kind "tokens" may
             act between them.
+        multihead: a block that needs a multi-head attention, around any core, as its token mixer.
         dynamic: executes a part of its work that depends on the input, and reports it to
             ``ctx.ledger``.
         onnx: exports to ONNX.
@@ -66,6 +67,7 @@ class Caps:
     time: bool = False
     width: bool = False
     tokens: bool = False
+    multihead: bool = False
     dynamic: bool = False
     onnx: bool = True
     cost: str = "n"

@@ -64,7 +64,9 @@ class FlowTransformerEncoder(Block):
         return out
 
 
-@block.register("flowtransformer-decoder", caps=Caps(packed=True), paper="2304.14746")
+@block.register(
+    "flowtransformer-decoder", caps=Caps(packed=True, multihead=True), paper="2304.14746"
+)
 class FlowTransformerDecoder(Block):
     """FlowTransformer's decoder block, which uses one attention and its second norm twice.
 

@@ -94,7 +94,7 @@ def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs])
     if layer.cross is not None:
         far = Needs(mask=needs.mask, cross=True)
         _check_mixer(layer.cross, (far,), f"{where}.cross", slots)
-    _check_block(layer.block, every, f"{where}.block", slots)
+    _check_block(layer, every, f"{where}.block", slots)
     for kind, config in slots.items():
         _check_slot(kind, config, layer, needs, where)
 
@@ -127,23 +127,25 @@ def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: st
 
 
 def _check_block(
-    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config]
+    layer: Layer, needs: Sequence[Needs], where: str, slots: Mapping[str, Config]
 ) -> None:
-    entry = registry.block.owner(config)
+    entry, attn = registry.block.owner(layer.block), layer.attn
     assert entry is not None
-    reason = _block_reason(entry.caps, needs[0])
+    reason = _block_reason(entry.caps, attn, needs[0])
     if reason is None:
         return
     able = [
         e.name
         for e in registry.block
-        if _admitted(e, slots) and all(not _block_reason(e.caps, n) for n in needs)
+        if _admitted(e, slots) and all(not _block_reason(e.caps, attn, n) for n in needs)
     ]
     raise CapabilityError(f"{where}: {entry.name!r} {reason}; choices: {', '.join(sorted(able))}")
 
 
-def _block_reason(caps: registry.Caps, needs: Needs) -> str | None:
+def _block_reason(caps: registry.Caps, attn: Config, needs: Needs) -> str | None:
     """Why a block does not serve, None if it does."""
+    if caps.multihead and not isinstance(attn, Attention.Config):
+        return f"needs queries, keys and values, which the token mixer {part_name(attn)!r} has not"
     if needs.memory and not caps.cross:
         return "has no attention to a memory"
     if caps.cond == "always" and not needs.cond:

@@ -100,3 +100,9 @@ def test_a_spiking_language_model_streams() -> None:
         out, state = model.step(piece, state)
         outputs.append(out)
     torch.testing.assert_close(torch.cat(outputs, dim=1), model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_need_heads_say_so() -> None:
+    words = r"block: 'flowtransformer-decoder' needs queries, keys .* 'lmu' has not; choices: .*lmu"
+    with pytest.raises(CapabilityError, match=words):
+        effformer.build_model("lmuformer-tiny", block="flowtransformer-decoder")
