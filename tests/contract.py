@@ -21,6 +21,7 @@ MIXERS = [name for name in list_attention() if name != "multihead"]
 FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
 OPTIONS: dict[str, dict[str, Any]] = {
+    "dynamic-mlp": {"groups": 4},
     "linformer": {"tokens": 130, "projected": 5},
     "longformer": {"window": 4, "global_tokens": 1},
     "moe": {"experts": 3},
@@ -66,7 +67,8 @@ def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Modu
 def make_ffn(name: str) -> nn.Module:
     entry = registry.ffn.get(name)
     config = resolve("ffn", {"name": name, **OPTIONS.get(name, {})})
-    return _random(entry.build(config, Site(dim=DIM)))
+    time_dim = DIM if entry.caps.time else None
+    return _random(entry.build(config, Site(dim=DIM, time_dim=time_dim)))
 
 
 def make_block(

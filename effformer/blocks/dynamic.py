@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effformer import registry
 from effformer.attention import Attention, Mixer
@@ -16,7 +15,8 @@ from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import Context, Site
 from effformer.ffn import FFN
-from effformer.nn.gates import GateLinear, Switch, values_known
+from effformer.nn.gates import Switch, values_known
+from effformer.nn.routers import TimeRouter, TokenRouter
 from effformer.registry import Caps, block, tokens, width
 
 from .adaln import AdaLNZero
@@ -24,42 +24,7 @@ from .base import Branch
 from .needs import Layer, Needs, mixer_caps, part_name
 from .slots import TokenPart, WidthPart, report
 
-__all__ = ["DyDiTBlock", "DynamicTokens", "DynamicWidth", "TimeRouter", "TokenRouter"]
-
-
-class TimeRouter(nn.Module):
-    """Which of U units run at a time: ``[1, G(W e_t + b)]``; the first always does.
-
-    Args:
-        time_dim: width of the time embedding.
-        units: U, at least 2.
-        bias: initial b; large values switch everything on.
-        switch: G; its path is the name for `Tap`.
-
-    Raises:
-        ValueError: fewer than two units.
-    """
-
-    def __init__(self, time_dim: int, units: int, switch: Switch, *, bias: float) -> None:
-        super().__init__()
-        if units < 2:
-            raise ValueError(f"{switch.path}: a gate needs at least 2 units, got {units}")
-        self.router = GateLinear(time_dim, units - 1, start=bias)
-        self.switch = switch
-
-    def forward(self, ctx: Context) -> Tensor:
-        """Zeros and ones (B, U).
-
-        Raises:
-            ValueError: the context carries no time embedding.
-        """
-        if ctx.time is None:
-            raise ValueError(f"{self.switch.path}: ctx.time is None, but the gate reads the time")
-        return F.pad(self.switch(self.router(ctx.time), ctx), (1, 0), value=1.0)
-
-    def macs(self) -> int:
-        """Multiply-adds of one sample."""
-        return self.router.in_features * self.router.out_features
+__all__ = ["DyDiTBlock", "DynamicTokens", "DynamicWidth"]
 
 
 @width.register("dynamic", caps=Caps(time=True, dynamic=True), paper="2410.03456")
@@ -159,32 +124,6 @@ class DynamicWidth(WidthPart):
                 "change groups, or the FFN's hidden or ratio"
             )
         return int(groups)
-
-
-class TokenRouter(nn.Module):
-    """Which tokens a branch works on: ``G(W2 relu(W1 x))`` of the raw residual stream.
-
-    Args:
-        dim: width of the tokens.
-        hidden: width between the two layers.
-        bias: initial bias of the last one; large values keep every token.
-        switch: G; its path is the name for `Tap`.
-    """
-
-    def __init__(self, dim: int, hidden: int, switch: Switch, *, bias: float) -> None:
-        super().__init__()
-        self.fc1 = GateLinear(dim, hidden)
-        self.fc2 = GateLinear(hidden, 1, start=bias)
-        self.switch = switch
-
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        """Zeros and ones (B, N, 1) for tokens (B, N, D)."""
-        out: Tensor = self.switch(self.fc2(F.relu(self.fc1(x))), ctx)
-        return out
-
-    def macs(self, n: int) -> int:
-        """Multiply-adds for n tokens."""
-        return n * (self.fc1.in_features + 1) * self.fc1.out_features
 
 
 @tokens.register("dynamic", caps=Caps(dynamic=True), paper="2410.03456")

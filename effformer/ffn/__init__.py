@@ -5,6 +5,7 @@ from __future__ import annotations
 from .acm import ACM
 from .base import FFN, FFNConfig, InnerConfig
 from .conv_channel import ConvChannel, SpikingConvChannel
+from .dynamic import DynamicMLP
 from .gated import GEGLU, SwiGLU
 from .glumbconv import GLUMBConv
 from .mlp import MLP
@@ -16,6 +17,7 @@ __all__ = [
     "GEGLU",
     "MLP",
     "ConvChannel",
+    "DynamicMLP",
     "FFNConfig",
     "GLUMBConv",
     "InnerConfig",
