@@ -181,14 +181,14 @@ class TDSM(Mixer):
         if site.out_dim not in (None, site.dim):
             raise ValueError(f"{self.where}: tdsm keeps the width of tokens, {site.dim}")
         _check_core(config.core, self.where)
-        self.tokens = site.tokens if config.tokens is None else config.tokens
-        if self.tokens is not None and self.tokens % config.segments:
+        self.length = site.tokens if config.tokens is None else config.tokens
+        if self.length is not None and self.length % config.segments:
             raise CapabilityError(
                 f"{self.where}: 'tdsm' cuts tokens into {config.segments} equal segments, which "
-                f"{self.tokens} tokens are not; choices: softmax, flow, linear"
+                f"{self.length} tokens are not; choices: softmax, flow, linear"
             )
         self.widths = _widths(config, site.dim, self.where)
-        tokens = None if self.tokens is None else self.tokens // config.segments
+        tokens = None if self.length is None else self.length // config.segments
         inner = replace(site, heads=config.heads, tokens=tokens, out_dim=None)
         self.experts = nn.ModuleList(
             Attention(
@@ -201,8 +201,8 @@ class TDSM(Mixer):
         self.inverse: Tensor | None
         self.register_buffer("order", None, persistent=False)
         self.register_buffer("inverse", None, persistent=False)
-        if self.tokens is not None:
-            self.use(self.drawn(self.tokens))
+        if self.length is not None:
+            self.use(self.drawn(self.length))
 
     def drawn(self, tokens: int) -> Shuffle:
         """The default permutations for a number of tokens."""
@@ -216,7 +216,7 @@ class TDSM(Mixer):
             ValueError: they are no permutations, or do not fit the groups.
         """
         order = shuffle.order(self.widths)
-        self.tokens = order.numel() // self.site.dim
+        self.length = order.numel() // self.site.dim
         self.order, self.inverse = order, _inverse(order)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
@@ -243,7 +243,7 @@ class TDSM(Mixer):
         return sum(segments * expert.macs(n // segments) for expert in self.experts)  # type: ignore[operator]
 
     def _orders(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self.order is not None and self.inverse is not None and self.tokens == n:
+        if self.order is not None and self.inverse is not None and self.length == n:
             return self.order.to(device), self.inverse.to(device)
         if torch.compiler.is_compiling():
             raise ValueError(
@@ -271,7 +271,7 @@ def reshuffle(
     if not mixers:
         raise ValueError("reshuffle: the model has no 'tdsm' mixer; build it with attn='tdsm'")
     for mixer in mixers:
-        count = mixer.tokens if tokens is None else tokens
+        count = mixer.length if tokens is None else tokens
         if count is None:
             raise ValueError(f"reshuffle: {mixer.where} has no number of tokens; give tokens=")
         mixer.use(Shuffle.draw(mixer.widths, count, generator))

@@ -242,7 +242,7 @@ def test_exports_with_constant_permutations(tmp_path: Path) -> None:
 def test_in_a_diffusion_transformer() -> None:
     model = effformer.build_model("dit-nano", attn="tdsm", input_size=8, num_classes=10)
     assert isinstance(model.blocks[0].attn.part, TDSM)
-    assert model.blocks[0].attn.part.tokens == 16
+    assert model.blocks[0].attn.part.length == 16
     out = model(**model.example_inputs(2))
     assert out.shape == (2, 8, 8, 8)
     reshuffle(model, torch.Generator().manual_seed(0))

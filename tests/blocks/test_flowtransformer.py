@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.models import FlowformerGPT
 from effformer.models.layouts.flowtransformer import ATTENTION, decoder_layout, encoder_layout
 from torch import Tensor
 from torch.nn import functional as F
@@ -167,6 +168,23 @@ def test_in_models(name: str, core: str) -> None:
         assert out.isfinite().all()
     with pytest.raises(CapabilityError, match=r"cannot use .*; choices: adaln-zero, .*parallel"):
         effformer.build_model("dit-nano", block=name)
+
+
+@pytest.mark.parametrize("core", ["softmax", "flow"])
+def test_the_encoder_streams_in_a_causal_model(core: str) -> None:
+    options = {"attn": core, "block": "flowtransformer-encoder"}
+    model = effformer.build_model("flowformer-gpt-nano", **options).eval()
+    assert isinstance(model, FlowformerGPT)
+    tokens = torch.randint(0, 60, (2, 9))
+    state, pieces = model.init_state(2), []
+    for piece in tokens.split([1, 5, 3], dim=1):
+        logits, state = model.step(piece, state)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+    shared = effformer.build_model("flowformer-gpt-nano", block="flowtransformer-decoder")
+    assert isinstance(shared, FlowformerGPT)
+    with pytest.raises(CapabilityError, match="neither a memory nor a stream"):
+        shared.step(tokens, shared.init_state(2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
