@@ -224,3 +224,27 @@ def test_presets_build() -> None:
     with torch.device("meta"):
         for name in PRESETS:
             assert effformer.build_model(name).config == PRESETS[name].config
+
+
+def test_learns_to_follow_the_condition() -> None:
+    """The sign of the condition is to be added to the frozen backbone's output: error 1 without."""
+    changes = {**SMALL, "depth": 4, "learn_sigma": False}
+    model = effformer.build_model("relactrl-nano", changes=changes)
+    assert isinstance(model, RelaCtrl)
+    _stir(model.backbone)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(40):
+        given = model.example_inputs(16)
+        sign = torch.randint(0, 2, (16, 1, 1, 1)) * 2.0 - 1
+        given["condition"] = sign + 0.1 * given["condition"]
+        condition = given.pop("condition")
+        with torch.no_grad():
+            target = model.backbone(**given) + sign
+        loss = (model(**given, condition=condition) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(1.0)
+    assert sum(losses[-5:]) / 5 < 0.4
