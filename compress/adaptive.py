@@ -163,9 +163,8 @@ def _adaptive_config(model: nn.Module, scheme: AdaptiveScheme) -> Config:
 def _adaptive_ffn(config: BackboneConfig, scheme: AdaptiveScheme, name: str) -> ACM.Config:
     old = config.ffn
     if not isinstance(old, FFNConfig) or isinstance(old, ACM.Config):
-        raise CapabilityError(
-            f"acmize: {name}: {old.to_dict().get('name')!r} is not a plain FFN; give ffn=False"
-        )
+        found = None if old is None else old.to_dict().get("name")
+        raise CapabilityError(f"acmize: {name}: {found!r} is not a plain FFN; give ffn=False")
     width = max(1, round(scheme.size * old.width(config.dim) / scheme.learners))
     return ACM.Config(
         hidden=width * scheme.learners, act=old.act, learners=scheme.learners, gate=scheme.gate

@@ -75,7 +75,8 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
     Args:
         kind: registry, for instance ``"attention"``. The name of a core is accepted as an
             attention: it becomes a multi-head attention around that core and keeps the projections
-                of ``base``.
+            of ``base``. A part that holds another one of its kind holds ``base`` unless the options
+            say otherwise.
         spec: what was given. A dict without ``"name"`` changes ``base``.
         base: what stands there now.
         where: prefix of error messages.
@@ -115,11 +116,19 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
     entry = entries.get(name)
     if entry.config is None:
         raise TypeError(f"{where or kind}: {name!r} takes no config")
+    if base is not None and type(base) is not entry.config:
+        options = _wrapping(entry.config, kind, base) | options
     if type(base) is entry.config and base is not None:
         return base.replace(where=where, **options)
     return typing.cast(
         Config, entry.config.from_dict(options, where=where or f"{kind} {entry.name!r}")
     )
+
+
+def _wrapping(config: type[Any], kind: str, base: Config) -> dict[str, Any]:
+    """A part around another one of its kind is put around what stands there."""
+    fields = dataclasses.fields(config)
+    return {f.name: base for f in fields if f.metadata.get("kind") == kind}
 
 
 def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:

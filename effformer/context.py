@@ -235,6 +235,24 @@ class Ledger:
         """Record the gate of the part at path ``name``, see `Choice`."""
         self.choices[name] = Choice(gate, cost)
 
+    def average(self, passes: Sequence[Ledger]) -> None:
+        """Record what a part did that ran several times, each with a ledger of its own.
+
+        Losses and executed fractions are means over the passes, dense costs add up; choices stand
+        one behind the other as if the tokens were so many more.
+        """
+        for name in passes[0].losses:
+            self.loss(name, torch.stack([p.losses[name] for p in passes]).mean(dim=0))
+        for name in passes[0].executed:
+            self.work(name, torch.stack([p.executed[name] for p in passes]).mean(dim=0))
+        for name in passes[0].shares:
+            made = [p.shares[name] for p in passes]
+            fraction = torch.stack([s.fraction for s in made]).mean(dim=0)
+            self.shares[name] = Share(fraction, sum(s.cost for s in made))
+        for name in passes[0].choices:
+            chosen = [p.choices[name] for p in passes]
+            self.choose(name, torch.cat([c.gate for c in chosen], dim=1), chosen[0].cost)
+
     def total_loss(self) -> Tensor | float:
         """Sum of the auxiliary losses, 0.0 if there are none."""
         return sum(self.losses.values(), start=0.0)

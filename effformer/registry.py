@@ -41,6 +41,7 @@ class Caps:
         streaming: has ``init_state`` and ``step``.
         grid: needs ``ctx.grid``.
         front: a part that needs a grid takes tokens that stand in front of it (class token).
+        mixer_only: a block that also works without a position-wise network (``ffn=None``).
         cond: uses the conditioning vector ``ctx.cond``.
         time: needs the time embedding ``ctx.time``.
         width: honours ``ctx.width``, factors on its units (heads of a mixer, hidden channels of an
@@ -63,6 +64,7 @@ class Caps:
     streaming: bool = False
     grid: bool = False
     front: bool = False
+    mixer_only: bool = False
     cond: When = "never"
     time: bool = False
     width: bool = False

@@ -127,9 +127,14 @@ def spikes(part: nn.Module) -> bool:
     return any(isinstance(module, LIF) for module in part.modules())
 
 
+def unrolled(block: nn.Module) -> nn.Module:
+    """The block that has the slots: the body of an iterated one."""
+    return getattr(block, "body", block)
+
+
 def is_dynamic(part: nn.Module) -> bool:
     """The part skips work in evaluation, and runs densely in training."""
-    slots = [getattr(part, name, None) for name in ("width", "tokens")]
+    slots = [getattr(unrolled(part), name, None) for name in ("width", "tokens")]
     parts = [part, *(slot for slot in slots if slot is not None)]
     return any(getattr(p, "core_caps", p.caps).dynamic for p in parts)  # type: ignore[union-attr]
 

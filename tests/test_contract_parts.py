@@ -21,6 +21,7 @@ from contract import (
     mixers_without,
     spikes,
     tokens,
+    unrolled,
 )
 from torch import nn
 
@@ -291,6 +292,8 @@ def test_macs_of_a_block_add_up(name: str, cond: bool) -> None:
     block = make_block(name, cond=cond)
     parts = [b.part.macs(11) for b in block.branches]
     modulation = DIM * 3 * len(parts) * DIM if cond else 0
-    slots = 0 if block.width is None else block.width.macs()
-    slots += 0 if block.tokens is None else block.tokens.macs(11)
-    assert block.macs(11) == sum(parts) + modulation + slots
+    own = unrolled(block)
+    slots = 0 if own.width is None else own.width.macs()
+    slots += 0 if own.tokens is None else own.tokens.macs(11)
+    times = getattr(block, "times", 1)  # an iterated block runs its branches several times
+    assert block.macs(11) == times * (sum(parts) + modulation + slots)

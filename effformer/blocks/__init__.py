@@ -6,6 +6,7 @@ from .adaln import AdaLNZero
 from .base import Block, Branch, init_states
 from .dynamic import DyDiTBlock, DynamicTokens, DynamicWidth
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
+from .iterate import Iterate
 from .lmu import LMUBlock, SpikingLMUBlock
 from .macaron import Macaron
 from .needs import Layer, Needs
@@ -26,6 +27,7 @@ __all__ = [
     "DynamicWidth",
     "FlowTransformerDecoder",
     "FlowTransformerEncoder",
+    "Iterate",
     "LMUBlock",
     "Layer",
     "Macaron",

@@ -13,7 +13,9 @@ from .prenorm import PreNorm
 __all__ = ["AdaLNZero"]
 
 
-@block.register("adaln-zero", caps=Caps(tokens=True, cond="always"), paper="2212.09748")
+@block.register(
+    "adaln-zero", caps=Caps(tokens=True, cond="always", mixer_only=True), paper="2212.09748"
+)
 class AdaLNZero(PreNorm):
     """Pre-norm block whose branches are shifted, scaled and gated by the conditioning (adaLN-Zero).
 
@@ -24,7 +26,7 @@ class AdaLNZero(PreNorm):
         config: the knobs.
         site: the place in the model; ``site.cond_dim`` is required.
         attn: config of the token mixer.
-        ffn: config of the position-wise network.
+        ffn: config of the position-wise network, None for none.
 
     Reference: Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748.
     """
@@ -41,6 +43,6 @@ class AdaLNZero(PreNorm):
         shift: bool = True
 
     def __init__(
-        self, config: AdaLNZero.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
+        self, config: AdaLNZero.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig | None
     ) -> None:
         super().__init__(PreNorm.Config(), site, attn=attn, ffn=ffn, shift=config.shift)

@@ -19,7 +19,7 @@ from effformer.nn.cut import Forms
 from effformer.nn.drop import DropPath
 from effformer.nn.norms import Modulation, branch_norm, modulate
 
-from .slots import TokenPart, WidthPart, report
+from .slots import TokenPart, WidthPart, dense_macs, report
 
 __all__ = ["Block", "Branch", "init_states", "make_ffn", "make_mixer"]
 
@@ -218,13 +218,8 @@ class Block(nn.Module):
         if self.tokens is not None:
             total += self.tokens.macs(n)
         for name, branch in zip(self.order, self.branches, strict=True):
-            part: Any = branch.part
-            if not isinstance(part, Mixer):
-                total += part.macs(n)
-            else:
-                own = "cross" in self.order and name != "cross"
-                shape = {"grid": grid} if part.caps.grid else {}
-                total += part.macs(n, None if own else m, **shape)
+            own = "cross" in self.order and name != "cross"
+            total += dense_macs(branch.part, n, None if own else m, grid=grid)
         return total
 
 
@@ -269,6 +264,16 @@ def mixer_branches(
         here = below(site, "cross")
         branches["cross"] = Branch(make_mixer(cross, here), here, post_norm=post_norm)
     return branches
+
+
+def ffn_branches(
+    ffn: Config | None, site: Site, *, kind: type[Branch] = Branch, post_norm: bool = False
+) -> dict[str, Branch]:
+    """The branch ``ffn``, or nothing in a model without position-wise networks."""
+    if ffn is None:
+        return {}
+    here = below(site, "ffn")
+    return {"ffn": kind(make_ffn(ffn, here), here, post_norm=post_norm)}
 
 
 def make_ffn(config: Config, site: Site) -> FFN:

@@ -5,13 +5,15 @@ allocated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from effformer import registry
 from effformer.attention import Attention
 from effformer.checks import CapabilityError
 from effformer.config import Config
+
+from .iterate import Iterate
 
 __all__ = ["Layer", "Needs", "check_layer", "mixer_caps", "part_name"]
 
@@ -24,7 +26,7 @@ class Layer:
     """The parts of one block."""
 
     attn: Config
-    ffn: Config
+    ffn: Config | None
     block: Config
     cross: Config | None = None
     width: Config | None = None
@@ -45,6 +47,7 @@ class Needs:
         front: tokens without a place stand in front of the grid.
         cross: a mixer attends to a memory.
         memory: blocks have a further branch that attends to a memory.
+        mixer_only: blocks have no position-wise network.
     """
 
     causal: bool = False
@@ -56,6 +59,7 @@ class Needs:
     front: bool = False
     cross: bool = False
     memory: bool = False
+    mixer_only: bool = False
 
 
 def mixer_caps(config: Config) -> registry.Caps:
@@ -86,15 +90,21 @@ def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs])
     Raises:
         CapabilityError: a part cannot do it; parts that can are named.
     """
+    place = f"{where}.block"
+    while isinstance(layer.block, Iterate.Config):  # what it can do is up to its body
+        layer, place = replace(layer, block=layer.block.body), f"{place}.body"
     found = {kind: getattr(layer, kind) or getattr(layer.block, kind, None) for kind in _SLOTS}
     slots = {kind: config for kind, config in found.items() if config is not None}
     every = (needs, *beside)
     _check_mixer(layer.attn, every, f"{where}.attn", slots)
-    _check_ffn(layer.ffn, every, f"{where}.ffn", slots)
+    if layer.ffn is None:
+        every = tuple(replace(n, mixer_only=True) for n in every)
+    else:
+        _check_ffn(layer.ffn, every, f"{where}.ffn", slots)
     if layer.cross is not None:
         far = Needs(mask=needs.mask, cross=True)
         _check_mixer(layer.cross, (far,), f"{where}.cross", slots)
-    _check_block(layer, every, f"{where}.block", slots)
+    _check_block(layer, every, place, slots)
     for kind, config in slots.items():
         _check_slot(kind, config, layer, needs, where)
 
@@ -148,6 +158,8 @@ def _block_reason(caps: registry.Caps, attn: Config, needs: Needs) -> str | None
         return f"needs queries, keys and values, which the token mixer {part_name(attn)!r} has not"
     if needs.memory and not caps.cross:
         return "has no attention to a memory"
+    if needs.mixer_only and not caps.mixer_only:
+        return "cannot do without an FFN"
     if caps.cond == "always" and not needs.cond:
         return "needs a conditioning vector, which this model has not"
     if caps.cond == "never" and needs.cond:

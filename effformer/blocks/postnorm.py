@@ -8,12 +8,14 @@ from effformer.config import Config as BaseConfig
 from effformer.context import Site
 from effformer.registry import Caps, block
 
-from .base import Block, Branch, below, make_ffn, mixer_branches
+from .base import Block, ffn_branches, mixer_branches
 
 __all__ = ["PostNorm"]
 
 
-@block.register("postnorm", caps=Caps(tokens=True, cross=True, packed=True), paper="1706.03762")
+@block.register(
+    "postnorm", caps=Caps(tokens=True, cross=True, packed=True, mixer_only=True), paper="1706.03762"
+)
 class PostNorm(Block):
     """Post-norm block: ``norm(x + attn(x))``, then ``norm(x + ffn(x))``.
 
@@ -23,7 +25,7 @@ class PostNorm(Block):
         config: no knobs.
         site: the place in the model.
         attn: config of the token mixer.
-        ffn: config of the position-wise network.
+        ffn: config of the position-wise network, None for none.
         cross: config of the mixer that attends to a memory of width ``site.memory_dim``, None for
             no such branch.
 
@@ -40,10 +42,9 @@ class PostNorm(Block):
         site: Site,
         *,
         attn: BaseConfig,
-        ffn: BaseConfig,
+        ffn: BaseConfig | None,
         cross: BaseConfig | None = None,
     ) -> None:
-        f = below(site, "ffn")
         branches = mixer_branches(attn, cross, site, post_norm=True)
-        branches["ffn"] = Branch(make_ffn(ffn, f), f, post_norm=True)
+        branches |= ffn_branches(ffn, site, post_norm=True)
         super().__init__(branches, site)

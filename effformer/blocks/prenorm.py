@@ -8,12 +8,14 @@ from effformer.config import Config as BaseConfig
 from effformer.context import Site
 from effformer.registry import Caps, block
 
-from .base import Block, Branch, below, make_ffn, mixer_branches
+from .base import Block, ffn_branches, mixer_branches
 
 __all__ = ["PreNorm"]
 
 
-@block.register("prenorm", caps=Caps(tokens=True, cross=True, packed=True), paper="2002.04745")
+@block.register(
+    "prenorm", caps=Caps(tokens=True, cross=True, packed=True, mixer_only=True), paper="2002.04745"
+)
 class PreNorm(Block):
     """Pre-norm block: ``x + attn(norm(x))``, then ``x + ffn(norm(x))``.
 
@@ -23,7 +25,7 @@ class PreNorm(Block):
         config: the knobs.
         site: the place in the model.
         attn: config of the token mixer.
-        ffn: config of the position-wise network.
+        ffn: config of the position-wise network, None for none.
         cross: config of the mixer that attends to a memory of width ``site.memory_dim``, None for
             no such branch.
         shift: the modulation of a conditioned model shifts.
@@ -49,12 +51,11 @@ class PreNorm(Block):
         site: Site,
         *,
         attn: BaseConfig,
-        ffn: BaseConfig,
+        ffn: BaseConfig | None,
         cross: BaseConfig | None = None,
         shift: bool = True,
     ) -> None:
         plain = replace(site, layer_scale=None)
-        f = below(site if config.scale_ffn else plain, "ffn")
         branches = mixer_branches(attn, cross, site if config.scale_attn else plain)
-        branches["ffn"] = Branch(make_ffn(ffn, f), f)
+        branches |= ffn_branches(ffn, site if config.scale_ffn else plain)
         super().__init__(branches, site, shift=shift)

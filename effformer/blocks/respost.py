@@ -10,7 +10,7 @@ from effformer.config import Config as BaseConfig
 from effformer.context import Context, Site
 from effformer.registry import Caps, block
 
-from .base import Block, Branch, below, make_ffn, make_mixer
+from .base import Block, Branch, below, ffn_branches, make_mixer
 
 __all__ = ["ResPost"]
 
@@ -22,7 +22,7 @@ class _NormedBranch(Branch):
         return x + self.scale(self.norm(self.run(x, ctx)))
 
 
-@block.register("respost", caps=Caps(tokens=True, packed=True), paper="2111.09883")
+@block.register("respost", caps=Caps(tokens=True, packed=True, mixer_only=True), paper="2111.09883")
 class ResPost(Block):
     """Residual post-norm block: ``x + norm(attn(x))``, then ``x + norm(ffn(x))``.
 
@@ -30,7 +30,7 @@ class ResPost(Block):
         config: no knobs.
         site: the place in the model.
         attn: config of the token mixer.
-        ffn: config of the position-wise network.
+        ffn: config of the position-wise network, None for none.
 
     Reference: Swin Transformer V2: Scaling Up Capacity and Resolution, 2021, arXiv 2111.09883.
     """
@@ -40,11 +40,9 @@ class ResPost(Block):
         """`ResPost` has no knobs."""
 
     def __init__(
-        self, config: ResPost.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
+        self, config: ResPost.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig | None
     ) -> None:
-        a, f = below(site, "attn"), below(site, "ffn")
-        branches = {
-            "attn": _NormedBranch(make_mixer(attn, a), a),
-            "ffn": _NormedBranch(make_ffn(ffn, f), f),
-        }
+        here = below(site, "attn")
+        branches: dict[str, Branch] = {"attn": _NormedBranch(make_mixer(attn, here), here)}
+        branches |= ffn_branches(ffn, site, kind=_NormedBranch)
         super().__init__(branches, site)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from effformer.attention import Mixer
 from effformer.config import Config
 from effformer.context import Context, Site
 from effformer.registry import Caps
@@ -125,7 +126,15 @@ def report(branch: Branch, x: Tensor, ctx: Context, fraction: Tensor) -> None:
     """Write into the ledger that a branch executes this fraction (B,) of its work on x (B, N, D)."""
     if ctx.ledger is None:
         return
-    part: Any = branch.part
-    n, m = x.shape[1], None if ctx.memory is None else ctx.memory.shape[1]
-    cost = part.macs(n) if m is None else part.macs(n, m)
+    m = None if ctx.memory is None else ctx.memory.shape[1]
+    cost = dense_macs(branch.part, x.shape[1], m, grid=ctx.grid)
     ctx.ledger.work(branch.site.path, fraction, cost)
+
+
+def dense_macs(part: Any, n: int, m: int | None = None, *, grid: tuple[int, ...] | None) -> int:
+    """Multiply-adds of a mixer or an FFN on n tokens of one sample, m in the memory; a mixer over
+    a grid counts by its shape.
+    """
+    if not isinstance(part, Mixer):
+        return part.macs(n)
+    return part.macs(n, m, grid=grid) if part.caps.grid else part.macs(n, m)  # type: ignore[call-arg]

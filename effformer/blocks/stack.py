@@ -29,7 +29,7 @@ class StackConfig(Config):
 
     Attributes:
         attn: token mixer of every block.
-        ffn: position-wise network of every block.
+        ffn: position-wise network of every block, None for none.
         block: arrangement of every block.
         width: which heads and channels of every block run, or None for all.
         tokens: on which tokens every block works, or None for all.
@@ -40,7 +40,7 @@ class StackConfig(Config):
     """
 
     attn: Config = part("attention", Attention.Config())
-    ffn: Config = part("ffn", MLP.Config())
+    ffn: Config | None = part("ffn", MLP.Config())
     block: Config = part("block", PreNorm.Config())
     width: Config | None = part("width", optional=True)
     tokens: Config | None = part("tokens", optional=True)
@@ -120,7 +120,7 @@ def build_stack(
 def _build_block(layer: Layer, site: Site, needs: Needs) -> Block:
     entry = registry.block.owner(layer.block)
     assert entry is not None
-    parts = {"attn": with_causal(layer.attn, needs.causal), "ffn": layer.ffn}
+    parts: dict[str, Any] = {"attn": with_causal(layer.attn, needs.causal), "ffn": layer.ffn}
     if layer.cross is not None:
         parts["cross"] = layer.cross
     block: Block = entry.build(layer.block, site, **parts)
@@ -170,7 +170,7 @@ def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config | No
         kinds["cross"] = "attention"
     if slot not in kinds:
         raise unknown("part", slot, list(kinds), where=where)
-    if spec is None and slot in ("width", "tokens"):
+    if spec is None and slot in ("ffn", "width", "tokens"):
         return None
     return resolve(kinds[slot], spec, getattr(layer, slot), where=f"{where}.{slot}")
 

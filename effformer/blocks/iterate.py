@@ -1,0 +1,125 @@
+"""Depth without weights: one block, run several times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from effformer import registry
+from effformer.checks import CapabilityError
+from effformer.config import Config as BaseConfig
+from effformer.config import part
+from effformer.context import EMPTY, Context, Ledger, Site
+from effformer.registry import Caps, block
+
+from .base import Block, Branch, below
+from .prenorm import PreNorm
+
+__all__ = ["Iterate"]
+
+
+@block.register(
+    "iterate",
+    caps=Caps(cond="optional", tokens=True, cross=True, packed=True, mixer_only=True),
+    paper="2412.18840",
+)
+class Iterate(Block):
+    """One block as L implicit steps: L times ``x + (block(x) - x) / L`` with the same weights.
+
+    ``block(x) - x`` is what the branches of a residual block add, so the steps follow the flow
+    ``dx/ds = block(x) - x`` for one unit of s; one step is the block itself. Parameters do not
+    depend on L, work grows with it. Auxiliary losses and executed fractions in ``ctx.ledger`` are
+    means over the steps.
+
+    In a model that has a block already, ``block={"name": "iterate", "times": 4}`` repeats that one.
+
+    Differs from the paper: there the block is one factorized attention; here it is any block.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network, None for none.
+        cross: config of the mixer that attends to a memory of width ``site.memory_dim``, None for
+            no such branch.
+
+    Raises:
+        CapabilityError: at call, tokens are fed piece by piece: the state of a mixer belongs to one
+            step.
+
+    Reference: Implicit factorized transformer approach to fast prediction of turbulent channel
+    flows, 2024, arXiv 2412.18840.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """Knobs of `Iterate`.
+
+        Attributes:
+            times: number L of steps.
+            body: the block; where none is named, the one that it takes the place of.
+        """
+
+        times: int = 4
+        body: BaseConfig = part("block", PreNorm.Config())
+
+        def __post_init__(self) -> None:
+            if self.times < 1:
+                raise ValueError(f"iterate: times must be at least 1, got {self.times}")
+
+    def __init__(
+        self,
+        config: Iterate.Config,
+        site: Site,
+        *,
+        attn: BaseConfig,
+        ffn: BaseConfig | None,
+        cross: BaseConfig | None = None,
+    ) -> None:
+        super().__init__({}, replace(site, cond_dim=None))  # branches and modulation are the body's
+        self.site = site
+        self.times = config.times
+        entry = registry.block.owner(config.body)
+        assert entry is not None
+        more = {} if cross is None else {"cross": cross}
+        self.body: Block = entry.build(config.body, below(site, "body"), attn=attn, ffn=ffn, **more)
+        self.order = self.body.order
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of the body, which every step runs."""
+        return self.body.branches
+
+    def attach(self, *, width: BaseConfig | None = None, tokens: BaseConfig | None = None) -> None:
+        """Fill the slots of the body; None leaves a slot as it is."""
+        self.body.attach(width=width, tokens=tokens)
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        if self.times == 1:
+            return self.body(x, ctx)
+        if ctx.stream is not None:
+            raise CapabilityError(
+                f"{self.site.path or 'iterate'}: 'iterate' cannot stream {self.times} steps that "
+                f"share one mixer; use times=1, or block='{self._name}' at a larger depth"
+            )
+        if ctx.ledger is None:
+            for _ in range(self.times):
+                x = self._step(x, ctx)
+            return x
+        ledgers = [Ledger() for _ in range(self.times)]
+        for ledger in ledgers:
+            x = self._step(x, replace(ctx, ledger=ledger))
+        ctx.ledger.average(ledgers)
+        return x
+
+    def _step(self, x: Tensor, ctx: Context) -> Tensor:
+        return torch.lerp(x, self.body(x, ctx), 1 / self.times)
+
+    @property
+    def _name(self) -> str:
+        return next(e.name for e in registry.block if e.build is type(self.body))
+
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
+        return self.times * self.body.macs(n, m, grid=grid)
