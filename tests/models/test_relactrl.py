@@ -245,6 +245,6 @@ def test_learns_to_follow_the_condition() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(1.0)
     assert sum(losses[-5:]) / 5 < 0.4
