@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .registry import Caps
 
 __all__ = [
-    "EMPTY", "Choice", "Context", "Ledger", "Packing", "Rope", "Share", "Site", "Stream", "Tap",
+    "EMPTY", "Choice", "Context", "Ledger", "Merging", "Packing", "Rope", "Share", "Site", "Stream", "Tap",
     "check_context", "takes_ledger",
 ]  # fmt: skip
 
@@ -50,6 +50,8 @@ class Site:
         layer_scale: initial value of a learned per-channel factor on each branch, None for no
             factor.
         layer: index of the block in its stack, for initial values that depend on depth.
+        depth: number of blocks in the stack.
+        shrinks: the model goes on with fewer tokens if a block returns fewer.
         path: dotted name of the part in the model, for messages, `Tap` and `Ledger`.
     """
 
@@ -69,6 +71,8 @@ class Site:
     drop_path: float = 0.0
     layer_scale: float | None = None
     layer: int = 0
+    depth: int = 1
+    shrinks: bool = False
     path: str = ""
 
 
@@ -304,6 +308,37 @@ class Stream:
     after: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(slots=True, kw_only=True)
+class Merging:
+    """What is known about tokens that were merged; the model makes one per forward.
+
+    Attributes:
+        tokens: number of tokens before anything was merged.
+        front: tokens at the front that do not merge.
+        sizes: (B, N) how many tokens each of the present ones stands for; None means one.
+        proportional: cores count a key as often as its size says.
+        keys: (B, N, K) keys of the last self-attention, mean over heads.
+    """
+
+    tokens: int
+    front: int = 0
+    sizes: Tensor | None = None
+    proportional: bool = True
+    keys: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The sizes that a core must honour, None if all keys count once."""
+        return self.sizes if self.proportional else None
+
+    def rows(self, index: Tensor) -> Merging:
+        """The same for some samples; keys are not handed back to this one."""
+        sizes = self.sizes
+        if sizes is not None and sizes.shape[0] > 1:
+            sizes = sizes.index_select(0, index)
+        return replace(self, sizes=sizes, keys=None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """Everything that a part may need beside its tokens; a model builds one per forward.
@@ -323,6 +358,7 @@ class Context:
             ``grid`` a fact about the tokens, not a demand: parts without positions need not look.
         width: (B, U) factors in [0, 1] on the U units of a part: heads of a mixer, equal groups of
             hidden channels of an FFN.
+        merging: tokens were merged, or may be; the keys of a self-attention are left here.
         complete: dynamic parts do all of their work; their gates stay idle.
         packing: several sequences in one row.
         ledger: dynamic parts write auxiliary losses and executed work here.
@@ -339,6 +375,7 @@ class Context:
     grid: tuple[int, ...] | None = None
     coords: tuple[Tensor, ...] | None = None
     width: Tensor | None = None
+    merging: Merging | None = None
     complete: bool = False
     packing: Packing | None = None
     ledger: Ledger | None = None
@@ -357,7 +394,8 @@ class Context:
         rope = self.rope
         if rope is not None and rope.cos.dim() == 4 and rope.cos.shape[0] > 1:
             raise CapabilityError("rotary tables that differ between samples cannot be regrouped")
-        return replace(self, **chosen)
+        merging = None if self.merging is None else self.merging.rows(index)
+        return replace(self, merging=merging, **chosen)
 
 
 EMPTY = Context()
@@ -379,6 +417,7 @@ def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
         "cross": ctx.memory is not None or None,
         "packed": ctx.packing is not None or None,
         "width": ctx.width is not None or None,
+        "sizes": (ctx.merging is not None and ctx.merging.weights is not None) or None,
         "mask": None if ctx.mask is None else "key" if ctx.mask.dim() == 2 else "full",
     }
     for field_name, wanted in wants.items():

@@ -46,6 +46,7 @@ class Caps:
         time: needs the time embedding ``ctx.time``.
         width: honours ``ctx.width``, factors on its units (heads of a mixer, hidden channels of an
             FFN) that do not see each other, and can be cut to some of them with ``select``.
+        sizes: a core that counts keys as often as ``ctx.merging`` says.
         tokens: a block whose branches run one after the other, so that a part of kind "tokens" may
             act between them.
         multihead: a block that needs a multi-head attention, around any core, as its token mixer.
@@ -68,6 +69,7 @@ class Caps:
     cond: When = "never"
     time: bool = False
     width: bool = False
+    sizes: bool = False
     tokens: bool = False
     multihead: bool = False
     dynamic: bool = False

@@ -18,7 +18,7 @@ from effformer.blocks import BackboneConfig, Branch, Needs, build_stack
 from effformer.blocks.base import below, make_ffn
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import EMPTY, Context, Ledger, Rope, Site, Tap
+from effformer.context import EMPTY, Context, Ledger, Merging, Rope, Site, Tap
 from effformer.ffn import ACM, MLP
 from effformer.layout import Layout
 from effformer.nn.embeddings import resize_positions
@@ -125,10 +125,10 @@ class AttentionPool(nn.Module):
         here = below(plain, "ffn")
         self.ffn = Branch(make_ffn(config.ffn, here), here)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, merging: Merging | None = None) -> Tensor:
         """(B, N, D) -> (B, D)."""
         query = self.latent.expand(x.shape[0], -1, -1)
-        return self.ffn(self.attn(query, Context(memory=x)), EMPTY)[:, 0]
+        return self.ffn(self.attn(query, Context(memory=x, merging=merging)), EMPTY)[:, 0]
 
 
 class Classifier(nn.Module):
@@ -150,15 +150,22 @@ class Classifier(nn.Module):
         self.norm = make_norm(site) if config.norm == "pooled" else nn.Identity()
         self.linear = nn.Linear(site.dim, num_classes) if num_classes else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, num_classes)."""
-        return self.linear(self.norm(self._pooled(x)))
+    def forward(self, x: Tensor, merging: Merging | None = None) -> Tensor:
+        """(B, N, D) -> (B, num_classes); merged tokens count as often as their sizes say."""
+        return self.linear(self.norm(self._pooled(x, merging)))
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _pooled(self, x: Tensor, merging: Merging | None) -> Tensor:
         if self.config.pool == "token":
             return x[:, 0]
         x = x[:, self.front :]
-        return x.mean(dim=1) if self.config.pool == "avg" else self.pool(x)
+        if merging is not None and merging.sizes is not None:
+            merging = replace(merging, sizes=merging.sizes[:, self.front :])
+        if self.config.pool == "map":
+            return self.pool(x, merging)
+        if merging is None or merging.sizes is None:
+            return x.mean(dim=1)
+        sizes = merging.sizes[..., None]
+        return (x * sizes).sum(dim=1) / sizes.sum(dim=1)
 
 
 class ViT(Model):
@@ -252,7 +259,7 @@ class ViT(Model):
             self.rope = GridRope(rope, width, heads=config.heads, depth=config.depth)
         self.norm_before = make_norm(site) if config.norm.before else nn.Identity()
         front = config.prefix.count > 0
-        needs = Needs(grid=True, front=front, rope=rope is not None)
+        needs = Needs(grid=True, front=front, rope=rope is not None, shrinks=True)
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.norm = make_norm(site) if config.head.norm == "tokens" else nn.Identity()
         self.head = Classifier(
@@ -308,20 +315,31 @@ class ViT(Model):
                 `resized` gives a model of another one.
             TypeError: images are not floating point.
         """
-        return self.head(self.forward_features(x, ledger=ledger, tap=tap))
+        return self.head(*self._features(x, ledger, tap))
 
     def forward_features(
         self, x: Tensor, *, ledger: Ledger | None = None, tap: Tap | None = None
     ) -> Tensor:
-        """Tokens behind the last block (and its norm), prefix first: (B, prefix + N, D)."""
+        """Tokens behind the last block (and its norm), prefix first: (B, prefix + N, D), fewer if
+        some were merged.
+        """
+        return self._features(x, ledger, tap)[0]
+
+    def _features(
+        self, x: Tensor, ledger: Ledger | None, tap: Tap | None
+    ) -> tuple[Tensor, Merging | None]:
+        """The tokens, and how many each of them stands for if a part reduces them."""
         self._check(x)
         stride = self.config.stride
         grid = (x.shape[2] // stride, x.shape[3] // stride)
         h = self.norm_before(self._embed(x))
-        ctx = Context(grid=grid, ledger=ledger, tap=tap)
+        merging = None
+        if any(block.tokens is not None for block in self.blocks):
+            merging = Merging(tokens=h.shape[1], front=self.config.prefix.count)
+        ctx = Context(grid=grid, merging=merging, ledger=ledger, tap=tap)
         for block, rope in zip(self.blocks, self._ropes(grid, h), strict=True):
             h = block(h, ctx if rope is None else replace(ctx, rope=rope))
-        return self.norm(h)
+        return self.norm(h), merging
 
     def resized(self, image_size: int | tuple[int, int]) -> ViT:
         """The same model for another image size: the absolute position table is interpolated.

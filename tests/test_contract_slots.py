@@ -52,6 +52,8 @@ def _forms() -> list[tuple[str, str, str, bool]]:
 
 
 FORMS = _forms()
+# half of the tokens at most can merge, and all graphs have a fixed number of merges
+ONE_LENGTH = ("tome",)
 WIDE_MIXERS = [n for n in MIXERS if caps_of(n).width]
 WIDE_FFNS = registry.ffn.names(width=True)
 
@@ -167,7 +169,7 @@ def test_a_captured_graph_is_static(
     torch.compiler.reset()
     compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, ctx), part(x, ctx), rtol=1e-4, atol=1e-5)
-    axes = {"x": {0: "batch", 1: "tokens"}}
+    axes = {"x": {0: "batch"} if name in ONE_LENGTH else {0: "batch", 1: "tokens"}}
     report = export_onnx(Alone(part), tmp_path / "block.onnx", (x,), dynamic=axes)
     assert report.parity is not None
     assert report.parity.passed

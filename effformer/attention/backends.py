@@ -22,8 +22,9 @@ def attend(
     *,
     causal: bool,
     scale: float | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(scale * q k^T + mask) v`` by the named backend.
+    """``softmax(scale * q k^T + bias + mask) v`` by the named backend.
 
     Args:
         backend: "sdpa", "xformers" or "reference".
@@ -33,6 +34,7 @@ def attend(
         mask: bool, True = may attend, broadcastable to (B, H, N, M), or None.
         causal: query i attends to keys <= i (needs N = M).
         scale: factor of the scores, None means K^-0.5.
+        bias: added to the scores, broadcastable to (B, H, N, M), in the dtype of q.
 
     Returns:
         (B, H, N, V); rows that may attend to nothing are zero.
@@ -46,11 +48,11 @@ def attend(
             f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}"
         )
     if backend == "sdpa":
-        return _sdpa(q, k, v, mask, causal, scale)
+        return _sdpa(q, k, v, mask, causal, scale, bias)
     if backend == "reference":
-        return _reference(q, k, v, mask, causal, scale)
+        return _reference(q, k, v, mask, causal, scale, bias)
     if backend == "xformers":
-        return _xformers(q, k, v, mask, causal, scale)
+        return _xformers(q, k, v, mask, causal, scale, bias)
     raise unknown("backend", backend, ["sdpa", "xformers", "reference"], where="softmax")
 
 
@@ -107,21 +109,39 @@ def _causal_mask(q: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    if mask is None:
+    if mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     if causal:
         mask = _causal_mask(q, mask)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    added = mask if bias is None else bias.masked_fill(~mask, -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
     # The fused operators disagree about rows without a key (nan, mean or zero); zero is ours.
-    return out * mask.any(dim=-1, keepdim=True)
+    some = mask.any(dim=-1, keepdim=True)
+    return out * some if bias is None else torch.where(some, out, 0.0)
 
 
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
     if causal:
         mask = _causal_mask(q, mask)
     if mask is None:
@@ -131,21 +151,27 @@ def _reference(
 
 
 def _xformers(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     _check_cuda(q)
     ops = need("xformers.ops", "xformers")
-    if mask is None:
-        bias = ops.LowerTriangularMask() if causal else None
+    if mask is None and bias is None:
+        added = ops.LowerTriangularMask() if causal else None
     else:
+        added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
         allowed = _causal_mask(q, mask) if causal else mask
-        bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(
-            ~allowed, float("-inf")
-        )
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()
+        if allowed is not None:
+            added = torch.where(allowed, added, -torch.inf)
+        added = added.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()
     heads_last = (x.transpose(1, 2) for x in (q, k, v))
     out: Tensor = ops.memory_efficient_attention(
-        *heads_last, attn_bias=bias, scale=scale
+        *heads_last, attn_bias=added, scale=scale
     ).transpose(1, 2)
     if mask is None:
         return out

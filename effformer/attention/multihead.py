@@ -272,6 +272,8 @@ class Attention(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rope is not None:
             q, k = apply_rope(q, k, ctx.rope)
+        if ctx.merging is not None and not self.cross:
+            ctx.merging.keys = k.mean(dim=1)
         if self.kv_heads != self.heads:
             shared = self.heads // self.kv_heads
             k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)

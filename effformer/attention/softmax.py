@@ -35,6 +35,7 @@ class SoftmaxState(NamedTuple):
         packed=True,
         streaming=True,
         width=True,
+        sizes=True,
         cost="n^2",
     ),
     paper="1706.03762",
@@ -42,7 +43,8 @@ class SoftmaxState(NamedTuple):
 class Softmax(Core):
     """Softmax attention: ``softmax(scale * q k^T + mask) v``.
 
-    A query that may attend to nothing (fully masked row) yields zeros.
+    A query that may attend to nothing (fully masked row) yields zeros. A key that stands for s
+    merged ones counts as s keys: ``log s`` is added to its scores.
 
     Args:
         config: the knobs.
@@ -68,8 +70,11 @@ class Softmax(Core):
         mask = ctx.mask
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None, :]
+        sizes = None if ctx.merging is None else ctx.merging.weights
+        bias = None if sizes is None else sizes.log()[:, None, None, :].to(q.dtype)
+        config = self.config
         return attend(
-            self.config.backend, q, k, v, mask, causal=self.config.causal, scale=self.config.scale
+            config.backend, q, k, v, mask, causal=config.causal, scale=config.scale, bias=bias
         )
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -16,6 +16,7 @@ from .prenorm import PreNorm
 from .respost import ResPost
 from .slots import TokenPart, WidthPart
 from .stack import BackboneConfig, StackConfig, build_stack
+from .tome import ToMe
 
 __all__ = [
     "AdaLNZero",
@@ -39,6 +40,7 @@ __all__ = [
     "ResPost",
     "SpikingLMUBlock",
     "StackConfig",
+    "ToMe",
     "TokenPart",
     "WidthPart",
     "build_stack",

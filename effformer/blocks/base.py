@@ -58,14 +58,21 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
         """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each."""
+        return self.leave(x, self.run(self.enter(x, mods), ctx), mods)
+
+    def enter(self, x: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        """What the part gets: x behind the norm and the modulation."""
         if self.post_norm:
-            return self.norm(x + self.scale(self.run(x, ctx)))
-        h = self.norm(x)
-        if mods is None:
-            return x + self.scale(self.run(h, ctx))
-        shift, scale, gate = mods
-        h = self.scale(self.run(modulate(h, shift, scale), ctx))
-        return torch.addcmul(x, gate, h)
+            return x
+        h: Tensor = self.norm(x)
+        return h if mods is None else modulate(h, mods[0], mods[1])
+
+    def leave(self, x: Tensor, h: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        """Add to x what the part made."""
+        h = self.scale(h)
+        if self.post_norm:
+            return self.norm(x + h)
+        return x + h if mods is None else torch.addcmul(x, mods[2], h)
 
     def run(self, h: Tensor, ctx: Context) -> Tensor:
         """What the part makes of normed tokens, times the constant factor."""

@@ -48,6 +48,7 @@ class Needs:
         cross: a mixer attends to a memory.
         memory: blocks have a further branch that attends to a memory.
         mixer_only: blocks have no position-wise network.
+        shrinks: the model goes on with fewer tokens if a block returns fewer.
     """
 
     causal: bool = False
@@ -60,6 +61,7 @@ class Needs:
     cross: bool = False
     memory: bool = False
     mixer_only: bool = False
+    shrinks: bool = False
 
 
 def mixer_caps(config: Config) -> registry.Caps:

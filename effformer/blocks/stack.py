@@ -112,7 +112,10 @@ def build_stack(
     for i, (layer, place) in enumerate(zip(layers, site, strict=True)):
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
         rate = config.drop_path * i / max(len(layers) - 1, 1)
-        here = replace(place, path=path, layer=i, dropout=config.dropout, drop_path=rate)
+        here = replace(
+            place, path=path, layer=i, depth=len(layers), shrinks=needs.shrinks,
+            dropout=config.dropout, drop_path=rate,
+        )  # fmt: skip
         blocks.append(_build_block(layer, here, needs))
     return blocks
 

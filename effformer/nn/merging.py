@@ -107,7 +107,7 @@ def match_tokens(metric: Tensor, r: int, *, front: int = 0) -> Matching:
     scores = F.pad(scores[:, (front + 1) // 2 :], (0, 0, (front + 1) // 2, 0), value=-torch.inf)
     scores = F.pad(scores[:, :, front // 2 :], (front // 2, 0), value=-torch.inf)
     best, target = scores.max(dim=-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
+    order = best.argsort(dim=-1, descending=True)
     gone, kept = order[:, :r], order[:, r:]
     if front:
         kept = kept.sort(dim=-1).values

@@ -47,10 +47,13 @@ def merge_reference(
     order = [*range(front), *left, *(b for b in range(1, n, 2) if b >= front)]
     tokens, totals = [], []
     for token in order:
-        group = members[token]
-        totals.append(sum(sizes[i] for i in group))
-        tokens.append(sum(sizes[i] * x[i] for i in group) / totals[-1])
-    return torch.stack(tokens), torch.stack([torch.as_tensor(t) for t in totals])
+        total, weighted = sizes.new_zeros(()), x.new_zeros(x.shape[1])
+        for i in members[token]:
+            total = total + sizes[i]
+            weighted = weighted + sizes[i] * x[i]
+        tokens.append(weighted / total)
+        totals.append(total)
+    return torch.stack(tokens), torch.stack(totals)
 
 
 def proportional_attention_reference(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> Tensor:

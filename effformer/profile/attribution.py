@@ -16,17 +16,18 @@ class Costs:
 
     Args:
         counter: a finished counter.
-        dynamic: paths of parts that reported skipped work; their own formulas decide, because the
-            operators that ran may be fewer than the dense ones.
+        dynamic: paths of parts that reported skipped work, with their dense multiply-adds; None:
+            their own formulas decide. The operators that ran may be fewer than the dense ones.
     """
 
-    def __init__(self, counter: Counter, dynamic: Iterable[str] = ()) -> None:
+    def __init__(self, counter: Counter, dynamic: Mapping[str, int | None] | None = None) -> None:
         self._counter = counter
         self.own = {key: t.macs for key, t in counter.rows.items() if t.kind == "counted"}
         for (path, name), difference in counter.corrections.items():
             self.own[path, f"formula: {name}"] = difference
-        for path in sorted(dynamic, key=lambda p: -p.count(".")):  # children before parents
-            full = self._formula(path)
+        known = dynamic or {}
+        for path in sorted(known, key=lambda p: -p.count(".")):  # children before parents
+            full = self._formula(path) if known[path] is None else known[path]
             missing = 0 if full is None else full - self.by_module().get(path, 0)
             if missing:
                 self.own[path, "formula: dense"] = missing

@@ -213,12 +213,16 @@ def _watch(run: Run, memory: bool, method: str) -> tuple[Counter, Memory | None,
     return counter, usage, ledger
 
 
-def _known(ledger: Ledger, counter: Counter, notes: list[str]) -> list[str]:
-    """Paths in the ledger that are modules of the model."""
+def _known(ledger: Ledger, counter: Counter, notes: list[str]) -> dict[str, int | None]:
+    """Paths in the ledger that are modules of the model, with their dense work if they know it."""
     for path in ledger.executed:
         if path not in counter.paths:
             notes.append(f"the ledger names {path!r}, which is no module that ran; it is ignored")
-    return [path for path in ledger.executed if path in counter.paths]
+    return {
+        path: round(ledger.shares[path].cost) * len(fraction) if path in ledger.shares else None
+        for path, fraction in ledger.executed.items()
+        if path in counter.paths
+    }
 
 
 def _executed(
@@ -239,7 +243,7 @@ def _executed(
         ledger = Ledger()
         with torch.no_grad():
             on_real(model, args, kwargs).call(ledger=ledger)
-    return costs.executed({path: float(f.float().mean()) for path, f in ledger.executed.items()})
+    return costs.executed({path: float(f.double().mean()) for path, f in ledger.executed.items()})
 
 
 def _note_corrections(counter: Counter, notes: list[str]) -> None:
