@@ -84,7 +84,8 @@ class Iterate(Block):
         entry = registry.block.owner(config.body)
         assert entry is not None
         more = {} if cross is None else {"cross": cross}
-        self.body: Block = entry.build(config.body, below(site, "body"), attn=attn, ffn=ffn, **more)
+        here = below(site, "body", shrinks=False)  # a step ends between its two ends
+        self.body: Block = entry.build(config.body, here, attn=attn, ffn=ffn, **more)
         self.order = self.body.order
 
     @property

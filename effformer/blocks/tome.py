@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from effformer.registry import Caps, tokens
 
 from .base import Branch
 from .needs import Layer, Needs, mixer_caps, part_name
-from .slots import TokenPart
+from .slots import TokenPart, dense_macs
 
 __all__ = ["ToMe"]
 
@@ -207,9 +206,8 @@ def _reason(config: ToMe.Config, layer: Layer, needs: Needs) -> str | None:
     ):
         if missing:
             return why
-    entry = registry.ffn.owner(layer.ffn)
-    assert entry is not None
-    if entry.caps.grid and needs.shrinks and not config.restore:
+    entry = None if layer.ffn is None else registry.ffn.owner(layer.ffn)
+    if entry is not None and entry.caps.grid and needs.shrinks and not config.restore:
         able = sorted(registry.ffn.names(grid=False))
         return (
             f"leaves no grid, but ffn {entry.name!r} needs one (restore=True, or ffn: "
@@ -240,9 +238,8 @@ def _report(
     """
     if ctx.ledger is None:
         return
-    part: Any = branch.part
-    m = () if ctx.memory is None else (ctx.memory.shape[1],)
-    dense, done = part.macs(full, *m), part.macs(count, *m)
+    m = None if ctx.memory is None else ctx.memory.shape[1]
+    dense, done = (dense_macs(branch.part, n, m, grid=None) for n in (full, count))
     own = ctx.ledger.executed.get(branch.site.path, before)
     fraction = torch.full((batch,), done / dense, dtype=torch.float64)
     ctx.ledger.work(branch.site.path, fraction if own is None else fraction * own, dense)

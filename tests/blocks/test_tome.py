@@ -218,6 +218,14 @@ def test_captured_graphs(build: Any, tmp_path: Path) -> None:
     assert report.parity.passed
 
 
+def test_iterated_blocks_get_their_tokens_back() -> None:
+    model = vit(tokens={"name": "tome", "r": 9}, block={"name": "iterate", "times": 2})
+    assert model.forward_features(torch.randn(1, 1, 16, 16)).shape[1] == 65
+    seen = profile(model, model.example_inputs(1))
+    assert seen.executed is not None
+    assert seen.executed < seen.total
+
+
 def test_complete_runs_on_all_tokens() -> None:
     model = dit(tokens={"name": "tome", "r": 30})
     plain = same_weights(model, tokens=None)
@@ -252,7 +260,7 @@ def test_taps_decide_what_merges() -> None:
             {"ffn": "glumbconv", "prefix": {"class_token": False}, "head": {"pool": "avg"}},
             r"leaves no grid, but ffn 'glumbconv' needs one \(restore=True, or ffn: acm",
         ),
-        ("vit-nano", {"block": "parallel"}, "run side by side; choices of block: .*prenorm"),
+        ("vit-nano", {"block": "parallel"}, r"run side by side \(block: .*prenorm"),
     ],
 )
 def test_refused_when_the_model_is_built(name: str, options: dict[str, Any], message: str) -> None:
