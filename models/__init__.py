@@ -11,6 +11,7 @@ from .base import Model, Preset
 from .bert import Bert
 from .dit import DiT
 from .dydit import DyDiT
+from .factformer import FactFormer, IFactFormer
 from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
@@ -28,9 +29,11 @@ __all__ = [
     "Bert",
     "DiT",
     "DyDiT",
+    "FactFormer",
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",
+    "IFactFormer",
     "LMUFormer",
     "LMUSequence",
     "LightningDiT",

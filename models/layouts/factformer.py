@@ -1,4 +1,4 @@
-"""Key layouts of FactFormer and IFactFormer: one factorized block."""
+"""Key layouts of FactFormer and IFactFormer: one factorized block, and IFactFormer as a whole."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 
 from effformer.attention.factorized import ROPE_BASE, FactorizedConfig
+from effformer.blocks import Iterate
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
 
-__all__ = ["block_layout"]
+__all__ = ["IFACTFORMER", "block_layout"]
 
 Source = Literal["factformer", "ifactformer"]
 _OUTPUT: dict[Source, tuple[int, int]] = {"factformer": (1, 3), "ifactformer": (2, 4)}
@@ -93,3 +94,52 @@ def frequencies(
             width = weight.shape[0] // (2 * heads)
             steps = torch.arange(0, width, 2, device=weight.device).float() / width
             yield _TABLE.format(letter), 1 / ROPE_BASE**steps
+
+
+_LAYER = "encoder.layers.{i}"
+_POINTWISE = ("simple_to_out.1.weight", "simple_to_out.3.weight")
+_OPERATOR = [
+    ("lift", "to_in.0"),
+    ("frames", "to_in.2"),
+    ("positions.{i}.frequencies", f"{_LAYER}.0.0._B"),
+    ("positions.{i}.proj", f"{_LAYER}.0.1"),
+    ("head.0", "simple_to_out.1"),
+    ("head.2", "simple_to_out.3"),
+]
+_IS_OPERATOR = has_keys("to_in.2.weight", "encoder.layers.0.0.0._B", "simple_to_out.1.weight")
+
+
+def _iterated(config: Any) -> bool:
+    return isinstance(config.block, Iterate.Config)
+
+
+def _operator(config: Any) -> Layout:
+    """The renaming for one config: an iterated block holds its branch one level deeper."""
+    ours = "blocks.{i}.body.attn." if _iterated(config) else "blocks.{i}.attn."
+    axes, block = len(config.grid), f"{_LAYER}.1."
+    table = [*_OPERATOR, *pairs(ours, block, axes=axes, source="ifactformer")]
+    return renamed("official", table, rows=rows(ours, block, axes=axes), recognise=_IS_OPERATOR)
+
+
+def _to_ours(state: StateDict, config: Any) -> StateDict:
+    flat = {k: x.flatten(1) if k in _POINTWISE else x for k, x in without_tables(state).items()}
+    return _operator(config).to_ours(flat, config)
+
+
+def _from_ours(state: StateDict, config: Any) -> StateDict:
+    out = _operator(config).from_ours(state, config)
+    out = {k: x.unsqueeze(-1) if k in _POINTWISE else x for k, x in out.items()}
+    body = ".body" if _iterated(config) else ""
+    if not isinstance(config.attn, FactorizedConfig):
+        return out
+    for i in range(config.depth):
+        prefix = f"blocks.{i}{body}.attn.part.axes"
+        tables = frequencies(state, prefix, config.attn, axes=len(config.grid), heads=config.heads)
+        out |= {f"{_LAYER.format(i=i)}.1.{key}": table for key, table in tables}
+    return out
+
+
+IFACTFORMER = Layout(
+    name="official", recognise=_IS_OPERATOR, to_ours=_to_ours, from_ours=_from_ours
+)
+"""The whole operator; its head of linear maps is one of 1x1 convolutions there."""
