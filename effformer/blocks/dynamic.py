@@ -93,6 +93,8 @@ class DynamicWidth(WidthPart):
                     f"{where}.width: 'dynamic' switches heads, but {slot} {part_name(mixer)!r} {why}; "
                     "choices: None"
                 )
+        if layer.ffn is None:
+            return
         entry = registry.ffn.owner(layer.ffn)
         assert entry is not None
         if not entry.caps.width:
@@ -180,6 +182,11 @@ class DynamicTokens(TokenPart):
 
     @classmethod
     def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
+        if layer.ffn is None:
+            raise CapabilityError(
+                f"{where}.tokens: 'dynamic' lets tokens pass the FFN by, but the block has none; "
+                "choices: None"
+            )
         entry = registry.ffn.owner(layer.ffn)
         assert entry is not None
         if not cls.admits("ffn", entry.caps):

@@ -187,6 +187,14 @@ def test_blocks_that_need_an_ffn_and_models_that_need_one() -> None:
         CapabilityError, match=r"'macaron' cannot do without an FFN; choices: adaln-zero, iterate"
     ):
         effformer.build_model("dit-nano", ffn=None, block="macaron")
+    with pytest.raises(
+        CapabilityError, match=r"tokens: 'dynamic' lets tokens pass .*block has none"
+    ):
+        effformer.build_model("dit-nano", ffn=None, tokens="dynamic")
+    narrow = effformer.build_model(
+        "dit-nano", input_size=8, num_classes=3, ffn=None, width="dynamic"
+    )
+    assert narrow(**narrow.example_inputs(2)).isfinite().all()
     mixed = effformer.build_model("dit-nano", layers={"0": {"ffn": None}})
     assert [block.order for block in mixed.blocks] == [("attn",), ("attn", "ffn")]  # type: ignore[union-attr]
     with pytest.raises(TypeError, match=r"vit-nano.ffn: a model cannot be without it"):
