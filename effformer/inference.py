@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import Branch
+from .blocks import Block, Branch
 from .checks import CapabilityError
-from .ffn import MLP
+from .ffn import MLP, DynamicMLP
+from .nn.cut import Forms
 
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
 
@@ -108,7 +109,8 @@ def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
     Every `nn.Linear` becomes the evaluation that is fastest on this machine, found by timing the
     candidates once for each shape: as it is, prepacked for oneDNN, or, inside an `MLP`, with the
     weight on the left. Activations of an `MLP` work in place, constant branch factors (Macaron's
-    0.5) are folded into the last weights. The copy cannot be trained, saved or exported: keep the
+    0.5) are folded into the last weights. Parts of dynamic width are made ready form by form, when a
+    pattern of active units first occurs (`effformer.prepare_widths`: ahead of time). The copy cannot be trained, saved or exported: keep the
     original for that.
 
     Args:
@@ -132,16 +134,44 @@ def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     ready.inference_only = True  # type: ignore[assignment]
     chosen: dict[tuple[int, ...], type[nn.Module]] = {}
-    for module in list(ready.modules()):
+    narrow = list(_narrow(ready))
+    whole = {id(module) for _, part in narrow for module in part.modules()}
+    modules = [module for module in ready.modules() if id(module) not in whole]
+    for module in modules:
         if isinstance(module, Branch):
             _fold_factor(module)
-        if isinstance(module, MLP) and module.config.act in _IN_PLACE:
-            _optimize_mlp(module, rows, chosen)
-    for module in list(ready.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, _optimize_linear(child, rows, chosen))
+    for module in modules:
+        _optimize_layers(module, rows, chosen)
+    for forms, _ in narrow:
+        forms.finish = partial(_optimize_form, rows, chosen)
     return ready
+
+
+def _narrow(model: nn.Module) -> Iterator[tuple[Forms, nn.Module]]:
+    """Parts of dynamic width: they stay as they are, and each of their forms is made ready."""
+    for module in model.modules():
+        if isinstance(module, Block) and module.width is not None:
+            yield from ((branch.forms, branch.part) for branch in module.branches)
+        elif isinstance(module, DynamicMLP):
+            yield module.forms, module.mlp
+
+
+def _optimize_form(
+    rows: int, chosen: dict[tuple[int, ...], type[nn.Module]], form: nn.Module
+) -> nn.Module:
+    _optimize_layers(form, rows, chosen)
+    return form
+
+
+def _optimize_layers(
+    module: nn.Module, rows: int, chosen: dict[tuple[int, ...], type[nn.Module]]
+) -> None:
+    """Replace the linear layers that are children of a module."""
+    if isinstance(module, MLP) and module.config.act in _IN_PLACE:
+        _optimize_mlp(module, rows, chosen)
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            setattr(module, name, _optimize_linear(child, rows, chosen))
 
 
 def _optimize_mlp(mlp: MLP, rows: int, chosen: dict[tuple[int, ...], type[nn.Module]]) -> None:

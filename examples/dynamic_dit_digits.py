@@ -37,7 +37,7 @@ def dense_model(data: Dataset, steps: int) -> Any:
     """The recipe's SiT, with more and narrower heads, so that there is something to choose from."""
     torch.manual_seed(0)
     model = effformer.build_model(DIGITS.model, **DIGITS.overrides, heads=HEADS)
-    train(model, data, DIGITS.objective, DIGITS.config.replace(steps=steps))
+    train(model, data, DIGITS.objective, DIGITS.config.replace(steps=steps, warmup=min(50, steps)))
     return model
 
 
@@ -53,7 +53,7 @@ def dynamic_model(dense: Any, data: Dataset, steps: int, *, target: float = 0.5)
     effformer.load_weights(model, dense.state_dict())
     course = WorkTarget(share=target, warmup=steps // 3, hold=0)
     objective = Frugal(task=DIGITS.objective, target=course, weight=10.0)
-    config = TrainConfig(steps=steps, batch=64, lr=2e-3, warmup=20, ema=0.99, seed=1)
+    config = TrainConfig(steps=steps, batch=64, lr=2e-3, warmup=min(20, steps), ema=0.99, seed=1)
     train(model, data, objective, config)
     return model
 

@@ -44,6 +44,32 @@ def test_results_are_the_same(overrides: dict[str, object]) -> None:
     assert [m for m in model.modules() if type(m) is nn.Linear], "the original is untouched"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"width": "dynamic", "tokens": "dynamic"},
+        {"width": "dynamic", "attn": {"name": "nystrom", "landmarks": 4, "conv": 3}},
+        {"block": "macaron", "width": "dynamic", "ffn": "swiglu"},
+        {"ffn": {"name": "dynamic-mlp", "groups": 4}},
+    ],
+    ids=str,
+)
+def test_forms_of_dynamic_width_are_made_ready(overrides: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = _model(**overrides)
+    ready = effformer.optimize(model)
+    inputs = model.example_inputs(6)
+    inputs["t"] = torch.tensor([0, 100, 400, 400, 700, 999])
+    with torch.no_grad():
+        expected = model(**inputs)
+        for _ in range(2):  # forms are made, then found
+            torch.testing.assert_close(ready(**inputs), expected, rtol=1e-4, atol=1e-5)
+    kept = [m.forms._kept for m in ready.modules() if hasattr(m, "forms")]
+    forms = [form for some in kept for form in some.values()]
+    assert forms
+    assert not [m for form in forms for m in form.children() if type(m) is nn.Linear]
+
+
 def test_any_module_can_be_optimized() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3, bias=False))
     x = torch.randn(5, 8)

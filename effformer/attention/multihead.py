@@ -194,6 +194,11 @@ class Attention(Mixer):
         """Number of heads."""
         return self.heads
 
+    @property
+    def cut(self) -> tuple[nn.Module, ...]:
+        """The projections."""
+        return (self.q, self.kv, self.proj) if self.cross else (self.qkv, self.proj)
+
     def magnitudes(self) -> Tensor:
         """Norm of each head's rows in the input projections and columns in ``proj``, (heads,)."""
         inputs: Any = [self.q, self.kv] if self.cross else [self.qkv]

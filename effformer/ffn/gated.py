@@ -32,6 +32,11 @@ class _Gated(FFN):
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.drop(self.fc2(self.drop(switched(self.act(gate) * value, ctx))))
 
+    @property
+    def cut(self) -> tuple[nn.Module, ...]:
+        """Both layers."""
+        return (self.fc1, self.fc2)
+
     def magnitudes(self) -> Tensor:
         """Norm of each hidden channel's weights, (hidden,)."""
         rows = self.fc1.weight.unflatten(0, (2, -1)).square().sum(dim=(0, 2))

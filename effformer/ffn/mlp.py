@@ -37,6 +37,11 @@ class MLP(FFN):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(switched(self.fc1(x), ctx)))))
 
+    @property
+    def cut(self) -> tuple[nn.Module, ...]:
+        """Both layers."""
+        return (self.fc1, self.fc2)
+
     def magnitudes(self) -> Tensor:
         """Norm of each hidden channel's weights, (hidden,)."""
         rows, columns = self.fc1.weight.square().sum(dim=1), self.fc2.weight.square().sum(dim=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -31,6 +32,11 @@ class Cuttable(Protocol):
         """Number of units: heads, or hidden channels."""
         ...
 
+    @property
+    def cut(self) -> tuple[nn.Module, ...]:
+        """The layers that `select` cuts."""
+        ...
+
     def magnitudes(self) -> Tensor:
         """Norm of the weights before and behind each unit, (units,)."""
         ...
@@ -45,14 +51,20 @@ class Forms:
     that has the active units only.
 
     Samples with the same active units run together, whatever their number. Forms are kept, the
-    most recent ``limit`` of them, until a weight changes.
+    most recent ``limit`` of them, until a weight changes. Layers that are no plain matrices any more
+    (quantized ones) are not cut; the part multiplies.
 
     Args:
         limit: largest number of forms that are kept.
+
+    Attributes:
+        finish: makes a form ready, for instance packs its weights; None: forms are used as they are
+            cut.
     """
 
     def __init__(self, limit: int = 64) -> None:
         self.limit = limit
+        self.finish: Callable[[nn.Module], nn.Module] | None = None
         self._kept: OrderedDict[tuple[bool, ...], nn.Module] = OrderedDict()
         self._weights: tuple[tuple[int, int], ...] = ()
 
@@ -61,6 +73,8 @@ class Forms:
         if ctx.width is None:
             return part(x, ctx)
         if part.training or ctx.tap is not None or not values_known(ctx.width):
+            return part(x, ctx)
+        if not all(type(layer) is nn.Linear for layer in part.cut):  # type: ignore[union-attr]
             return part(x, ctx)
         active, ctx = ctx.width > 0, replace(ctx, width=None)
         if bool((active == active[:1]).all()):
@@ -76,7 +90,7 @@ class Forms:
     def form(self, part: Any, active: Tensor) -> nn.Module:
         """The form for active groups (U,) of equally many units; the part itself if all are."""
         key = tuple(active.tolist())
-        if all(key):
+        if all(key) and self.finish is None:
             return part
         weights = tuple((w.data_ptr(), w._version) for w in _weights(part))
         if weights != self._weights:
@@ -87,6 +101,8 @@ class Forms:
             return kept
         units = active.repeat_interleave(part.units // len(key)).nonzero().flatten()
         form: nn.Module = part.select(units)
+        if self.finish is not None:
+            form = self.finish(form)
         if not torch.is_grad_enabled() or not any(w.requires_grad for w in _weights(part)):
             self._kept[key] = form
             if len(self._kept) > self.limit:

@@ -164,6 +164,17 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**given), model(**given), rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_a_quantized_model_multiplies() -> None:
+    model = awake()
+    small, _ = effformer.compress.quantize(model, "int8")
+    given = inputs(model)
+    torch.testing.assert_close(small(**given), small(**given, tap=Tap()), rtol=0, atol=0)
+    assert type(small.blocks[0].width.gates["attn"].router) is type(
+        model.blocks[0].width.gates["attn"].router
+    )
+
+
 def test_profile_reports_what_is_executed() -> None:
     model = awake()
     given, ledger = inputs(model), Ledger()
