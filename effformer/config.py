@@ -48,8 +48,21 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``"name"`` is added if the config belongs to a registered part."""
-        named = {} if (name := _name_of(self)) is None else {"name": name}
+        named = {} if (entry := _entry_of(self)) is None else {"name": entry.name}
         return named | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def caps(self) -> registry.Caps:
+        """What the part of this config can do: what its entry declares. The config of a part that
+        works through another one answers for both.
+        """
+        entry = _entry_of(self)
+        return registry.Caps() if entry is None else entry.caps
+
+    def parts(self, *kinds: str) -> dict[str, Config]:
+        """The parts of these kinds that this one is made of, by field."""
+        own = [f.name for f in dataclasses.fields(self) if f.metadata.get("kind") in kinds]
+        found = {name: getattr(self, name) for name in own}
+        return {name: one for name, one in found.items() if one is not None}
 
     def replace(self, *, where: str = "", **changes: Any) -> Self:
         """A copy with changes; a change to a nested config starts from the present one."""
@@ -100,8 +113,9 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
             raise ValueError(
                 f"{where or kind}: the dict has no 'name' ({entries.kind} names: effformer list {kind})"
             )
-        name = _name_of(base)
-        assert name is not None
+        present = _entry_of(base)
+        assert present is not None
+        name = present.name
     else:
         name = spec["name"]
     if kind == "attention" and name not in registry.attention and name in registry.core:
@@ -116,19 +130,24 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
     entry = entries.get(name)
     if entry.config is None:
         raise TypeError(f"{where or kind}: {name!r} takes no config")
-    if base is not None and type(base) is not entry.config:
-        options = _wrapping(entry.config, kind, base) | options
     if type(base) is entry.config and base is not None:
         return base.replace(where=where, **options)
+    if base is not None:
+        options |= _kept(kind, entry.config, options, base, where)
     return typing.cast(
         Config, entry.config.from_dict(options, where=where or f"{kind} {entry.name!r}")
     )
 
 
-def _wrapping(config: type[Any], kind: str, base: Config) -> dict[str, Any]:
-    """A part around another one of its kind is put around what stands there."""
-    fields = dataclasses.fields(config)
-    return {f.name: base for f in fields if f.metadata.get("kind") == kind}
+def _kept(
+    kind: str, wrapper: type[Config], options: Mapping[str, Any], base: Config, where: str
+) -> dict[str, Config]:
+    """What stands there now goes into a part that is put around it."""
+    inner = [f.name for f in dataclasses.fields(wrapper) if f.metadata.get("kind") == kind]
+    return {
+        name: resolve(kind, options.get(name, base), base, where=f"{where}.{name}")
+        for name in inner
+    }
 
 
 def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:
@@ -268,7 +287,7 @@ def _check_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
     raise errors[0]
 
 
-def _name_of(config: Config) -> str | None:
+def _entry_of(config: Config) -> registry.Entry | None:
     kinds = (
         "attention",
         "core",
@@ -282,7 +301,7 @@ def _name_of(config: Config) -> str | None:
     )
     for kind in kinds:
         if (entry := registry.KINDS[kind].owner(config)) is not None:
-            return entry.name
+            return entry
     return None
 
 

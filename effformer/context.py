@@ -41,6 +41,7 @@ class Site:
         out_dim: width of what a token mixer returns, None for ``dim`` (blocks need ``dim``).
         tokens: number of tokens where the model fixes it, else None.
         axes: number of axes of the token grid where the model fixes it, else None.
+        grid: layout of these tokens, see `Context`; None if they have none or the model fixes none.
         norm: "layer" or "rms".
         norm_eps: epsilon of every norm.
         norm_affine: the norms have a learned scale (and bias); see ``modulated_affine``.
@@ -63,6 +64,7 @@ class Site:
     out_dim: int | None = None
     tokens: int | None = None
     axes: int | None = None
+    grid: tuple[int, ...] | None = None
     norm: str = "layer"
     norm_eps: float = 1e-6
     norm_affine: bool = True

@@ -39,7 +39,8 @@ class Caps:
         rope: applies ``ctx.rope`` to queries and keys.
         packed: honours ``ctx.packing`` (several sequences in one row).
         streaming: has ``init_state`` and ``step``.
-        grid: needs ``ctx.grid``.
+        grid: axes of ``ctx.grid`` that it needs, by their letters: the axes of a grid are the last
+            ones of "thw" (time, height, width); empty if it needs none.
         front: a part that needs a grid takes tokens that stand in front of it (class token).
         mixer_only: a block that also works without a position-wise network (``ffn=None``).
         cond: uses the conditioning vector ``ctx.cond``.
@@ -63,7 +64,7 @@ class Caps:
     rope: bool = False
     packed: bool = False
     streaming: bool = False
-    grid: bool = False
+    grid: str = ""
     front: bool = False
     mixer_only: bool = False
     cond: When = "never"

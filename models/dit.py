@@ -235,11 +235,12 @@ class DiT(Model):
             time_dim=config.dim,
             norm_affine=False,
             tokens=self.grid[0] * self.grid[1],
+            grid=self.grid,
         )
 
     def _needs(self) -> Needs:
         """What this model asks of its parts."""
-        return Needs(cond=True, time=True, grid=True)
+        return Needs(cond=True, time=True, grid="hw")
 
     def _rope(self, grid: tuple[int, int], like: Tensor) -> Rope | None:
         """Rotary tables, where a family has them."""

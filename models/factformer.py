@@ -115,7 +115,7 @@ class GridOperator(Model):
         self.positions = nn.ModuleList(
             FourierPositions(axes, config.dim) for _ in range(config.depth)
         )
-        self.blocks = build_stack(config, site, Needs(grid=True), name=self.name)
+        self.blocks = build_stack(config, site, Needs(grid="thw"[-axes:]), name=self.name)
 
     @abstractmethod
     def predict(self, h: Tensor) -> Tensor:

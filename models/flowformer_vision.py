@@ -98,13 +98,14 @@ class FlowformerVision(Model):
                 heads=config.heads,
                 layer_scale=config.layer_scale,
                 tokens=(side >> stage) ** 2,
+                grid=(side >> stage, side >> stage),
             )
             embeds.append(PatchEmbed(channels, dim, 2 if stage else config.patch))
             sites += [site] * depth
             channels = dim
         self.patch_embed = nn.ModuleList(embeds)
         self.pos_embed = nn.Parameter(torch.empty(1, side * side, config.dims[0]))
-        self.blocks = build_stack(config, sites, Needs(grid=True), name=self.name)
+        self.blocks = build_stack(config, sites, Needs(grid="hw"), name=self.name)
         self.norm = make_norm(sites[-1])
         self.head = nn.Linear(config.dims[-1], config.num_classes)
         self.reset_parameters()

@@ -250,7 +250,8 @@ class ViT(Model):
         rows, columns = config.grid
         site = Site(
             dim=config.dim, heads=config.heads, tokens=config.prefix.count + rows * columns,
-            norm=config.norm.kind, norm_eps=config.norm.eps, layer_scale=config.layer_scale,
+            grid=config.grid, norm=config.norm.kind, norm_eps=config.norm.eps,
+            layer_scale=config.layer_scale,
         )  # fmt: skip
         self._build_embedding(config)
         rope = config.positions.rope
@@ -259,7 +260,7 @@ class ViT(Model):
             self.rope = GridRope(rope, width, heads=config.heads, depth=config.depth)
         self.norm_before = make_norm(site) if config.norm.before else nn.Identity()
         front = config.prefix.count > 0
-        needs = Needs(grid=True, front=front, rope=rope is not None, shrinks=True)
+        needs = Needs(grid="hw", front=front, rope=rope is not None, shrinks=True)
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.norm = make_norm(site) if config.head.norm == "tokens" else nn.Identity()
         self.head = Classifier(

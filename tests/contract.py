@@ -106,20 +106,22 @@ def tokens(n: int = 11, batch: int = 2, dtype: torch.dtype = torch.float32) -> T
 def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
     """What a model would pass: conditioning for modulated blocks, a grid where one is needed."""
     site: Site = part.site  # type: ignore[assignment]
-    caps: Caps = getattr(part, "core_caps", part.caps)  # type: ignore[arg-type]
+    caps: Caps = part.caps  # type: ignore[assignment]
     if site.cond_dim is not None:
         fields.setdefault("cond", torch.linspace(-1, 1, DIM, dtype=x.dtype).expand(x.shape[0], -1))
     if site.time_dim is not None:
         fields.setdefault("time", torch.linspace(1, -2, DIM, dtype=x.dtype).expand(x.shape[0], -1))
     if caps.grid:
-        fields.setdefault("grid", (1, x.shape[1]))
+        frames = (1,) if "t" in caps.grid else ()
+        fields.setdefault("grid", (*frames, 1, x.shape[1]))
     return Context(**fields)
 
 
 def macs_of(part: nn.Module, n: int) -> int:
     """Counted work of n tokens in the grid of `context_for`."""
-    takes_grid = isinstance(part, Mixer) and part.caps.grid  # type: ignore[attr-defined]
-    return part.macs(n, grid=(1, n)) if takes_grid else part.macs(n)  # type: ignore[operator]
+    if not isinstance(part, Mixer):
+        return part.macs(n)  # type: ignore[operator]
+    return part.macs(n, grid=context_for(part, tokens(n)).grid)
 
 
 def spikes(part: nn.Module) -> bool:
@@ -136,7 +138,7 @@ def is_dynamic(part: nn.Module) -> bool:
     """The part skips work in evaluation, and runs densely in training."""
     slots = [getattr(unrolled(part), name, None) for name in ("width", "tokens")]
     parts = [part, *(slot for slot in slots if slot is not None)]
-    return any(getattr(p, "core_caps", p.caps).dynamic for p in parts)  # type: ignore[union-attr]
+    return any(p.caps.dynamic for p in parts)  # type: ignore[union-attr]
 
 
 def _random(module: nn.Module) -> nn.Module:

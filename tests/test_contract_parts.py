@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from contract import (
@@ -48,8 +50,8 @@ IDS = [name for name, _ in PARTS]
 MODULES = [module for _, module in PARTS]
 
 
-def _run(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return part(x, context_for(part, x))
+def _run(part: nn.Module, x: torch.Tensor, **fields: Any) -> torch.Tensor:
+    return part(x, context_for(part, x, **fields))
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMED)
@@ -75,6 +77,11 @@ def test_every_entry_says_what_it_is(kind: str, name: str) -> None:
     assert entry.config is not None
     assert issubclass(entry.config, Config)
     assert "Reference:" in (entry.build.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_entry_declares_what_the_default_form_can_do(name: str) -> None:
+    assert default_config("attention", name).caps() == caps_of(name)
 
 
 @pytest.mark.parametrize("part", MODULES, ids=IDS)
@@ -140,11 +147,12 @@ def test_compiles_without_graph_breaks(part: nn.Module) -> None:
 def test_causal_ignores_the_future(name: str) -> None:
     part = make_mixer(name, causal=True)
     x = tokens()
-    out = part(x)
+    out = _run(part, x)
     changed = x.clone()
     changed[:, 6:] += torch.randn_like(changed[:, 6:])
-    torch.testing.assert_close(part(changed)[:, :6], out[:, :6], rtol=0, atol=1e-6)
-    assert not torch.allclose(part(changed)[:, 6:], out[:, 6:])
+    after = _run(part, changed)
+    torch.testing.assert_close(after[:, :6], out[:, :6], rtol=0, atol=1e-6)
+    assert not torch.allclose(after[:, 6:], out[:, 6:])
 
 
 @pytest.mark.parametrize("name", mixers(mask="key"))
@@ -157,11 +165,11 @@ def test_padding_changes_nothing(name: str, causal: bool) -> None:
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, 5:] = False
     mask[1, :2] = False
-    out = part(x, Context(mask=mask))
-    torch.testing.assert_close(out[0, :5], part(x[:1, :5])[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out[1, 2:], part(x[1:, 2:])[0], rtol=1e-4, atol=1e-5)
+    out = _run(part, x, mask=mask)
+    torch.testing.assert_close(out[0, :5], _run(part, x[:1, :5])[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[1, 2:], _run(part, x[1:, 2:])[0], rtol=1e-4, atol=1e-5)
     other = torch.where(mask[..., None], x, torch.randn_like(x) * 9)
-    again = part(other, Context(mask=mask))
+    again = _run(part, other, mask=mask)
     torch.testing.assert_close(again[mask], out[mask], rtol=1e-4, atol=1e-5)
 
 
@@ -170,10 +178,10 @@ def test_full_masks_hold(name: str) -> None:
     part = make_mixer(name)
     x = tokens(6)
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
-    out = part(x, Context(mask=mask))
+    out = _run(part, x, mask=mask)
     changed = x.clone()
     changed[:, 3:] += 1
-    torch.testing.assert_close(part(changed, Context(mask=mask))[:, :3], out[:, :3])
+    torch.testing.assert_close(_run(part, changed, mask=mask)[:, :3], out[:, :3])
 
 
 @pytest.mark.parametrize("name", mixers(packed=True))
@@ -242,10 +250,10 @@ def test_rope_is_relative(name: str) -> None:
 
     def turned(start: float) -> torch.Tensor:
         grid = (torch.arange(6) + start)[:, None] * angles
-        return part(x, Context(rope=Rope(grid.cos().repeat(1, 2), grid.sin().repeat(1, 2))))
+        return _run(part, x, rope=Rope(grid.cos().repeat(1, 2), grid.sin().repeat(1, 2)))
 
     torch.testing.assert_close(turned(0.0), turned(3.5), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(turned(0.0), part(x))
+    assert not torch.allclose(turned(0.0), _run(part, x))
 
 
 MASKED = Context(mask=torch.ones(2, 11, dtype=torch.bool))

@@ -260,5 +260,5 @@ def _stack(
     site = Site(
         dim=24, heads=3, cond_dim=24 if cond else None, time_dim=24 if time else None, tokens=130
     )
-    needs = Needs(cond=cond, time=time, grid=True, causal=causal)
+    needs = Needs(cond=cond, time=time, grid="hw", causal=causal)
     return build_stack(config, site, needs, name="toy")

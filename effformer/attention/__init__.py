@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .axes import Axes, Lines
 from .base import Core, CoreConfig, Mixer, Streaming
 from .differential import Differential
 from .efficient import Efficient
@@ -27,6 +28,7 @@ __all__ = [
     "TDSM",
     "AdaptiveProjections",
     "Attention",
+    "Axes",
     "Core",
     "CoreConfig",
     "Differential",
@@ -35,6 +37,7 @@ __all__ = [
     "FactorizedParallel",
     "Flow",
     "Linear",
+    "Lines",
     "Linformer",
     "Longformer",
     "Mixer",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +83,13 @@ class Mixer(nn.Module, ABC):
         site: the place in the model.
 
     Attributes:
-        caps: what the part can do; the registry sets it.
+        caps: what the mixer can do, in this form.
     """
-
-    caps: ClassVar[Caps]
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
         self.config: Any = config
+        self.caps: Caps = config.caps()
         self.site = site
 
     @abstractmethod
@@ -98,10 +97,9 @@ class Mixer(nn.Module, ABC):
         """Mix tokens (B, N, D)."""
 
     @abstractmethod
-    def macs(self, n: int, m: int | None = None) -> int:
-        """Dense multiply-adds of one sample with n tokens (m in the memory).
-
-        Mixers with ``caps.grid`` take a keyword ``grid``, the layout of the tokens, as well.
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
+        """Dense multiply-adds of one sample with n tokens (m in the memory); ``grid`` is their
+        layout, for mixers whose work depends on it.
         """
 
 

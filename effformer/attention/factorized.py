@@ -270,7 +270,7 @@ class _Factorized(Mixer):
         return kernels + applied + n * (dim * inner + inner * self.slots * out + out * out)
 
 
-_CAPS = Caps(grid=True, cost="n^1.5")
+_CAPS = Caps(grid="w", cost="n^1.5")
 
 
 @attention.register("factorized-parallel", caps=_CAPS, paper="2412.18840")

@@ -106,7 +106,7 @@ class LMU(Mixer):
             self.proj(over_sequences(lambda one: self._mix(one, None), x, ctx.packing))
         )
 
-    def macs(self, n: int, m: int | None = None) -> int:
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 
     def init_state(self, batch: int, *, like: Tensor) -> LMUState:

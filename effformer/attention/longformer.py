@@ -214,7 +214,7 @@ class Longformer(Mixer):
             out = out * allowed.any(dim=-1, keepdim=True)
         return out.transpose(1, 2).flatten(2)
 
-    def macs(self, n: int, m: int | None = None) -> int:
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         """Dense multiply-adds of one sample; ``marked`` tokens are not known and not counted."""
         dim, c = self.site.dim, self._chunks(n)
         rows = -(-n // c[0]) * c[0]

@@ -68,6 +68,7 @@ class Attention(Mixer):
             core: what happens between the projections.
             qkv_bias: the input projections have biases.
             proj_bias: the output projection has a bias.
+            proj: there is an output projection; without one the heads side by side are the output.
             qk_norm: queries and keys are normalised before the core (and before rotary embedding),
                 per head (True) or over all heads together ("across-heads").
             qk_norm_eps: epsilon of these norms; None means that of the model's norms.
@@ -81,11 +82,23 @@ class Attention(Mixer):
         core: CoreConfig = part("core", Softmax.Config())
         qkv_bias: bool = True
         proj_bias: bool = True
+        proj: bool = True
         qk_norm: bool | Literal["across-heads"] = False
         qk_norm_eps: float | None = None
         head_dim: int | None = None
         kv_heads: int | None = None
         projections: AdaptiveProjections | None = None
+
+        def __post_init__(self) -> None:
+            if self.projections is not None and not self.proj:
+                raise ValueError(
+                    "attention: projections has an output projection; proj must be True"
+                )
+
+        def caps(self) -> Caps:
+            """What the core can do; learners skip work."""
+            able = self.core.caps()
+            return able if self.projections is None else replace(able, dynamic=True)
 
         @property
         def joined(self) -> str | None:
@@ -96,6 +109,8 @@ class Attention(Mixer):
                 return "lets heads share a norm (qk_norm=True or False would do)"
             if self.projections is not None:
                 return "lets heads share learners (projections=None would do)"
+            if not self.proj:
+                return "has heads that are the output (proj=True would do)"
             return None
 
     def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
@@ -127,7 +142,6 @@ class Attention(Mixer):
         assert entry is not None
         memory_dim = None if aligned else site.memory_dim
         self.core: Core = entry.build(config.core, replace(site, dim=inner, memory_dim=memory_dim))
-        self.core_caps = entry.caps
         self.drop = nn.Dropout(site.dropout)
 
     def _build_projections(self, config: Attention.Config, inner: int, kv: int) -> None:
@@ -146,11 +160,16 @@ class Attention(Mixer):
             self.kv = nn.Linear(source, 2 * kv, bias=config.qkv_bias)
         else:
             self.qkv = nn.Linear(site.dim, inner + 2 * kv, bias=config.qkv_bias)
-        self.proj = nn.Linear(inner, out, bias=config.proj_bias)
+        if not config.proj and inner != out:
+            raise ValueError(
+                f"{site.path or 'attention'}: proj=False needs heads that are together as wide as "
+                f"the output, but they have {inner} and {out} channels"
+            )
+        self.proj = nn.Linear(inner, out, bias=config.proj_bias) if config.proj else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         given, ctx = ctx, replace(ctx, memory=None) if self.aligned else ctx
-        check_context(ctx, self.core_caps, "core", self.site.path or "attention")
+        check_context(ctx, self.caps, "core", self.site.path or "attention")
         work = Work(ctx.ledger, self.site.path, ctx.complete)
         q, k, v = self._heads(x, given, work)
         if ctx.packing is not None and (ctx.mask is not None or ctx.memory is not None):
@@ -174,7 +193,7 @@ class Attention(Mixer):
             ctx.ledger.work(self.site.path, (torch.stack(work.executed).sum(0) + core) / dense)
         return self.drop(out)
 
-    def macs(self, n: int, m: int | None = None) -> int:
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         keys = n if m is None else m
         return self._projection_macs(n, keys) + self._core_macs(n, keys)
 
@@ -186,7 +205,7 @@ class Attention(Mixer):
             return self.q.macs(n) + self.k.macs(m) + self.v.macs(m) + self.proj.macs(n)  # type: ignore[operator]
         inner, dim = self.heads * self.head_dim, self.site.dim
         source = self.site.memory_dim if self.site.memory_dim is not None else dim
-        total = n * (dim + (self.site.out_dim or dim)) * inner
+        total = n * inner * (dim + (self.site.out_dim or dim) * self.config.proj)
         return total + 2 * m * source * self.kv_heads * self.head_dim
 
     @property
@@ -313,7 +332,7 @@ class Attention(Mixer):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _check_streaming(self) -> None:
-        if not self.core_caps.streaming or not self.core.config.causal:
+        if not self.caps.streaming or not self.core.config.causal:
             able = ", ".join(core.names(streaming=True))
             raise CapabilityError(
                 f"{self.site.path or 'attention'}: streaming needs a causal core with a step; "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,9 @@ from effformer.nn.legendre import legendre_system
 from .flow import Flow
 from .lmu import LMU
 
-__all__ = ["flow_reference", "linear_reference", "lmu_reference", "softmax_reference"]
+__all__ = [
+    "axes_reference", "flow_reference", "linear_reference", "lmu_reference", "softmax_reference",
+]  # fmt: skip
 
 
 def softmax_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
@@ -34,6 +39,25 @@ def linear_reference(
         last = i + 1 if causal else k.shape[0]
         weights = torch.stack([(q[i] * k[j]).sum() for j in range(last)])
         rows.append(sum(weights[j] * v[j] for j in range(last)) / (weights.sum() + eps))
+    return torch.stack(rows)
+
+
+def axes_reference(
+    mix: Callable[[Tensor], Tensor], x: Tensor, grid: tuple[int, ...], over: str, front: int = 0
+) -> Tensor:
+    """A mixer along some axes, line by line; x (front + cells, D), mix (n, D) to (n, D)."""
+    letters = "thw"[-len(grid) :]
+    lines: dict[tuple[int, ...], list[int]] = {}
+    for i, cell in enumerate(product(*map(range, grid))):
+        fixed = tuple(p for p, letter in zip(cell, letters, strict=True) if letter not in over)
+        lines.setdefault(fixed, []).append(front + i)
+    rows = [torch.zeros_like(row) for row in x]
+    for members in lines.values():
+        mixed = mix(x[[*range(front), *members]])
+        for i in range(front):
+            rows[i] = rows[i] + mixed[i] / len(lines)
+        for place, row in zip(members, mixed[front:], strict=True):
+            rows[place] = row
     return torch.stack(rows)
 
 

@@ -261,7 +261,7 @@ class Reformer(Mixer):
             count = count + met
         return count
 
-    def macs(self, n: int, m: int | None = None) -> int:
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         inner = self.heads * self.head_dim
         total = n * inner * (2 * self.site.dim + (self.site.out_dim or self.site.dim))
         chunk, rounds = self.config.chunk, self.config.rounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,16 @@ __all__ = ["Relative"]
 
 
 @core.register(
-    "relative", caps=Caps(mask="none", grid=True, width=True, cost="n^2"), paper="2111.09883"
+    "relative", caps=Caps(grid="hw", front=True, width=True, cost="n^2"), paper="2111.09883"
 )
 class Relative(Core):
     """Softmax attention with a relative position bias: ``softmax(K^-0.5 q k^T + b(p_i - p_j)) v``.
 
     ``b(d) = W2 relu(W1 g(d) + b1) + b2`` gives one number per head, ``g(d) = sign(d) log(1 + |d|)``
-    of the row and column distances on a 2-D grid. Because it is a function of distances, it serves
-    grids of any size. Tokens in front of the grid (class token, registers) have no bias. It is
-    evaluated once per forward, whatever the batch, and ``macs`` leaves it out.
+    of the row and column distances on the grid; the distance of two frames in time has no part in
+    it. Because it is a function of distances, it serves grids of any size. Tokens in front of the
+    grid (class token, registers) have no bias. It is evaluated once per forward, whatever the
+    batch, and ``macs`` leaves it out.
 
     Differs from the paper: distances are not divided by the window size, and the bias is not
     squashed (timm's "cr" form).
@@ -36,7 +38,7 @@ class Relative(Core):
         site: the place in the model.
 
     Raises:
-        ValueError: at call, no 2-D grid, or more grid cells than tokens.
+        ValueError: at call, no grid with rows and columns, or more grid cells than tokens.
 
     Reference: Swin Transformer V2: Scaling Up Capacity and Resolution, 2021, arXiv 2111.09883.
     """
@@ -62,13 +64,16 @@ class Relative(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         where = self.site.path or "relative"
-        if ctx.grid is None or len(ctx.grid) != 2:
-            raise ValueError(f"{where}: needs a 2-D grid in the context, got {ctx.grid}")
-        height, width = ctx.grid
-        front = q.shape[2] - height * width
+        if ctx.grid is None or len(ctx.grid) < 2:
+            raise ValueError(f"{where}: needs a grid with rows and columns, got {ctx.grid}")
+        *frames, height, width = ctx.grid
+        front = q.shape[2] - prod(ctx.grid)
         if front < 0:
             raise ValueError(f"{where}: {q.shape[2]} tokens do not fill the grid {ctx.grid}")
-        bias = F.pad(self.bias(height, width), (front, 0, front, 0))
+        bias = self.bias(height, width)
+        if frames:
+            bias = bias.repeat(1, prod(frames), prod(frames))
+        bias = F.pad(bias, (front, 0, front, 0))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
 
     def bias(self, height: int, width: int) -> Tensor:

@@ -104,7 +104,7 @@ class SpikingLMU(Mixer):
             h = over_sequences(lambda one: self._run(one, None)[0], x, ctx.packing)
         return self.drop(self.proj(h))
 
-    def macs(self, n: int, m: int | None = None) -> int:
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         """Dense work: products with spikes count like any other."""
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 

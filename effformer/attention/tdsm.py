@@ -238,7 +238,7 @@ class TDSM(Mixer):
         flat = torch.cat(mixed, dim=1).index_select(1, inverse)
         return flat.unflatten(1, (n, self.site.dim))
 
-    def macs(self, n: int, m: int | None = None) -> int:
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         segments = self.config.segments
         return sum(segments * expert.macs(n // segments) for expert in self.experts)  # type: ignore[operator]
 

@@ -21,7 +21,7 @@ from effformer.registry import Caps, block, tokens, width
 
 from .adaln import AdaLNZero
 from .base import Branch
-from .needs import Layer, Needs, mixer_caps, part_name
+from .needs import Layer, Needs, part_name
 from .slots import TokenPart, WidthPart, report
 
 __all__ = ["DyDiTBlock", "DynamicTokens", "DynamicWidth"]
@@ -266,7 +266,7 @@ def _joined(mixer: BaseConfig) -> str | None:
     """Why the heads of a mixer cannot be taken apart, None if they can."""
     entry = registry.attention.owner(mixer)
     assert entry is not None, type(mixer)
-    if not (entry.caps.width and mixer_caps(mixer).width):
+    if not (entry.caps.width and mixer.caps().width):
         able = {*registry.core.names(width=True), *registry.attention.names(width=True)}
         names = ", ".join(sorted(able - {"multihead"}))
         return f"has none that can be taken apart (attn: {names} would do)"

@@ -15,8 +15,9 @@ from effformer.config import Config
 
 from .iterate import Iterate
 
-__all__ = ["Layer", "Needs", "check_layer", "mixer_caps", "part_name"]
+__all__ = ["Layer", "Needs", "check_layer", "part_name"]
 
+MIXING = ("attention", "core")
 _SLOTS = ("width", "tokens")
 _NO_TIME = "reads the time embedding, which this model has not"
 
@@ -43,7 +44,8 @@ class Needs:
         cond: the model has a conditioning vector.
         time: the model passes a time embedding.
         rope: the model passes rotary tables.
-        grid: the model passes the layout of its tokens.
+        grid: axes of the layout that the model passes, "thw" or its last letters; empty if it
+            passes none.
         front: tokens without a place stand in front of the grid.
         cross: a mixer attends to a memory.
         memory: blocks have a further branch that attends to a memory.
@@ -56,7 +58,7 @@ class Needs:
     cond: bool = False
     time: bool = False
     rope: bool = False
-    grid: bool = False
+    grid: str = ""
     front: bool = False
     cross: bool = False
     memory: bool = False
@@ -64,20 +66,18 @@ class Needs:
     shrinks: bool = False
 
 
-def mixer_caps(config: Config) -> registry.Caps:
-    """Capabilities of a token mixer: those of its core, if it has one."""
-    if isinstance(config, Attention.Config):
-        entry = registry.core.owner(config.core)
-    else:
-        entry = registry.attention.owner(config)
-    assert entry is not None, type(config)
-    return entry.caps
-
-
 def part_name(config: Config) -> str:
-    """The name that a user writes for a mixer."""
-    inner = config.core if isinstance(config, Attention.Config) else config
-    return str(inner.to_dict().get("name", type(inner).__qualname__))
+    """The name that a user writes for a mixer: a multi-head attention has that of its core."""
+    inner = [part_name(one) for one in config.parts(*MIXING).values()]
+    if isinstance(config, Attention.Config):
+        return inner[0]
+    own = str(config.to_dict().get("name", type(config).__qualname__))
+    return " of ".join([own, *inner])
+
+
+def _is_causal(config: Config) -> bool:
+    inner = config.parts(*MIXING).values()
+    return bool(getattr(config, "causal", False)) or any(map(_is_causal, inner))
 
 
 def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs]) -> None:
@@ -213,9 +213,8 @@ def _check_mixer(
     config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config]
 ) -> None:
     name = part_name(config)
-    inner: Any = config.core if isinstance(config, Attention.Config) else config
-    reason = _mixer_reason(mixer_caps(config), needs[0])
-    if reason is None and not needs[0].causal and getattr(inner, "causal", False):
+    reason = _mixer_reason(config.caps(), needs[0])
+    if reason is None and not needs[0].causal and _is_causal(config):
         reason = "has causal=True, but this model attends both ways"
     if reason is None:
         return
@@ -253,6 +252,11 @@ def _grid_reason(caps: registry.Caps, needs: Needs) -> str | None:
     """Why a part over the grid does not serve, None if it does."""
     if not needs.grid:
         return "needs a token grid, which this model has not"
+    if not set(caps.grid) <= set(needs.grid):
+        return (
+            f"needs a token grid with axes {', '.join(caps.grid)}, and this model's has "
+            f"{', '.join(needs.grid)}"
+        )
     if needs.front and not caps.front:
         return "has no place for tokens in front of the grid (class token, registers)"
     return None

@@ -137,4 +137,4 @@ def dense_macs(part: Any, n: int, m: int | None = None, *, grid: tuple[int, ...]
     """
     if not isinstance(part, Mixer):
         return part.macs(n)
-    return part.macs(n, m, grid=grid) if part.caps.grid else part.macs(n, m)  # type: ignore[call-arg]
+    return part.macs(n, m, grid=grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,8 +17,9 @@ from effformer.context import Site
 from effformer.ffn import MLP
 
 from .base import Block
-from .needs import Layer, Needs, check_layer, mixer_caps
+from .needs import MIXING, Layer, Needs, check_layer
 from .prenorm import PreNorm
+from .schedule import along_axes
 
 __all__ = ["BackboneConfig", "StackConfig", "build_stack", "with_causal"]
 
@@ -35,8 +36,13 @@ class StackConfig(Config):
         tokens: on which tokens every block works, or None for all.
         layers: changes for some blocks, slice -> parts: ``{"0:4": {"attn": "softmax"}, "3::4":
             {...}, "-1": {...}}``; later entries win.
+        axes: axes of the grid along which the token mixer of each block acts, one letter a block,
+            repeated to the depth: "t", "h", "w", "s" (space: all axes but t) or "f" (the full
+            grid). Empty means the full grid everywhere. A block whose mixer already is an axis
+            view keeps it.
         dropout: probability after each part.
-        drop_path: stochastic depth of the last block, growing linearly from 0.
+        drop_path: stochastic depth of the last block.
+        drop_path_rule: "linear": it grows from 0 at the first block; "uniform": all blocks have it.
     """
 
     attn: Config = part("attention", Attention.Config())
@@ -45,8 +51,10 @@ class StackConfig(Config):
     width: Config | None = part("width", optional=True)
     tokens: Config | None = part("tokens", optional=True)
     layers: Mapping[str, Any] = field(default_factory=dict)
+    axes: str = ""
     dropout: float = 0.0
     drop_path: float = 0.0
+    drop_path_rule: Literal["linear", "uniform"] = "linear"
 
     def __post_init__(self) -> None:
         for name in ("dropout", "drop_path"):
@@ -106,15 +114,18 @@ def build_stack(
         site = [site] * config.depth
     needs = replace(needs, memory=cross is not None)
     layers = _layers(config, len(site), cross, name)
+    views = along_axes([layer.attn for layer in layers], config.axes, needs.grid, name)
+    layers = [replace(layer, attn=view) for layer, view in zip(layers, views, strict=True)]
     for where, layer in _runs(layers, name):
         check_layer(layer, needs, where, beside)
     blocks = nn.ModuleList()
     for i, (layer, place) in enumerate(zip(layers, site, strict=True)):
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
-        rate = config.drop_path * i / max(len(layers) - 1, 1)
+        share = i / max(len(layers) - 1, 1) if config.drop_path_rule == "linear" else 1.0
         here = replace(
             place, path=path, layer=i, depth=len(layers), shrinks=needs.shrinks,
-            dropout=config.dropout, drop_path=rate,
+            axes=place.axes or len(needs.grid) or None,
+            dropout=config.dropout, drop_path=config.drop_path * share,
         )  # fmt: skip
         blocks.append(_build_block(layer, here, needs))
     return blocks
@@ -133,11 +144,13 @@ def _build_block(layer: Layer, site: Site, needs: Needs) -> Block:
 
 def with_causal(attn: Config, causal: bool) -> Config:
     """The mixer in causal form if the model needs it."""
-    if not causal or mixer_caps(attn).causal == "always":
+    if not causal or attn.caps().causal == "always":
         return attn
-    if isinstance(attn, Attention.Config):
-        return attn.replace(core={"causal": True})
-    return attn.replace(causal=True)
+    if hasattr(attn, "causal"):
+        return attn.replace(causal=True)
+    inner = attn.parts(*MIXING)
+    changes: dict[str, Any] = {name: with_causal(one, True) for name, one in inner.items()}
+    return attn.replace(**changes)
 
 
 def _layers(config: StackConfig, depth: int, cross: Config | None, name: str) -> list[Layer]:

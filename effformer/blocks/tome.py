@@ -18,7 +18,7 @@ from effformer.nn.merging import Matching, match_tokens, merge_schedule
 from effformer.registry import Caps, tokens
 
 from .base import Branch
-from .needs import Layer, Needs, mixer_caps, part_name
+from .needs import Layer, Needs, part_name
 from .slots import TokenPart, dense_macs
 
 __all__ = ["ToMe"]
@@ -187,7 +187,7 @@ def _reason(config: ToMe.Config, layer: Layer, needs: Needs) -> str | None:
     able = sorted(registry.core.names(joint=True))
     if not isinstance(layer.attn, Attention.Config):
         return f"compares keys, but attn {name!r} has none (attn: {', '.join(able)} would do)"
-    caps = mixer_caps(layer.attn)
+    caps = layer.attn.caps()
     if not caps.joint:
         return (
             f"leaves no order of tokens, but attn {name!r} depends on it "

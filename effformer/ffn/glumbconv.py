@@ -18,7 +18,7 @@ from .base import FFN, FFNConfig, refuse_fields
 __all__ = ["GLUMBConv"]
 
 
-@ffn.register("glumbconv", caps=Caps(grid=True, front=True), paper="2410.10629")
+@ffn.register("glumbconv", caps=Caps(grid="hw", front=True), paper="2410.10629")
 class GLUMBConv(FFN):
     """Mix-FFN: ``(a, g) = dwconv3x3(silu(W1 x))``, ``W2 (a * silu(g))`` with a grid of tokens.
 

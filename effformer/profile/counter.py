@@ -156,7 +156,9 @@ class Counter(TorchDispatchMode):
             batch, n = tensors[0].shape[:2]
             memory = getattr(context, "memory", None) if "m" in known else None
             sizes = (n,) if memory is None else (n, memory.shape[1])
-            self.formulas.setdefault(frame.path, []).append((batch, partial(formula, *sizes)))
+            layout = {"grid": getattr(context, "grid", None)} if "grid" in known else {}
+            one = partial(formula, *sizes, **layout)
+            self.formulas.setdefault(frame.path, []).append((batch, one))
 
 
 def _context(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -121,7 +121,7 @@ class Mean(Mixer):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         return x.mean(dim=1, keepdim=True).expand_as(x)
 
-    def macs(self, n: int, m: int | None = None) -> int:
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         return 0
 
 

@@ -85,7 +85,7 @@ def test_first_activation() -> None:
     assert [b.part.config.act for b in (block.ffn1, block.ffn2)] == ["gelu", "relu"]
 
 
-@pytest.mark.parametrize("attn", [n for n in list_attention() if n != "relative"])
+@pytest.mark.parametrize("attn", list_attention(grid=""))
 def test_any_attention_fits(attn: str) -> None:
     x = torch.randn(2, 5, DIM)
     spec = {"name": attn, "head_dim": 4} if attn in registry.core else attn
@@ -93,7 +93,7 @@ def test_any_attention_fits(attn: str) -> None:
     assert build(attn=spec)(x, ctx).shape == x.shape
 
 
-@pytest.mark.parametrize("attn", list_attention(causal=True))
+@pytest.mark.parametrize("attn", list_attention(causal=True, grid=""))
 def test_causal_attention_keeps_the_block_causal(attn: str) -> None:
     block, x = build(attn=attn, causal=True), torch.randn(2, 7, DIM)
     changed = torch.cat([x[:, :4], torch.randn(2, 3, DIM)], dim=1)
