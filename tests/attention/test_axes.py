@@ -234,7 +234,8 @@ def test_bad_axes(over: str) -> None:
 
 def test_lines_that_are_no_grid_for_the_mixer_are_refused() -> None:
     with pytest.raises(
-        CapabilityError, match=r"needs lines that are a grid with axes h, w; over='t' gives w"
+        CapabilityError,
+        match=r"needs lines that are a grid with axes h, w, and over='t' gives w; choices: .*flow",
     ):
         make("t", "relative")
     assert make("tw", "relative").caps.grid == "tw"
@@ -285,3 +286,12 @@ def test_attention_without_output_projection() -> None:
     assert whole.macs(24) - bare.macs(24) == 24 * DIM * DIM
     with pytest.raises(ValueError, match="proj=False needs heads that are together as wide"):
         Attention(config.replace(head_dim=4), SITE)
+
+
+def test_coordinates_of_the_line_reach_the_mixer() -> None:
+    part, x = make("tw", "factorized-parallel").double(), tokens()
+    coords = tuple(torch.rand(n, dtype=torch.float64) for n in GRID)
+    out = part(x, Context(grid=GRID, coords=coords)).unflatten(1, GRID)
+    rows = x.unflatten(1, GRID)[:, :, 1].flatten(1, 2)
+    alone = part.mixer(rows, Context(grid=(2, 4), coords=(coords[0], coords[2])))
+    torch.testing.assert_close(out[:, :, 1].flatten(1, 2), alone)
