@@ -201,7 +201,7 @@ class Axes(Mixer):
             rope=None if ctx.rope is None else _fold_rope(ctx.rope, lines, x),
             grid=lines.sizes,
             coords=None if ctx.coords is None else lines.pick(ctx.coords),
-            ledger=None if ctx.ledger is None else Ledger(),
+            ledger=None if ctx.ledger is None else Ledger(step=ctx.ledger.step),
         )
         y = self.mixer(lines.fold(x), inner)
         weights = None

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "longformer": {"window": 2, "global_tokens": 1},
     "nystrom": {"landmarks": 2, "conv": 3},
     "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
+    "tdsm": {"segments": 1, "tokens": 2},
     "topk": {"keep": 2},
 }
 
@@ -68,7 +69,7 @@ def test_any_mixer_sees_nothing_but_its_line(mixer: str) -> None:
     out = part(x, Context(grid=GRID)).unflatten(1, GRID)
     assert out.std() > 0
     changed = x.unflatten(1, GRID).clone()
-    changed[:, :, 1, 2] += 1
+    changed[:, :, 1, 2] *= -9  # enough to change what fires
     after = part(changed.flatten(1, 3), Context(grid=GRID)).unflatten(1, GRID)
     same = torch.ones(3, 4, dtype=torch.bool)
     same[1, 2] = False
@@ -137,6 +138,7 @@ class Half(Mixer):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         assert ctx.ledger is not None
+        assert ctx.ledger.step == 3
         assert ctx.cond is not None
         ctx.ledger.work("here", x[:, :, 0].mean(dim=1), 7.0)
         ctx.ledger.choose("here", x[..., :3], 5.0)
@@ -148,9 +150,10 @@ class Half(Mixer):
 
 
 def test_reports_and_conditioning_are_those_of_samples() -> None:
-    part, x, cond = make("h"), tokens(), torch.randn(2, DIM, dtype=torch.float64)
+    part, x = make("h"), tokens().requires_grad_()
+    cond = torch.randn(2, DIM, dtype=torch.float64)
     part.mixer = Half(Attention.Config(), SITE)
-    ledger = Ledger()
+    ledger = Ledger(step=3)
     ledger.loss("here/budget", x.new_tensor(1.0))
     out = part(x, Context(grid=GRID, ledger=ledger, cond=cond))
     torch.testing.assert_close(out, x + cond[:, None])
@@ -158,12 +161,10 @@ def test_reports_and_conditioning_are_those_of_samples() -> None:
     torch.testing.assert_close(ledger.choices["here"].gate, x[..., :3])
     assert ledger.choices["here"].cost == 5.0
     assert ledger.shares["here"].cost == 8 * 7.0
-    x.requires_grad_()
-    part(x, Context(grid=GRID, ledger=ledger, cond=cond))
+    assert float(ledger.total_loss()) == 3.0
     ledger.shares["here"].fraction.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad[..., 0], torch.full_like(x[..., 0], 1 / 24))
-    assert float(ledger.total_loss()) == 3.0
     assert part.macs(24, grid=GRID) == 8 * 3
 
 
