@@ -97,7 +97,7 @@ def _offers(have: object, want: object) -> bool:
     if have in ("none", "key", "full"):
         order = ("none", "key", "full")
         return order.index(str(have)) >= order.index(str(want))
-    return have == want
+    return bool(have) == want if isinstance(want, bool) else have == want
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

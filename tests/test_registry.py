@@ -29,6 +29,15 @@ def parts() -> Registry:
     return kind
 
 
+def test_grids_are_asked_for_as_facts_or_by_their_axes() -> None:
+    able = Caps(grid="hw")
+    assert able.satisfies(grid=True)
+    assert able.satisfies(grid="hw")
+    assert not able.satisfies(grid=False)
+    assert not able.satisfies(grid="")
+    assert Caps().satisfies(grid=False)
+
+
 def test_names_and_aliases_in_any_case(parts: Registry) -> None:
     assert parts.get("plain") is parts.get("SIMPLE")
     assert parts.get("plain").summary == "Does little: ``y = x``."
