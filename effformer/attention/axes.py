@@ -200,6 +200,7 @@ class Axes(Mixer):
             mask=None if ctx.mask is None else lines.fold(ctx.mask),
             rope=None if ctx.rope is None else _fold_rope(ctx.rope, lines, x),
             grid=lines.sizes,
+            merging=None,  # no token was merged, or the grid would not fit
             coords=None if ctx.coords is None else lines.pick(ctx.coords),
             ledger=None if ctx.ledger is None else Ledger(step=ctx.ledger.step),
         )
