@@ -42,9 +42,17 @@ class Row:
 
 
 def write(
-    topic: str, title: str, rows: Sequence[Row], machine: Machine, notes: Sequence[str]
+    topic: str,
+    title: str,
+    rows: Sequence[Row],
+    machine: Machine,
+    notes: Sequence[str],
+    *,
+    keep: bool = True,
 ) -> None:
-    """Print the table and write ``benchmarks/results/<topic>.md``."""
+    """Print the table and write ``benchmarks/results/<topic>.md`` (not with ``keep=False``: small
+    sizes show that a script runs, and nothing else).
+    """
     lines = [
         f"# {title}",
         "",
@@ -61,5 +69,7 @@ def write(
     ]
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
+    if not keep:
+        return
     with atomic_path(Path(__file__).parent / "results" / f"{topic}.md") as path:
         path.write_text(text, encoding="utf-8")

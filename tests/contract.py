@@ -142,8 +142,11 @@ def is_dynamic(part: nn.Module) -> bool:
 
 
 def _random(module: nn.Module) -> nn.Module:
-    """Weights away from zero, so that gates are open and every path matters."""
+    """Weights away from zero, so that gates are open and every path matters. They depend on the
+    part alone, not on those that were built before it.
+    """
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
-            p.normal_(std=0.2)
+            p.normal_(std=0.2, generator=generator)
     return module.eval()

@@ -13,12 +13,13 @@ from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context, Site, check_context
 from effformer.registry import Caps, attention
 
+from .backends import attend
 from .base import Mixer
-from .slices import over_heads, over_sequences
+from .slices import over_sequences
 
 __all__ = ["Longformer"]
 
-_CHUNK = 32
+_CHUNK, _BLOCK = 32, 64
 _CAPS = Caps(causal="optional", mask="key", packed=True, cost="n")
 
 
@@ -123,10 +124,12 @@ class Longformer(Mixer):
             )
         places, real = self._globals(x, mask, marks)
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self._window(q, k, v, mask, places, real)
-
-        out = over_heads(mix, q, k, v).transpose(1, 2).flatten(2)
+        near = self._near(x, mask, places, real)
+        if torch.compiler.is_exporting():
+            out = self._window(q, k, v, near, places, real)
+        else:
+            out = self._blocks(q, k, v, near, places, real)
+        out = out.transpose(1, 2).flatten(2)
         if places.shape[1]:
             rows = self._global_rows(x, mask, places)
             spare = torch.where(real, places, x.shape[1])  # rows of no token go to a spare row
@@ -156,47 +159,118 @@ class Longformer(Mixer):
         first = order.topk(count, dim=1).indices
         return first, chosen.gather(1, first)
 
-    def _window(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, places: Tensor, real: Tensor
+    def _near(self, x: Tensor, mask: Tensor | None, places: Tensor, real: Tensor) -> Tensor | None:
+        """(B, N) keys of the windows, None for all: global keys leave them, so that they count
+        once.
+        """
+        if not places.shape[1]:
+            return mask
+        marked = torch.zeros(places.shape[0], x.shape[1], dtype=torch.bool, device=x.device)
+        marked = marked.scatter(1, places, real.expand_as(places))
+        return ~marked if mask is None else mask & ~marked
+
+    def _far(self, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the global tokens, (B, H, G, K) each."""
+        index = places[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1])
+        return k.gather(2, index), v.gather(2, index)
+
+    def _blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        near: Tensor | None,
+        places: Tensor,
+        real: Tensor,
     ) -> Tensor:
-        """Rows of ordinary tokens: one softmax over window and global keys."""
-        n, (c, pieces) = q.shape[2], self._chunks(q.shape[2])
-        near = torch.ones(1, n, dtype=torch.bool, device=q.device) if mask is None else mask
-        if places.shape[1]:  # global keys leave the window, so that they count once
-            marked = torch.zeros(places.shape[0], n, dtype=torch.bool, device=q.device)
-            near = near & ~marked.scatter(1, places, real.expand_as(places))
+        """Rows of ordinary tokens, a block of queries at a time: its keys are a slice, and nothing
+        is copied.
+        """
+        place = torch.arange(q.shape[2], device=q.device)
+        far = self._far(k, v, places) if places.shape[1] else None
+        bands: dict[tuple[int, int, int], Tensor] = {}
+        outputs = []
+        for rows, around in self._slices(q.shape[2]):
+            shape = (rows.stop - rows.start, around.stop - around.start, rows.start - around.start)
+            if shape not in bands:  # but at the ends, all blocks look alike
+                bands[shape] = self._band(*shape, device=q.device)
+            keys, values, allowed = k[:, :, around], v[:, :, around], bands[shape][None]
+            if near is not None:
+                allowed = allowed & near[:, None, around]
+            if far is not None:
+                seen = real[:, None].expand(-1, shape[0], -1)
+                if self.config.causal:
+                    seen = seen & (places[:, None] <= place[rows, None])
+                batch = max(allowed.shape[0], seen.shape[0])
+                allowed = torch.cat([x.expand(batch, -1, -1) for x in (allowed, seen)], dim=2)
+                keys, values = torch.cat([keys, far[0]], dim=2), torch.cat([values, far[1]], dim=2)
+            here = (q[:, :, rows], keys, values)
+            if near is None:  # every token has a key: itself
+                out = F.scaled_dot_product_attention(*here, attn_mask=allowed[:, None])
+            else:
+                out = attend("sdpa", *here, allowed[:, None], causal=False, scale=None)
+            outputs.append(out)
+        return torch.cat(outputs, dim=2)
+
+    def _slices(self, n: int) -> list[tuple[slice, slice]]:
+        """Blocks of queries and the keys that their windows reach."""
+        size = max(self.reach, _BLOCK)
+        ahead = 0 if self.config.causal else self.reach
+        return [
+            (
+                slice(start, min(start + size, n)),
+                slice(max(start - self.reach, 0), min(start + size + ahead, n)),
+            )
+            for start in range(0, n, size)
+        ]
+
+    def _window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        near: Tensor | None,
+        places: Tensor,
+        real: Tensor,
+    ) -> Tensor:
+        """The same as one graph for any number of tokens: one softmax over three chunks of keys and
+        the global ones.
+        """
+        n, (c, pieces) = q.shape[2], self._chunks()
+        if near is None:
+            near = torch.ones(1, n, dtype=torch.bool, device=q.device)
         q = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, (-n) % c)).unflatten(2, (-1, c))
         keys, values = (_pieces(x, c, pieces) for x in (k, v))
-        valid = _pieces(near[:, None, :, None], c, pieces).mT & self._band(c, pieces, q.device)
+        valid = _pieces(near[:, None, :, None], c, pieces).mT & self._band(
+            c, pieces * c, c, device=q.device
+        )
         scores = (q @ keys.mT).masked_fill(~valid, torch.finfo(q.dtype).min)
         if not places.shape[1]:
             return ((scores.softmax(dim=-1) * valid) @ values).flatten(2, 3)[:, :, :n]
-        index = places[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+        far_keys, far_values = self._far(k, v, places)
         far = real[:, None, None]
         if self.config.causal:
             far = far & (places[:, None, None] <= torch.arange(n, device=q.device)[:, None])
             far = F.pad(far, (0, 0, 0, (-n) % c)).unflatten(2, (-1, c))
         else:
             far = far[:, :, None]
-        distant = q.flatten(2, 3) @ k.gather(2, index).mT
+        distant = q.flatten(2, 3) @ far_keys.mT
         distant = distant.unflatten(2, (-1, c)).masked_fill(~far, torch.finfo(q.dtype).min)
         weights = torch.cat([scores, distant], dim=-1).softmax(dim=-1)
         inside = (weights[..., : scores.shape[-1]] * valid) @ values
-        outside = (weights[..., scores.shape[-1] :] * far).flatten(2, 3) @ v.gather(2, index)
+        outside = (weights[..., scores.shape[-1] :] * far).flatten(2, 3) @ far_values
         return (inside.flatten(2, 3) + outside)[:, :, :n]
 
-    def _chunks(self, n: int) -> tuple[int, int]:
+    def _chunks(self) -> tuple[int, int]:
         """Queries per chunk, and the number of chunks of keys that one sees."""
-        c = max(self.reach, _CHUNK)
-        if not torch.compiler.is_exporting() and n <= c:
-            return max(n, 1), 1
-        return c, 2 if self.config.causal else 3
+        return max(self.reach, _CHUNK), 2 if self.config.causal else 3
 
-    def _band(self, c: int, pieces: int, device: torch.device) -> Tensor:
-        """(c, pieces c): which keys of the neighbouring chunks lie in the window."""
-        first = 0 if pieces == 1 else c
-        distance = torch.arange(pieces * c, device=device) - first
-        distance = distance - torch.arange(c, device=device)[:, None]
+    def _band(self, rows: int, columns: int, ahead: int, *, device: torch.device) -> Tensor:
+        """(rows, columns): which keys lie in the windows of neighbouring queries, the first of which
+        stands at column ``ahead``.
+        """
+        distance = torch.arange(columns, device=device) - ahead
+        distance = distance - torch.arange(rows, device=device)[:, None]
         band = distance.abs() <= self.reach
         return band & (distance <= 0) if self.config.causal else band
 
@@ -216,12 +290,12 @@ class Longformer(Mixer):
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         """Dense multiply-adds of one sample; ``marked`` tokens are not known and not counted."""
-        dim, c = self.site.dim, self._chunks(n)
-        rows = -(-n // c[0]) * c[0]
-        total = n * dim * (3 * dim + (self.site.out_dim or dim)) + 2 * rows * c[1] * c[0] * dim
+        dim = self.site.dim
+        pairs = sum((r.stop - r.start) * (a.stop - a.start) for r, a in self._slices(n))
+        total = n * dim * (3 * dim + (self.site.out_dim or dim)) + 2 * pairs * dim
         count = min(self.config.global_tokens, n)
         if count:
-            total += 2 * rows * count * dim  # to the global keys
+            total += 2 * n * count * dim  # to the global keys
             total += count * dim * dim + 2 * n * dim * dim + 2 * count * n * dim
         return total
 
@@ -229,8 +303,6 @@ class Longformer(Mixer):
 def _pieces(x: Tensor, c: int, pieces: int) -> Tensor:
     """(B, H, N, K) -> (B, H, N / c, pieces c, K): chunks with their neighbours, zeros outside."""
     x = F.pad(x, (0, 0, 0, (-x.shape[2]) % c)).unflatten(2, (-1, c))
-    if pieces == 1:
-        return x
     around = F.pad(x, (0, 0, 0, 0, 1, pieces - 2))
     last = x.shape[2]
     return torch.cat([around[:, :, i : i + last] for i in range(pieces)], dim=3)

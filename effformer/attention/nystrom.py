@@ -13,6 +13,7 @@ from effformer.context import EMPTY, Context, Site
 from effformer.nn.cut import put, twin
 from effformer.registry import Caps, core
 
+from .backends import attend
 from .base import Core, CoreConfig
 
 __all__ = ["Nystrom", "iterative_pinv"]
@@ -83,13 +84,12 @@ class Nystrom(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         mask = None if ctx.mask is None else ctx.mask[:, None]
-        q, k = q * q.shape[-1] ** -0.25, k * k.shape[-1] ** -0.25
         if self.config.compat == "transformers":
-            out = self._transformers(q, k, v, mask)
+            out = self._transformers(*_scaled(q, k), v, mask)
         elif self.config.compat == "nystrom-attention":
             return self._padded_in_front(q, k, v, mask)
         elif mask is None and self._exact(q.shape[2]):
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+            out = F.scaled_dot_product_attention(q, k, v)
         elif mask is None and self._divides(q.shape[2]):
             out = self._kernels(q, k, self._means(q), self._means(k), v)
         else:
@@ -107,10 +107,12 @@ class Nystrom(Core):
         return x.unflatten(2, (self.config.landmarks, -1)).mean(dim=3)
 
     def _kernels(self, q: Tensor, k: Tensor, lq: Tensor, lk: Tensor, v: Tensor) -> Tensor:
-        first, middle, third = (x.softmax(dim=-1) for x in (q @ lk.mT, lq @ lk.mT, lq @ k.mT))
+        """The fused operator keeps the first and the last kernel out of memory."""
+        middle = (lq @ lk.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
         coupled = self.config.compat != "none"
         inverse = iterative_pinv(middle, self.config.iterations, coupled=coupled)
-        return first @ (inverse @ (third @ v))
+        summaries = inverse @ F.scaled_dot_product_attention(lq, k, v)
+        return F.scaled_dot_product_attention(q, lk, summaries)
 
     def _grouped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Groups of the valid tokens of each sample, of any number; mask (B, 1, N) or None."""
@@ -130,12 +132,12 @@ class Nystrom(Core):
 
         lq, lk = means(q), means(k)
         filled = sizes > 0  # fewer valid tokens than landmarks leave groups empty
-        first = _masked(q @ lk.mT, filled.mT)
-        middle = _masked(lq @ lk.mT, filled.mT) * filled
-        third = _masked(lq @ k.mT, real[:, :, None])
-        inverse = iterative_pinv(middle, self.config.iterations)
+        scores = lq @ lk.mT * q.shape[-1] ** -0.5
+        inverse = iterative_pinv(_masked(scores, filled.mT) * filled, self.config.iterations)
+        summaries = attend("sdpa", lq, k, v, real[:, :, None], causal=False, scale=None)
         few = count[..., None] <= m  # every group is one token: the first kernel is exact
-        return first @ torch.where(few, means(v), inverse @ (third @ v))
+        summaries = torch.where(few, means(v), inverse @ summaries)
+        return attend("sdpa", q, lk, summaries, filled.mT, causal=False, scale=None)
 
     def _transformers(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         n, m = q.shape[2], self.config.landmarks
@@ -162,7 +164,7 @@ class Nystrom(Core):
             out = self._kernels(q, k, self._means(q), self._means(k), v)
         else:
             real = F.pad(mask, ((-n) % m, 0))[..., None]
-            q, k, v = (x * real for x in (q, k, v))
+            q, k, v = (x * real for x in (*_scaled(q, k), v))
             sizes = real.unflatten(2, (m, -1)).sum(dim=3)
             share = q.shape[2] // m / (sizes + 1e-8)
             lq, lk, filled = self._means(q) * share, self._means(k) * share, sizes > 0
@@ -218,6 +220,11 @@ def iterative_pinv(x: Tensor, iterations: int, *, coupled: bool = False) -> Tens
         xz = x @ z
         z = 0.25 * z @ (13 * eye - xz @ (15 * eye - xz @ (7 * eye - xz)))
     return z
+
+
+def _scaled(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products carry the factor K^-0.5."""
+    return q * q.shape[-1] ** -0.25, k * k.shape[-1] ** -0.25
 
 
 def _masked(scores: Tensor, allowed: Tensor) -> Tensor:

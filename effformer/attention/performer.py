@@ -8,13 +8,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context, Site
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .slices import over_heads
+from .slices import token_slices
 
 __all__ = ["Performer", "PerformerState", "orthogonal_rows"]
 
@@ -135,17 +136,47 @@ class Performer(Core):
         if dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
         mask = None if ctx.mask is None else ctx.mask[:, None]
+        mixed = (
+            self._scan(q, k, v, mask, None)[0] if self.config.causal else self._mix(q, k, v, mask)
+        )
+        return mixed.to(dtype)
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self.config.causal:
-                return self._scan(q, k, v, mask, None)[0]
-            weights = self.query_features(q)
-            k = self.key_features(k, mask)
-            normaliser = weights @ k.sum(dim=2).unsqueeze(-1)
-            tiny = torch.finfo(normaliser.dtype).tiny  # a row without a key is zero
-            return (weights @ (k.mT @ v)) / normaliser.clamp(min=tiny)
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The parallel form, a few tokens at a time.
 
-        return over_heads(mix, q, k, v).to(dtype)
+        The factor R^-0.5 cancels, and eps enters through sums: ``(e + eps) s = e s + eps sum(s)``.
+        """
+        sums = self._key_sums(k, v, mask)
+        floor = self.eps * sums.sum(dim=2, keepdim=True)
+        outputs = []
+        for rows in token_slices(q.shape[2], q.shape[0] * q.shape[1] * self.features):
+            h, top = self._exponents(q[:, :, rows])
+            phi = (h - top[..., None]).exp() if self.softmax else h.relu()
+            total = phi @ sums + floor
+            normaliser = total[..., -1:]
+            tiny = torch.finfo(total.dtype).tiny  # a row without a key is zero
+            outputs.append(total[..., :-1] / normaliser.clamp(min=tiny))
+        return torch.cat(outputs, dim=2)
+
+    def _key_sums(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """``sum_j phi(k_j)^T [v_j, 1]``, (B, H, R, V + 1), up to the factor of the stabilizer."""
+        v = F.pad(v, (0, 1), value=1.0)
+        v = v if mask is None else v * mask[..., None]
+        sums, top = None, k.new_full((*k.shape[:2], 1, 1), _lowest(k))
+        for rows in token_slices(k.shape[2], k.shape[0] * k.shape[1] * self.features):
+            h, largest = self._exponents(k[:, :, rows])
+            if not self.softmax:
+                piece, fade = h.relu(), torch.ones_like(top)
+            else:
+                if mask is not None:  # masked keys neither set the scale nor overflow under it
+                    largest = largest.masked_fill(~mask[:, :, rows], _lowest(h))
+                    h = h.masked_fill(~mask[:, :, rows, None], -torch.inf)
+                new = torch.maximum(top, largest.amax(dim=-1)[..., None, None])
+                piece, fade, top = (h - new).exp(), (top - new).exp(), new
+            part = piece.mT @ v[:, :, rows]
+            sums = part if sums is None else sums * fade + part
+        assert sums is not None
+        return sums + self.eps * v.sum(dim=2, keepdim=True)
 
     def query_features(self, q: Tensor) -> Tensor:
         """Phi of queries (B, H, N, K) -> (B, H, N, R)."""
@@ -177,27 +208,32 @@ class Performer(Core):
         top = h.amax(dim=-1).detach()
         return (h - 0.5 * x.square().sum(dim=-1, keepdim=True) if self.softmax else h), top
 
+    def _largest(self, k: Tensor, mask: Tensor | None) -> Tensor:
+        """The largest ``w . x'`` of all keys, (B, H, 1)."""
+        tops = self._exponents(k)[1]
+        tops = tops if mask is None else tops.masked_fill(~mask, _lowest(tops))
+        return tops.amax(dim=-1, keepdim=True)
+
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: PerformerState | None
     ) -> tuple[Tensor, PerformerState]:
         """The causal form on the next tokens, chunk by chunk."""
-        weights, (h, top) = self.query_features(q), self._exponents(k)
-        if mask is not None:
-            top = top.masked_fill(~mask, _lowest(top))
-            h = h.masked_fill(~mask[..., None], -torch.inf)
-        if not self.softmax:
-            h, top = h.relu() + self.eps, torch.zeros_like(top)
-        elif self.config.stabilizer == "global":
-            top = top.amax(dim=-1, keepdim=True).expand_as(top)
+        top = self._largest(k, mask) if self.config.stabilizer == "global" else None
         if state is None:
-            state = _empty(v.shape[0], v.shape[1], h.shape[-1], v.shape[-1], v)
+            state = _empty(v.shape[0], v.shape[1], self.features, v.shape[-1], v)
         outputs = []
         for start in range(0, q.shape[2], self.config.chunk):
             rows = slice(start, start + self.config.chunk)
             real = None if mask is None else mask[:, :, rows]
-            out, state = self._chunk(
-                weights[:, :, rows], h[:, :, rows], top[:, :, rows], v[:, :, rows], real, state
-            )
+            weights, (h, tops) = self.query_features(q[:, :, rows]), self._exponents(k[:, :, rows])
+            if real is not None:
+                tops = tops.masked_fill(~real, _lowest(tops))
+                h = h.masked_fill(~real[..., None], -torch.inf)
+            if not self.softmax:
+                h, tops = h.relu() + self.eps, torch.zeros_like(tops)
+            elif top is not None:
+                tops = top.expand_as(tops)
+            out, state = self._chunk(weights, h, tops, v[:, :, rows], real, state)
             outputs.append(out)
         return torch.cat(outputs, dim=2), state
 
@@ -238,10 +274,11 @@ class Performer(Core):
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         keys, r = n if m is None else m, self.features
         if not self.config.causal:
-            return heads * (2 * (n + keys) * r * head_dim + n * r)
+            return heads * (n + keys) * r * (2 * head_dim + 1)
         chunk = self.config.chunk
         squares = (n // chunk) * chunk**2 + (n % chunk) ** 2
-        return heads * (4 * n * r * head_dim + squares * (r + head_dim))
+        looks = 5 if self.config.stabilizer == "global" else 4
+        return heads * (looks * n * r * head_dim + squares * (r + head_dim))
 
     def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> PerformerState:
         """Zero sums, in float32 at least."""

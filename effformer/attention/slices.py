@@ -1,4 +1,4 @@
-"""Evaluate a part a few heads, or one sequence of a packed row, at a time."""
+"""Evaluate a part a few heads, a few tokens, or one sequence of a packed row, at a time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from effformer.context import Packing
 
-__all__ = ["over_heads", "over_sequences"]
+__all__ = ["over_heads", "over_sequences", "token_slices"]
 
 _ELEMENTS = 2**19
+_LEAST = 64
 
 
 def over_heads(
@@ -36,6 +37,18 @@ def over_heads(
         return function(q, k, v)
     slices = (x.split(size, dim=1) for x in (q, k, v))
     return torch.cat([function(*heads) for heads in zip(*slices, strict=True)], dim=1)
+
+
+def token_slices(tokens: int, width: int) -> list[slice]:
+    """Slices of the tokens for parts that treat them one by one, or sum over them.
+
+    Temporaries of ``width`` elements per token then stay in cache: beyond it a linear part would
+    take more than twice the time for twice the tokens. An exported graph is not cut.
+    """
+    if torch.compiler.is_exporting():
+        return [slice(None)]
+    size = max(_LEAST, _ELEMENTS // max(width, 1))
+    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
 def over_sequences(function: Callable[[Tensor], Tensor], x: Tensor, packing: Packing) -> Tensor:
