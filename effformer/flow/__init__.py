@@ -48,6 +48,7 @@ from .sde import diffusion_coefficient as diffusion_coefficient
 from .times import Fixed as Fixed
 from .times import KStep as KStep
 from .times import LogitNormal as LogitNormal
+from .times import Stratified as Stratified
 from .times import TimeGrid as TimeGrid
 from .times import TimeLaw as TimeLaw
 from .times import Uniform as Uniform

@@ -5,10 +5,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effformer.flow import Fixed, KStep, LogitNormal, TimeGrid, TimeLaw, Uniform, UShaped
+from effformer.flow import (
+    Fixed,
+    KStep,
+    LogitNormal,
+    Stratified,
+    TimeGrid,
+    TimeLaw,
+    Uniform,
+    UShaped,
+)
 from effformer.flow.times import TIME_LAWS, get_time_law
 
-ALL = [Uniform(), Uniform(low=1e-3), LogitNormal(), UShaped(), UShaped(a=0.0), Fixed(), KStep()]
+ALL = [
+    Uniform(),
+    Uniform(low=1e-3),
+    LogitNormal(),
+    UShaped(),
+    UShaped(a=0.0),
+    Fixed(),
+    KStep(),
+    Stratified(),
+]
 
 
 @pytest.mark.parametrize("law", ALL, ids=repr)
@@ -24,6 +42,15 @@ def test_samples_lie_in_the_interval_and_follow_the_generator(law: TimeLaw) -> N
 def test_uniform_keeps_its_distance() -> None:
     assert Uniform(low=0.4, high=0.5).sample(1000).aminmax().min >= 0.4
     assert Uniform(low=0.4, high=0.5).sample(1000).max() <= 0.5
+
+
+def test_stratified_times_fill_every_part_equally() -> None:
+    times = Stratified(strata=4, low=0.2).sample(400)
+    parts = ((times - 0.2) / 0.8 * 4).floor().long()
+    assert parts.bincount(minlength=4).tolist() == [100] * 4
+    torch.testing.assert_close(parts, torch.arange(400) % 4)
+    with pytest.raises(ValueError, match="strata must be at least 1, got 0"):
+        Stratified(strata=0)
 
 
 def test_logit_normal_moments() -> None:
