@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from .ffn import MLP, DynamicMLP
 from .nn.cut import Forms
 
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
+
+T = TypeVar("T")
+_Form = Callable[[nn.Linear], nn.Module]
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -107,11 +111,11 @@ def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
     """An inference-ready copy for the CPU: same results to rounding, float32, no gradients.
 
     Every `nn.Linear` becomes the evaluation that is fastest on this machine, found by timing the
-    candidates once for each shape: as it is, prepacked for oneDNN, or, inside an `MLP`, with the
+    candidates once for each shape, with weights in memory: as it is, prepacked for oneDNN, or, inside an `MLP`, with the
     weight on the left. Activations of an `MLP` work in place, constant branch factors (Macaron's
     0.5) are folded into the last weights. Parts of dynamic width are made ready form by form, when a
-    pattern of active units first occurs (`effformer.prepare_widths`: ahead of time). The copy cannot be trained, saved or exported: keep the
-    original for that.
+    pattern of active units first occurs (`effformer.prepare_widths`: ahead of time). The copy
+    cannot be trained, saved or exported: keep the original for that.
 
     Args:
         model: any module; it is not changed.
@@ -133,7 +137,7 @@ def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
         raise ValueError(f"optimize: rows must be at least 1, got {rows}")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     ready.inference_only = True  # type: ignore[assignment]
-    chosen: dict[tuple[int, ...], type[nn.Module]] = {}
+    chosen: dict[tuple[int, ...], _Form] = {}
     narrow = list(_narrow(ready))
     whole = {id(module) for _, part in narrow for module in part.modules()}
     modules = [module for module in ready.modules() if id(module) not in whole]
@@ -156,16 +160,12 @@ def _narrow(model: nn.Module) -> Iterator[tuple[Forms, nn.Module]]:
             yield module.forms, module.mlp
 
 
-def _optimize_form(
-    rows: int, chosen: dict[tuple[int, ...], type[nn.Module]], form: nn.Module
-) -> nn.Module:
+def _optimize_form(rows: int, chosen: dict[tuple[int, ...], _Form], form: nn.Module) -> nn.Module:
     _optimize_layers(form, rows, chosen)
     return form
 
 
-def _optimize_layers(
-    module: nn.Module, rows: int, chosen: dict[tuple[int, ...], type[nn.Module]]
-) -> None:
+def _optimize_layers(module: nn.Module, rows: int, chosen: dict[tuple[int, ...], _Form]) -> None:
     """Replace the linear layers that are children of a module."""
     if isinstance(module, MLP) and module.config.act in _IN_PLACE:
         _optimize_mlp(module, rows, chosen)
@@ -174,20 +174,23 @@ def _optimize_layers(
             setattr(module, name, _optimize_linear(child, rows, chosen))
 
 
-def _optimize_mlp(mlp: MLP, rows: int, chosen: dict[tuple[int, ...], type[nn.Module]]) -> None:
+def _optimize_mlp(mlp: MLP, rows: int, chosen: dict[tuple[int, ...], _Form]) -> None:
     """Replace both layers by the form in which the whole network is fastest."""
     mlp.act = _IN_PLACE[mlp.config.act]
     first, second = mlp.fc1, mlp.fc2
     if type(first) is not nn.Linear or type(second) is not nn.Linear:
         return
-    forms = {form: (form(first), form(second)) for form in (*_forms(), LeftLinear)}
     key = (first.in_features, first.out_features, second.out_features)
     if key not in chosen:
-        x = torch.randn(1, rows, first.in_features)
+        x, pairs = torch.randn(1, rows, first.in_features), _several((first, second))
         chosen[key] = _fastest(
-            {form: partial(_chain, a, mlp.act, b, x) for form, (a, b) in forms.items()}
+            {
+                form: [partial(_chain, form(a), mlp.act, form(b), x) for a, b in pairs]
+                for form in (*_forms(), LeftLinear)
+            }
         )
-    mlp.fc1, mlp.fc2 = forms[chosen[key]]
+    form = chosen[key]
+    mlp.fc1, mlp.fc2 = form(first), form(second)
 
 
 def _chain(first: nn.Module, act: Callable[[Tensor], Tensor], second: nn.Module, x: Tensor) -> None:
@@ -195,14 +198,20 @@ def _chain(first: nn.Module, act: Callable[[Tensor], Tensor], second: nn.Module,
 
 
 def _optimize_linear(
-    linear: nn.Linear, rows: int, chosen: dict[tuple[int, ...], type[nn.Module]]
+    linear: nn.Linear, rows: int, chosen: dict[tuple[int, ...], _Form]
 ) -> nn.Module:
-    forms = {form: form(linear) for form in _forms()}
     key = (linear.in_features, linear.out_features)
     if key not in chosen:
-        x = torch.randn(1, rows, linear.in_features)
-        chosen[key] = _fastest({form: partial(layer, x) for form, layer in forms.items()})
-    return forms[chosen[key]]
+        x, layers = torch.randn(1, rows, linear.in_features), _several(linear)
+        chosen[key] = _fastest({f: [partial(f(layer), x) for layer in layers] for f in _forms()})
+    return chosen[key](linear)
+
+
+def _several(layers: T) -> list[T]:
+    """Copies to time in turn: in a whole model weights come from memory, and a single layer's would
+    come from the cache that the call before has filled.
+    """
+    return [layers, *(copy.deepcopy(layers) for _ in range(3))]
 
 
 class _Plain(_Frozen):
@@ -219,18 +228,19 @@ class _Plain(_Frozen):
         return F.linear(x, self._weight, self._bias)
 
 
-def _forms() -> tuple[type[nn.Module], ...]:
+def _forms() -> tuple[_Form, ...]:
     return (_Plain, PackedLinear) if torch.backends.mkldnn.is_available() else (_Plain,)
 
 
-def _fastest(candidates: dict[type[nn.Module], Callable[[], object]]) -> type[nn.Module]:
-    """The candidate with the smallest median time; they take turns."""
-    times: dict[type[nn.Module], list[float]] = {form: [] for form in candidates}
+def _fastest(candidates: Mapping[T, Sequence[Callable[[], object]]]) -> T:
+    """The candidate whose calls together have the smallest median time; candidates take turns."""
+    times: dict[T, list[float]] = {form: [] for form in candidates}
     with torch.inference_mode():
         for turn in range(8):
-            for form, call in candidates.items():
+            for form, calls in candidates.items():
                 start = time.perf_counter()
-                call()
+                for call in calls:
+                    call()
                 if turn:  # the first turn warms up
                     times[form].append(time.perf_counter() - start)
     return min(times, key=lambda form: statistics.median(times[form]))

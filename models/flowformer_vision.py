@@ -60,6 +60,7 @@ class FlowformerVision(Model):
             patch: side of the first stage's patches.
             num_classes: number of classes.
             layer_scale: initial layer scale of the FFN branches.
+            norm_eps: epsilon of every norm.
         """
 
         attn: BaseConfig = part("attention", Attention.Config(core=FLOW_PRESETS["vision"]))
@@ -74,6 +75,7 @@ class FlowformerVision(Model):
         patch: int = 4
         num_classes: int = 1000
         layer_scale: float | None = 1e-5
+        norm_eps: float = 1e-6
 
         def __post_init__(self) -> None:
             StackConfig.__post_init__(self)
@@ -97,6 +99,7 @@ class FlowformerVision(Model):
                 dim=dim,
                 heads=config.heads,
                 layer_scale=config.layer_scale,
+                norm_eps=config.norm_eps,
                 tokens=(side >> stage) ** 2,
                 grid=(side >> stage, side >> stage),
             )

@@ -18,6 +18,7 @@ def check(golden: Golden) -> None:
         patch=c["patch_size"],
         ffn={"ratio": c["mlp_ratio"]},
         num_classes=c["num_classes"],
+        norm_eps=c["norm_eps"],
         channels=golden.tensor("in.image").shape[1],
     ).eval()
     report = effformer.load_weights(model, golden.weights())

@@ -9,16 +9,16 @@ import effformer
 
 def check(golden: Golden) -> None:
     c = golden.config
-    pre, act = c["encoder_normalize_before"], c["act_fn"]
-    assert c["macaron"]
+    macaron, pre, act = c["macaron"], c["encoder_normalize_before"], c["act_fn"]
     assert not c["encoder_learned_pos"]
+    plain = "prenorm" if pre else "postnorm"
     model = effformer.build_model(
         "macaron-bert-tiny",
         dim=c["encoder_embed_dim"],
         depth=c["encoder_layers"],
         heads=c["encoder_attention_heads"],
-        ffn={"hidden": 2 * c["encoder_ffn_embed_dim"], "act": act},
-        block={"post_norm": not pre},
+        ffn={"hidden": (2 if macaron else 1) * c["encoder_ffn_embed_dim"], "act": act},
+        block={"post_norm": not pre} if macaron else plain,
         final_norm=pre,
         norm_affine=not c["no_normalize_affine"],
         vocab=c["vocab"],

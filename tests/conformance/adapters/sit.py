@@ -10,6 +10,7 @@ from harness import Golden
 from torch import Tensor
 
 import effformer
+from effformer.ffn import MLP
 from effformer.flow import (
     FlowMatching,
     Path,
@@ -35,6 +36,7 @@ def build(golden: Golden) -> SiT:
             patch=config["patch_size"],
             channels=config["in_channels"],
             dim=config["hidden_size"],
+            ffn=MLP.Config(ratio=float(config.get("mlp_ratio", 4.0))),
             depth=config["depth"],
             heads=config["num_heads"],
             num_classes=config["num_classes"],
