@@ -190,7 +190,7 @@ def _optimize_mlp(mlp: MLP, rows: int, chosen: dict[tuple[int, ...], _Form]) -> 
             }
         )
     form = chosen[key]
-    mlp.fc1, mlp.fc2 = form(first), form(second)
+    mlp.fc1, mlp.fc2 = form(first), form(second)  # type: ignore[assignment]
 
 
 def _chain(first: nn.Module, act: Callable[[Tensor], Tensor], second: nn.Module, x: Tensor) -> None:
