@@ -2,7 +2,8 @@
 
 Every row of an image is one frame. The model is trained on all rows at once, must recognise most of
 the test images, and then reads them again one row at a time with a state of constant size: the
-predictions must be the same. The picture shows how soon a digit is recognised.
+predictions must be the same. The picture shows how soon a digit is recognised; the embedding looks
+five rows ahead, so the answer for row t is there when row t + 5 has been read.
 
     python examples/lmuformer_sequential_mnist.py                  # the packaged digits, 8 rows
     python examples/lmuformer_sequential_mnist.py --data DIR       # IDX files, for instance MNIST
@@ -82,7 +83,7 @@ def parallel(model: LMUFormer, data: Dataset, batch: int = 500) -> Tensor:
 
 
 def streamed(model: LMUFormer, data: Dataset, batch: int = 500) -> Tensor:
-    """Logits (B, H, classes) after every row: the same images, fed one row at a time."""
+    """Logits (B, H, classes) for every row: the same images, fed one row at a time."""
     everything = []
     with torch.inference_mode():
         for images in data.images.split(batch):
@@ -96,7 +97,7 @@ def streamed(model: LMUFormer, data: Dataset, batch: int = 500) -> Tensor:
 
 
 def picture(path: Path, share: Tensor, image: Tensor) -> None:
-    """Accuracy over the rows that count, beside a digit lying on its side."""
+    """Accuracy over the rows, beside a digit lying on its side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,7 +110,12 @@ def picture(path: Path, share: Tensor, image: Tensor) -> None:
         extent=(0.5, height + 0.5, 0, 100),
     )  # fmt: skip
     axes.plot(range(1, height + 1), (100 * share).numpy(), marker="o", color="tab:blue")
-    axes.set(xlabel="rows read", ylabel="recognised, %", ylim=(0, 100), title="row by row")
+    axes.set(
+        xlabel="row (five more have been read)",
+        ylabel="recognised, %",
+        ylim=(0, 100),
+        title="row by row",
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
@@ -136,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     agree = (prefixes[:, -1].argmax(1) == whole.argmax(1)).double().mean().item()
     share = (prefixes.argmax(2) == tested.labels[:, None]).double().mean(0)
     print(f"row by row:   {agree:.2%} of the predictions are the same")
-    print("recognised after each row, %: " + " ".join(f"{100 * s:.0f}" for s in share.tolist()))
+    print("recognised by row, %: " + " ".join(f"{100 * s:.0f}" for s in share.tolist()))
     picture(options.out, share, tested.images[0])
     assert accuracy >= REQUIRED, f"{accuracy:.2%} recognised, fewer than {REQUIRED:.0%}"
     assert agree == 1, f"only {agree:.2%} of the streamed predictions are those of whole images"

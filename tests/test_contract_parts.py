@@ -224,6 +224,37 @@ def test_linear_streaming_has_a_state_of_constant_size(name: str) -> None:
     assert [s.shape for s in state] == [s.shape for s in after]
 
 
+@pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6], [11]])
+@pytest.mark.parametrize("name", registry.ffn.names(streaming=True))
+def test_streaming_ffns_equal_the_whole(name: str, pieces: list[int]) -> None:
+    part, x, outputs = make_ffn(name), tokens(11), []
+    state = part.init_state(2, like=x)
+    for piece in x.split(pieces, dim=1):
+        out, state = part.step(piece, state)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), part(x), rtol=1e-4, atol=1e-5)
+
+
+CARRYING = [(f"ffn {n}", make_ffn(n)) for n in FFNS if registry.ffn.get(n).caps.causal == "always"]
+CARRYING += [
+    (f"block {n}", make_block(n, cond=False, attn="lmu"))
+    for n in BLOCKS
+    if registry.block.get(n).caps.causal == "always"
+]
+
+
+@pytest.mark.parametrize("part", [m for _, m in CARRYING], ids=[name for name, _ in CARRYING])
+def test_what_carries_a_state_carries_it_forward_only(part: nn.Module) -> None:
+    x = tokens(11)
+    changed, out = x.clone(), part(x)
+    changed[:, 4] += 3
+    after = part(changed)
+    torch.testing.assert_close(after[:, :4], out[:, :4], rtol=0, atol=0)
+    assert not torch.allclose(after[:, 5:], out[:, 5:])
+    with pytest.raises(CapabilityError, match=r"cannot honour mask; choices that can"):
+        part(x, Context(mask=torch.ones(2, 11, dtype=torch.bool)))
+
+
 @pytest.mark.parametrize("name", mixers(cross=True))
 def test_cross_attention_takes_another_length(name: str) -> None:
     part = make_mixer(name, memory_dim=10)
