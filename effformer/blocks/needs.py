@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from effformer import registry
 from effformer.attention import Attention
 from effformer.checks import CapabilityError
-from effformer.config import Config
+from effformer.config import Config, resolve
+from effformer.context import Site
 
 from .iterate import Iterate
 
@@ -80,7 +83,9 @@ def _is_causal(config: Config) -> bool:
     return bool(getattr(config, "causal", False)) or any(map(_is_causal, inner))
 
 
-def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs]) -> None:
+def check_layer(
+    layer: Layer, needs: Needs, where: str, beside: Sequence[Needs], site: Site
+) -> None:
     """Compare the parts of a block with what the model needs.
 
     Args:
@@ -88,6 +93,7 @@ def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs])
         needs: what the model asks of them.
         where: words that name the block, for messages.
         beside: what other stacks of the model ask of the same parts; choices serve them, too.
+        site: the place of the block, for choices that can be built there.
 
     Raises:
         CapabilityError: a part cannot do it; parts that can are named.
@@ -98,14 +104,15 @@ def check_layer(layer: Layer, needs: Needs, where: str, beside: Sequence[Needs])
     found = {kind: getattr(layer, kind) or getattr(layer.block, kind, None) for kind in _SLOTS}
     slots = {kind: config for kind, config in found.items() if config is not None}
     every = (needs, *beside)
-    _check_mixer(layer.attn, every, f"{where}.attn", slots)
+    own = replace(site, memory_dim=None)
+    _check_mixer(layer.attn, every, f"{where}.attn", slots, own)
     if layer.ffn is None:
         every = tuple(replace(n, mixer_only=True) for n in every)
     else:
         _check_ffn(layer.ffn, every, f"{where}.ffn", slots)
     if layer.cross is not None:
         far = Needs(mask=needs.mask, cross=True)
-        _check_mixer(layer.cross, (far,), f"{where}.cross", slots)
+        _check_mixer(layer.cross, (far,), f"{where}.cross", slots, site)
     _check_block(layer, every, place, slots)
     for kind, config in slots.items():
         _check_slot(kind, config, layer, needs, where)
@@ -210,7 +217,7 @@ def _carry_reason(caps: registry.Caps, needs: Needs) -> str | None:
 
 
 def _check_mixer(
-    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config]
+    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config], site: Site
 ) -> None:
     name = part_name(config)
     reason = _mixer_reason(config.caps(), needs[0])
@@ -222,9 +229,26 @@ def _check_mixer(
     able = sorted(
         e.name
         for e in entries
-        if _admitted(e, slots) and all(not _mixer_reason(e.caps, n) for n in needs)
+        if _admitted(e, slots)
+        and all(not _mixer_reason(e.caps, n) for n in needs)
+        and _can_stand(e.name, site)
     )
     raise CapabilityError(f"{where}: {name!r} {reason}; choices: {', '.join(able)}")
+
+
+def _can_stand(name: str, site: Site) -> bool:
+    """A mixer can be built there from its name alone; some ask for a number of tokens that can be
+    cut, or that is fixed at all.
+    """
+    config = resolve("attention", name)
+    entry = registry.attention.owner(config)
+    assert entry is not None
+    try:
+        with torch.device("meta"):  # without weights
+            entry.build(config, site)
+    except ValueError:
+        return False
+    return True
 
 
 def _mixer_reason(caps: registry.Caps, needs: Needs) -> str | None:

@@ -117,7 +117,7 @@ def build_stack(
     views = along_axes([layer.attn for layer in layers], config.axes, needs.grid, name)
     layers = [replace(layer, attn=view) for layer, view in zip(layers, views, strict=True)]
     for where, layer in _runs(layers, name):
-        check_layer(layer, needs, where, beside)
+        check_layer(layer, needs, where, beside, site[layers.index(layer)])
     blocks = nn.ModuleList()
     for i, (layer, place) in enumerate(zip(layers, site, strict=True)):
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
