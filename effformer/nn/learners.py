@@ -260,21 +260,36 @@ class Learners(nn.Module):
         if max(exactly) == k.numel():
             return self._prefix(x, exactly.index(k.numel()))
         order = k.argsort(descending=True)
-        sorted_x, out = flat[order], self._zero(flat).clone()
+        sorted_x, out = flat.index_select(0, order), self._zero(flat).clone()
         tokens = k.numel()
         for i in range(1, self.count + 1):
             tokens -= exactly[i - 1]
             if not tokens:
                 break
-            out[:tokens] += self.learner(i, sorted_x[:tokens])
-        return torch.empty_like(out).index_copy(0, order, out).unflatten(0, x.shape[:-1])
+            self._add(i, sorted_x[:tokens], out[:tokens])
+        return torch.empty_like(out).index_copy_(0, order, out).unflatten(0, x.shape[:-1])
 
     def _prefix(self, x: Tensor, k: int) -> Tensor:
         """``y_k`` for all tokens."""
-        out = self._zero(x)
-        for i in range(1, k + 1):
-            out = out + self.learner(i, x)
-        return out
+        if k == 0:
+            return self._zero(x).clone()
+        flat = x.flatten(0, -2)
+        out = self.learner(1, flat)
+        if self.zero is not None:
+            out = out + self.zero
+        for i in range(2, k + 1):
+            self._add(i, flat, out)
+        return out.unflatten(0, x.shape[:-1])
+
+    def _add(self, i: int, x: Tensor, out: Tensor) -> None:
+        """Add ``f_i`` of tokens (T, D) to out (T, E); a plain matrix adds while it multiplies."""
+        last = self.fc2[i - 1]
+        if type(last) is not nn.Linear:
+            out.add_(self.learner(i, x))
+            return
+        out.addmm_(self.drop(self.act(self.fc1[i - 1](x))), last.weight.t())
+        if last.bias is not None:
+            out.add_(last.bias)
 
     def _zero(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_dim)

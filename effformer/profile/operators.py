@@ -132,7 +132,10 @@ def _product(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int
     return out.numel() * int(args[0].shape[-1])
 
 
-@register_formula("aten::addmm", "aten::baddbmm", "aten::addmv", "aten::_addmm_activation")
+@register_formula(
+    "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_", "aten::addmv", "aten::addmv_",
+    "aten::_addmm_activation",
+)  # fmt: skip
 def _added_product(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
     return out.numel() * int(args[1].shape[-1])
 

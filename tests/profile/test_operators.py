@@ -24,6 +24,8 @@ PRODUCTS = {
     "broadcast": (lambda: randn(2, 4, 3, 5) @ randn(5, 7), 2 * 4 * 3 * 5 * 7),
     "mv": (lambda: randn(3, 5) @ randn(5), 15),
     "dot": (lambda: torch.dot(randn(5), randn(5)), 5),
+    "addmm_": (lambda: randn(3, 7).addmm_(randn(3, 5), randn(5, 7)), 3 * 5 * 7),
+    "baddbmm_": (lambda: randn(2, 3, 7).baddbmm_(randn(2, 3, 5), randn(2, 5, 7)), 2 * 3 * 5 * 7),
     "addmm": (lambda: F.linear(randn(2, 3, 5), randn(7, 5), randn(7)), 2 * 3 * 5 * 7),
     "addmv": (lambda: torch.addmv(randn(3), randn(3, 5), randn(5)), 15),
     "baddbmm": (lambda: torch.baddbmm(randn(2, 3, 7), randn(2, 3, 5), randn(2, 5, 7)), 210),
