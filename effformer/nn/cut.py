@@ -92,7 +92,7 @@ class Forms:
         key = tuple(active.tolist())
         if all(key) and self.finish is None:
             return part
-        weights = tuple((w.data_ptr(), w._version) for w in _weights(part))
+        weights = tuple((w.data_ptr(), _version(w)) for w in _weights(part))
         if weights != self._weights:
             self._kept.clear()
             self._weights = weights
@@ -112,6 +112,11 @@ class Forms:
 
 def _weights(part: nn.Module) -> list[Tensor]:
     return [*part.parameters(), *part.buffers()]
+
+
+def _version(weight: Tensor) -> int:
+    """Counts changes in place; tensors made in inference mode are not counted."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def twin(module: M) -> M:

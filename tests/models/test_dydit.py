@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.export import export_onnx
 from effformer.models import DyDiT
 from effformer.models.dydit import PRESETS
 from torch import Tensor
@@ -164,6 +165,28 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**given), model(**given), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["dydit-nano", "sit-nano"])
+def test_exported_and_compiled_graphs_are_static(name: str, tmp_path: Path) -> None:
+    model = awake(name, width="dynamic", tokens="dynamic")
+    given = inputs(model)
+    with torch.no_grad():
+        expected = model(**given)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**given), expected, rtol=1e-4, atol=1e-5)
+    report = export_onnx(model, tmp_path / "model.onnx")
+    assert report.parity is not None
+    assert report.parity.passed
+
+
+def test_a_model_made_in_inference_mode_skips_as_well() -> None:
+    with torch.inference_mode():
+        model = awake()
+        given = inputs(model)
+        out = model(**given)
+        torch.testing.assert_close(out, model(**given, tap=Tap()), rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_quantized_model_multiplies() -> None:
     model = awake()
@@ -186,6 +209,8 @@ def test_profile_reports_what_is_executed() -> None:
     saved = sum(float((1 - s.fraction).sum()) * s.cost for s in ledger.shares.values())
     assert counted.executed == pytest.approx(counted.total - saved, abs=len(ledger.shares))
     assert counted.executed < 0.9 * counted.total
+    routers = sum(b.width.macs() * 3 + b.tokens.macs(16) * 3 for b in model.blocks)
+    assert counted.by_part["gates"] == routers
 
 
 def test_a_vit_takes_tokens_and_refuses_width() -> None:
