@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
+from torch.autograd.function import once_differentiable
 
 from effformer.config import Config as BaseConfig
 
@@ -164,6 +165,7 @@ class _Fire(torch.autograd.Function):
         return spikes, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad_spikes, carry), c = grads, ctx.config
         charges, spikes = ctx.saved_tensors
