@@ -88,7 +88,7 @@ def show(path: Path, table: GateTable, work: list[float], dense: Tensor, dynamic
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from effformer.io import atomic_path
+    from effformer.files import atomic_path
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
     for ax, title, images in ((axes[0, 0], "dense", dense), (axes[0, 1], "dynamic", dynamic)):
