@@ -20,6 +20,7 @@ from .lmu_sequence import LMUSequence
 from .lmuformer import LMUFormer, SpikingLMUFormer
 from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
+from .predformer import PredFormer
 from .relactrl import RelaCtrl
 from .sit import SiT
 from .timm import vit_config_from_timm
@@ -40,6 +41,7 @@ __all__ = [
     "MacaronBert",
     "MacaronNet",
     "Model",
+    "PredFormer",
     "Preset",
     "RelaCtrl",
     "SiT",

@@ -6,6 +6,7 @@ from .adaln import AdaLNZero
 from .base import Block, Branch, init_states
 from .dynamic import DyDiTBlock, DynamicTokens, DynamicWidth
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
+from .gated import Gated
 from .iterate import Iterate
 from .lmu import LMUBlock, SpikingLMUBlock
 from .macaron import Macaron
@@ -28,6 +29,7 @@ __all__ = [
     "DynamicWidth",
     "FlowTransformerDecoder",
     "FlowTransformerEncoder",
+    "Gated",
     "Iterate",
     "LMUBlock",
     "Layer",
