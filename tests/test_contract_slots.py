@@ -262,3 +262,15 @@ def _stack(
     )
     needs = Needs(cond=cond, time=time, grid="hw", causal=causal)
     return build_stack(config, site, needs, name="toy")
+
+
+@pytest.mark.parametrize("name", registry.block.names(tokens=True))
+def test_a_branch_is_what_enters_runs_and_leaves(name: str) -> None:
+    """Parts in the slot "tokens" may act between these three."""
+    for cond in CONDS[registry.block.get(name).caps.cond]:
+        block, x = make_block(name, cond=cond), tokens()
+        ctx = context_for(block, x)
+        mods = torch.randn(3, 2, 1, x.shape[-1]).unbind() if cond else None
+        for branch in block.branches:
+            apart = branch.leave(x, branch.run(branch.enter(x, mods), ctx), mods)
+            torch.testing.assert_close(apart, branch(x, ctx, mods), rtol=0, atol=0)

@@ -30,8 +30,11 @@ class _ClosedBranch(Branch):
         self.norm = TokenBatchNorm(site.dim)
         self.act = act
 
-    def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
-        return x + self.scale(self.act(self.norm(self.run(x, ctx))))
+    def enter(self, x: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor, h: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        return x + self.scale(self.act(self.norm(h)))
 
 
 class _SpikingBranch(Branch):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from effformer.config import Config as BaseConfig
-from effformer.context import Context, Site
+from effformer.context import Site
 from effformer.registry import Caps, block
 
 from .base import Block, Branch, below, ffn_branches, make_mixer
@@ -18,8 +18,11 @@ __all__ = ["ResPost"]
 class _NormedBranch(Branch):
     """``x + norm(part(x))``: the norm bounds what is added."""
 
-    def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
-        return x + self.scale(self.norm(self.run(x, ctx)))
+    def enter(self, x: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor, h: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        return x + self.scale(self.norm(h))
 
 
 @block.register("respost", caps=Caps(tokens=True, packed=True, mixer_only=True), paper="2111.09883")
