@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "longformer": {"window": 4, "global_tokens": 1},
     "moe": {"experts": 3},
     "nystrom": {"landmarks": 4, "conv": 3},
+    "performer": {"eps": 1e-8},  # its scale takes no gradient, and cancels but for eps
     "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
     "spiking-conv-channel": {"lif": {"threshold": 0.05}},
     "spiking-lmu": {"normed": False, "lif": {"threshold": 0.05}},
