@@ -66,6 +66,7 @@ class GridOperatorConfig(BackboneConfig):
         grid: cells of every axis in training. It fixes the number of axes; inputs may have others.
         lengths: length of the domain along every axis; coordinates run from 0 to it, both ends
             included. None means 1.
+        increment: the network predicts what is added to the last frame.
     """
 
     ffn: BaseConfig | None = part("ffn", optional=True)
@@ -74,6 +75,7 @@ class GridOperatorConfig(BackboneConfig):
     window: int = 1
     grid: tuple[int, ...] = (32, 32, 32)
     lengths: tuple[float, ...] | None = None
+    increment: bool = False
 
     def __post_init__(self) -> None:
         BackboneConfig.__post_init__(self)
@@ -88,6 +90,11 @@ class GridOperatorConfig(BackboneConfig):
             )
         if self.lengths is not None and len(self.lengths) != len(self.grid):
             raise ValueError(f"lengths: one for every axis of grid {self.grid}, got {self.lengths}")
+
+        if self.increment and self.fields != self.channels:
+            raise ValueError(
+                f"increment: {self.fields} fields cannot be added to {self.channels} channels"
+            )
 
     @property
     def fields(self) -> int:
@@ -162,7 +169,8 @@ class GridOperator(Model):
         ctx = Context(grid=grid, coords=places, ledger=ledger, tap=tap)
         for position, block in zip(self.positions, self.blocks, strict=True):
             h = block(h + position(cells.to(h.dtype)), ctx)
-        return self.predict(h).unflatten(-1, grid)
+        y = self.predict(h).unflatten(-1, grid)
+        return x[:, -1:] + y if config.increment else y
 
     def coordinates(self, grid: Sequence[int], *, like: Tensor) -> tuple[Tensor, ...]:
         """Coordinates of a grid over the domain of training, both ends included."""

@@ -78,6 +78,14 @@ def test_other_grids_and_coordinates() -> None:
     assert not torch.allclose(model(x, stretched), out, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["ifactformer-tiny", "factformer-tiny"])
+def test_increments_are_added_to_the_last_frame(name: str) -> None:
+    model, plain = build(name, increment=True), build(name)
+    x = fields(model, 6, 5)
+    torch.testing.assert_close(model(x), x[:, -1:] + plain(x))
+    assert model.rollout(x, 3).shape == (2, 3, 1, 6, 5)
+
+
 def test_samples_and_layers() -> None:
     model = build(depth=2)
     x = fields(model, batch=3)
@@ -210,6 +218,8 @@ def test_bad_input_and_configs() -> None:
         build(window=0)
     with pytest.raises(ValueError, match=r"fields must be at least 1, got 0"):
         build(out_channels=0)
+    with pytest.raises(ValueError, match=r"increment: 2 fields cannot be added to 1 channels"):
+        build(out_channels=2, increment=True)
     with pytest.raises(ValueError, match=r"steps and latent_ratio must be positive, got steps=0"):
         build("factformer-tiny", steps=0)
     with pytest.raises(ValueError, match=r"latent width 36 .* is not divisible by 8"):
