@@ -75,6 +75,10 @@ class ToMe(TokenPart):
 
         def __post_init__(self) -> None:
             merge_schedule(self.r, 1, self.inflection)  # refuses what is no schedule
+            if isinstance(self.r, tuple) and self.inflection:
+                raise ValueError(
+                    f"tome: r={list(self.r)} says what every block does; leave inflection out"
+                )
 
     def __init__(self, config: ToMe.Config, site: Site, branches: Mapping[str, Branch]) -> None:
         super().__init__(config, site, branches)

@@ -27,7 +27,7 @@ class Matching:
     count: int
 
     def merge(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Mean of every group, weighted by sizes: ``sum s x / sum s``.
+        """Mean of every group, weighted by sizes: ``sum s x / sum s``, in float32 at least.
 
         Args:
             x: (B, N, D).
@@ -36,9 +36,11 @@ class Matching:
         Returns:
             (B, M, D). The weighted total of the tokens is kept.
         """
+        wide = _wide(x)
         if sizes is None:
-            return self.sum(x) / self.sizes(x)[..., None]
-        return self.sum(x * sizes[..., None]) / self.sum(sizes[..., None])
+            return (self.sum(wide) / self.sizes(x)[..., None]).to(x.dtype)
+        weights = _wide(sizes)[..., None]
+        return (self.sum(wide * weights) / self.sum(weights)).to(x.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of every group: (B, N, D) -> (B, M, D)."""
@@ -46,14 +48,15 @@ class Matching:
         return out.scatter_add(1, self.groups[..., None].expand_as(x), x)
 
     def sizes(self, like: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """How many tokens each merged one stands for: (B, M), in the dtype of ``like``.
+        """How many tokens each merged one stands for: (B, M), float32 at least.
 
         Args:
-            like: dtype and device.
+            like: float64 gives float64.
             sizes: (B, N) before merging; None means one each.
         """
         if sizes is None:
-            sizes = torch.ones_like(self.groups, dtype=like.dtype)
+            wide = torch.promote_types(like.dtype, torch.float32)
+            sizes = torch.ones_like(self.groups, dtype=wide)
         return self.sum(sizes[..., None])[..., 0]
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -63,6 +66,10 @@ class Matching:
     def source(self) -> Tensor:
         """(B, M, N) matrix of zeros and ones: which tokens made which."""
         return F.one_hot(self.groups, self.count).transpose(1, 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def most_merges(n: int, r: int, front: int = 0) -> int:

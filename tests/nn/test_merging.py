@@ -65,6 +65,17 @@ def test_samples_do_not_see_each_other() -> None:
     assert torch.equal(whole, alone)
 
 
+def test_half_precision_is_added_up_in_single() -> None:
+    metric, x = torch.randn(2, 40, 5), torch.randn(2, 40, 6)
+    matching, sizes = match_tokens(metric, 20), torch.randint(1, 300, (2, 40)).float()
+    half = x.to(torch.bfloat16)
+    out = matching.merge(half, sizes)
+    assert out.dtype == torch.bfloat16
+    assert matching.sizes(half, sizes).dtype == torch.float32
+    exact = matching.merge(half.double(), sizes.double())
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=0)
+
+
 def test_gradients() -> None:
     matching = match_tokens(torch.randn(2, 7, 3), 2)
     x = torch.randn(2, 7, 2, dtype=torch.float64, requires_grad=True)
