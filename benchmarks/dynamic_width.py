@@ -1,7 +1,11 @@
-"""DyDiT-B/2 that executes half of its multiply-adds against the dense DiT-B/2: does skipping pay?"""
+"""DyDiT-B/2 that executes half of its multiply-adds against the dense DiT-B/2: does skipping pay?
+
+Usage: python benchmarks/dynamic_width.py [THREADS]
+"""
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,7 +17,9 @@ from torch import Tensor, nn
 import effformer
 from effformer.profile import interleave, profile
 
-THREADS, RUNS = 2, 9
+THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+RUNS = {1: 15, 8: 7}
+"""Batch -> timed rounds."""
 AIM = 0.62
 
 
@@ -64,7 +70,7 @@ def _meet(share: float, gate: Any, args: tuple[Any, ...]) -> None:
 def main() -> None:
     torch.manual_seed(0)
     model, rows, machine = dense(), [], None
-    for batch, runs in ((1, RUNS), (8, RUNS)):
+    for batch, runs in RUNS.items():
         inputs = model.example_inputs(batch)
         inputs["t"] = torch.full((batch,), 500)  # one step of a sampler: all samples at one time
         half = skipping(model, inputs, heads=6, groups=8, tokens=0.73)
@@ -73,7 +79,7 @@ def main() -> None:
         side = interleave(
             {"dense": partial(model, **inputs), "half": partial(half, **inputs),
              "third": partial(third, **inputs)},
-            warmup=2, runs=runs, threads=THREADS,
+            warmup=1, runs=runs, threads=THREADS,
         )  # fmt: skip
         machine = side.rows["dense"].machine
         what = {
