@@ -83,6 +83,12 @@ class Caps:
         """
         return all(_offers(getattr(self, key), value) for key, value in wanted.items())
 
+    def __str__(self) -> str:
+        """What the part can do, in words; what it cannot do is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = {k: v for k, v in values.items() if v not in (False, "", "never", "none")}
+        return ", ".join(k if v is True else f"{k} {v}" for k, v in shown.items())
+
 
 def first_paragraph(thing: object) -> str:
     """The first paragraph of a docstring as one line."""
@@ -208,13 +214,7 @@ class Registry:
     def describe(self, name: str) -> str:
         """One paragraph about an entry: summary, capabilities, paper, aliases."""
         entry = self.get(name)
-        caps = {f.name: getattr(entry.caps, f.name) for f in fields(Caps)}
-        able = ", ".join(
-            k if v is True else f"{k}={v}"
-            for k, v in caps.items()
-            if v not in (False, "never", "none")
-        )
-        lines = [f"{entry.kind} {entry.name}: {entry.summary}", f"  can: {able}"]
+        lines = [f"{entry.kind} {entry.name}: {entry.summary}", f"  can: {entry.caps}"]
         if entry.paper:
             lines.append(f"  paper: {entry.paper}")
         if entry.aliases:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import compatibility
@@ -44,9 +44,7 @@ TITLES = {
 
 def able(caps: Caps) -> str:
     """Capabilities in words; what a part cannot do is left out."""
-    values = {f.name: getattr(caps, f.name) for f in fields(Caps)}
-    shown = {k: v for k, v in values.items() if v not in (False, "never", "none") and k != "onnx"}
-    return ", ".join(k if v is True else f"{k} {v}" for k, v in shown.items())
+    return str(replace(caps, onnx=False))
 
 
 def paper(entry: Entry) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import Batch, Json, Out, Threads, check_report, emit, load, overrides, stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from effformer.models.base import Model
 
 
 def bench(
@@ -36,7 +41,7 @@ def bench(
     for spec in models:
         name, _, changes = spec.partition(":")
         built.append(load(name, overrides(pairs=[c for c in changes.split(",") if c])))
-    inputs = built[0].example_inputs(batch)
+    inputs = _shared_inputs(built, batch)
     with stages() as stage:
         result = compare(
             built,
@@ -50,6 +55,27 @@ def bench(
         if out is not None:
             result.save(out)
     emit(result.to_dict(), str(result), as_json)
+
+
+def _shared_inputs(models: list[Model], batch: int) -> dict[str, Tensor]:
+    """Inputs that all models take.
+
+    Raises:
+        ValueError: they take different ones, so that their times say nothing about each other.
+    """
+    first, *others = (m.example_inputs(batch) for m in models)
+    sizes = {k: tuple(x.shape) for k, x in first.items()}
+    for model, inputs in zip(models[1:], others, strict=True):
+        if {k: tuple(x.shape) for k, x in inputs.items()} != sizes:
+            raise ValueError(
+                f"bench: {model.name} takes {_shapes(inputs)}, {models[0].name} takes "
+                f"{_shapes(first)}; compare models of equal inputs, or profile each alone"
+            )
+    return first
+
+
+def _shapes(inputs: dict[str, Tensor]) -> str:
+    return ", ".join(f"{k} {tuple(x.shape)}" for k, x in inputs.items())
 
 
 def _unique(names: list[str]) -> list[str]:

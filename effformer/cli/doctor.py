@@ -50,8 +50,10 @@ def doctor(as_json: Json = False) -> None:
         "softmax_backends": backends, "registered": counts, "self_test": tests,
     }  # fmt: skip
     lines = [f"effformer {VERSION}", f"  {place}", "", "packages"]
+    found = {name: version or "not installed" for name, version in packages.items()}
+    wide = max(map(len, found.values()))
     for name, (_, purpose) in _PACKAGES.items():
-        lines.append(f"  {name:<13} {packages[name] or 'not installed':<16} {purpose}")
+        lines.append(f"  {name:<13} {found[name]:<{wide}} {purpose}")
     lines += ["", f"softmax backends here: {', '.join(backends)}"]
     lines += ["registered: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())]
     lines += ["", "self-test"] + [f"  {name}: {answer}" for name, answer in tests.items()]

@@ -90,16 +90,14 @@ def _model(model: Any) -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any]) -> str:
+    from ..registry import Caps
+
     lines = [f"{facts['kind']} {facts['name']}"]
     for key, value in facts.items():
         if key in ("kind", "name") or value in ("", [], None):
             continue
         if key == "caps":
-            value = ", ".join(
-                k if v is True else f"{k} {v}"
-                for k, v in value.items()
-                if v not in (False, "never", "none")
-            )
+            value = str(Caps(**value))
         elif key in ("parameters", "bytes"):
             value = f"{value:,}"
         elif isinstance(value, dict):

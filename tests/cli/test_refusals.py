@@ -149,6 +149,12 @@ def test_reports_are_refused_before_anything_is_measured(
         assert "must end in .json, .html or .txt" in message
 
 
+def test_models_of_other_inputs_are_not_compared() -> None:
+    message = refusal("bench", "sit-nano", "bert-tiny", "--runs", "1")
+    assert "bench: bert-tiny takes tokens (1, " in message
+    assert "sit-nano takes x (1, 4, 32, 32), t (1,), y (1,); compare models of equal" in message
+
+
 @pytest.mark.parametrize("form", ["file.onnx", "bundle"])
 def test_parts_without_an_onnx_form(form: str, tmp_path: Path) -> None:
     words = ["sit-nano", "--attn", "reformer", "--set", "input_size=16"]
