@@ -166,14 +166,6 @@ class Axes(Mixer):
                     f"axes: over names axes of the grid, t, h and w, each once and in this order; "
                     f"got {self.over!r}"
                 )
-            needed, given = self.mixer.caps().grid, _LETTERS[-len(self.over) :]
-            if not set(needed) <= set(given):
-                entries = [entry for kind in (attention, core) for entry in kind]
-                able = sorted(e.name for e in entries if set(e.caps.grid) <= set(given))
-                raise CapabilityError(
-                    f"axes: the mixer needs lines that are a grid with axes {', '.join(needed)}, "
-                    f"and over={self.over!r} gives {', '.join(given)}; choices: {', '.join(able)}"
-                )
 
         def caps(self) -> Caps:
             """What the inner mixer can do on lines."""
@@ -184,11 +176,25 @@ class Axes(Mixer):
                 streaming=False, width=False, sizes=False,
             )  # fmt: skip
 
+        @property
+        def letters(self) -> str:
+            """The axes of a line as the inner mixer knows them: the last letters of "thw"."""
+            return _LETTERS[-len(self.over) :]
+
+        def place(self, site: Site) -> Site:
+            """The place of the inner mixer in that of a view: as many tokens as a line has."""
+            if site.grid is None or site.tokens is None:
+                return replace(site, axes=len(self.over), tokens=None, grid=None)
+            lines = Lines(site.grid, self.over, site.tokens - prod(site.grid))
+            return replace(site, axes=len(lines.sizes), tokens=lines.length, grid=lines.sizes)
+
     def __init__(self, config: Axes.Config, site: Site) -> None:
         super().__init__(config, site)
+        if site.grid is not None and site.tokens is not None:
+            self._lines(site.tokens, site.grid)
         entry = attention.owner(config.mixer)
         assert entry is not None, type(config.mixer)
-        self.mixer: Mixer = entry.build(config.mixer, self._below(site))
+        self.mixer: Mixer = entry.build(config.mixer, config.place(site))
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         check_context(ctx, self.caps, "attention", self.site.path or "axes")
@@ -232,13 +238,6 @@ class Axes(Mixer):
                 f"{where}: over={over!r}, but the grid {grid} has only axes {', '.join(lines.letters)}"
             )
         return lines
-
-    def _below(self, site: Site) -> Site:
-        """The place of the inner mixer: as many tokens as a line has."""
-        if site.grid is None or site.tokens is None:
-            return replace(site, axes=len(self.config.over), tokens=None, grid=None)
-        lines = self._lines(site.tokens, site.grid)
-        return replace(site, axes=len(lines.sizes), tokens=lines.length, grid=lines.sizes)
 
 
 def _fold_rope(rope: Rope, lines: Lines, x: Tensor) -> Rope:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from effformer import registry
-from effformer.attention import Attention
+from effformer.attention import Attention, Axes
 from effformer.checks import CapabilityError
 from effformer.config import Config, resolve
 from effformer.context import Site
@@ -27,7 +27,7 @@ _NO_TIME = "reads the time embedding, which this model has not"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """The parts of one block."""
+    """The parts of one block; ``scheduled``: its mixer was put into a view by a schedule of axes."""
 
     attn: Config
     ffn: Config | None
@@ -35,6 +35,7 @@ class Layer:
     cross: Config | None = None
     width: Config | None = None
     tokens: Config | None = None
+    scheduled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,10 @@ def check_layer(
     slots = {kind: config for kind, config in found.items() if config is not None}
     every = (needs, *beside)
     own = replace(site, memory_dim=None)
-    _check_mixer(layer.attn, every, f"{where}.attn", slots, own)
+    if isinstance(layer.attn, Axes.Config):
+        _check_view(layer.attn, every, f"{where}.attn", slots, own, scheduled=layer.scheduled)
+    else:
+        _check_mixer(layer.attn, every, f"{where}.attn", slots, own)
     if layer.ffn is None:
         every = tuple(replace(n, mixer_only=True) for n in every)
     else:
@@ -236,6 +240,17 @@ def _check_mixer(
     raise CapabilityError(f"{where}: {name!r} {reason}; choices: {', '.join(able)}")
 
 
+def _check_view(
+    view: Axes.Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config], site: Site,
+    *, scheduled: bool,
+) -> None:  # fmt: skip
+    """A view needs its axes, and its mixer meets lines instead of the model's grid."""
+    _check_mixer(Axes.Config(over=view.over), needs, where, slots, site)
+    inside = [replace(n, grid=view.letters) for n in needs]
+    place = where if scheduled else f"{where}.mixer"
+    _check_mixer(view.mixer, inside, place, slots, view.place(site))
+
+
 def _can_stand(name: str, site: Site) -> bool:
     """A mixer can be built there from its name alone; some ask for a number of tokens that can be
     cut, or that is fixed at all.
@@ -278,7 +293,7 @@ def _grid_reason(caps: registry.Caps, needs: Needs) -> str | None:
         return "needs a token grid, which this model has not"
     if not set(caps.grid) <= set(needs.grid):
         return (
-            f"needs a token grid with axes {', '.join(caps.grid)}, and this model's has "
+            f"needs a token grid with axes {', '.join(caps.grid)}, and here it has "
             f"{', '.join(needs.grid)}"
         )
     if needs.front and not caps.front:

@@ -57,13 +57,9 @@ def along_axes(mixers: Sequence[Config], schedule: str, grid: str, name: str) ->
     if not schedule:
         return list(mixers)
     axes = axes_of(schedule, len(mixers), grid, where=f"{name} axes")
-    views = []
-    for i, (mixer, over) in enumerate(zip(mixers, axes, strict=True)):
-        if over == grid or isinstance(mixer, Axes.Config):
-            views.append(mixer)
-            continue
-        try:
-            views.append(Axes.Config(over=over, mixer=mixer))
-        except CapabilityError as error:
-            raise CapabilityError(f"{name} blocks[{i}].attn: {error}") from error
-    return views
+    return [
+        mixer
+        if over == grid or isinstance(mixer, Axes.Config)
+        else Axes.Config(over=over, mixer=mixer)
+        for mixer, over in zip(mixers, axes, strict=True)
+    ]

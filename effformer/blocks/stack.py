@@ -115,7 +115,10 @@ def build_stack(
     needs = replace(needs, memory=cross is not None)
     layers = _layers(config, len(site), cross, name)
     views = along_axes([layer.attn for layer in layers], config.axes, needs.grid, name)
-    layers = [replace(layer, attn=view) for layer, view in zip(layers, views, strict=True)]
+    layers = [
+        layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
+        for layer, view in zip(layers, views, strict=True)
+    ]
     for where, layer in _runs(layers, name):
         check_layer(layer, needs, where, beside, site[layers.index(layer)])
     blocks = nn.ModuleList()

@@ -233,13 +233,32 @@ def test_bad_axes(over: str) -> None:
         Axes.Config(over=over)
 
 
-def test_lines_that_are_no_grid_for_the_mixer_are_refused() -> None:
-    with pytest.raises(
-        CapabilityError,
-        match=r"needs lines that are a grid with axes h, w, and over='t' gives w; choices: .*flow",
-    ):
-        make("t", "relative")
-    assert make("tw", "relative").caps.grid == "tw"
+@pytest.mark.parametrize(
+    ("attn", "message"),
+    [
+        (
+            {"name": "axes", "over": "t"},
+            r"attn: 'axes of softmax' needs a token grid with axes t, and here it has h, w; choices",
+        ),
+        (
+            {"name": "axes", "over": "h", "mixer": "relative"},
+            r"attn\.mixer: 'relative' needs a token grid with axes h, w, and here it has w; choices",
+        ),
+        (
+            {"name": "axes", "over": "h", "mixer": "lmu"},
+            r"attn\.mixer: 'lmu' needs causal order, but this model attends both ways; choices: .*flow",
+        ),
+        (
+            {"name": "axes", "over": "h", "mixer": {"name": "flow", "causal": True}},
+            r"attn\.mixer: 'flow' has causal=True, but this model attends both ways; choices",
+        ),
+    ],
+)
+def test_mixers_that_do_not_fit_lines_are_refused_when_the_model_is_built(
+    attn: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CapabilityError, match=message):
+        effformer.build_model("dit-nano", attn=attn)
 
 
 def test_capabilities_follow_from_the_mixer() -> None:

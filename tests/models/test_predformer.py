@@ -316,7 +316,11 @@ def test_exports_for_other_sizes(tmp_path: Path) -> None:
         ({"axes": "tsx"}, ValueError, "'x' in 'tsx' is no axis"),
         ({"axes": "tss"}, ValueError, "the 3 letters of 'tss' do not divide 4 blocks"),
         ({"block": {"unit": 0}}, ValueError, "unit must be at least 1"),
-        ({"attn": "relative"}, CapabilityError, r"blocks\[0\].attn: axes: the mixer needs lines"),
+        (
+            {"attn": "relative"},
+            CapabilityError,
+            r"blocks\[0:1\]\.attn: 'relative' needs a token grid with axes h, w, and here it has w",
+        ),
         ({"block": "adaln-zero"}, CapabilityError, "needs a conditioning vector"),
         ({"attn": {"name": "flow", "causal": True}}, CapabilityError, "attends both ways"),
     ],
