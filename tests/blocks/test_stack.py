@@ -93,7 +93,9 @@ def test_decoders_need_a_block_with_a_place_for_the_memory() -> None:
     site = Site(dim=12, heads=3, memory_dim=8)
     for block in ("parallel", "respost"):
         config = BackboneConfig.from_dict(BASE | {"block": block})
-        with pytest.raises(CapabilityError, match=r"choices: gated, iterate, macaron, postnorm, prenorm"):
+        with pytest.raises(
+            CapabilityError, match=r"choices: gated, iterate, macaron, postnorm, prenorm"
+        ):
             build_stack(config, site, Needs(), name="toy", cross=Attention.Config())
 
 
