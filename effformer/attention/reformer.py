@@ -16,7 +16,7 @@ from effformer.context import EMPTY, Context, Site, check_context
 from effformer.registry import Caps, attention
 
 from .base import Mixer
-from .slices import over_sequences
+from .slices import over_sequences, token_slices
 
 __all__ = ["Reformer"]
 
@@ -155,9 +155,9 @@ class Reformer(Mixer):
         place = torch.arange(hashes.shape[-1], device=q.device)
         order = (hashes * hashes.shape[-1] + place).argsort(dim=-1)
         out, normaliser = self._chunks(q, v, hashes, order, mask)
-        back = order.argsort(dim=-1)
-        out = out.gather(3, back[..., None].expand_as(out))
-        out = out.flatten(2, 3).unflatten(2, (rounds, total))
+        back = torch.zeros_like(order).scatter(3, order, place.expand_as(order))
+        lists = torch.arange(back.shape[2], device=q.device)[:, None] * back.shape[3]
+        out = _rows(out.flatten(2, 3), (back + lists).flatten(2)).unflatten(2, (rounds, total))
         normaliser = normaliser.gather(3, back).flatten(2).unflatten(2, (rounds, total))
         if self.config.compat == "none":
             weights = normaliser.softmax(dim=2)
@@ -202,34 +202,62 @@ class Reformer(Mixer):
         place, chunk = order % q.shape[2], self.config.chunk
 
         def sort(x: Tensor) -> Tensor:
-            flat = place.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-            return x.gather(2, flat).unflatten(2, (*place.shape[2:3], -1, chunk))
+            return _rows(x, place.flatten(2)).unflatten(2, (*place.shape[2:3], -1, chunk))
 
         queries, values = sort(q), self._with_previous(sort(v), 0)
         keys = self._with_previous(self._keys(queries), 0)
         mine = place.unflatten(3, (-1, chunk))
         theirs = self._with_previous(mine, -1)
-        allowed = (theirs >= 0)[..., None, :]
+        real = buckets = None
         if mask is not None:
             real = sort(mask[:, None, :, None].expand(-1, q.shape[1], -1, -1))[..., 0]
-            allowed = allowed & self._with_previous(real, 0)[..., None, :]
+            real = self._with_previous(real, 0)
         if self.strict or not self.config.across:
             buckets = hashes.gather(3, order).unflatten(3, (-1, chunk))
-            near = buckets[..., None] == self._with_previous(buckets, -1)[..., None, :]
-            allowed = allowed & near
+            buckets = (buckets, self._with_previous(buckets, -1))
+        met = self._meetings(order, hashes, mine, theirs) if self.config.once else None
+        outputs, normalisers = [], []
+        for some in token_slices(mine.shape[3], 2 * chunk * mine[:, :, :, 0].numel(), least=1):
+            allowed = self._allowed(mine, theirs, real, buckets, some)
+            scores = queries[:, :, :, some] @ keys[:, :, :, some].mT
+            scores = scores if allowed is None else scores.masked_fill_(~allowed, _NEVER)
+            own = mine[:, :, :, some, :, None] == theirs[:, :, :, some, None]
+            scores = scores.masked_fill_(own, self.own)
+            if met is not None:
+                scores = scores - (met[:, :, :, some] + 1e-9).log()
+            normalisers.append(scores.logsumexp(dim=-1, keepdim=True))
+            outputs.append((scores - normalisers[-1]).exp_() @ values[:, :, :, some])
+        return torch.cat(outputs, dim=3).flatten(3, 4), torch.cat(normalisers, dim=3).flatten(3)
+
+    def _allowed(
+        self,
+        mine: Tensor,
+        theirs: Tensor,
+        real: Tensor | None,
+        buckets: tuple[Tensor, Tensor] | None,
+        some: slice,
+    ) -> Tensor | None:
+        """Which keys the queries of some chunks may see, None for all that stand there."""
+        ours, others = mine[:, :, :, some], theirs[:, :, :, some]
+        allowed = None
+        if self.config.compat == "none":  # before the first chunk there is nothing
+            allowed = (others >= 0)[..., None, :]
+        if real is not None:
+            there = real[:, :, :, some, None]
+            allowed = there if allowed is None else allowed & there
+        if buckets is not None:
+            near = buckets[0][:, :, :, some, :, None] == buckets[1][:, :, :, some, None]
+            allowed = near if allowed is None else allowed & near
         if self.strict:
-            slots = torch.arange(2 * chunk, device=q.device)
+            chunk = self.config.chunk
+            slots = torch.arange(2 * chunk, device=mine.device)
             ahead = slots - slots[:chunk, None]  # of the earliest key that every query reaches
-            allowed = allowed & (ahead >= 0) & (ahead <= chunk)
+            latest = (ahead >= 0) & (ahead <= chunk)
+            allowed = latest if allowed is None else allowed & latest
         elif self.config.causal:
-            allowed = allowed & (mine[..., None] >= theirs[..., None, :])
-        scores = (queries @ keys.mT).masked_fill(~allowed, _NEVER)
-        scores = scores.masked_fill(mine[..., None] == theirs[..., None, :], self.own)
-        if self.config.once:
-            scores = scores - (self._meetings(order, hashes, mine, theirs) + 1e-9).log()
-        normaliser = scores.logsumexp(dim=-1, keepdim=True)
-        out = (scores - normaliser).exp() @ values
-        return out.flatten(3, 4), normaliser.flatten(3)
+            past = ours[..., None] >= others[..., None, :]
+            allowed = past if allowed is None else allowed & past
+        return allowed
 
     def _with_previous(self, x: Tensor, empty: int) -> Tensor:
         """Chunks behind the ones before them: (B, H, lists, C, c, ...) -> (..., C, 2 c, ...)."""
@@ -269,6 +297,13 @@ class Reformer(Mixer):
             return total + 2 * n * n * inner
         rows = rounds * -(-n // chunk) * chunk
         return total + rows * inner * (self.buckets // 2 + 4 * chunk)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, H, M, K) by index (B, H, L): (B, H, L, K), whole rows at a time."""
+    batch, heads, count = x.shape[:3]
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * count
+    return F.embedding(index + first, x.flatten(0, 2))
 
 
 def _bucket_count(tokens: int | None, chunk: int) -> int:

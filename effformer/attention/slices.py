@@ -12,7 +12,6 @@ from effformer.context import Packing
 __all__ = ["over_heads", "over_sequences", "token_slices"]
 
 _ELEMENTS = 2**19
-_LEAST = 64
 
 
 def over_heads(
@@ -39,15 +38,20 @@ def over_heads(
     return torch.cat([function(*heads) for heads in zip(*slices, strict=True)], dim=1)
 
 
-def token_slices(tokens: int, width: int) -> list[slice]:
+def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
     """Slices of the tokens for parts that treat them one by one, or sum over them.
 
     Temporaries of ``width`` elements per token then stay in cache: beyond it a linear part would
     take more than twice the time for twice the tokens. An exported graph is not cut.
+
+    Args:
+        tokens: number of tokens, or of chunks of them.
+        width: elements that the part computes for each.
+        least: fewest tokens in a slice.
     """
     if torch.compiler.is_exporting():
         return [slice(None)]
-    size = max(_LEAST, _ELEMENTS // max(width, 1))
+    size = max(least, _ELEMENTS // max(width, 1))
     return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
