@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import compatibility
+import torch
 
 from effformer.registry import KINDS, Caps, Entry, Registry
 
@@ -102,6 +103,7 @@ def stale(name: str, new: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Write the pages, or with ``--check`` compare them; 1 means that one is out of date."""
+    torch.set_num_threads(1)  # hundreds of tiny models: threads would only wait for each other
     try:
         pages = {"parts.md": render(), "compatibility.md": compatibility.render()}
     except ValueError as error:  # a part or a family that does not fit in; says what to do
