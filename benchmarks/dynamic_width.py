@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import effformer
 from effformer.profile import interleave, profile
 
-THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
 RUNS = {1: 15, 8: 7}
 """Batch -> timed rounds."""
 AIM = 0.62
@@ -107,6 +107,8 @@ def main() -> None:
         "one step of a sampler, float32, eager, random weights; the parts are cut to the active "
         "heads and groups once, before the timing, as `prepare_widths` does for a grid of times",
         "MACs include routers and token gates, against the whole dense model",
+        "one thread by default: on a machine that others use, threads that wait for each other "
+        "measure the others",
     ]
     write("dynamic_width", "DyDiT-B/2 against DiT-B/2 on the CPU", rows, machine, notes)
 
