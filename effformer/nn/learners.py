@@ -131,8 +131,9 @@ class Learners(nn.Module):
     ``y_k = sum_{i <= k} f_i(x)``, ``f_i(x) = act(x W1_i + b1_i) W2_i + b2_i``, and ``f_0 = b2_0``.
 
     There are two executions with equal results. Masked: every learner runs on every token and is
-    multiplied by 0 or 1 (training, graphs). Grouped: tokens are sorted by their choice, so that
-    learner i works on a contiguous prefix, those that chose i or more, and on nothing else.
+    multiplied by 0 or 1 (training, graphs). Grouped: learners that all tokens chose run on all; for
+    the others tokens are sorted by their choice, so that learner i works on a contiguous prefix,
+    those that chose i or more, and on nothing else.
 
     Args:
         dim: width of the tokens.
@@ -257,37 +258,45 @@ class Learners(nn.Module):
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         flat, k = x.flatten(0, -2), chosen.flatten()
         exactly = torch.bincount(k, minlength=self.count + 1).tolist()
-        if max(exactly) == k.numel():
-            return self._prefix(x, exactly.index(k.numel()))
-        order = k.argsort(descending=True)
-        sorted_x, out = flat.index_select(0, order), self._zero(flat).clone()
-        tokens = k.numel()
-        for i in range(1, self.count + 1):
-            tokens -= exactly[i - 1]
-            if not tokens:
-                break
-            self._add(i, sorted_x[:tokens], out[:tokens])
-        return torch.empty_like(out).index_copy_(0, order, out).unflatten(0, x.shape[:-1])
+        # what all tokens run needs no sorting
+        common = next((i for i, number in enumerate(exactly) if number), 0)
+        out = self._prefix(flat, common)
+        tokens = k.numel() - exactly[common]
+        if tokens:
+            rows = k.argsort(descending=True)[:tokens]
+            chosen_x = flat.index_select(0, rows)
+            if common:
+                y = out.index_select(0, rows)
+                self._add(common + 1, chosen_x, y)
+            else:
+                y = self._prefix(chosen_x, 1)
+            for i in range(common + 2, self.count + 1):
+                tokens -= exactly[i - 1]
+                if not tokens:
+                    break
+                self._add(i, chosen_x[:tokens], y[:tokens])
+            out = out.index_copy_(0, rows, y)
+        return out.unflatten(0, x.shape[:-1])
 
     def _prefix(self, x: Tensor, k: int) -> Tensor:
         """``y_k`` for all tokens."""
         if k == 0:
             return self._zero(x).clone()
-        flat = x.flatten(0, -2)
-        out = self.learner(1, flat)
+        out = self.learner(1, x)
         if self.zero is not None:
             out = out + self.zero
         for i in range(2, k + 1):
-            self._add(i, flat, out)
-        return out.unflatten(0, x.shape[:-1])
+            self._add(i, x, out)
+        return out
 
     def _add(self, i: int, x: Tensor, out: Tensor) -> None:
-        """Add ``f_i`` of tokens (T, D) to out (T, E); a plain matrix adds while it multiplies."""
+        """Add ``f_i`` of tokens (..., D) to out (..., E); a plain matrix adds while it multiplies."""
         last = self.fc2[i - 1]
         if type(last) is not nn.Linear:
             out.add_(self.learner(i, x))
             return
-        out.addmm_(self.drop(self.act(self.fc1[i - 1](x))), last.weight.t())
+        h = self.drop(self.act(self.fc1[i - 1](x)))
+        out.view(-1, self.out_dim).addmm_(h.flatten(0, -2), last.weight.t())
         if last.bias is not None:
             out.add_(last.bias)
 
