@@ -26,12 +26,15 @@ class Model(nn.Module, ABC):
 
     Attributes:
         FAMILY: family name, which saved folders carry.
+        CONVENTION: name in `effformer.flow.CONVENTIONS` of how a generator counts time and what it
+            predicts, None for our own convention and for models that generate nothing.
         LAYOUTS: published key layouts that `effformer.load_weights` understands, beside our own.
         transforms: JSON-able records of structural changes since the build (quantization), in
             order; `load_model` replays them.
     """
 
     FAMILY: ClassVar[str]
+    CONVENTION: ClassVar[str | None] = None
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ()
 
     def __init__(self, config: Config, name: str | None = None) -> None:

@@ -63,6 +63,7 @@ class DiT(Model):
     """
 
     FAMILY: ClassVar[str] = "dit"
+    CONVENTION: ClassVar[str | None] = "dit"
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (OFFICIAL, DIFFUSERS)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

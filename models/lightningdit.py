@@ -50,6 +50,7 @@ class LightningDiT(SiT):
     """
 
     FAMILY: ClassVar[str] = "lightningdit"
+    CONVENTION: ClassVar[str | None] = "lightningdit"
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (OFFICIAL,)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ class SiT(DiT):
     """
 
     FAMILY: ClassVar[str] = "sit"
+    CONVENTION: ClassVar[str | None] = "sit"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(DiT.Config):

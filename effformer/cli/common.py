@@ -258,13 +258,15 @@ def check_report(out: Path | None) -> None:
 
 
 def convention(model: Model) -> FlowConvention | None:
-    """How the network of a family counts; None: as we do.
+    """How the network of a model counts; None: as we do.
 
     Published DiTs predict noise, SiT is our own convention.
     """
-    from ..flow import CONVENTIONS, FlowConvention
+    from ..flow import FlowConvention, get_convention
 
-    found = CONVENTIONS.get(model.FAMILY)
-    if found is None or found == FlowConvention(data_at=1):
+    if model.CONVENTION is None:
+        return None
+    found = get_convention(model.CONVENTION)
+    if found == FlowConvention(data_at=1):
         return None
     return found.replace(variance=model.config.learn_sigma) if found.variance else found

@@ -11,8 +11,10 @@ from effformer.models.dydit import PRESETS
 from torch import Tensor
 
 import effformer
+from effformer import registry
 from effformer.checks import CapabilityError, FormatError
 from effformer.context import Ledger, Tap
+from effformer.flow import CONVENTIONS
 from effformer.profile import profile
 
 SMALL: dict[str, Any] = {"input_size": 8, "num_classes": 10, "dim": 48, "heads": 4}
@@ -247,3 +249,11 @@ def test_a_vit_takes_tokens_and_refuses_width() -> None:
 def test_what_does_not_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         effformer.build_model("dydit-nano", **{**SMALL, **options})
+
+
+def test_generators_say_how_they_count() -> None:
+    families = {e.facts["family"]: e.build for e in registry.model}
+    for family in ("dit", "sit", "dydit", "lightningdit"):
+        assert families[family].CONVENTION in CONVENTIONS
+    assert families["dydit"].CONVENTION == "dit"
+    assert families["vit"].CONVENTION is None
