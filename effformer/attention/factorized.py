@@ -28,7 +28,6 @@ from .base import Mixer
 __all__ = ["AxisKernel", "FactorizedChained", "FactorizedConfig", "FactorizedParallel", "along"]
 
 ROPE_BASE = 10_000.0
-INIT_GAIN = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +47,8 @@ class FactorizedConfig(BaseConfig):
         norm: statistics of the mixed values over the whole grid, of every channel ("instance",
             IFactFormer) or of every head with unbiased variance ("head", FactFormer).
         eps: epsilon of this norm; None means 1e-5 for "instance" and 1e-8 for "head".
+        gain: initial size of queries and keys over that of Xavier. The official 0.02 makes kernels
+            whose values vanish beside ``eps``; they take long to grow.
     """
 
     axes: int | None = None
@@ -59,14 +60,17 @@ class FactorizedConfig(BaseConfig):
     rope_scale: float = 64.0
     norm: Literal["instance", "head"] = "instance"
     eps: float | None = None
+    gain: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("axes", "head_dim", "multiplier", "latent_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"factorized: {name} must be at least 1, got {value}")
-        if self.eps is not None and self.eps <= 0:
-            raise ValueError(f"factorized: eps must be positive, got {self.eps}")
+        if (self.eps is not None and self.eps <= 0) or self.gain <= 0:
+            raise ValueError(
+                f"factorized: eps and gain must be positive, got eps={self.eps}, gain={self.gain}"
+            )
 
 
 class AxisKernel(nn.Module):
@@ -100,11 +104,9 @@ class AxisKernel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Queries and keys start near zero, as in the official code; the norm behind the kernels
-        makes up for it.
-        """
+        """Queries and keys start at ``config.gain`` times Xavier's uniform values."""
         for half in self.qk.weight.chunk(2):
-            nn.init.xavier_uniform_(half, gain=INIT_GAIN)
+            nn.init.xavier_uniform_(half, gain=self.config.gain)
 
     def summary(self, z: Tensor) -> Tensor:
         """What queries and keys are made of: z (B, n, D) -> (B, n, latent)."""

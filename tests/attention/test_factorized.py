@@ -223,6 +223,9 @@ def test_initial_kernels_are_small_and_the_scale_follows_the_multiplier() -> Non
     site = Site(dim=DIM, heads=HEADS)
     axis = FactorizedParallel(FactorizedParallel.Config(), site).axes[0]
     assert isinstance(axis, AxisKernel)
+    one = FactorizedParallel(FactorizedParallel.Config(gain=1.0), site).axes[0]
+    assert isinstance(one, AxisKernel)
+    assert one.qk.weight.abs().max() > 40 * axis.qk.weight.abs().max()
     bound = 0.02 * (6 / (DIM + HEADS * axis.width)) ** 0.5
     assert 0.9 * bound < axis.qk.weight.abs().max() <= bound
     scales = []
@@ -283,7 +286,7 @@ def test_what_does_not_fit_is_refused(kind: type[Any]) -> None:
         make(kind, head_dim=3, multiplier=1)
     with pytest.raises(ValueError, match=r"axes must be at least 1, got 0"):
         kind.Config(axes=0)
-    with pytest.raises(ValueError, match=r"eps must be positive"):
+    with pytest.raises(ValueError, match=r"eps and gain must be positive, got eps=0.0"):
         kind.Config(eps=0.0)
 
 
