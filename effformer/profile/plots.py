@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ class Pareto:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-        _label(figure, axes, self.points)
+        _label(figure, axes, self.points, front=[p[1:] for p in on])
         return figure
 
     def save(self, path: str | Path) -> None:
@@ -127,7 +128,12 @@ def _scale(axis: Any, scale: Any, values: Sequence[float]) -> None:
     axis.set_minor_formatter(ticks.NullFormatter())
 
 
-def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+def _label(
+    figure: Any,
+    axes: Any,
+    points: Sequence[tuple[str, float, float]],
+    front: Sequence[tuple[float, float]],
+) -> None:
     """Name every point where the name covers nothing; a thin line leads to names that had to step
     aside.
     """
@@ -136,6 +142,9 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
     bounds = need("matplotlib.transforms").Bbox.from_bounds
     centres = axes.transData.transform([(x, y) for _, x, y in points])
     taken = [bounds(x - 9, y - 9, 18, 18) for x, y in centres]
+    for (x0, y0), (x1, y1) in pairwise(axes.transData.transform(front)):
+        steps = [i / 100 for i in range(101)]
+        taken += [bounds(x0 + s * (x1 - x0), y0 + s * (y1 - y0), 1, 1) for s in steps]
     frame = axes.get_window_extent(renderer)
     for i in sorted(range(len(points)), key=lambda i: points[i][1:]):
         name, x, y = points[i]
@@ -155,6 +164,8 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[str, float, float]]) -
                 if far
                 else None,
             )
+            text.set_in_layout(False)  # names that move the axes would no longer fit
+            text.update_positions(renderer)
             box = need("matplotlib.text").Text.get_window_extent(text, renderer)  # without the line
             others = (other for j, other in enumerate(taken) if j != i)
             clashes = sum(box.overlaps(other) for other in others)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,14 +76,26 @@ def test_front() -> None:
     assert Pareto(points, "x", "y").front == ("a", "b", "d")
 
 
-def test_labels_cover_neither_names_nor_points() -> None:
-    points = (
-        ("softmax", 144.6, 1.412), ("linear", 146.6, 1.413), ("flow", 147.5, 1.414),
-        ("small", 71.4, 0.358), ("half depth", 72.5, 0.709), ("huge", 900.0, 80.0),
-    )  # fmt: skip
-    figure = Pareto(points, "x", "y").figure()
+SPREAD = (
+    ("softmax", 144.6, 1.412), ("linear", 146.6, 1.413), ("flow", 147.5, 1.414),
+    ("small", 71.4, 0.358), ("half depth", 72.5, 0.709), ("huge", 900.0, 80.0),
+)  # fmt: skip
+CROWDED = (
+    ("softmax", 11.68, 2236.0), ("flow", 21.35, 2236.0), ("softmax int8", 20.33, 603.0),
+    ("softmax nf4", 27.47, 331.0), ("flow int8", 25.57, 603.0), ("flow nf4", 34.44, 331.0),
+    ("softmax, onnxruntime", 12.36, 2257.0), ("flow, onnxruntime", 9.42, 2268.0),
+    ("flow int8, onnxruntime", 10.12, 816.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("points", "scale"), [(SPREAD, "log"), (CROWDED, "linear")])
+def test_labels_cover_neither_names_nor_points_nor_the_front(
+    points: tuple[tuple[str, float, float], ...], scale: str
+) -> None:
+    plot = Pareto(points, "x", "y")
+    figure = plot.figure()
     axes = figure.axes[0]
-    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_xscale() == scale
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     from matplotlib.text import Text
@@ -92,3 +105,11 @@ def test_labels_cover_neither_names_nor_points() -> None:
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     places = axes.transData.transform([(x, y) for _, x, y in points])
     assert not any(box.contains(*place) for box in boxes for place in places)
+    frame = axes.get_window_extent(renderer)
+    assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 for b in boxes)
+    assert all(frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
+    line = axes.transData.transform(sorted(p[1:] for p in points if p[0] in plot.front))
+    steps = torch.linspace(0, 1, 50)[:, None]
+    for start, end in pairwise(torch.as_tensor(line)):
+        for place in start + steps * (end - start):
+            assert not any(box.contains(*place.tolist()) for box in boxes)
