@@ -93,14 +93,14 @@ def show(path: Path, table: GateTable, work: list[float], dense: Tensor, dynamic
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
     for ax, title, images in ((axes[0, 0], "dense", dense), (axes[0, 1], "dynamic", dynamic)):
         grid = images[:40].clamp(-1, 1).reshape(4, 10, 8, 8).permute(0, 2, 1, 3).reshape(32, 80)
-        ax.imshow(grid, cmap="gray")
+        ax.imshow(grid.numpy(), cmap="gray")
         ax.set(title=f"samples, {title}", xticks=[], yticks=[])
     axes[1, 0].bar(range(len(work)), work, color="tab:blue")
     axes[1, 0].axhline(1, color="gray", linewidth=1)
     axes[1, 0].set(title="executed work, dense = 1", xlabel="step of the sampler", ylim=(0, 1.05))
     rows = torch.cat([gate.T for gate in table.active.values()])
     units = next(iter(table.active.values())).shape[1]
-    axes[1, 1].imshow(rows, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    axes[1, 1].imshow(rows.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
     axes[1, 1].set(title="active heads and channel groups", xlabel="step of the sampler")
     axes[1, 1].set_yticks([units * (i + 0.5) for i in range(len(table.active))], table.active)
     with atomic_path(path) as temporary:

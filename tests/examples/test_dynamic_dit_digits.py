@@ -23,10 +23,13 @@ def example() -> ModuleType:
     return module
 
 
-def test_pieces_fit_together(example: ModuleType, tmp_path: Path) -> None:
+def test_pieces_fit_together(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "TIMES", torch.tensor([0.0, 0.5]))
     data = load_data("digits")
-    dense = example.dense_model(data, 60)
-    model = example.dynamic_model(dense, data, 30)
+    dense = example.dense_model(data, 20)
+    model = example.dynamic_model(dense, data, 10)
     samples, labels = example.draw(model, 40)
     assert samples.shape == (40, 1, 8, 8)
     assert labels.tolist() == [*range(10)] * 4
@@ -40,7 +43,7 @@ def test_pieces_fit_together(example: ModuleType, tmp_path: Path) -> None:
 
 def test_the_dynamic_model_starts_as_the_dense_one(example: ModuleType) -> None:
     data = load_data("digits")
-    dense = example.dense_model(data, 60)
+    dense = example.dense_model(data, 20)
     before, _ = example.draw(dense, 10)
     model = example.dynamic_model(dense, data, 1, target=1.0)
     effformer.load_weights(model, dense.state_dict())

@@ -167,9 +167,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**given), model(**given), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dydit-nano", "sit-nano"])
-def test_exported_and_compiled_graphs_are_static(name: str, tmp_path: Path) -> None:
-    model = awake(name, width="dynamic", tokens="dynamic")
+def test_exported_and_compiled_graphs_are_static(tmp_path: Path) -> None:
+    model = awake(depth=1)
     given = inputs(model)
     with torch.no_grad():
         expected = model(**given)
