@@ -338,3 +338,13 @@ def test_bad_inputs() -> None:
         model(torch.zeros(1, 4, 2, 8, 12))
     with pytest.raises(ValueError, match="predict: frames must be at least 1, got 0"):
         model.predict(clip(), 0)
+
+
+def test_one_whole_head_needs_no_output_projection(tmp_path: Path) -> None:
+    """The official code leaves it out where a single head is as wide as the tokens."""
+    options: dict[str, Any] = {"heads": 1, "attn": {"head_dim": 24, "proj": False}}
+    model, again, x = awake("ts", **options), awake("ts", **options), clip()
+    file = effformer.save_weights(model, tmp_path / "w.safetensors", "official")
+    assert not [key for key in effformer.io.read_weights(file) if "to_out" in key]
+    effformer.load_weights(again, file)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
