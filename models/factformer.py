@@ -6,7 +6,6 @@ References: Implicit factorized transformer approach to fast prediction of turbu
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,36 +22,12 @@ from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import Context, Ledger, Site, Tap
 from effformer.layout import Layout
+from effformer.nn.embeddings import FourierPositions
 
 from .base import Model, Preset, register_presets
 from .layouts.factformer import IFACTFORMER
 
 __all__ = ["PRESETS", "FactFormer", "GridOperator", "GridOperatorConfig", "IFactFormer"]
-
-
-class FourierPositions(nn.Module):
-    """``W [sin(2 pi x B), cos(2 pi x B)] + b`` of cells at x, with B drawn once and kept.
-
-    Args:
-        axes: number of coordinates.
-        dim: width, even.
-        scale: standard deviation of B.
-
-    Reference: Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional
-    Domains, 2020, arXiv 2006.10739.
-    """
-
-    def __init__(self, axes: int, dim: int, scale: float = 8.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self.frequencies = nn.Parameter(torch.empty(axes, dim // 2), requires_grad=False)
-        self.proj = nn.Linear(dim, dim)
-        nn.init.normal_(self.frequencies, std=scale)
-
-    def forward(self, cells: Tensor) -> Tensor:
-        """(N, axes) -> (N, D)."""
-        angles = 2 * math.pi * cells @ self.frequencies
-        return self.proj(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

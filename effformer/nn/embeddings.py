@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "FourierPositions",
     "LabelEmbedding",
     "TimeEmbedding",
     "resize_positions",
@@ -153,3 +154,28 @@ def resize_positions(
     cells = table[:, front:].float().transpose(1, 2).unflatten(2, old)
     cells = nn.functional.interpolate(cells, size=new, mode="bicubic", antialias=True)
     return torch.cat([table[:, :front], cells.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+class FourierPositions(nn.Module):
+    """``W [sin(2 pi x B), cos(2 pi x B)] + b`` of cells at x, with B drawn once and kept.
+
+    Args:
+        axes: number of coordinates.
+        dim: width, even.
+        scale: standard deviation of B.
+
+    Reference: Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional
+    Domains, 2020, arXiv 2006.10739.
+    """
+
+    def __init__(self, axes: int, dim: int, scale: float = 8.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.frequencies = nn.Parameter(torch.empty(axes, dim // 2), requires_grad=False)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.normal_(self.frequencies, std=scale)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """(N, axes) -> (N, D)."""
+        angles = 2 * math.pi * cells @ self.frequencies
+        return self.proj(torch.cat([angles.sin(), angles.cos()], dim=-1))

@@ -9,11 +9,12 @@ import pytest
 import torch
 from effformer.export import export_onnx
 from effformer.models import FactFormer, IFactFormer
-from effformer.models.factformer import PRESETS, FourierPositions, GridOperator
+from effformer.models.factformer import PRESETS, GridOperator
 from torch import Tensor, nn
 
 import effformer
 from effformer.checks import CapabilityError
+from effformer.nn.embeddings import FourierPositions
 
 SMALL: dict[str, Any] = {"dim": 24, "heads": 2, "attn": {"head_dim": 6}}
 
