@@ -88,7 +88,10 @@ def test_first_activation() -> None:
 @pytest.mark.parametrize("attn", list_attention(grid=""))
 def test_any_attention_fits(attn: str) -> None:
     x = torch.randn(2, 5, DIM)
-    spec = {"name": attn, "head_dim": 4} if attn in registry.core else attn
+    options: dict[str, Any] = {"tdsm": {"groups": 1, "unit": 4, "segments": 1}}.get(attn, {})
+    if attn in registry.core:
+        options = {"head_dim": 4}
+    spec = {"name": attn, **options}
     ctx = Context(grid=(1, 5)) if caps_of(attn).grid else EMPTY
     assert build(attn=spec)(x, ctx).shape == x.shape
 
