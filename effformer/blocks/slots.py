@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["TokenPart", "WidthPart", "report"]
 
 
-class WidthPart(nn.Module, ABC):
-    """Kind "width": how many heads and channels of each branch run, for every sample.
+class _SlotPart(nn.Module, ABC):
+    """What stands in a slot of a block.
 
     Args:
         config: the knobs.
@@ -52,6 +52,10 @@ class WidthPart(nn.Module, ABC):
     def admits(cls, kind: str, caps: Caps) -> bool:
         """False for parts of a kind ("attention", "core", "ffn", "block") that `check` refuses."""
         return True
+
+
+class WidthPart(_SlotPart):
+    """Kind "width": how many heads and channels of each branch run, for every sample."""
 
     @abstractmethod
     def forward(self, name: str, ctx: Context) -> Tensor | None:
@@ -62,38 +66,8 @@ class WidthPart(nn.Module, ABC):
         """Multiply-adds of this part itself, for one sample."""
 
 
-class TokenPart(nn.Module, ABC):
-    """Kind "tokens": on which tokens the branches of a block work.
-
-    Args:
-        config: the knobs.
-        site: the place of the block in the model; ``site.path`` is that of this part.
-        branches: the branches of the block, in execution order.
-
-    Attributes:
-        neutral_start: initial values leave the model's function as it is, so that weights trained
-            without this part may be loaded.
-    """
-
-    neutral_start: ClassVar[bool] = True
-
-    def __init__(self, config: Config, site: Site, branches: Mapping[str, Branch]) -> None:
-        super().__init__()
-        self.config: Any = config
-        self.site = site
-
-    @classmethod
-    def check(cls, config: Config, layer: Layer, needs: Needs, where: str) -> None:
-        """Refuse at build time what this part cannot work with; ``where`` names the blocks.
-
-        Raises:
-            CapabilityError: parts that would work are named.
-        """
-
-    @classmethod
-    def admits(cls, kind: str, caps: Caps) -> bool:
-        """False for parts of a kind ("attention", "core", "ffn", "block") that `check` refuses."""
-        return True
+class TokenPart(_SlotPart):
+    """Kind "tokens": on which tokens the branches of a block work."""
 
     @abstractmethod
     def forward(
