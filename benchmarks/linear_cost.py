@@ -93,7 +93,7 @@ def main(*, small: bool = False, only: str = "") -> None:
         "the projections are linear and would hide its growth",
         "n log n claims nothing here, and is listed for comparison",
         "a quadratic mixer would show 16",
-        "time is CPU time of one thread, because other work shared the machine",
+        "time is CPU time of one thread, so that other work on the machine counts for little",
     ]
     write(
         "linear_cost",

@@ -279,7 +279,7 @@ def main(*, small: bool = False, only: str = "") -> None:
     notes = [
         f"layers: {sizes.heads} heads, width {sizes.dim}, {sizes.tokens} tokens, batch 1, projections "
         "included; float32, eager, no gradients; outputs are equal to 1e-3 relative before time is taken",
-        "time is CPU time of one thread, because other work shared the machine",
+        "time is CPU time of one thread, so that other work on the machine counts for little",
         "'ours': the same numbers as the package, its defects included (`compat`); 'ours, by name': "
         'what `attn="nystrom"` or `attn="reformer"` builds, which does not have them',
         f"versions: {versions()}",
