@@ -25,6 +25,7 @@ def check(golden: Golden) -> None:
         decoder_depth=c["decoder_layers"],
         decoder_heads=c["decoder_attention_heads"],
         ffn={"hidden": halves * c["encoder_ffn_embed_dim"]},
+        decoder_layers={":": {"ffn": {"hidden": halves * c["decoder_ffn_embed_dim"]}}},
         block=block,
         final_norm=pre,
         vocab=c["vocab"],
