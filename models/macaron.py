@@ -22,7 +22,7 @@ from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import make_norm
-from effformer.nn.text import Padding, check_tokens, draw_tokens, sinusoids, token_positions
+from effformer.nn.text import Padding, Positions, check_tokens, draw_tokens, make_positions
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import TRANSLATION
@@ -31,26 +31,21 @@ __all__ = ["PRESETS", "MacaronNet", "scaled_tokens"]
 
 
 def scaled_tokens(
-    table: nn.Embedding, tokens: Tensor, mask: Tensor, padding: Padding, *, positions: bool = True
+    table: nn.Embedding, tokens: Tensor, mask: Tensor, positions: nn.Module | None
 ) -> Tensor:
-    """``sqrt(D) table[token] + sinusoid(position)``; nothing is added on padding.
+    """``sqrt(D) table[token] + positions``.
 
     Args:
-        table: (V, D) embeddings; the waves count from the table's padding id plus one.
+        table: (V, D) embeddings.
         tokens: (B, N) ids.
         mask: (B, N) bool, True = real token.
-        padding: side of the padding.
-        positions: add positions.
+        positions: maps the mask to (B, N, D) codes; None adds nothing.
 
     Returns:
         (B, N, D).
     """
     x: Tensor = table(tokens) * table.embedding_dim**0.5
-    if not positions:
-        return x
-    assert table.padding_idx is not None
-    codes = sinusoids(token_positions(mask, padding) + table.padding_idx + 1, table.embedding_dim)
-    return x + (codes * mask.unsqueeze(-1)).to(x.dtype)
+    return x if positions is None else x + positions(mask).to(x.dtype)
 
 
 class Tower(nn.Module):
@@ -82,7 +77,8 @@ class MacaronNet(Model):
         name: preset name.
 
     Differs from the paper: one dropout probability; the inner width of the decoder's leading FFN is
-    the decoder's, where the published code takes the encoder's.
+    the decoder's, where the published code takes the encoder's (``decoder_layers={":": {"block":
+    {"first_hidden": ...}}}``).
 
     Reference: Understanding and Improving Transformer From a Multi-Particle Dynamic System Point of
     View, 2019, arXiv 1906.02762.
@@ -101,6 +97,7 @@ class MacaronNet(Model):
             decoder_heads: heads of the decoder, None for ``heads``.
             decoder_layers: changes for some blocks of the decoder, as ``layers``.
             final_norm: a norm follows each stack (pre-norm blocks need one).
+            decoder_final_norm: the same for the decoder's, None for ``final_norm``.
             vocab: number of token ids.
             target_vocab: the target's, None for ``vocab``.
             pad: id of padding.
@@ -108,7 +105,11 @@ class MacaronNet(Model):
                 target and output, "none" three.
             source_padding: side of the source's padding.
             target_padding: side of the target's padding.
-            positions: sinusoidal positions are added.
+            positions: what is added to the tokens: "sinusoidal" codes, rows of a "learned" table,
+                or "none".
+            decoder_positions: the same for the target, None for ``positions``.
+            context: number of learned positions, the most tokens of a sequence.
+            decoder_context: the target's, None for ``context``.
         """
 
         ffn: BaseConfig = part("ffn", MLP.Config(act="relu"))
@@ -119,13 +120,17 @@ class MacaronNet(Model):
         decoder_heads: int | None = None
         decoder_layers: Mapping[str, Any] = field(default_factory=dict)
         final_norm: bool = True
+        decoder_final_norm: bool | None = None
         vocab: int = 32768
         target_vocab: int | None = None
         pad: int = 1
         share: Literal["all", "target", "none"] = "all"
         source_padding: Padding = "left"
         target_padding: Padding = "right"
-        positions: bool = True
+        positions: Positions = "sinusoidal"
+        decoder_positions: Positions | None = None
+        context: int = 1024
+        decoder_context: int | None = None
 
         def __post_init__(self) -> None:
             BackboneConfig.__post_init__(self)
@@ -135,27 +140,37 @@ class MacaronNet(Model):
                 raise ValueError(
                     f"share='all' needs one vocabulary, got {self.vocab} and {self.target_vocab}"
                 )
+            for name in ("decoder_depth", "decoder_heads", "context", "decoder_context"):
+                if (value := getattr(self, name)) is not None and value < 1:
+                    raise ValueError(f"{name} must be at least 1, got {value}")
 
         def decoder(self) -> MacaronNet.Config:
-            """The same config with the decoder's depth, heads and layers as the main ones."""
-            return replace(
-                self,
-                depth=self.decoder_depth or self.depth,
-                heads=self.decoder_heads or self.heads,
-                layers=self.decoder_layers,
-            )
+            """The same config with the decoder's own values as the main ones."""
+            names = ("depth", "heads", "final_norm", "positions", "context")
+            own = {name: getattr(self, f"decoder_{name}") for name in names}
+            given = {name: value for name, value in own.items() if value is not None}
+            return replace(self, layers=self.decoder_layers, **given)
 
     def __init__(self, config: MacaronNet.Config, name: str | None = None) -> None:
         super().__init__(config, name)
         dim, target_vocab = config.dim, config.target_vocab or config.vocab
+        decoder = config.decoder()
         self.embed = nn.Embedding(config.vocab, dim, padding_idx=config.pad)
         if config.share != "all":
             self.target_embed = nn.Embedding(target_vocab, dim, padding_idx=config.pad)
         if config.share == "none":
             self.head = nn.Linear(dim, target_vocab, bias=False)
+        self.positions = make_positions(
+            config.positions, dim, context=config.context, pad=config.pad,
+            padding=config.source_padding,
+        )  # fmt: skip
+        self.target_positions = make_positions(
+            decoder.positions, dim, context=decoder.context, pad=config.pad,
+            padding=config.target_padding,
+        )  # fmt: skip
         self.drop = nn.Dropout(config.dropout)
         self.encoder = self._tower("encoder", config)
-        self.decoder = self._tower("decoder", config.decoder())
+        self.decoder = self._tower("decoder", decoder)
         self.reset_parameters()
 
     def _tower(self, path: str, config: MacaronNet.Config) -> Tower:
@@ -175,7 +190,7 @@ class MacaronNet(Model):
         return Tower(blocks, make_norm(site) if config.final_norm else nn.Identity())
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform linear layers, zero biases, normal token tables of width^-0.5."""
+        """Xavier-uniform linear layers, zero biases, normal tables of width^-0.5."""
         xavier_linears(self)
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -227,7 +242,7 @@ class MacaronNet(Model):
         """The source as memory of the decoder, (B, M, D); arguments as in `forward`."""
         check_tokens(source, source_mask, where=f"{self.name}: source")
         mask = source != self.config.pad if source_mask is None else source_mask
-        h = self._embed(self.embed, source, mask, self.config.source_padding)
+        h: Tensor = self.drop(scaled_tokens(self.embed, source, mask, self.positions))
         out: Tensor = self.encoder(h, Context(mask=mask, ledger=ledger, tap=tap))
         return out
 
@@ -245,7 +260,7 @@ class MacaronNet(Model):
         check_tokens(target, target_mask, where=f"{self.name}: target")
         real = target != self.config.pad if target_mask is None else target_mask
         table = self.embed if self.config.share == "all" else self.target_embed
-        h = self._embed(table, target, real, self.config.target_padding)
+        h: Tensor = self.drop(scaled_tokens(table, target, real, self.target_positions))
         ctx = Context(
             memory=memory, mask=target_mask, memory_mask=source_mask, ledger=ledger, tap=tap
         )
@@ -253,18 +268,14 @@ class MacaronNet(Model):
         weight = self.head.weight if self.config.share == "none" else table.weight
         return nn.functional.linear(h, weight)
 
-    def _embed(self, table: nn.Embedding, ids: Tensor, mask: Tensor, padding: Padding) -> Tensor:
-        x = scaled_tokens(table, ids, mask, padding, positions=self.config.positions)
-        out: Tensor = self.drop(x)
-        return out
-
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         table = self.embed if self.config.share == "all" else self.target_embed
+        source, target = min(24, self.config.context), min(16, self.config.decoder().context)
         return {
-            "source": draw_tokens(self.embed, batch, 24, generator),
-            "target": draw_tokens(table, batch, 16, generator),
+            "source": draw_tokens(self.embed, batch, source, generator),
+            "target": draw_tokens(table, batch, target, generator),
         }
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:

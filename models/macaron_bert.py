@@ -20,7 +20,7 @@ from effformer.context import Context, Ledger, Packing, Site, Tap
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
-from effformer.nn.text import check_tokens, draw_tokens
+from effformer.nn.text import Positions, check_tokens, draw_tokens, make_positions
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import BERT
@@ -84,7 +84,10 @@ class MacaronBert(Model):
             pad: id of padding.
             norm_affine: the norms of the encoder have learned factors.
             final_norm: a norm follows the stack (pre-norm blocks need one).
-            positions: sinusoidal positions are added.
+            positions: what is added to the tokens: "sinusoidal" codes, rows of a "learned" table,
+                or "none".
+            context: number of learned positions, the most tokens of a sequence.
+            tied: the output is the token table; False gives it a matrix of its own.
         """
 
         ffn: BaseConfig = part("ffn", MLP.Config(act="gelu"))
@@ -94,12 +97,16 @@ class MacaronBert(Model):
         pad: int = 1
         norm_affine: bool = False
         final_norm: bool = True
-        positions: bool = True
+        positions: Positions = "sinusoidal"
+        context: int = 512
+        tied: bool = True
 
         def __post_init__(self) -> None:
             BackboneConfig.__post_init__(self)
             if not 0 <= self.pad < self.vocab:
                 raise ValueError(f"pad must be a token id below {self.vocab}, got {self.pad}")
+            if self.context < 1:
+                raise ValueError(f"context must be at least 1, got {self.context}")
 
     def __init__(self, config: MacaronBert.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -108,10 +115,15 @@ class MacaronBert(Model):
         )
         self.embed = nn.Embedding(config.vocab, config.dim, padding_idx=config.pad)
         self.segment_embed = nn.Embedding(2, config.dim, padding_idx=1)
+        self.positions = make_positions(
+            config.positions, config.dim, context=config.context, pad=config.pad, padding="right"
+        )
         self.drop = nn.Dropout(config.dropout)
         self.blocks = build_stack(config, site, Needs(mask="key"), name=self.name)
         self.norm = make_norm(site) if config.final_norm else nn.Identity()
         self.mlm = MaskedHead(config.dim, site.norm_eps)
+        if not config.tied:
+            self.head = nn.Linear(config.dim, config.vocab, bias=False)
         self.nsp = nn.Linear(config.dim, 1)
         self.reset_parameters()
 
@@ -161,7 +173,8 @@ class MacaronBert(Model):
         if rows is not None:
             check_shape(rows, "(R,)", (None,), where=f"{self.name}: rows")
             h = h.flatten(0, 1).index_select(0, rows)
-        return MacaronBertOutput(nn.functional.linear(self.mlm(h), self.embed.weight), nsp)
+        weight = self.embed.weight if self.config.tied else self.head.weight
+        return MacaronBertOutput(nn.functional.linear(self.mlm(h), weight), nsp)
 
     def encode(
         self,
@@ -177,7 +190,7 @@ class MacaronBert(Model):
         check_tokens(tokens, mask, where=self.name)
         if mask is None:
             mask = tokens != self.config.pad
-        h = scaled_tokens(self.embed, tokens, mask, "right", positions=self.config.positions)
+        h = scaled_tokens(self.embed, tokens, mask, self.positions)
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
             h = h + self.segment_embed(segments)
@@ -194,7 +207,7 @@ class MacaronBert(Model):
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        tokens = draw_tokens(self.embed, batch, 32, generator)
+        tokens = draw_tokens(self.embed, batch, min(32, self.config.context), generator)
         return {"tokens": tokens, "segments": torch.ones_like(tokens)}
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:

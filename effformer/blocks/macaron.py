@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from effformer.config import Config as BaseConfig
 from effformer.context import Site
@@ -45,18 +46,25 @@ class Macaron(Block):
 
         Attributes:
             share: fraction of the FFN's inner width that each half step gets.
+            factor: factor of both FFN branches.
             first_act: activation of the leading FFN if it differs (the published BERT models:
                 "relu").
+            first_hidden: inner width of the leading FFN if it differs (the published decoders: the
+                encoder's).
             post_norm: norms stand behind the sums.
         """
 
         share: float = 0.5
+        factor: float = 0.5
         first_act: Activation | None = None
+        first_hidden: int | None = None
         post_norm: bool = False
 
         def __post_init__(self) -> None:
             if not 0 < self.share <= 1:
                 raise ValueError(f"macaron: share must lie in (0, 1], got {self.share}")
+            if self.factor <= 0:
+                raise ValueError(f"macaron: factor must be positive, got {self.factor}")
 
     def __init__(
         self,
@@ -72,12 +80,13 @@ class Macaron(Block):
                 f"{site.path or 'macaron'}: post_norm has no conditioned form; use post_norm=False"
             )
         half = ffn.scaled(config.share)
-        first = half if config.first_act is None else half.replace(act=config.first_act)
+        own: dict[str, Any] = {"act": config.first_act, "hidden": config.first_hidden}
+        first = half.replace(**{k: v for k, v in own.items() if v is not None})
         f1, f2 = below(site, "ffn1"), below(site, "ffn2")
-        post = config.post_norm
+        post, factor = config.post_norm, config.factor
         branches = {
-            "ffn1": Branch(make_ffn(first, f1), f1, factor=0.5, post_norm=post),
+            "ffn1": Branch(make_ffn(first, f1), f1, factor=factor, post_norm=post),
             **mixer_branches(attn, cross, site, post_norm=post),
-            "ffn2": Branch(make_ffn(half, f2), f2, factor=0.5, post_norm=post),
+            "ffn2": Branch(make_ffn(half, f2), f2, factor=factor, post_norm=post),
         }
         super().__init__(branches, site)

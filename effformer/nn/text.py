@@ -1,4 +1,4 @@
-"""Token sequences: checks, positions under padding, sinusoids."""
+"""Token sequences: checks, positions under padding as numbers and as vectors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from torch import Tensor, nn
 
 from effformer.checks import check_shape
 
-__all__ = ["Padding", "check_tokens", "draw_tokens", "sinusoids", "token_positions"]
+__all__ = [
+    "LearnedPositions",
+    "Padding",
+    "Positions",
+    "SinusoidalPositions",
+    "check_tokens",
+    "draw_tokens",
+    "make_positions",
+    "sinusoids",
+    "token_positions",
+]
 
 Padding = Literal["left", "right"]
+Positions = Literal["sinusoidal", "learned", "none"]
 
 
 def check_tokens(
@@ -89,3 +100,64 @@ def sinusoids(positions: Tensor, dim: int, *, period: float = 1e4) -> Tensor:
     angles = positions.unsqueeze(-1).float() * torch.exp(-math.log(period) / (half - 1) * steps)
     codes = torch.cat([angles.sin(), angles.cos()], dim=-1)
     return torch.nn.functional.pad(codes, (0, dim % 2))
+
+
+class SinusoidalPositions(nn.Module):
+    """``sinusoid(position + pad + 1)`` on real tokens, zero on padding.
+
+    Args:
+        dim: width of a code, at least 4.
+        pad: id of padding; fairseq counts positions from the next number.
+        padding: side of the padding.
+    """
+
+    def __init__(self, dim: int, *, pad: int, padding: Padding) -> None:
+        super().__init__()
+        self.dim, self.pad, self.padding = dim, pad, padding
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """(B, N) bool, True = real token, to (B, N, D) float32."""
+        codes = sinusoids(token_positions(mask, self.padding) + self.pad + 1, self.dim)
+        return codes * mask.unsqueeze(-1)
+
+
+class LearnedPositions(nn.Embedding):
+    """Row ``position + pad + 1`` of a table on real tokens, row ``pad`` on padding.
+
+    The table has ``context + pad + 1`` rows, as fairseq's; those below ``pad`` are never read.
+
+    Args:
+        dim: width of a code.
+        context: number of positions, the most tokens of a sequence.
+        pad: id of padding.
+        padding: side of the padding.
+    """
+
+    def __init__(self, dim: int, *, context: int, pad: int, padding: Padding) -> None:
+        super().__init__(context + pad + 1, dim, padding_idx=pad)
+        self.context, self.pad, self.padding = context, pad, padding
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """(B, N) bool, True = real token, to (B, N, D).
+
+        Raises:
+            ValueError: there are more tokens than positions.
+        """
+        if mask.shape[1] > self.context:
+            raise ValueError(
+                f"learned positions: {mask.shape[1]} tokens, but positions for {self.context} "
+                "only; cut the sequence or build the model with a longer context"
+            )
+        places = token_positions(mask, self.padding) + self.pad + 1
+        return super().forward(torch.where(mask, places, self.pad))
+
+
+def make_positions(
+    kind: Positions, dim: int, *, context: int, pad: int, padding: Padding
+) -> SinusoidalPositions | LearnedPositions | None:
+    """The module that gives tokens their positions, None for "none"; arguments as above."""
+    if kind == "sinusoidal":
+        return SinusoidalPositions(dim, pad=pad, padding=padding)
+    if kind == "learned":
+        return LearnedPositions(dim, context=context, pad=pad, padding=padding)
+    return None

@@ -15,7 +15,14 @@ from torch import Tensor
 from effformer.checks import FormatError
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
 
-__all__ = ["BERT", "DECODER_LAYER", "ENCODER_LAYER", "PLAIN_ENCODER_LAYER", "TRANSLATION"]
+__all__ = [
+    "BERT",
+    "DECODER_LAYER",
+    "ENCODER_LAYER",
+    "PLAIN_DECODER_LAYER",
+    "PLAIN_ENCODER_LAYER",
+    "TRANSLATION",
+]
 
 _SELF = [("attn.part.proj", "self_attn.out_proj")]
 _SELF_ROWS = [Rows(("attn.part.qkv.{kind}",), ("self_attn.in_proj_{kind}",))]
@@ -87,6 +94,14 @@ DECODER_LAYER = renamed(
 )
 """One Macaron block of a decoder."""
 
+PLAIN_DECODER_LAYER = renamed(
+    "fairseq",
+    _PLAIN_DECODER,
+    rows=_CROSS_ROWS,
+    recognise=has_keys("encoder_attn.in_proj_weight", "fc1.weight"),
+)
+"""One ordinary block of a decoder."""
+
 
 def _below(
     ours: str, theirs: str, pairs: Iterable[tuple[str, str]], rows: Iterable[Rows]
@@ -128,7 +143,12 @@ def _same(state: StateDict, keys: Iterable[str], what: str) -> Tensor | None:
 
 def _translation_names(plain: bool) -> Layout:
     pairs, rows = _stacks(plain)
-    pairs += [("encoder.norm", "encoder.layer_norm"), ("decoder.norm", "decoder.layer_norm")]
+    pairs += [
+        ("encoder.norm", "encoder.layer_norm"),
+        ("decoder.norm", "decoder.layer_norm"),
+        ("positions", "encoder.embed_positions"),
+        ("target_positions", "decoder.embed_positions"),
+    ]
     return renamed("fairseq", pairs, rows=rows, recognise=has_keys("encoder.layers.0.fc1.weight"))
 
 
@@ -180,6 +200,7 @@ def _bert_names(plain: bool) -> Layout:
     pairs, rows = _below("blocks", "encoder.layers", _PLAIN if plain else _ENCODER, _SELF_ROWS)
     pairs += [
         ("embed", "encoder.embed_tokens"),
+        ("positions", "encoder.embed_positions"),
         ("segment_embed", "encoder.embed_segment"),
         ("norm", "encoder.layer_norm"),
         ("mlm.fc", "mid_layer.0"),
@@ -194,16 +215,20 @@ _BERT = {plain: _bert_names(plain) for plain in (False, True)}
 
 def _bert_to_ours(state: StateDict, config: Any) -> StateDict:
     state = _dropped(state)
-    table = _same(state, ["encoder.embed_tokens.weight", "embed_out"], "one table")
-    out = {} if table is None else {"embed.weight": table}
+    out: StateDict = {}
+    if config.tied:
+        table = _same(state, ["encoder.embed_tokens.weight", "embed_out"], "one table")
+        out = {} if table is None else {"embed.weight": table}
+    elif "embed_out" in state:
+        out = {"head.weight": state.pop("embed_out")}
     return out | _BERT[_is_plain(state, "macaron_fc1")].to_ours(state, config)
 
 
 def _bert_from_ours(state: StateDict, config: Any) -> StateDict:
+    state = dict(state)
+    output = state.get("embed.weight") if config.tied else state.pop("head.weight", None)
     out = _BERT[_is_plain(state, "ffn1")].from_ours(state, config)
-    if "encoder.embed_tokens.weight" in out:
-        out["embed_out"] = out["encoder.embed_tokens.weight"]
-    return out
+    return out if output is None else out | {"embed_out": output}
 
 
 BERT = Layout(
