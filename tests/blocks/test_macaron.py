@@ -29,21 +29,23 @@ def build(*, attn: Any = "softmax", causal: bool = False, **config: Any) -> Maca
     return block.eval()
 
 
-def test_prenorm_equations() -> None:
-    block, x = build(), torch.randn(2, 5, DIM)
+@pytest.mark.parametrize("factor", [0.5, 0.3])
+def test_prenorm_equations(factor: float) -> None:
+    block, x = build(factor=factor), torch.randn(2, 5, DIM)
     one, attn, two = block.branches
-    y = x + 0.5 * one.part(one.norm(x), EMPTY)
+    y = x + factor * one.part(one.norm(x), EMPTY)
     y = y + attn.part(attn.norm(y), EMPTY)
-    y = y + 0.5 * two.part(two.norm(y), EMPTY)
+    y = y + factor * two.part(two.norm(y), EMPTY)
     torch.testing.assert_close(block(x), y)
 
 
-def test_postnorm_equations() -> None:
-    block, x = build(post_norm=True), torch.randn(2, 5, DIM)
+@pytest.mark.parametrize("factor", [0.5, 0.3])
+def test_postnorm_equations(factor: float) -> None:
+    block, x = build(post_norm=True, factor=factor), torch.randn(2, 5, DIM)
     one, attn, two = block.branches
-    y = one.norm(x + 0.5 * one.part(x, EMPTY))
+    y = one.norm(x + factor * one.part(x, EMPTY))
     y = attn.norm(y + attn.part(y, EMPTY))
-    y = two.norm(y + 0.5 * two.part(y, EMPTY))
+    y = two.norm(y + factor * two.part(y, EMPTY))
     torch.testing.assert_close(block(x), y)
 
 
@@ -80,6 +82,17 @@ def test_the_factor_folds_into_the_weights() -> None:
     torch.testing.assert_close(block(x), y, rtol=0, atol=1e-6)
 
 
+def test_the_leading_network_may_have_its_own_width() -> None:
+    block = build(first_hidden=7)
+    assert [b.part.hidden for b in (block.ffn1, block.ffn2)] == [7, 2 * DIM]
+    assert block(torch.randn(2, 5, DIM)).shape == (2, 5, DIM)
+
+
+def test_options_survive_json() -> None:
+    config = Macaron.Config(factor=0.3, first_hidden=7, first_act="gelu", share=1.0)
+    assert Macaron.Config.from_dict(config.to_dict()) == config
+
+
 def test_first_activation() -> None:
     block = build(first_act="gelu")
     assert [b.part.config.act for b in (block.ffn1, block.ffn2)] == ["gelu", "relu"]
@@ -107,6 +120,10 @@ def test_bad_configs() -> None:
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"macaron: share must lie in \(0, 1\]"):
             Macaron.Config(share=share)
+    with pytest.raises(ValueError, match=r"macaron: factor must be positive, got 0\.0"):
+        Macaron.Config(factor=0.0)
+    with pytest.raises(ValueError, match="inner width must be positive"):
+        build(first_hidden=0)
     with pytest.raises(ValueError, match="post_norm has no conditioned form"):
         Macaron(
             Macaron.Config(post_norm=True),

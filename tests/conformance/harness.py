@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,9 +75,41 @@ class Golden:
 
     @property
     def tolerance(self) -> tuple[float, float]:
-        words = str(self.meta.get("tolerance", "")).replace(",", " ").split()
-        found = {k: float(v) for k, v in pairwise(words) if k in ("rtol", "atol")}
+        words = re.findall(r"(rtol|atol)\W+([\d.]+(?:e[+-]?\d+)?)", str(self.meta.get("tolerance")))
+        found = {k: float(v) for k, v in words}
         return found.get("rtol", 1e-4), found.get("atol", 1e-5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the set was made in."""
+        found = {x.dtype for x in self.tensors.values() if x.is_floating_point()}
+        return torch.float64 if found == {torch.float64} else torch.float32
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Models are built in the precision of the set."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def activation(self, name: str) -> str:
+        """Our name of an activation: "gelu (erf)" is "gelu", "gelu (tanh)" is "gelu-tanh"."""
+        plain, _, form = name.lower().removesuffix(")").partition(" (")
+        return "gelu-tanh" if (plain, form) == ("gelu", "tanh") else plain
+
+    def only(self, option: str, value: Any, *, why: str) -> None:
+        """Refuse a set whose option has another value, if it names the option at all.
+
+        Raises:
+            NotImplementedError: always then.
+        """
+        if (given := self.config.get(option, value)) != value:
+            raise NotImplementedError(
+                f"{self.name}: {option}={given!r} is not supported, only {value!r}: {why}"
+            )
 
 
 def adapter_names() -> list[str]:
@@ -89,10 +122,11 @@ def adapter_for(name: str) -> Callable[[Golden], None] | None:
     fitting = [a for a in adapter_names() if plain.startswith(a)]
     if not fitting:
         return None
-    return _load(max(fitting, key=len)).check
+    return load_adapter(max(fitting, key=len)).check
 
 
-def _load(stem: str) -> ModuleType:
+def load_adapter(stem: str) -> ModuleType:
+    """The module of an adapter."""
     spec = importlib.util.spec_from_file_location(f"conformance_{stem}", ADAPTERS / f"{stem}.py")
     assert spec is not None
     assert spec.loader is not None

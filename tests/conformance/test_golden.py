@@ -12,7 +12,9 @@ def test_golden_set(golden_path: Path) -> None:
     adapter = adapter_for(golden_path.stem)
     if adapter is None:
         pytest.skip("not implemented")
-    adapter(Golden.read(golden_path))
+    golden = Golden.read(golden_path)
+    with golden.precision():
+        adapter(golden)
 
 
 def test_the_longest_name_wins() -> None:

@@ -45,7 +45,7 @@ def test_parameters_of_the_published_sizes(size: str) -> None:
 
 
 def test_plain_form_equals_an_ordinary_encoder() -> None:
-    model = build(block="prenorm", depth=1, positions=False)
+    model = build(block="prenorm", depth=1, positions="none")
     block = model.encoder.blocks[0]
     layer = torch.nn.TransformerEncoderLayer(
         24, 3, block.ffn.part.hidden, batch_first=True, norm_first=True, dropout=0.0
@@ -129,11 +129,13 @@ def test_decoder_has_its_own_depth_heads_and_layers() -> None:
 
 
 @pytest.mark.parametrize("share", ["all", "target", "none"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
 @pytest.mark.parametrize("block", ["macaron", "prenorm"])
-def test_fairseq_layout_round_trip(share: str, block: str, tmp_path: Path) -> None:
-    model, source, target = build(share=share, block=block), ids(2, 5), ids(2, 4)
+def test_fairseq_layout_round_trip(share: str, block: str, positions: str, tmp_path: Path) -> None:
+    options = {"share": share, "block": block, "positions": positions, "context": 9}
+    model, source, target = build(**options), ids(2, 5), ids(2, 4)
     file = effformer.save_weights(model, tmp_path / "wmt.safetensors", layout="fairseq")
-    other = build(share=share, block=block)
+    other = build(**options)
     assert effformer.load_weights(other, file).layout == "fairseq"
     torch.testing.assert_close(other(source, target), model(source, target), rtol=0, atol=0)
 
@@ -143,6 +145,36 @@ def test_fairseq_layout_with_separate_tables_is_refused() -> None:
     state = model.LAYOUTS[0].from_ours(model.state_dict(), model.config)
     with pytest.raises(FormatError, match="this model shares one table"):
         effformer.load_weights(build(), state)
+
+
+OPTIONS: dict[str, Any] = {
+    "positions": "learned",
+    "context": 9,
+    "decoder_positions": "none",
+    "final_norm": True,
+    "decoder_final_norm": False,
+    "decoder_layers": {":": {"block": {"post_norm": True, "first_hidden": 7, "factor": 0.25}}},
+}
+
+
+def test_saves_and_loads_every_option(tmp_path: Path) -> None:
+    model, source, target = build(**OPTIONS), ids(2, 5), ids(2, 4)
+    loaded = effformer.load_model(effformer.save_pretrained(model, tmp_path / "macaron"))
+    assert loaded.config == model.config
+    torch.testing.assert_close(loaded(source, target), model(source, target), rtol=0, atol=0)
+    assert isinstance(model.decoder.norm, torch.nn.Identity)
+    assert model.decoder.blocks[1].ffn1.part.hidden == 7
+
+
+def test_learned_positions_end() -> None:
+    model = build(positions="learned", context=9, decoder_context=4)
+    assert model(ids(2, 9), ids(2, 4)).shape == (2, 4, 31)
+    for source, target, most in ((10, 4, 9), (9, 5, 4)):
+        with pytest.raises(ValueError, match=f"{most + 1} tokens, but positions for {most} only"):
+            model(ids(2, source), ids(2, target))
+    assert set(model.example_inputs()) == {"source", "target"}
+    model(**model.example_inputs())
+    assert not model.positions.weight[PAD].any()
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:
@@ -168,6 +200,11 @@ def test_impossible_combinations() -> None:
         build(target_vocab=40)
     with pytest.raises(ValueError, match="pad must be a token id, got 31"):
         build(pad=31)
+    for name in ("decoder_depth", "decoder_heads", "context", "decoder_context"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            build(**{name: 0})
+    with pytest.raises(ValueError, match=r"positions.*sinusoidal.*learned.*none"):
+        build(positions="rotary")
     assert build(target_vocab=40, share="target")(ids(1, 3), ids(1, 2)).shape == (1, 2, 40)
 
 

@@ -65,11 +65,15 @@ def test_the_first_sentence_is_not_marked() -> None:
 
 
 @pytest.mark.parametrize("block", ["macaron", "prenorm"])
-def test_fairseq_layout_round_trip(block: str, tmp_path: Path) -> None:
-    model, tokens = build(block=block, norm_affine=True), ids(2, 5)
+@pytest.mark.parametrize("options", [{}, {"positions": "learned", "context": 9, "tied": False}])
+def test_fairseq_layout_round_trip(block: str, options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"block": block, "norm_affine": True, **options}
+    model, tokens = build(**options), ids(2, 5)
     file = effformer.save_weights(model, tmp_path / "bert.safetensors", layout="fairseq")
-    other = build(block=block, norm_affine=True)
+    other = build(**options)
     assert effformer.load_weights(other, file).layout == "fairseq"
+    loaded = effformer.load_model(effformer.save_pretrained(model, tmp_path / "bert"))
+    assert loaded.config == model.config
     torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=0)
 
 
@@ -81,6 +85,10 @@ def test_bad_input_and_configs() -> None:
         model(ids(1, 3), rows=torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="pad must be a token id below 31, got 31"):
         build(pad=31)
+    with pytest.raises(ValueError, match="context must be at least 1, got 0"):
+        build(context=0)
+    with pytest.raises(ValueError, match="6 tokens, but positions for 5 only"):
+        build(positions="learned", context=5)(ids(1, 6))
 
 
 def test_exports_with_any_batch_and_length() -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from effformer.models.layouts.macaron import DECODER_LAYER, ENCODER_LAYER, PLAIN_ENCODER_LAYER
+from effformer.models.layouts.macaron import (
+    DECODER_LAYER,
+    ENCODER_LAYER,
+    PLAIN_DECODER_LAYER,
+    PLAIN_ENCODER_LAYER,
+)
 from harness import Golden
 
 import effformer
@@ -15,22 +20,64 @@ from effformer.context import Context, Site
 from effformer.ffn import MLP
 from effformer.layout import Layout
 
+LAYOUTS = {
+    (False, False): ENCODER_LAYER,
+    (False, True): PLAIN_ENCODER_LAYER,
+    (True, False): DECODER_LAYER,
+    (True, True): PLAIN_DECODER_LAYER,
+}
+"""(decoder, plain) -> layout."""
+
 
 def check(golden: Golden) -> None:
     cases = [key.removeprefix("in.").removesuffix(".x") for key in golden.keys("in.")]
     cases = [case for case in cases if f"out.{case}" in golden.tensors]
     assert cases
     for case in cases:
-        if case.startswith("enc"):
-            _check_encoder(golden, case)
-        else:
-            _check_decoder(golden, case)
+        _check_case(golden, case)
+
+
+def _check_case(golden: Golden, case: str) -> None:
+    block, layout = _load(golden, case)
+    inputs = {
+        name: golden.tensor(f"in.{case}.{name}").clone().requires_grad_()
+        for name in ("x", "encoder_out")
+        if f"in.{case}.{name}" in golden.tensors
+    }
+    padding = golden.tensors.get("in.enc.padding_mask")
+    mask = None if padding is None else padding == 0
+    ctx = Context(mask=mask)
+    if "encoder_out" in inputs:
+        ctx = Context(memory=inputs["encoder_out"].transpose(0, 1), memory_mask=mask)
+    y = block(inputs["x"].transpose(0, 1), ctx).transpose(0, 1)
+    golden.assert_close(y, f"out.{case}")
+    if f"in.{case}.cotangent" in golden.tensors:
+        y.backward(golden.tensor(f"in.{case}.cotangent"))
+        _check_gradients(golden, case, block, layout, inputs)
+
+
+def _check_gradients(
+    golden: Golden, case: str, block: Block, layout: Layout, inputs: dict[str, torch.Tensor]
+) -> None:
+    ours = {k: p.grad for k, p in block.named_parameters() if p.grad is not None}
+    grads = layout.from_ours(ours, None)
+    grads |= {name: x.grad for name, x in inputs.items() if x.grad is not None}
+    keys = golden.keys(f"grad.{case}.")
+    assert keys
+    for key in keys:
+        golden.assert_close(grads[key.removeprefix(f"grad.{case}.")], key)
+
+
+def _load(golden: Golden, case: str) -> tuple[Block, Layout]:
+    decoder, plain = case.startswith("dec"), "plain" in case
+    block, layout = _build(golden, case), LAYOUTS[decoder, plain]
+    effformer.load_weights(block, golden.weights(f"{case}."), layout)
+    return block.eval(), layout
 
 
 def _build(golden: Golden, case: str) -> Block:
     c = golden.config
     post, plain, decoder = "post" in case, "plain" in case, case.startswith("dec")
-    second, first = (c[f"{which}_ffn_activation"].split()[0] for which in ("second", "first"))
     site = Site(
         dim=c["embed_dim"],
         heads=c["heads"],
@@ -38,51 +85,20 @@ def _build(golden: Golden, case: str) -> Block:
         norm_eps=c["layer_norm_eps"],
         norm_affine=c["layer_norm_affine"],
     )
-    attn = Attention.Config(core=Softmax.Config(causal=decoder))
-    # a Macaron block takes the width of an ordinary one and gives each half its share
-    ffn: dict[str, Any] = {"hidden": c["ffn_dim"] if plain else 2 * c["ffn_dim"], "act": second}
-    parts: dict[str, Any] = {"attn": attn, "ffn": MLP.Config.from_dict(ffn)}
+    ffn = {"hidden": c["ffn_dim"], "act": golden.activation(c["second_ffn_activation"])}
+    parts: dict[str, Any] = {
+        "attn": Attention.Config(core=Softmax.Config(causal=decoder)),
+        "ffn": MLP.Config.from_dict(ffn),
+    }
     if decoder:
         parts["cross"] = Attention.Config()
     if plain:
-        return (
-            PostNorm(PostNorm.Config(), site, **parts)
-            if post
-            else PreNorm(PreNorm.Config(), site, **parts)
-        )
-    config = Macaron.Config.from_dict({"first_act": first, "post_norm": post})
-    assert c["fc_factor"] == 0.5
-    return Macaron(config, site, **parts)
-
-
-def _load(golden: Golden, case: str) -> tuple[Block, Layout]:
-    block = _build(golden, case)
-    plain, decoder = "plain" in case, case.startswith("dec")
-    layout = DECODER_LAYER if decoder else PLAIN_ENCODER_LAYER if plain else ENCODER_LAYER
-    effformer.load_weights(block, golden.weights(f"{case}."), layout)
-    return block.eval(), layout
-
-
-def _check_encoder(golden: Golden, case: str) -> None:
-    block, layout = _load(golden, case)
-    x = golden.tensor(f"in.{case}.x").clone().requires_grad_()
-    mask = golden.tensor("in.enc.padding_mask") == 0
-    y = block(x.transpose(0, 1), Context(mask=mask)).transpose(0, 1)
-    golden.assert_close(y, f"out.{case}")
-    (y * golden.tensor(f"in.{case}.cotangent")).sum().backward()
-    assert x.grad is not None
-    golden.assert_close(x.grad, f"grad.{case}.x")
-    grads = {k: p.grad for k, p in block.named_parameters() if p.grad is not None}
-    official = layout.from_ours(grads, None)
-    for key in golden.keys(f"grad.{case}."):
-        if not key.endswith(".x"):
-            golden.assert_close(official[key.removeprefix(f"grad.{case}.")], key)
-
-
-def _check_decoder(golden: Golden, case: str) -> None:
-    block, _ = _load(golden, case)
-    x, memory = golden.tensor(f"in.{case}.x"), golden.tensor(f"in.{case}.encoder_out")
-    mask = golden.tensor("in.enc.padding_mask") == 0
-    ctx = Context(memory=memory.transpose(0, 1), memory_mask=mask)
-    with torch.no_grad():
-        golden.assert_close(block(x.transpose(0, 1), ctx).transpose(0, 1), f"out.{case}")
+        kind = PostNorm if post else PreNorm
+        return kind(kind.Config(), site, **parts)
+    config = {
+        "share": 1.0,
+        "factor": c["fc_factor"],
+        "first_act": golden.activation(c["first_ffn_activation"]),
+        "post_norm": post,
+    }
+    return Macaron(Macaron.Config.from_dict(config), site, **parts)
