@@ -54,15 +54,16 @@ class Chosen(nn.Module):
     def __init__(self, gate: Gate, learners: int) -> None:
         super().__init__()
         self.inner, self.count, self.share = gate, learners, 1.0
-        self.chosen: dict[tuple[float, int], Tensor] = {}
+        self.choices: dict[tuple[float, int], Tensor] = {}
+        self.one_hot = gate.one_hot
 
-    def forward(self, x: Tensor) -> Tensor:
-        choice = self.inner(x)
-        key = (self.share, choice.shape[0] * choice.shape[1])
-        if key not in self.chosen:
-            k = _spread(key[1], self.share, self.inner.least, self.count)
-            self.chosen[key] = nn.functional.one_hot(k, self.count + 1).to(choice)
-        return self.chosen[key].view_as(choice)
+    def chosen(self, x: Tensor) -> Tensor:
+        """What `Gate.chosen` says, replaced."""
+        own = self.inner.chosen(x)
+        key = (self.share, own.numel())
+        if key not in self.choices:
+            self.choices[key] = _spread(key[1], self.share, self.inner.least, self.count)
+        return self.choices[key].view_as(own)
 
     def macs(self, n: int) -> int:
         """Multiply-adds of the gate."""

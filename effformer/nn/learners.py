@@ -94,12 +94,20 @@ class Gate(nn.Module):
             noise: Gumbel noise of the shape of the logits; None means drawn in training, absent in
                 evaluation.
         """
+        if noise is None and not self.training:
+            return self.one_hot(self.chosen(x)).to(x.dtype)
         logits = self.logits(x)
-        if noise is None and self.training:
+        if noise is None:
             noise = gumbel_like(logits, self.generator)
-        if noise is not None:
-            return straight_through(self.soft(logits, noise))
-        return self._padded(F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(x.dtype))
+        return straight_through(self.soft(logits, noise))
+
+    def chosen(self, x: Tensor) -> Tensor:
+        """The choices of evaluation, int64 (...), for tokens (..., D)."""
+        return self.logits(x).argmax(dim=-1) + self.least
+
+    def one_hot(self, chosen: Tensor) -> Tensor:
+        """Choices (...) as (..., K + 1) integers that are one at the choice."""
+        return F.one_hot(chosen, self.sizes[-1][1] + self.least)
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, (self.least, 0)) if self.least else x
@@ -116,13 +124,15 @@ class Run:
     Attributes:
         out: (B, N, E) outputs.
         chosen: (B, N) int64, how many learners each token ran.
-        choice: (B, N, K + 1) one-hot of it, with the gradient of the gate; None if the gate was
-            idle.
+        choice: (B, N, K + 1) one-hot of it, with the gradient of the gate; None where no gradient
+            leads to the gate.
+        gated: the gate chose; False if it was idle.
     """
 
     out: Tensor
     chosen: Tensor
-    choice: Tensor | None
+    choice: Tensor | None = None
+    gated: bool = True
 
 
 class Learners(nn.Module):
@@ -221,14 +231,12 @@ class Learners(nn.Module):
         fixed = self.count if complete else self.fixed
         if fixed is not None:
             chosen = torch.full(x.shape[:2], fixed, device=x.device)
-            return Run(self.drop(self._prefix(x, fixed)), chosen, None)
-        choice = self.gate(x)
-        chosen = choice.argmax(dim=-1)
+            return Run(self.drop(self._prefix(x, fixed)), chosen, gated=False)
         if self.training or not values_known(x):
-            out = self._masked(x, choice)
-        else:
-            out = self._grouped(x, chosen)
-        return Run(self.drop(out), chosen, choice)
+            choice = self.gate(x)
+            return Run(self.drop(self._masked(x, choice)), choice.argmax(dim=-1), choice)
+        chosen = self.gate.chosen(x)
+        return Run(self.drop(self._grouped(x, chosen)), chosen)
 
     def account(self, run: Run, ledger: Ledger, name: str) -> Tensor:
         """Write the choices of a run into a ledger.
@@ -241,8 +249,11 @@ class Learners(nn.Module):
         Returns:
             (B,) multiply-adds that each sample executed, the gate's included.
         """
-        if run.choice is not None:
-            ledger.choose(name, run.choice, self.cost)
+        if run.gated:
+            choice = run.choice
+            if choice is None:
+                choice = self.gate.one_hot(run.chosen).to(run.out.dtype)
+            ledger.choose(name, choice, self.cost)
         n = run.chosen.shape[1]
         return self._gate_macs(n) + self.cost * run.chosen.sum(dim=1).float()
 
@@ -281,7 +292,7 @@ class Learners(nn.Module):
     def _prefix(self, x: Tensor, k: int) -> Tensor:
         """``y_k`` for all tokens."""
         if k == 0:
-            return self._zero(x).clone()
+            return self._zero(x) if self.zero is None else self._zero(x).clone()
         out = self.learner(1, x)
         if self.zero is not None:
             out = out + self.zero
