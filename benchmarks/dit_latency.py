@@ -14,7 +14,7 @@ from markdown import Row, write
 import effformer
 from effformer.profile import interleave
 
-THREADS, RUNS = 2, 25
+THREADS, RUNS = 2, 51
 
 
 def peer() -> DiTTransformer2DModel:
