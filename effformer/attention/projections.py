@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effformer.config import Config
 from effformer.context import Ledger
-from effformer.nn.activations import ACTIVATIONS
+from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.learners import Gate, Learners, Run
 
 __all__ = ["AdaptiveProjections", "Work", "project"]
@@ -18,8 +18,8 @@ __all__ = ["AdaptiveProjections", "Work", "project"]
 class AdaptiveProjections(Config):
     """Query, key, value and output projections as sums of low-rank learners, a gate for each.
 
-    See `effformer.nn.learners.Learners`; there is no activation, so a token that runs k of K
-    learners is projected by a matrix of rank ``k h``.
+    See `effformer.nn.learners.Learners`; by default there is no activation, so a token that runs k
+    of K learners is projected by a matrix of rank ``k h``.
 
     Attributes:
         learners: K.
@@ -27,6 +27,7 @@ class AdaptiveProjections(Config):
             projection D -> E with ``c = size / K``: all learners together have ``size`` times the
             parameters of the matrix that they replace.
         size: see ``width``.
+        act: activation of the learners.
         bias: the inner layers have biases.
         out_bias: the outputs have biases.
         least: fewest learners that a token may run; none would leave it without a query or key.
@@ -40,6 +41,7 @@ class AdaptiveProjections(Config):
     learners: int = 4
     width: int | None = None
     size: float = 1.0
+    act: Activation = "identity"
     bias: bool = True
     out_bias: bool = False
     least: int = 1
@@ -70,7 +72,7 @@ class AdaptiveProjections(Config):
             out_dim=out_dim,
             count=self.learners,
             width=self.width or max(1, round(even)),
-            act=ACTIVATIONS["identity"],
+            act=ACTIVATIONS[self.act],
             bias=self.bias,
             out_bias=self.out_bias,
             gate=self.gate,

@@ -16,7 +16,7 @@ from .postnorm import PostNorm
 from .prenorm import PreNorm
 from .respost import ResPost
 from .slots import TokenPart, WidthPart
-from .stack import BackboneConfig, StackConfig, build_stack
+from .stack import BackboneConfig, StackConfig, build_stack, resolve_layers
 from .tome import ToMe
 
 __all__ = [
@@ -47,4 +47,5 @@ __all__ = [
     "WidthPart",
     "build_stack",
     "init_states",
+    "resolve_layers",
 ]

@@ -21,7 +21,7 @@ from .needs import MIXING, Layer, Needs, check_layer
 from .prenorm import PreNorm
 from .schedule import along_axes
 
-__all__ = ["BackboneConfig", "StackConfig", "build_stack", "with_causal"]
+__all__ = ["BackboneConfig", "StackConfig", "build_stack", "resolve_layers", "with_causal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ def build_stack(
         assert isinstance(config, BackboneConfig)
         site = [site] * config.depth
     needs = replace(needs, memory=cross is not None)
-    layers = _layers(config, len(site), cross, name)
+    layers = resolve_layers(config, len(site), cross=cross, name=name)
     views = along_axes([layer.attn for layer in layers], config.axes, needs.grid, name)
     layers = [
         layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
@@ -156,7 +156,20 @@ def with_causal(attn: Config, causal: bool) -> Config:
     return attn.replace(**changes)
 
 
-def _layers(config: StackConfig, depth: int, cross: Config | None, name: str) -> list[Layer]:
+def resolve_layers(
+    config: StackConfig, depth: int, *, cross: Config | None = None, name: str
+) -> list[Layer]:
+    """The parts of every block: the config's, with the changes of ``config.layers``.
+
+    Args:
+        config: the model's config.
+        depth: number of blocks.
+        cross: mixer over a memory in every block, None for none.
+        name: the model's name, for messages.
+
+    Raises:
+        ValueError: a bad slice or part in ``config.layers``.
+    """
     layer = Layer(
         attn=config.attn, ffn=config.ffn, block=config.block, cross=cross,
         width=config.width, tokens=config.tokens,

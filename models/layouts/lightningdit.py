@@ -48,8 +48,8 @@ def _to_ours(state: StateDict, config: Any) -> StateDict:
     """Rename; tables are checked, since the model computes its own."""
     state = dict(state)
     for key, expected in _tables(config).items():
-        table = state.pop(key, expected)
-        if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-4):
+        table = state.pop(key, expected).to(expected)
+        if table.shape != expected.shape or not torch.allclose(table, expected, atol=1e-4):
             raise FormatError(f"{key} is not the rotary table of this model's grid and heads")
     return check_positions(_names(config).to_ours(state, config), config)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from effformer.blocks import PreNorm
+from effformer.blocks import PreNorm, resolve_layers
 from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 
@@ -37,8 +37,13 @@ _BEFORE = [
     ("norm", "encoder.ln"),
     ("head.linear", "heads.head"),
 ]
-_DENSE = [("blocks.{i}.attn.part.proj", f"{_LAYER}.self_attention.out_proj")]
-_ADAPTIVE = [("blocks.{i}.attn.part.proj", f"{_LAYER}.self_attention.o_proj")]
+_PROJ = [
+    *(
+        (f"blocks.{{i}}.attn.part.proj.{kind}", f"{_LAYER}.self_attention.out_proj.{kind}")
+        for kind in ("weight", "bias")
+    ),
+    ("blocks.{i}.attn.part.proj", f"{_LAYER}.self_attention.o_proj"),  # learners
+]
 
 
 def _mlp(first: str, second: str) -> list[tuple[str, str]]:
@@ -49,14 +54,13 @@ def _mlp(first: str, second: str) -> list[tuple[str, str]]:
 _RECOGNISE = has_keys("class_token", "conv_proj.weight", "encoder.pos_embedding")
 _READ = renamed(
     "torchvision",
-    [*_mlp("0", "3"), *_mlp("linear_1", "linear_2"), *_DENSE, *_ADAPTIVE, *_BEFORE],
+    [*_mlp("0", "3"), *_mlp("linear_1", "linear_2"), *_PROJ, *_BEFORE],
     recognise=_RECOGNISE,
 )
-_WRITE, _WRITE_ADAPTIVE = (
-    renamed("torchvision", [*_mlp("0", "3"), *proj, *_BEFORE], recognise=_RECOGNISE)
-    for proj in (_DENSE, _ADAPTIVE)
+_WRITE = renamed("torchvision", [*_mlp("0", "3"), *_PROJ, *_BEFORE], recognise=_RECOGNISE)
+_PLACE = re.compile(
+    r"(encoder\.layers\.encoder_layer_(\d+)\.(?:mlp|self_attention\.[qkvo]_proj))\."
 )
-_PLACE = re.compile(r"(encoder\.layers\.encoder_layer_\d+\.(?:mlp|self_attention\.[qkvo]_proj))\.")
 
 
 def _to_ours(state: StateDict, config: Any) -> StateDict:
@@ -69,29 +73,34 @@ def _from_ours(state: StateDict, config: Any) -> StateDict:
             "torchvision's vision transformers have pre-norm blocks and a class token; "
             "layout='effformer' writes any model"
         )
-    adaptive = getattr(config.attn, "projections", None) is not None
-    out = (_WRITE_ADAPTIVE if adaptive else _WRITE).from_ours(state, config)
-    return _each_place(out, config, join_learners)
+    return _each_place(_WRITE.from_ours(state, config), config, join_learners)
 
 
 def _each_place(
     state: StateDict, config: Any, convert: Callable[[StateDict, int], StateDict]
 ) -> StateDict:
     """Convert the learners at every place that has some."""
-    places: dict[str, StateDict] = {}
+    places: dict[tuple[str, int], StateDict] = {}
     out: StateDict = {}
+    layers = resolve_layers(config, config.depth, name="torchvision")
     for key, value in state.items():
         found = _PLACE.match(key)
         if found is None:
             out[key] = value
         else:
-            places.setdefault(found[1], {})[key[found.end() :]] = value
-    for place, inner in places.items():
-        if not inner.keys().isdisjoint(("w1", "fc1.0.weight")):
-            part = config.ffn if place.endswith(".mlp") else config.attn.projections
-            inner = convert(inner, part.learners)
+            places.setdefault((found[1], int(found[2])), {})[key[found.end() :]] = value
+    for (place, i), inner in places.items():
+        count = _learners(layers[i], place) if i < len(layers) else None
+        if count is not None:  # otherwise reported as unexpected by whoever loads it
+            inner = convert(inner, count)
         out |= {f"{place}.{key}": value for key, value in inner.items()}
     return out
+
+
+def _learners(layer: Any, place: str) -> int | None:
+    """Number of learners that a layer has there, None if it is dense."""
+    part = layer.ffn if place.endswith(".mlp") else getattr(layer.attn, "projections", None)
+    return getattr(part, "learners", None)
 
 
 TORCHVISION = Layout(

@@ -47,6 +47,13 @@ def test_fixed_projections_are_matrices_of_low_rank(k: int) -> None:
     torch.testing.assert_close(part(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+def test_learners_may_have_an_activation() -> None:
+    part, x = make(projections={"fixed": 2, "act": "relu"}), torch.randn(2, 7, DIM)
+    query = sum(b(a(x).clamp(min=0)) for a, b in zip(part.q.fc1[:2], part.q.fc2[:2], strict=True))
+    torch.testing.assert_close(part.q(x).out, query, rtol=1e-4, atol=1e-5)
+    assert part.config.to_dict()["projections"]["act"] == "relu"
+
+
 def test_equals_the_outputs_of_every_projection_at_the_chosen_numbers() -> None:
     part, x, ledger = make(), torch.randn(2, 9, DIM), Ledger()
     out = part(x, Context(ledger=ledger))

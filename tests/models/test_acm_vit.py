@@ -71,6 +71,27 @@ def test_adaptive_keys_round_trip(projections: dict[str, object] | None) -> None
     torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()))
 
 
+def test_adaptive_layers_among_dense_ones() -> None:
+    layers = {
+        "0": {"ffn": {"name": "acm", "hidden": 30, "learners": 3}},
+        "-1": {"attn": {"projections": {"width": 5, "learners": 2}}},
+    }
+    model, other, dense, x = (
+        *(ours(layers=layers) for _ in range(2)),
+        ours(),
+        torch.randn(2, 3, 16, 16),
+    )
+    layout = next(lay for lay in ViT.LAYOUTS if lay.name == "torchvision")
+    official = layout.from_ours(dict(model.state_dict()), model.config)
+    place = "encoder.layers.encoder_layer_{}.self_attention.{}"
+    assert place.format(0, "out_proj.weight") in official
+    assert official[place.format(1, "o_proj.w1")].shape == (16, 10)
+    assert effformer.load_weights(other, official).layout == "torchvision"
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    with pytest.raises(FormatError, match=r"unexpected: .*ffn\.part\.learners"):
+        effformer.load_weights(dense, official)
+
+
 def test_other_blocks_cannot_be_written() -> None:
     model = ours(block="macaron")
     layout = next(lay for lay in ViT.LAYOUTS if lay.name == "torchvision")
