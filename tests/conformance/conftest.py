@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-DEFAULT = Path(__file__).parents[1] / "golden"
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_path" in metafunc.fixturenames:

@@ -1,8 +1,8 @@
 """Golden sets and the adapters that compare our models with them.
 
 An adapter is a module ``adapters/<name>.py`` with a function ``check(golden)``; dashes in a set's
-name are underscores in the file's. It serves every set whose name begins with its own; the longest
-name wins.
+name are underscores in the file's. It serves every set whose name begins with its own, as a whole
+word (``dit_nosigma`` is a ``dit``); the longest name wins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from effformer.nn.activations import ACTIVATIONS
+
 ADAPTERS = Path(__file__).parent / "adapters"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,41 @@ class Golden:
             torch.set_default_dtype(before)
 
     def activation(self, name: str) -> str:
-        """Our name of an activation: "gelu (erf)" is "gelu", "gelu (tanh)" is "gelu-tanh"."""
-        plain, _, form = name.lower().removesuffix(")").partition(" (")
-        return "gelu-tanh" if (plain, form) == ("gelu", "tanh") else plain
-
-    def only(self, option: str, value: Any, *, why: str) -> None:
-        """Refuse a set whose option has another value, if it names the option at all.
+        """Our name of an activation that a set calls "gelu (erf)", "gelu_new", "swish" or "ReLU".
 
         Raises:
-            NotImplementedError: always then.
+            NotImplementedError: this package has none of that name.
         """
-        if (given := self.config.get(option, value)) != value:
+        known = {
+            "gelu (erf)": "gelu", "gelu_new": "gelu-tanh", "gelu (tanh)": "gelu-tanh",
+            "gelu_pytorch_tanh": "gelu-tanh", "gelu_tanh": "gelu-tanh", "swish": "silu",
+        }  # fmt: skip
+        found = known.get(name.lower(), name.lower())
+        if found not in ACTIVATIONS:
             raise NotImplementedError(
-                f"{self.name}: {option}={given!r} is not supported, only {value!r}: {why}"
+                f"{self.name}: no activation {name!r} here, only {', '.join(ACTIVATIONS)}"
+            )
+        return found
+
+    def only(
+        self, option: str, *values: Any, why: str, among: dict[str, Any] | None = None
+    ) -> None:
+        """Refuse a set whose option has another value than these, if it names the option at all.
+
+        Args:
+            option: the option.
+            values: what it may be.
+            why: the reason.
+            among: the options, None for the set's config.
+
+        Raises:
+            NotImplementedError: it has another value.
+        """
+        given = (self.config if among is None else among).get(option, values[0])
+        if given not in values:
+            allowed = " or ".join(map(repr, values))
+            raise NotImplementedError(
+                f"{self.name}: {option}={given!r} is not supported, only {allowed}: {why}"
             )
 
 
@@ -119,7 +144,7 @@ def adapter_names() -> list[str]:
 def adapter_for(name: str) -> Callable[[Golden], None] | None:
     """The adapter with the longest name that begins the set's name."""
     plain = name.replace("-", "_")
-    fitting = [a for a in adapter_names() if plain.startswith(a)]
+    fitting = [a for a in adapter_names() if re.match(rf"{a}(?![a-z])", plain)]
     if not fitting:
         return None
     return load_adapter(max(fitting, key=len)).check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import Golden, adapter_for, adapter_names
+from harness import Golden, adapter_for
 
 
 def test_golden_set(golden_path: Path) -> None:
@@ -15,9 +15,3 @@ def test_golden_set(golden_path: Path) -> None:
     golden = Golden.read(golden_path)
     with golden.precision():
         adapter(golden)
-
-
-def test_the_longest_name_wins() -> None:
-    assert "dit" in adapter_names()
-    assert adapter_for("dit_nosigma") is not None
-    assert adapter_for("no-such-system") is None

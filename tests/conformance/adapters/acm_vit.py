@@ -40,39 +40,38 @@ def _place(key: str) -> str:
 
 def _build(golden: Golden, fixed: int | None = None) -> ViT:
     c = golden.config
-    gate = {"depth": c["gate"]["depth"], "hidden": c["gate"]["hidden"], "tau": c["gate"]["tau"]}
+    config = ViT.Config(
+        dim=c["hidden"], depth=c["layers"], heads=c["heads"], image_size=c["image"],
+        patch=c["patch"], num_classes=c["classes"], channels=golden.tensor("in.x").shape[1],
+        layers={str(i): _layer(golden, i, fixed) for i in range(c["layers"])},
+    )  # fmt: skip
+    model = ViT(config.replace(norm={"eps": c["layernorm_eps"]})).eval()
+    effformer.load_weights(model, golden.weights())
+    return model
+
+
+def _layer(golden: Golden, i: int, fixed: int | None) -> dict[str, Any]:
+    """FFN and attention of one block, either of which may have been left as it was."""
+    c, act = golden.config, golden.activation(golden.config["ffn_activation"])
     common: dict[str, Any] = {
         "learners": c["num_blocks"],
         "bias": c["bias"] in (True, "hidden_only"),
         "out_bias": c["bias"] in (True, "out_only"),
         "fixed": fixed,
-        "gate": gate,
+        "gate": {name: c["gate"][name] for name in ("depth", "hidden", "tau")},
     }
-    changes: dict[str, Any] = {}
-    ffn = _width(c["block_dims"], r"\.mlp$")
-    changes["ffn"] = {"name": "mlp", "hidden": c["mlp"], "act": c["ffn_activation"]}
-    if ffn is not None:
-        least = c["gate"]["min_choice_ffn"]
-        act = c["ffn_activation"]
-        changes["ffn"] = {"name": "acm", "hidden": ffn * c["num_blocks"], "act": act, **common}
-        changes["ffn"] |= {"least": least}
-    width = _width(c["block_dims"], r"_proj$")
+    made: dict[str, Any] = {"ffn": {"name": "mlp", "hidden": c["mlp"], "act": act}}
+    place = f"encoder.layers.encoder_layer_{i}"
+    if (width := c["block_dims"].get(f"{place}.mlp")) is not None:
+        made["ffn"] = {"name": "acm", "hidden": width * c["num_blocks"], "act": act, **common}
+        made["ffn"]["least"] = c["gate"]["min_choice_ffn"]
+    widths = {name: c["block_dims"].get(f"{place}.self_attention.{name}") for name in PROJECTIONS}
+    width = widths["q_proj"]
+    for name in PROJECTIONS:
+        golden.only(name, width, why="one attention has one width of learners", among=widths)
     if width is not None:
-        assert c["attention_activation"] == "identity", c["attention_activation"]
+        act = golden.activation(c["attention_activation"])
         least = c["gate"]["min_choice_attention_projections"]
-        changes["attn"] = {"projections": {"width": width, **common, "least": least}}
-    config = ViT.Config(
-        dim=c["hidden"], depth=c["layers"], heads=c["heads"], image_size=c["image"],
-        patch=c["patch"], num_classes=c["classes"], channels=golden.tensor("in.x").shape[1],
-    )  # fmt: skip
-    config = config.replace(norm={"eps": c["layernorm_eps"]}, **changes)
-    model = ViT(config).eval()
-    effformer.load_weights(model, golden.weights())
-    return model
-
-
-def _width(widths: dict[str, int], pattern: str) -> int | None:
-    """The common inner width of the modules that match, None if there are none."""
-    found = {width for place, width in widths.items() if re.search(pattern, place)}
-    assert len(found) <= 1, found
-    return next(iter(found), None)
+        projections = {"width": width, "act": act, **common, "least": least}
+        made["attn"] = {"projections": projections}
+    return made

@@ -50,6 +50,7 @@ def _check_bert(golden: Golden, layers: dict[str, Any], key: str) -> None:
         ffn={"hidden": c["intermediate_size"]},
         vocab=c["vocab"],
         context=c["max_len"],
+        segments=len(golden.weights("embeddings.token_type_embeddings.")["weight"]),
         layers=layers,
         pooler=False,
     ).eval()

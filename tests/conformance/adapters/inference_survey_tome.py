@@ -103,6 +103,6 @@ def _source(tap: Tap, tokens: int) -> torch.Tensor:
     source = torch.eye(tokens)[None]
     for place, groups in tap.seen.items():
         if place.endswith(".groups"):
-            step = Matching(groups, int(groups.max()) + 1).source().float()
+            step = Matching(groups, int(groups.max()) + 1).source().to(source)
             source = step @ source
     return source

@@ -11,7 +11,7 @@ from effformer.nn.lif import LIF
 
 _OPTIONS = {
     "tau": "tau", "v_threshold": "threshold", "v_reset": "reset", "decay_input": "decay_input",
-    "detach_reset": "detach_reset",
+    "detach_reset": "detach_reset", "alpha": "alpha",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ _SPIKES = ("spikes_in", "lmu_spikes", "u_spikes", "memory_spikes", "head_spikes"
 
 def check(golden: Golden) -> None:
     c = golden.config
-    neurons = _neurons(c["lif"])
+    neurons = _neurons(golden)
     first = neurons | {"threshold": c["lif"]["v_threshold_prev_lif"]}
     model = build(
         golden,
@@ -47,9 +47,10 @@ def check(golden: Golden) -> None:
     finish(golden, model, logits, x)
 
 
-def _neurons(lif: dict[str, Any]) -> dict[str, Any]:
+def _neurons(golden: Golden) -> dict[str, Any]:
+    lif = golden.config["lif"]
     kind, _, alpha = lif["surrogate"].partition(" alpha=")
-    assert kind == "sigmoid"
+    golden.only("surrogate", "sigmoid", why="the neurons have one", among={"surrogate": kind})
     return {
         "tau": lif["tau"],
         "threshold": lif["v_threshold"],

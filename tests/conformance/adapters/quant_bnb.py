@@ -18,7 +18,8 @@ def check(golden: Golden) -> None:
     for key, table in (("dynamic_signed_8bit", bw.DYNAMIC), ("nf4", bw.NF4), ("fp4", bw.FP4)):
         _exact(golden, torch.tensor(table), f"code.{key}")
     for case, config in enumerate(golden.config):
-        assert config["nested_blocksize"] == bw.NESTED_BLOCK
+        why = "the package has no other"
+        golden.only("nested_blocksize", bw.NESTED_BLOCK, why=why, among=config)
         weight = golden.tensor(f"c{case}.in.w")
         dynamic = {"name": "int8-dynamic", "block": config["blocksize"]}
         layer = _layer(weight, dynamic)

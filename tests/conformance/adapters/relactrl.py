@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from effformer.models.layouts.relactrl import BLOCK, EXPERT
 from effformer.models.relactrl import ControlBlock
@@ -25,16 +27,18 @@ def check(golden: Golden) -> None:
         golden.assert_close(skip, f"out.{name}.c_skip")
 
 
-def _config(golden: Golden, name: str, groups: int) -> TDSM.Config:
+def _config(golden: Golden, name: str, widths: list[int]) -> TDSM.Config:
     info = golden.meta["info"][name]
-    return TDSM.Config(groups=groups, heads=info["heads"], segments=info["segments"], unit=32)
+    return TDSM.Config(
+        groups=len(widths), heads=info["heads"], segments=info["segments"], unit=gcd(*widths)
+    )
 
 
 def _build(golden: Golden, name: str) -> ControlBlock:
     """The first block of the official list has its two inputs the other way round."""
     widths = golden.meta["info"][name]["groups"]
     site = Site(dim=golden.meta["dim"], tokens=golden.meta["tokens"])
-    block = ControlBlock(_config(golden, name, len(widths)), site, first=name == "block0")
+    block = ControlBlock(_config(golden, name, widths), site, first=name == "block0")
     effformer.load_weights(block, golden.weights(f"{name}."), BLOCK)
     mixer = block.mixer.part
     assert isinstance(mixer, TDSM)
@@ -46,7 +50,7 @@ def _build(golden: Golden, name: str) -> ControlBlock:
 
 def _check_token_mixer(golden: Golden) -> None:
     x = golden.tensor("in.token.x")
-    config = _config(golden, golden.meta["order"][0], 1)
+    config = _config(golden, golden.meta["order"][0], [x.shape[2]])
     mixer = TDSM(config, Site(dim=x.shape[2]))
     effformer.load_weights(mixer, golden.weights("token."), EXPERT)
     mixer.use(Shuffle(torch.arange(x.shape[2]), (golden.tensor("in.token.perm"),)))

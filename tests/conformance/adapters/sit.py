@@ -128,7 +128,8 @@ def _ode(golden: Golden, model: SiT, run: Any) -> None:
     # num_steps counts points
     grid = TimeGrid.uniform(run["num_steps"] - 1, run["t0"], run["t1"])
     start = golden.tensor("in.x1" if run["reverse"] else "in.x0")
-    method = METHODS.get(run["method"], run["method"])
+    method = {"name": METHODS.get(run["method"], run["method"])}
+    method |= {k: run[k] for k in ("rtol", "atol") if k in run}
     result = sample(
         velocity, start, sampler=method, grid=grid, trajectory=True, y=golden.tensor("in.y")
     )

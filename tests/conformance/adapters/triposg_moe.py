@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ def check(golden: Golden) -> None:
         golden.assert_close(_build(golden, renormalise=True)(x), "out.y_renormalised")
 
 
+def _balance(golden: Golden) -> float:
+    """The weight of the auxiliary loss in the gradients: "... of mean(out.y**2)+0.01*aux"."""
+    found = re.search(r"([\d.]+(?:e-?\d+)?) ?\* ?aux", golden.meta["note"])
+    assert found is not None
+    return float(found[1])
+
+
 def _build(golden: Golden, **more: Any) -> MoE:
     c = golden.config
     options = {
@@ -39,7 +47,7 @@ def _build(golden: Golden, **more: Any) -> MoE:
         "experts": c["experts"],
         "top_k": c["top_k"],
         "shared": c["shared"],
-        "balance": 0.01,  # the weight in the set's gradients
+        "balance": _balance(golden),
         **more,
     }
     part = MoE(MoE.Config.from_dict(options), Site(dim=c["d"]))

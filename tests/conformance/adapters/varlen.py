@@ -9,8 +9,6 @@ from harness import Golden
 import effformer
 from effformer.context import Context, Packing
 
-ACTS = {"gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "relu": "relu"}
-
 
 def check(golden: Golden) -> None:
     c = golden.config
@@ -19,7 +17,7 @@ def check(golden: Golden) -> None:
         dim=c["hidden_size"],
         depth=c["num_hidden_layers"],
         heads=c["num_attention_heads"],
-        ffn={"hidden": c["intermediate_size"], "act": ACTS[c["hidden_act"].split()[0]]},
+        ffn={"hidden": c["intermediate_size"], "act": golden.activation(c["hidden_act"])},
         vocab=c["vocab_size"],
         context=c["max_position_embeddings"],
         segments=golden.weights("embeddings.token_type_embeddings.")["weight"].shape[0],
