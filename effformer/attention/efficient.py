@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,11 @@ from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .slices import over_heads
+from .slices import Rows, pieces, token_slices
 
 __all__ = ["Efficient"]
+
+_LOG2_E = math.log2(math.e)
 
 
 @core.register(
@@ -43,15 +46,36 @@ class Efficient(Core):
                 raise ValueError("efficient: has no causal form; use linear, performer or flow")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        mask = None if ctx.mask is None else ctx.mask[:, None, :, None]
+        summaries = self._summaries(k, v, ctx.mask).to(q.dtype)
+        slices = token_slices(q.shape[2], q[:, :, 0].numel())
+        outputs = Rows(q.shape[2])
+        for some in pieces(q, slices):
+            outputs.append(some.softmax(dim=-1) @ summaries)
+        return outputs.joined()
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _summaries(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """``softmax_tokens(k)^T v``, (B, H, K, V), a few tokens at a time.
+
+        The sums are scaled by the largest key so far. The exponentials have base 2, which is several
+        times faster.
+        """
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        lowest = torch.finfo(dtype).min / 4  # differences stay finite
+        top = torch.full_like(k[:, :, :1], lowest, dtype=dtype)
+        total, sums = torch.zeros_like(top), None
+        slices = token_slices(k.shape[2], k[:, :, 0].numel())
+        for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
+            keys, values = keys.to(dtype) * _LOG2_E, values.to(dtype)
             if mask is not None:
-                k = k.masked_fill(~mask, torch.finfo(k.dtype).min)
-                v = v * mask
-            return q.softmax(dim=-1) @ (k.softmax(dim=2).mT @ v)
-
-        return over_heads(mix, q, k, v)
+                real = mask[:, None, rows, None]
+                keys, values = keys.masked_fill(~real, lowest), values * real
+            largest = torch.maximum(top, keys.amax(dim=2, keepdim=True)).detach()
+            weights, fade = (keys - largest).exp2(), (top - largest).exp2()
+            product = weights.mT @ values
+            sums = product if sums is None else sums * fade.mT + product
+            total, top = total * fade + weights.sum(dim=2, keepdim=True), largest
+        assert sums is not None
+        return sums / total.mT
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         return heads * (n + (n if m is None else m)) * head_dim**2

@@ -12,8 +12,8 @@ from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .scan import causal_product, causal_product_macs, running_sum
-from .slices import over_heads
+from .scan import causal_product, causal_product_macs, running_sum, scan_slices
+from .slices import Rows, over_heads, pieces
 
 __all__ = ["FLOW_PRESETS", "Flow", "FlowState", "FlowTerms"]
 
@@ -134,11 +134,10 @@ class Flow(Core):
         own = ctx.memory is None
 
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = self._phi(q), self._phi(k)
-            if self.config.causal:
-                return self._scan(q, k, v, mask, None)[0]
-            return self._parallel(q, k, v, mask, self_attention=own)
+            return self._parallel(self._phi(q), self._phi(k), v, mask, self_attention=own)
 
+        if self.config.causal:
+            return self._scan(q, k, v, mask, None)[0].to(dtype)
         return over_heads(mix, q, k, v).to(dtype)
 
     def flows(self, q: Tensor, k: Tensor, ctx: Context = EMPTY) -> FlowTerms:
@@ -196,6 +195,19 @@ class Flow(Core):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: FlowState | None
     ) -> tuple[Tensor, FlowState]:
         """The causal form on the next tokens, from the sums of the past (None: none)."""
+        outputs, slices = Rows(q.shape[2]), scan_slices(q, chunk=self.config.chunk)
+        parts = (pieces(x, slices) for x in (q, k, v))
+        for rows, some_q, some_k, some_v in zip(slices, *parts, strict=True):
+            real = None if mask is None else mask[:, :, rows]
+            out, state = self._piece(self._phi(some_q), self._phi(some_k), some_v, real, state)
+            outputs.append(out)
+        assert state is not None
+        return outputs.joined(), state
+
+    def _piece(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: FlowState | None
+    ) -> tuple[Tensor, FlowState]:
+        """The causal form on a few tokens that stay in cache."""
         q, k, count = _counted(q, k, mask, state)
         n = count.clamp(min=1)
         (incoming, _, conserved_in, conserved_out), sums = self._running(q, k, count, mask, state)
@@ -256,7 +268,7 @@ class Flow(Core):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: FlowState) -> tuple[Tensor, FlowState]:
         """Feed the next tokens (B, H, n, K)."""
-        out, state = self._scan(self._phi(q), self._phi(k), _full(v), None, state)
+        out, state = self._scan(q, k, _full(v), None, state)
         return out.to(v.dtype), state
 
 

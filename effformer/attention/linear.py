@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .scan import causal_product, causal_product_macs, running_sum
-from .slices import over_heads
+from .scan import causal_product, causal_product_macs, running_sum, scan_slices
+from .slices import Rows, pieces, token_slices
 
 __all__ = ["Linear", "LinearState", "Sana"]
 
@@ -60,16 +61,28 @@ class Linear(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
+        if self.config.causal:
+            return self._scan(q, k, v, mask, None)[0]
+        kv, total = self._sums(k, v, mask)
+        outputs = Rows(q.shape[2])
+        for some in pieces(q, token_slices(q.shape[2], q[:, :, 0].numel())):
+            phi = self.phi(some)
+            outputs.append(phi @ kv / self.guarded(phi @ total))
+        return outputs.joined()
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = self.phi(q), self.phi(k)
-            k = k if mask is None else k * mask
-            if self.config.causal:
-                return self._scan(q, k, v, None)[0]
-            normaliser = self.guarded(q @ k.sum(dim=2).unsqueeze(-1))
-            return (q @ (k.transpose(-2, -1) @ v)) / normaliser
+    def _sums(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``sum phi(k)^T v`` (B, H, K, V) and ``sum phi(k)^T`` (B, H, K, 1) over all tokens."""
+        products, totals = [], []
+        slices = token_slices(k.shape[2], k[:, :, 0].numel())
+        for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
+            phi = self._masked_phi(keys, mask, rows)
+            products.append(phi.mT @ values)
+            totals.append(phi.sum(dim=2).unsqueeze(-1))
+        return reduce(torch.add, products), reduce(torch.add, totals)
 
-        return over_heads(mix, q, k, v)
+    def _masked_phi(self, k: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+        phi = self.phi(k)
+        return phi if mask is None else phi * mask[:, :, rows]
 
     @staticmethod
     def phi(x: Tensor) -> Tensor:
@@ -83,14 +96,21 @@ class Linear(Core):
         return normaliser + self.config.eps
 
     def _scan(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: LinearState | None
     ) -> tuple[Tensor, LinearState]:
-        sums = running_sum(k, None if state is None else state.k)
-        out, kv = causal_product(
-            q, k, v, None if state is None else state.kv, chunk=self.config.chunk
-        )
-        normaliser = self.guarded((q * sums).sum(dim=-1, keepdim=True))
-        return out / normaliser, LinearState(sums[:, :, -1], kv)
+        """The causal form on the next tokens, from the sums of the past (None: none)."""
+        outputs, slices = Rows(q.shape[2]), scan_slices(q, chunk=self.config.chunk)
+        parts = (pieces(x, slices) for x in (q, k, v))
+        for rows, some_q, some_k, some_v in zip(slices, *parts, strict=True):
+            phi_q, phi_k = self.phi(some_q), self._masked_phi(some_k, mask, rows)
+            past, carried = (None, None) if state is None else state
+            sums = running_sum(phi_k, past)
+            out, kv = causal_product(phi_q, phi_k, some_v, carried, chunk=self.config.chunk)
+            normaliser = self.guarded((phi_q * sums).sum(dim=-1, keepdim=True))
+            outputs.append(out / normaliser)
+            state = LinearState(sums[:, :, -1], kv)
+        assert state is not None
+        return outputs.joined(), state
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         if self.config.causal:
@@ -107,7 +127,7 @@ class Linear(Core):
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState
     ) -> tuple[Tensor, LinearState]:
         """Feed the next tokens; the state has a fixed size."""
-        return self._scan(self.phi(q), self.phi(k), v, state)
+        return self._scan(q, k, v, None, state)
 
 
 @core.register("sana", caps=_CAPS, paper="2410.10629")

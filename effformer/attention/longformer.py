@@ -15,7 +15,7 @@ from effformer.registry import Caps, attention
 
 from .backends import attend
 from .base import Mixer
-from .slices import over_sequences
+from .slices import Rows, over_sequences
 
 __all__ = ["Longformer"]
 
@@ -189,7 +189,7 @@ class Longformer(Mixer):
         place = torch.arange(q.shape[2], device=q.device)
         far = self._far(k, v, places) if places.shape[1] else None
         bands: dict[tuple[int, int, int], Tensor] = {}
-        outputs = []
+        outputs = Rows(q.shape[2])
         for rows, around in self._slices(q.shape[2]):
             shape = (rows.stop - rows.start, around.stop - around.start, rows.start - around.start)
             if shape not in bands:  # but at the ends, all blocks look alike
@@ -210,7 +210,7 @@ class Longformer(Mixer):
             else:
                 out = attend("sdpa", *here, allowed[:, None], causal=False, scale=None)
             outputs.append(out)
-        return torch.cat(outputs, dim=2)
+        return outputs.joined()
 
     def _slices(self, n: int) -> list[tuple[slice, slice]]:
         """Blocks of queries and the keys that their windows reach."""

@@ -15,7 +15,7 @@ from effformer.context import EMPTY, Context, Site
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .slices import token_slices
+from .slices import Rows, pieces, token_slices
 
 __all__ = ["Performer", "PerformerState", "orthogonal_rows"]
 
@@ -148,23 +148,25 @@ class Performer(Core):
         """
         sums = self._key_sums(k, v, mask)
         floor = self.eps * sums.sum(dim=2, keepdim=True)
-        outputs = []
-        for rows in token_slices(q.shape[2], q.shape[0] * q.shape[1] * self.features):
-            h, top = self._exponents(q[:, :, rows])
+        outputs = Rows(q.shape[2])
+        slices = token_slices(q.shape[2], q.shape[0] * q.shape[1] * self.features)
+        for some in pieces(q, slices):
+            h, top = self._exponents(some)
             phi = (h - top[..., None]).exp() if self.softmax else h.relu()
             total = phi @ sums + floor
             normaliser = total[..., -1:]
             tiny = torch.finfo(total.dtype).tiny  # a row without a key is zero
             outputs.append(total[..., :-1] / normaliser.clamp(min=tiny))
-        return torch.cat(outputs, dim=2)
+        return outputs.joined()
 
     def _key_sums(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """``sum_j phi(k_j)^T [v_j, 1]``, (B, H, R, V + 1), up to the factor of the stabilizer."""
         v = F.pad(v, (0, 1), value=1.0)
         v = v if mask is None else v * mask[..., None]
         sums, top = None, k.new_full((*k.shape[:2], 1, 1), _lowest(k))
-        for rows in token_slices(k.shape[2], k.shape[0] * k.shape[1] * self.features):
-            h, largest = self._exponents(k[:, :, rows])
+        slices = token_slices(k.shape[2], k.shape[0] * k.shape[1] * self.features)
+        for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
+            h, largest = self._exponents(keys)
             if not self.softmax:
                 piece, fade = h.relu(), torch.ones_like(top)
             else:
@@ -173,7 +175,7 @@ class Performer(Core):
                     h = h.masked_fill(~mask[:, :, rows, None], -torch.inf)
                 new = torch.maximum(top, largest.amax(dim=-1)[..., None, None])
                 piece, fade, top = (h - new).exp(), (top - new).exp(), new
-            part = piece.mT @ v[:, :, rows]
+            part = piece.mT @ values
             sums = part if sums is None else sums * fade + part
         assert sums is not None
         return sums + self.eps * v.sum(dim=2, keepdim=True)
@@ -221,7 +223,7 @@ class Performer(Core):
         top = self._largest(k, mask) if self.config.stabilizer == "global" else None
         if state is None:
             state = _empty(v.shape[0], v.shape[1], self.features, v.shape[-1], v)
-        outputs = []
+        outputs = Rows(q.shape[2])
         for start in range(0, q.shape[2], self.config.chunk):
             rows = slice(start, start + self.config.chunk)
             real = None if mask is None else mask[:, :, rows]
@@ -235,7 +237,7 @@ class Performer(Core):
                 tops = top.expand_as(tops)
             out, state = self._chunk(weights, h, tops, v[:, :, rows], real, state)
             outputs.append(out)
-        return torch.cat(outputs, dim=2), state
+        return outputs.joined(), state
 
     def _chunk(
         self,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from effformer.context import Packing
 
-__all__ = ["over_heads", "over_sequences", "token_slices"]
+__all__ = ["Rows", "over_heads", "over_sequences", "pieces", "token_slices"]
 
-_ELEMENTS = 2**19
+_ELEMENTS = 2**18
 
 
 def over_heads(
@@ -20,7 +20,7 @@ def over_heads(
     """``function(q, k, v)`` on slices of the heads, joined again.
 
     Heads do not see each other, so the result does not depend on the slices; temporaries of about
-    2 MiB stay in cache and are not paged in anew by every operator. An exported graph is not cut.
+    1 MiB stay in cache and are not paged in anew by every operator. An exported graph is not cut.
 
     Args:
         function: maps q (B, h, N, K), k (B, h, M, K), v (B, h, M, V) to (B, h, N, V).
@@ -47,12 +47,56 @@ def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
     Args:
         tokens: number of tokens, or of chunks of them.
         width: elements that the part computes for each.
-        least: fewest tokens in a slice.
+        least: fewest tokens in a slice; all slices but the last hold a multiple of it.
     """
     if torch.compiler.is_exporting():
         return [slice(None)]
-    size = max(least, _ELEMENTS // max(width, 1))
-    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
+    size = max(1, _ELEMENTS // (max(width, 1) * least)) * least
+    starts = range(0, max(tokens, 1), size)
+    return [slice(start, min(start + size, tokens)) for start in starts]
+
+
+def pieces(x: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
+    """The tokens of x (B, H, N, ...) slice by slice.
+
+    Backward, the gradients of the pieces are joined once, where each ``x[:, :, rows]`` would add a
+    gradient as large as x.
+    """
+    if len(slices) == 1:
+        return (x,)
+    return x.split([rows.stop - rows.start for rows in slices], dim=2)
+
+
+class Rows:
+    """Pieces of an output, put together along the tokens.
+
+    While gradients are recorded they are joined at the end. Otherwise each goes to its place at
+    once: a list of them would take the memory of the result again, which every call pages in anew.
+
+    Args:
+        tokens: number of tokens of all pieces.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.filled = tokens, 0
+        self.parts: list[Tensor] = []
+
+    def append(self, piece: Tensor) -> None:
+        """Add the next piece (B, H, n, V)."""
+        keep = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if keep or piece.shape[2] == self.tokens:
+            self.parts.append(piece)
+            return
+        if not self.parts:
+            batch, heads, _, width = piece.shape
+            self.parts.append(piece.new_empty(batch, heads, self.tokens, width))
+        end = self.filled + piece.shape[2]
+        self.parts[0][:, :, self.filled : end] = piece
+        self.filled = end
+
+    def joined(self) -> Tensor:
+        """All of them, (B, H, N, V)."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=2)
 
 
 def over_sequences(function: Callable[[Tensor], Tensor], x: Tensor, packing: Packing) -> Tensor:

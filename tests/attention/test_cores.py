@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effformer.attention import Core, Flow, Linear, Softmax
+from effformer.attention import Core, Efficient, Flow, Linear, Sana, Softmax
 from effformer.attention.flow import FLOW_PRESETS
 from effformer.attention.reference import flow_reference, linear_reference, softmax_reference
 from effformer.context import Context, Site
@@ -118,15 +118,29 @@ def test_chunk_size_does_not_matter(core: Core) -> None:
         torch.testing.assert_close(other(*qkv), expected)
 
 
-@pytest.mark.parametrize("config", [Flow.Config(), Flow.Config(causal=True), Linear.Config()])
-def test_slices_of_heads_do_not_matter(
-    config: Flow.Config | Linear.Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core = (Flow if isinstance(config, Flow.Config) else Linear)(config, SITE)
-    qkv = _qkv()
-    whole = core(*qkv)
+@pytest.mark.parametrize(
+    "core",
+    [
+        Efficient(Efficient.Config(), SITE),
+        Flow(Flow.Config(), SITE),
+        Flow(Flow.Config(causal=True, chunk=16), SITE),
+        Linear(Linear.Config(), SITE),
+        Linear(Linear.Config(causal=True, chunk=16), SITE),
+        Sana(Sana.Config(), SITE),
+    ],
+)
+def test_slices_do_not_matter(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = _qkv(150, 150)
+    mask = torch.rand(2, 150) < 0.7
+    mask[0, :100] = False  # whole slices without a key
+
+    def results() -> tuple[Tensor, ...]:
+        out = core(*qkv, Context(mask=mask)) * mask[:, None, :, None]
+        return out, *torch.autograd.grad(out.square().sum(), qkv)
+
+    whole = results()
     monkeypatch.setattr("effformer.attention.slices._ELEMENTS", 1)
-    torch.testing.assert_close(core(*qkv), whole)
+    torch.testing.assert_close(results(), whole, rtol=1e-9, atol=1e-12)
 
 
 def test_half_precision_keeps_flows_in_float32() -> None:
