@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -102,9 +101,7 @@ def test_the_network_learns_and_a_perfect_one_keeps_every_promise(
 
 @pytest.mark.slow
 def test_a_stable_rollout_of_fifty_steps(example: ModuleType, tmp_path: Path) -> None:
-    begin = time.process_time()
     result = example.main(["--out", str(tmp_path / "out")])
-    assert time.process_time() - begin < 600  # two cores: less than five minutes
     for horizon, bound in example.HORIZONS.items():
         assert result[f"error_{horizon}"] <= 0.9 * bound, "no margin left"
     assert result["growth"] <= 1.01

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -155,9 +154,7 @@ def test_a_model_that_did_not_learn_fails(example: ModuleType, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_packaged_digits_are_predicted(example: ModuleType, tmp_path: Path) -> None:
-    begin = time.process_time()
     result = example.main(["--out", str(tmp_path / "clips.png")])
-    assert time.process_time() - begin < 300  # the tests run on one thread
     assert result["share"] <= 0.2
     assert (tmp_path / "clips.png").exists()
 
