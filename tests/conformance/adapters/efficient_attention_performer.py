@@ -56,12 +56,17 @@ def _check_core(golden: Golden, core: Core, case: str, key: str, ctx: Context) -
 
 def _check_layer(golden: Golden) -> None:
     c, w = golden.config, golden.weights("softmax.")
-    config = resolve("attention", _config(golden)).replace(head_dim=c["dim_head"])
+    config = resolve("attention", _config(golden)).replace(
+        head_dim=c["dim_head"], qkv_bias="to_q.bias" in w, proj_bias="to_out.bias" in w
+    )
     part = Attention(config, Site(dim=c["dim"], heads=c["heads"])).eval()
     state = {"core.projection": w["fast_attention.projection_matrix"]}
-    for kind in ("weight", "bias"):
-        state[f"qkv.{kind}"] = torch.cat([w[f"to_{x}.{kind}"] for x in "qkv"])
-        state[f"proj.{kind}"] = w[f"to_out.{kind}"]
+    state |= {
+        f"qkv.{kind}": torch.cat([w[f"to_{x}.{kind}"] for x in "qkv"])
+        for kind in ("weight", "bias")
+        if f"to_q.{kind}" in w
+    }
+    state |= {f"proj.{k.removeprefix('to_out.')}": w[k] for k in w if k.startswith("to_out.")}
     part.load_state_dict(state)
     x = golden.tensor("in.softmax.x").requires_grad_()
     out = part(x)
