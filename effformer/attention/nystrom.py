@@ -15,8 +15,11 @@ from effformer.registry import Caps, core
 
 from .backends import attend
 from .base import Core, CoreConfig
+from .slices import Rows, pieces
 
 __all__ = ["Nystrom", "iterative_pinv"]
+
+_BLOCK = 64
 
 
 @core.register(
@@ -95,7 +98,30 @@ class Nystrom(Core):
         else:
             v = v if mask is None else v * mask[..., None]
             out = self._grouped(q, k, v, mask)
-        return out if self.config.conv is None else out + self.conv(v)
+        return self._filtered(out, v)
+
+    def _filtered(self, out: Tensor, v: Tensor) -> Tensor:
+        """``out + conv(v)``; as the convolution pads few channels to many, products with a band of
+        its taps, a block of tokens and its neighbours at a time, are several times faster.
+        """
+        if self.config.conv is None:
+            return out
+        if torch.compiler.is_exporting():
+            return out + self.conv(v)
+        half, slices = self.config.conv // 2, _blocks(v.shape[2], self.config.conv)
+        band = _band(self.conv.weight[:, 0, :, 0], max(rows.stop - rows.start for rows in slices))
+        band = band.expand(v.shape[0], -1, -1, -1).contiguous()
+        ends = v.new_zeros(*v.shape[:2], half, v.shape[3])
+        before, outputs = ends, Rows(v.shape[2])
+        blocks = pieces(v, slices)
+        for here, block, after in zip(
+            pieces(out, slices), blocks, (*blocks[1:], ends), strict=True
+        ):
+            around = torch.cat([before, block, after[:, :, :half]], dim=2)
+            taps = band[:, :, : block.shape[2], : around.shape[2]]
+            outputs.append(here + taps @ around)
+            before = block[:, :, block.shape[2] - half :]
+        return outputs.joined()
 
     def _exact(self, n: int) -> bool:
         return not torch.compiler.is_exporting() and n <= self.config.landmarks
@@ -174,7 +200,7 @@ class Nystrom(Core):
             third = _masked(lq @ k.mT, filled & real.mT)
             inverse = iterative_pinv(middle, self.config.iterations, coupled=True)
             out = first @ (inverse @ (third @ v))
-        return (out if self.config.conv is None else out + self.conv(v))[:, :, -n:]
+        return self._filtered(out, v)[:, :, -n:]
 
     def select(self, heads: Tensor) -> Nystrom:
         if self.config.conv is None:
@@ -187,7 +213,7 @@ class Nystrom(Core):
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         c, size = self.config, self.config.landmarks
-        filtered = 0 if c.conv is None else heads * head_dim * n * c.conv
+        filtered = 0 if c.conv is None else heads * head_dim * _band_size(n, c.conv)
         if n <= size:
             return heads * 2 * n * n * head_dim + filtered
         kernels = 4 * n * size * head_dim + 2 * size * size * head_dim
@@ -220,6 +246,28 @@ def iterative_pinv(x: Tensor, iterations: int, *, coupled: bool = False) -> Tens
         xz = x @ z
         z = 0.25 * z @ (13 * eye - xz @ (15 * eye - xz @ (7 * eye - xz)))
     return z
+
+
+def _blocks(n: int, taps: int) -> list[slice]:
+    """Blocks of tokens to be filtered, each no shorter than what it lends to its neighbours, but for
+    the last.
+    """
+    size = max(_BLOCK, taps // 2)
+    return [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
+
+
+def _band_size(n: int, taps: int) -> int:
+    """Entries of the bands of all blocks: tokens times those around them."""
+    half, sizes = taps // 2, [rows.stop - rows.start for rows in _blocks(n, taps)]
+    following = [*sizes[1:], half]
+    return sum(r * (half + r + min(half, f)) for r, f in zip(sizes, following, strict=True))
+
+
+def _band(taps: Tensor, size: int) -> Tensor:
+    """Filters (H, T) as matrices (H, size, size + T - 1), whose row i holds them from column i on."""
+    width = size + taps.shape[1] - 1
+    rows = F.pad(taps, (0, size))[:, None].expand(-1, size, -1)
+    return rows.flatten(1)[:, : size * width].unflatten(1, (size, width))
 
 
 def _scaled(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,14 @@ def test_equals_the_definition(n: int, conv: int | None) -> None:
     assert_counted(core, n)
 
 
+@pytest.mark.parametrize("conv", [1, 5, 33, 151])
+@pytest.mark.parametrize("n", [64, 65, 150])
+def test_filter_in_blocks_is_the_convolution(n: int, conv: int) -> None:
+    core, (_, _, v) = Nystrom(Nystrom.Config(conv=conv), SITE).double(), qkv(n)
+    torch.testing.assert_close(core._filtered(v, v), v + core.conv(v), rtol=1e-12, atol=1e-12)
+    assert_counted(core, n)
+
+
 def test_as_many_landmarks_as_tokens_is_softmax() -> None:
     inputs = qkv()
     exact = Softmax(Softmax.Config(), SITE)(*inputs)
