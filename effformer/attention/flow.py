@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +16,7 @@ from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum, scan_slices
-from .slices import Rows, over_heads, pieces
+from .slices import Rows, pieces, token_slices
 
 __all__ = ["FLOW_PRESETS", "Flow", "FlowState", "FlowTerms"]
 
@@ -131,23 +134,18 @@ class Flow(Core):
         dtype = v.dtype
         v = _full(v)
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
-        own = ctx.memory is None
-
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self._parallel(self._phi(q), self._phi(k), v, mask, self_attention=own)
-
         if self.config.causal:
             return self._scan(q, k, v, mask, None)[0].to(dtype)
-        return over_heads(mix, q, k, v).to(dtype)
+        return self._parallel(q, k, v, mask, self_attention=ctx.memory is None).to(dtype)
 
     def flows(self, q: Tensor, k: Tensor, ctx: Context = EMPTY) -> FlowTerms:
         """The flows that decide the mixing; q (B, H, N, K) and k (B, H, M, K) as in `forward`."""
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(_full(k).dtype)
-        q, k = self._phi(q), self._phi(k)
         if self.config.causal:
-            return self._running(*_counted(q, k, mask, None), mask, None)[0]
+            counted = _counted(self._phi(q), self._phi(k), mask, None)
+            return self._running(*counted, mask, None)[0]
         q_mask = mask if ctx.memory is None else None
-        return self._flows(_masked(q, q_mask), _masked(k, mask), q_mask, mask)
+        return self._flows(self._features(q, q_mask), self._features(k, mask), q_mask, mask)
 
     def _phi(self, x: Tensor) -> Tensor:
         x = _full(x)
@@ -158,18 +156,29 @@ class Flow(Core):
         bound = self.config.clamp
         return flow if bound is None else flow.clamp(-bound, bound)
 
-    def _against(self, x: Tensor, total: Tensor) -> Tensor:
-        """``(x + eps) . (total + eps)`` for x (B, H, N, K) and total (B, H, 1, K): (B, H, N, 1)."""
+    def _features(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """Phi of x, zero where the mask is, in slices that stay in cache."""
+        slices = token_slices(x.shape[2], x[:, :, 0].numel())
+        return [
+            _masked(self._phi(some), None if mask is None else mask[:, :, rows])
+            for rows, some in zip(slices, pieces(x, slices), strict=True)
+        ]
+
+    def _against(self, xs: list[Tensor], total: Tensor) -> Tensor:
+        """``(x + eps) . (total + eps)`` for slices x (B, H, n, K) and total (B, H, 1, K), joined:
+        (B, H, N, 1).
+        """
         total = total + self.config.eps
-        return x @ total.transpose(-2, -1) + self.config.eps * total.sum(dim=-1, keepdim=True)
+        dots = torch.cat([x @ total.mT for x in xs], dim=2)
+        return dots + self.config.eps * total.sum(dim=-1, keepdim=True)
 
     def _parallel(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
     ) -> Tensor:
         sinks, sources = q.shape[2], k.shape[2]
         q_mask = mask if self_attention else None
-        q, k = _masked(q, q_mask), _masked(k, mask)
-        incoming, _, conserved_in, conserved_out = self._flows(q, k, q_mask, mask)
+        qs, ks = self._features(q, q_mask), self._features(k, mask)
+        incoming, _, conserved_in, conserved_out = self._flows(qs, ks, q_mask, mask)
         conserved_out = self._clamp(conserved_out)
         if mask is None:
             allocation = torch.sigmoid(conserved_in * sinks / sources)
@@ -178,18 +187,24 @@ class Flow(Core):
             valid = mask.sum(dim=2, keepdim=True).clamp(min=1)
             queries = valid if self_attention else sinks
             allocation = torch.sigmoid(conserved_in * queries / valid)
-            lowest = torch.finfo(k.dtype).min
+            lowest = torch.finfo(conserved_out.dtype).min
             competition = conserved_out.masked_fill(mask == 0, lowest).softmax(dim=2) * mask * valid
-        values = k.transpose(-2, -1) @ (v * competition)
-        return (q @ values) * (incoming * allocation)
+        parts = zip(ks, *(_like(ks, x) for x in (v, competition)), strict=True)
+        values = reduce(torch.add, [x.mT @ (some * share) for x, some, share in parts])
+        outputs = Rows(sinks)
+        for x, share in zip(qs, _like(qs, incoming * allocation), strict=True):
+            outputs.append((x @ values) * share)
+        return outputs.joined()
 
-    def _flows(self, q: Tensor, k: Tensor, q_mask: Tensor | None, mask: Tensor | None) -> FlowTerms:
+    def _flows(
+        self, qs: list[Tensor], ks: list[Tensor], q_mask: Tensor | None, mask: Tensor | None
+    ) -> FlowTerms:
         extra = self.config.flow_eps
-        incoming = _masked(1 / (self._against(q, k.sum(dim=2, keepdim=True)) + extra), q_mask)
-        outgoing = _masked(1 / (self._against(k, q.sum(dim=2, keepdim=True)) + extra), mask)
-        conserved_in = self._against(q, (k * outgoing).sum(dim=2, keepdim=True)) + extra
-        sum_qi = (q * incoming).sum(dim=2, keepdim=True)
-        return FlowTerms(incoming, outgoing, conserved_in, self._against(k, sum_qi) + extra)
+        incoming = _masked(1 / (self._against(qs, _total(ks)) + extra), q_mask)
+        outgoing = _masked(1 / (self._against(ks, _total(qs)) + extra), mask)
+        sum_ko, sum_qi = _total(_weighted(ks, outgoing)), _total(_weighted(qs, incoming))
+        conserved_in = self._against(qs, sum_ko) + extra
+        return FlowTerms(incoming, outgoing, conserved_in, self._against(ks, sum_qi) + extra)
 
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: FlowState | None
@@ -291,6 +306,25 @@ def _full(x: Tensor) -> Tensor:
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
+
+
+def _like(xs: list[Tensor], y: Tensor) -> tuple[Tensor, ...]:
+    """The tokens of y in the same slices as xs."""
+    starts = accumulate((x.shape[2] for x in xs), initial=0)
+    return pieces(
+        y, [slice(start, start + x.shape[2]) for start, x in zip(starts, xs, strict=False)]
+    )
+
+
+def _total(xs: Iterable[Tensor]) -> Tensor:
+    """Sum over the tokens of all slices, (B, H, 1, K)."""
+    return reduce(torch.add, [x.sum(dim=2, keepdim=True) for x in xs])
+
+
+def _weighted(xs: list[Tensor], weights: Tensor) -> Iterator[Tensor]:
+    """Slices times weights (B, H, N, 1) of their tokens, one by one."""
+    for x, some in zip(xs, _like(xs, weights), strict=True):
+        yield x * some
 
 
 def _counted(

@@ -1,4 +1,4 @@
-"""Evaluate a part a few heads, a few tokens, or one sequence of a packed row, at a time."""
+"""Evaluate a part a few tokens, or one sequence of a packed row, at a time."""
 
 from __future__ import annotations
 
@@ -9,33 +9,9 @@ from torch import Tensor
 
 from effformer.context import Packing
 
-__all__ = ["Rows", "over_heads", "over_sequences", "pieces", "token_slices"]
+__all__ = ["Rows", "over_sequences", "pieces", "token_slices"]
 
 _ELEMENTS = 2**18
-
-
-def over_heads(
-    function: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """``function(q, k, v)`` on slices of the heads, joined again.
-
-    Heads do not see each other, so the result does not depend on the slices; temporaries of about
-    1 MiB stay in cache and are not paged in anew by every operator. An exported graph is not cut.
-
-    Args:
-        function: maps q (B, h, N, K), k (B, h, M, K), v (B, h, M, V) to (B, h, N, V).
-        q: (B, H, N, K).
-        k: (B, H, M, K).
-        v: (B, H, M, V).
-    """
-    if torch.compiler.is_exporting():
-        return function(q, k, v)
-    per_head = q.shape[0] * max(q.shape[2], k.shape[2]) * q.shape[3]
-    size = max(2, _ELEMENTS // max(per_head, 1))  # two at least: products of one head use one core
-    if size >= q.shape[1]:
-        return function(q, k, v)
-    slices = (x.split(size, dim=1) for x in (q, k, v))
-    return torch.cat([function(*heads) for heads in zip(*slices, strict=True)], dim=1)
 
 
 def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
