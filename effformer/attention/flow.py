@@ -16,7 +16,7 @@ from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum, scan_slices
-from .slices import Rows, pieces, token_slices
+from .slices import Rows, over_heads, pieces, token_slices
 
 __all__ = ["FLOW_PRESETS", "Flow", "FlowState", "FlowTerms"]
 
@@ -136,7 +136,12 @@ class Flow(Core):
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
         if self.config.causal:
             return self._scan(q, k, v, mask, None)[0].to(dtype)
-        return self._parallel(q, k, v, mask, self_attention=ctx.memory is None).to(dtype)
+        own = ctx.memory is None
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._parallel(q, k, v, mask, self_attention=own)
+
+        return over_heads(mix, q, k, v).to(dtype)
 
     def flows(self, q: Tensor, k: Tensor, ctx: Context = EMPTY) -> FlowTerms:
         """The flows that decide the mixing; q (B, H, N, K) and k (B, H, M, K) as in `forward`."""
@@ -157,8 +162,8 @@ class Flow(Core):
         return flow if bound is None else flow.clamp(-bound, bound)
 
     def _features(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """Phi of x, zero where the mask is, in slices that stay in cache."""
-        slices = token_slices(x.shape[2], x[:, :, 0].numel())
+        """Phi of x, zero where the mask is, in slices whose heads stay in cache each."""
+        slices = token_slices(x.shape[2], x[:, 0, 0].numel())
         return [
             _masked(self._phi(some), None if mask is None else mask[:, :, rows])
             for rows, some in zip(slices, pieces(x, slices), strict=True)

@@ -1,4 +1,4 @@
-"""Evaluate a part a few tokens, or one sequence of a packed row, at a time."""
+"""Evaluate a part a few heads, a few tokens, or one sequence of a packed row, at a time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,35 @@ from torch import Tensor
 
 from effformer.context import Packing
 
-__all__ = ["Rows", "over_sequences", "pieces", "token_slices"]
+__all__ = ["Rows", "over_heads", "over_sequences", "pieces", "token_slices"]
 
 _ELEMENTS = 2**18
+
+
+def over_heads(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """``function(q, k, v)`` on slices of the heads, joined again.
+
+    Heads do not see each other, so the result does not depend on the slices; temporaries of about
+    1 MiB stay in cache and are not paged in anew by every operator. An exported graph is not cut.
+
+    Args:
+        function: maps q (B, h, N, K), k (B, h, M, K), v (B, h, M, V) to (B, h, N, V).
+        q: (B, H, N, K).
+        k: (B, H, M, K).
+        v: (B, H, M, V).
+    """
+    if torch.compiler.is_exporting():
+        return function(q, k, v)
+    per_head = q.shape[0] * max(q.shape[2], k.shape[2]) * q.shape[3]
+    size = max(2, _ELEMENTS // max(per_head, 1))  # two at least: products of one head use one core
+    if size >= q.shape[1]:
+        return function(q, k, v)
+    outputs = Rows(q.shape[1], dim=1)
+    for heads in zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True):
+        outputs.append(function(*heads))
+    return outputs.joined()
 
 
 def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
@@ -44,35 +70,37 @@ def pieces(x: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
 
 
 class Rows:
-    """Pieces of an output, put together along the tokens.
+    """Pieces of an output, put together along a dimension.
 
     While gradients are recorded they are joined at the end. Otherwise each goes to its place at
     once: a list of them would take the memory of the result again, which every call pages in anew.
 
     Args:
-        tokens: number of tokens of all pieces.
+        size: length of the dimension, of all pieces together.
+        dim: the dimension; 2 holds the tokens of (B, H, N, V).
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens, self.filled = tokens, 0
+    def __init__(self, size: int, dim: int = 2) -> None:
+        self.size, self.dim, self.filled = size, dim, 0
         self.parts: list[Tensor] = []
 
     def append(self, piece: Tensor) -> None:
-        """Add the next piece (B, H, n, V)."""
+        """Add the next piece."""
+        length = piece.shape[self.dim]
         keep = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if keep or piece.shape[2] == self.tokens:
+        if keep or length == self.size:
             self.parts.append(piece)
             return
         if not self.parts:
-            batch, heads, _, width = piece.shape
-            self.parts.append(piece.new_empty(batch, heads, self.tokens, width))
-        end = self.filled + piece.shape[2]
-        self.parts[0][:, :, self.filled : end] = piece
-        self.filled = end
+            shape = list(piece.shape)
+            shape[self.dim] = self.size
+            self.parts.append(piece.new_empty(shape))
+        self.parts[0].narrow(self.dim, self.filled, length).copy_(piece)
+        self.filled += length
 
     def joined(self) -> Tensor:
-        """All of them, (B, H, N, V)."""
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=2)
+        """All of them."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=self.dim)
 
 
 def over_sequences(function: Callable[[Tensor], Tensor], x: Tensor, packing: Packing) -> Tensor:
