@@ -210,7 +210,10 @@ class Learners(nn.Module):
 
     def learner(self, i: int, x: Tensor) -> Tensor:
         """``f_i`` of tokens (..., D), i from 1 to K: (..., E)."""
-        return self.fc2[i - 1](self.drop(self.act(self.fc1[i - 1](x))))
+        return self.fc2[i - 1](self._inner(i, x))
+
+    def _inner(self, i: int, x: Tensor) -> Tensor:
+        return self.drop(self.act(self.fc1[i - 1](x)))
 
     def every(self, x: Tensor, *, detach: bool = False) -> Tensor:
         """Outputs after 0..K learners: (..., D) -> (..., K + 1, E).
@@ -276,17 +279,13 @@ class Learners(nn.Module):
         if tokens:
             rows = k.argsort(descending=True)[:tokens]
             chosen_x = flat.index_select(0, rows)
-            if common:
-                y = out.index_select(0, rows)
-                self._add(common + 1, chosen_x, y)
-            else:
-                y = self._prefix(chosen_x, 1)
+            more = self.learner(common + 1, chosen_x)
             for i in range(common + 2, self.count + 1):
                 tokens -= exactly[i - 1]
                 if not tokens:
                     break
-                self._add(i, chosen_x[:tokens], y[:tokens])
-            out = out.index_copy_(0, rows, y)
+                self._add(i, chosen_x[:tokens], more[:tokens])
+            out = out.index_add_(0, rows, more)
         return out.unflatten(0, x.shape[:-1])
 
     def _prefix(self, x: Tensor, k: int) -> Tensor:
@@ -306,8 +305,8 @@ class Learners(nn.Module):
         if type(last) is not nn.Linear:
             out.add_(self.learner(i, x))
             return
-        h = self.drop(self.act(self.fc1[i - 1](x)))
-        out.view(-1, self.out_dim).addmm_(h.flatten(0, -2), last.weight.t())
+        h = self._inner(i, x).flatten(0, -2)
+        out.view(-1, self.out_dim).addmm_(h, last.weight.t())
         if last.bias is not None:
             out.add_(last.bias)
 
