@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from harness import Golden
+from torch import Tensor, nn
 
 import effformer
 from effformer.attention.topk import TopK
@@ -21,10 +22,12 @@ def check(golden: Golden) -> None:
         soft = TopK(TopK.Config(keep=c["k_len"], path=path), site)
         golden.assert_close(soft(*(golden.tensor(f"in.{x}") for x in "qkv")), "out.soft")
     _check_bert(golden, {}, "out.bert.dense")
+    _check_bert(golden, {}, "out.bert.pruned", removed=golden.config["removed"])
     layers = {
         i: {"attn": {"name": "topk", "keep": k}} for i, k in golden.config["hard_layers"].items()
     }
     _check_bert(golden, layers, "out.bert.hard")
+    _check_bert(golden, layers, "out.bert.pruned_and_hard", removed=golden.config["removed"])
 
 
 def _check_core(golden: Golden, core: TopK, case: str) -> None:
@@ -40,7 +43,9 @@ def _check_core(golden: Golden, core: TopK, case: str) -> None:
         golden.assert_close(grad, f"grad.{case}.{name}")
 
 
-def _check_bert(golden: Golden, layers: dict[str, Any], key: str) -> None:
+def _check_bert(
+    golden: Golden, layers: dict[str, Any], key: str, *, removed: dict[str, Any] | None = None
+) -> None:
     c = golden.config["bert"]
     model = effformer.build_model(
         "bert-tiny",
@@ -55,6 +60,35 @@ def _check_bert(golden: Golden, layers: dict[str, Any], key: str) -> None:
         pooler=False,
     ).eval()
     effformer.load_weights(model, golden.weights())
+    if removed is not None:
+        _remove(model, removed, c["weight_group_size"])
     with torch.no_grad():
         out = model(golden.tensor("in.input_ids"), mask=golden.tensor("in.attention_mask").bool())
     golden.assert_close(out.hidden, key)
+
+
+class _Nothing(nn.Module):
+    """A removed attention or FFN: its residual branch adds nothing, the norm stays."""
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def _remove(model: nn.Module, removed: dict[str, Any], group: int) -> None:
+    """Cut heads and runs of ``group`` hidden channels out of the weights, and whole parts off."""
+    cuts: dict[tuple[str, int], list[int]] = {}
+    for i, head in removed["heads"]:
+        cuts.setdefault(("attn", i), []).append(head)
+    for i, which in removed["weight_groups"]:
+        cuts.setdefault(("ffn", i), []).extend(range(which * group, (which + 1) * group))
+    for (name, i), units in cuts.items():
+        branch = getattr(model.blocks[i], name)
+        kept = [unit for unit in range(_units(branch.part)) if unit not in units]
+        branch.part = branch.part.select(torch.tensor(kept))
+    for name in ("attn", "ffn"):
+        for i in removed[f"{name}_blocks"]:
+            getattr(model.blocks[i], name).part = _Nothing()
+
+
+def _units(part: nn.Module) -> int:
+    return len(part.magnitudes())
