@@ -15,7 +15,7 @@ from effformer.registry import Caps, core
 
 from .backends import attend
 from .base import Core, CoreConfig
-from .slices import Rows, pieces
+from .slices import Rows, capturing, pieces
 
 __all__ = ["Nystrom", "iterative_pinv"]
 
@@ -106,7 +106,7 @@ class Nystrom(Core):
         """
         if self.config.conv is None:
             return out
-        if torch.compiler.is_exporting():
+        if capturing():
             return out + self.conv(v)
         half, slices = self.config.conv // 2, _blocks(v.shape[2], self.config.conv)
         band = _band(self.conv.weight[:, 0, :, 0], max(rows.stop - rows.start for rows in slices))

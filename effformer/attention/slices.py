@@ -9,9 +9,16 @@ from torch import Tensor
 
 from effformer.context import Packing
 
-__all__ = ["Rows", "over_heads", "over_sequences", "pieces", "token_slices"]
+__all__ = ["Rows", "capturing", "over_heads", "over_sequences", "pieces", "token_slices"]
 
 _ELEMENTS = 2**18
+
+
+def capturing() -> bool:
+    """True while `torch.export` or `torch.compile` captures a graph, which holds the operators of
+    every turn of a loop.
+    """
+    return torch.compiler.is_exporting() or torch.compiler.is_compiling()
 
 
 def over_heads(
@@ -44,15 +51,14 @@ def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
     """Slices of the tokens for parts that treat them one by one, or sum over them.
 
     Temporaries of ``width`` elements per token then stay in cache: beyond it a linear part would
-    take more than twice the time for twice the tokens. A graph that is exported or compiled is not
-    cut, as it would hold the operators of every slice.
+    take more than twice the time for twice the tokens. A graph is not cut, see `capturing`.
 
     Args:
         tokens: number of tokens, or of chunks of them.
         width: elements that the part computes for each.
         least: fewest tokens in a slice; all slices but the last hold a multiple of it.
     """
-    if torch.compiler.is_exporting() or torch.compiler.is_compiling():
+    if capturing():
         return [slice(None)]
     size = max(1, _ELEMENTS // (max(width, 1) * least)) * least
     starts = range(0, max(tokens, 1), size)
