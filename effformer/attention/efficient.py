@@ -12,7 +12,7 @@ from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .slices import Rows, pieces, token_slices
+from .slices import Rows, pieces, slices_of
 
 __all__ = ["Efficient"]
 
@@ -47,7 +47,7 @@ class Efficient(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         summaries = self._summaries(k, v, ctx.mask).to(q.dtype)
-        slices = token_slices(q.shape[2], q[:, :, 0].numel())
+        slices = slices_of(q)
         outputs = Rows(q.shape[2])
         for some in pieces(q, slices):
             outputs.append(some.softmax(dim=-1) @ summaries)
@@ -63,7 +63,7 @@ class Efficient(Core):
         lowest = torch.finfo(dtype).min / 4  # differences stay finite
         top = torch.full_like(k[:, :, :1], lowest, dtype=dtype)
         total, sums = torch.zeros_like(top), None
-        slices = token_slices(k.shape[2], k[:, :, 0].numel())
+        slices = slices_of(k)
         for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
             keys, values = keys.to(dtype) * _LOG2_E, values.to(dtype)
             if mask is not None:

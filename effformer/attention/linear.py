@@ -15,7 +15,7 @@ from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum, scan_slices
-from .slices import Rows, pieces, token_slices
+from .slices import Rows, pieces, slices_of
 
 __all__ = ["Linear", "LinearState", "Sana"]
 
@@ -65,7 +65,7 @@ class Linear(Core):
             return self._scan(q, k, v, mask, None)[0]
         kv, total = self._sums(k, v, mask)
         outputs = Rows(q.shape[2])
-        for some in pieces(q, token_slices(q.shape[2], q[:, :, 0].numel())):
+        for some in pieces(q, slices_of(q)):
             phi = self.phi(some)
             outputs.append(phi @ kv / self.guarded(phi @ total))
         return outputs.joined()
@@ -73,7 +73,7 @@ class Linear(Core):
     def _sums(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """``sum phi(k)^T v`` (B, H, K, V) and ``sum phi(k)^T`` (B, H, K, 1) over all tokens."""
         products, totals = [], []
-        slices = token_slices(k.shape[2], k[:, :, 0].numel())
+        slices = slices_of(k)
         for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
             phi = self._masked_phi(keys, mask, rows)
             products.append(phi.mT @ values)

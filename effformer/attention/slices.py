@@ -9,7 +9,15 @@ from torch import Tensor
 
 from effformer.context import Packing
 
-__all__ = ["Rows", "capturing", "over_heads", "over_sequences", "pieces", "token_slices"]
+__all__ = [
+    "Rows",
+    "capturing",
+    "over_heads",
+    "over_sequences",
+    "pieces",
+    "slices_of",
+    "token_slices",
+]
 
 _ELEMENTS = 2**18
 
@@ -63,6 +71,11 @@ def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
     size = max(1, _ELEMENTS // (max(width, 1) * least)) * least
     starts = range(0, max(tokens, 1), size)
     return [slice(start, min(start + size, tokens)) for start in starts]
+
+
+def slices_of(x: Tensor) -> list[slice]:
+    """`token_slices` for a part whose temporaries are as large as x (B, H, N, K)."""
+    return token_slices(x.shape[2], x.shape[0] * x.shape[1] * x.shape[3])
 
 
 def pieces(x: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:

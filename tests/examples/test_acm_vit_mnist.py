@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,21 +11,8 @@ import torch
 
 from effformer.train import load_data
 
-PATH = Path(__file__).parents[2] / "examples" / "acm_vit_mnist.py"
 MNIST = "EFFFORMER_MNIST"
 """Environment variable with a folder of MNIST's IDX files."""
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:  # dataclasses look their module up
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
 
 
 def test_pieces_fit_together(example: ModuleType) -> None:

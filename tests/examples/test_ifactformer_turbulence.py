@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,19 +11,6 @@ import pytest
 import torch
 
 import effformer
-
-PATH = Path(__file__).parents[2] / "examples" / "ifactformer_turbulence.py"
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PATH.stem] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_without_viscosity_energy_and_enstrophy_stay(example: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -12,19 +11,8 @@ import torch
 
 from effformer.train import load_data
 
-PATH = Path(__file__).parents[2] / "examples" / "lmuformer_sequential_mnist.py"
 MNIST = "EFFFORMER_MNIST"
 """Environment variable with a folder of MNIST's IDX files."""
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_rows_are_frames(example: ModuleType) -> None:

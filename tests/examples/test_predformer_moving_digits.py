@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,20 +12,8 @@ import torch
 from effformer.context import Ledger
 from effformer.train import Batch
 
-PATH = Path(__file__).parents[2] / "examples" / "predformer_moving_digits.py"
 MNIST = "EFFFORMER_MNIST"
 """Environment variable with a folder of MNIST's IDX files."""
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PATH.stem] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def rng(seed: int = 0) -> torch.Generator:
