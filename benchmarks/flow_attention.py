@@ -8,8 +8,8 @@ from markdown import Row, write
 from torch.nn import functional as F
 
 from effformer.attention import Flow
-from effformer.context import Site
 from effformer.profile import Latency, interleave, peak_rss
+from effformer.site import Site
 
 HEADS, WIDTH, TOKENS, THREADS, RUNS = 12, 64, 4096, 2, 21
 

@@ -17,7 +17,8 @@ from effformer.attention import Attention
 from effformer.blocks.stack import with_causal
 from effformer.build import list_attention
 from effformer.config import resolve
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 HEADS, WIDTH, FACTOR, AIM = 4, 64, 4, 5.0
 TOKENS, RUNS = (4096, 16384), 5
@@ -38,9 +39,7 @@ def forms() -> list[tuple[str, bool]]:
 def build(name: str, causal: bool, tokens: int) -> nn.Module:
     options: dict[str, Any] = {"tokens": tokens} if name == "linformer" else {}
     config = with_causal(resolve("attention", {"name": name, **options}), causal)
-    entry = registry.attention.owner(config)
-    assert entry is not None
-    mixer: nn.Module = entry.build(config, Site(dim=HEADS * WIDTH, heads=HEADS))
+    mixer: nn.Module = config.build(Site(dim=HEADS * WIDTH, heads=HEADS))
     return mixer.eval()
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from effformer.attention import Softmax
 from effformer.build import build_model
-from effformer.context import Context, Packing, Site
+from effformer.context import Context, Packing
 from effformer.profile import Latency, interleave
+from effformer.site import Site
 
 THREADS = 2
 

@@ -20,9 +20,9 @@ from effformer import registry
 from effformer.attention import Attention
 from effformer.checks import need
 from effformer.config import resolve
-from effformer.context import Site
 from effformer.io import load_weights
 from effformer.profile import Machine
+from effformer.site import Site
 
 Call = Callable[[], Tensor]
 
@@ -75,9 +75,7 @@ def mixer(
     config = resolve("attention", spec)
     if isinstance(config, Attention.Config):
         config = config.replace(**options)
-    entry = registry.attention.owner(config)
-    assert entry is not None
-    part: nn.Module = entry.build(config, Site(dim=sizes.dim, heads=sizes.heads))
+    part: nn.Module = config.build(Site(dim=sizes.dim, heads=sizes.heads))
     part.load_state_dict(state)
     return part.eval()
 

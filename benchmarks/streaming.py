@@ -10,10 +10,9 @@ import torch
 from markdown import Row, write
 from torch import nn
 
-from effformer import registry
 from effformer.config import resolve
-from effformer.context import Site
 from effformer.profile import SideBySide, interleave
+from effformer.site import Site
 
 DIM, HEADS, THREADS, RUNS = 256, 4, 1, 51
 POSITIONS = (16, 256, 2048, 8192)
@@ -27,9 +26,7 @@ FLAT, FASTER = 1.25, 1 / 50
 
 def mixer(spec: dict[str, Any]) -> nn.Module:
     config = resolve("attention", spec)
-    entry = registry.attention.owner(config)
-    assert entry is not None
-    part: nn.Module = entry.build(config, Site(dim=DIM, heads=HEADS))
+    part: nn.Module = config.build(Site(dim=DIM, heads=HEADS))
     return part.eval()
 
 

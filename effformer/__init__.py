@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from effformer.site import Site as Site
+
     from . import compress as compress
     from . import export as export
     from . import flow as flow
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from .context import Ledger as Ledger
     from .context import Packing as Packing
     from .context import Rope as Rope
-    from .context import Site as Site
     from .context import Tap as Tap
     from .dynamic import gate_tables as gate_tables
     from .dynamic import prepare_widths as prepare_widths

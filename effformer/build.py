@@ -47,10 +47,10 @@ def list_models(like: str = "*") -> list[str]:
 
 
 def list_attention(like: str = "*", **caps: object) -> list[str]:
-    """Names accepted by ``attn=``: token mixers and attention cores, filtered by capability
+    """Names accepted by ``attn=``, filtered by capability
     (``causal=True``).
     """
-    return sorted({*registry.attention.names(like, **caps), *registry.core.names(like, **caps)})
+    return registry.attention.names(like, **caps)
 
 
 def list_ffn(like: str = "*", **caps: object) -> list[str]:

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from . import registry
 from .checks import unknown
@@ -27,7 +27,13 @@ Spec = Union[str, Mapping[str, Any], "Config"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Base of all configs. Unknown keys and values of the wrong type are errors."""
+    """Base of all configs. Unknown keys and values of the wrong type are errors.
+
+    Attributes:
+        ENTRY: the registered part that this class configures; the registry writes it.
+    """
+
+    ENTRY: ClassVar[registry.Entry | None] = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
@@ -46,17 +52,70 @@ class Config:
         with _named(where):
             return cls(**converted)
 
+    @property
+    def entry(self) -> registry.Entry:
+        """The registered part of this config.
+
+        Raises:
+            TypeError: the class belongs to no registered part.
+        """
+        found = type(self).__dict__.get("ENTRY")
+        if found is None:
+            raise TypeError(f"{type(self).__qualname__} is not the config of a registered part")
+        return typing.cast(registry.Entry, found)
+
+    def build(self, *place: Any, **parts: Any) -> Any:
+        """The part of this config: ``config.build(site)``, for a block with its parts by keyword."""
+        return self.entry.build(self, *place, **parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``"name"`` is added if the config belongs to a registered part."""
-        named = {} if (entry := _entry_of(self)) is None else {"name": entry.name}
+        found = type(self).__dict__.get("ENTRY")
+        named = {} if found is None else {"name": found.name}
         return named | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def caps(self) -> registry.Caps:
         """What the part of this config can do: what its entry declares. The config of a part that
         works through another one answers for both.
         """
-        entry = _entry_of(self)
-        return registry.Caps() if entry is None else entry.caps
+        found = type(self).__dict__.get("ENTRY")
+        return registry.Caps() if found is None else found.caps
+
+    @property
+    def label(self) -> str:
+        """The name that a user writes for this part, "axes of flow" for one that holds another."""
+        inner = [one.label for one in self.parts("attention", "core").values()]
+        return " of ".join([self.entry.name, *inner])
+
+    def at(self, path: str) -> Any:
+        """The value at a dotted path: ``config.at("attn.core.eps")``.
+
+        Raises:
+            ValueError: there is nothing at the path.
+        """
+        name, _, rest = path.partition(".")
+        if name not in {f.name for f in dataclasses.fields(self)}:
+            raise unknown("option", name, [f.name for f in dataclasses.fields(self)], where=path)
+        value = getattr(self, name)
+        if not rest:
+            return value
+        if not isinstance(value, Config):
+            raise ValueError(f"{path}: {name!r} is {value!r}, which has no options of its own")
+        return value.at(rest)
+
+    def put(self, path: str, value: Any) -> Self:
+        """A copy with another value at a dotted path: ``config.put("attn.core", "flow")``; a name,
+        a dict or a config where a part stands.
+
+        Raises:
+            ValueError: there is nothing at the path, or the value does not fit.
+            TypeError: a value of the wrong type.
+        """
+        name, _, rest = path.partition(".")
+        if rest:
+            self.at(path.rpartition(".")[0])
+            value = getattr(self, name).put(rest, value)
+        return self.replace(where=path, **{name: value})
 
     def parts(self, *kinds: str) -> dict[str, Config]:
         """The parts of these kinds that this one is made of, by field."""
@@ -108,30 +167,20 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
             f"{where or kind}: expected a name, a dict or a Config, got {type(spec).__name__}"
         )
     options = {k: v for k, v in spec.items() if k != "name"}
-    if "name" not in spec:
-        if base is None:
-            raise ValueError(
-                f"{where or kind}: the dict has no 'name' ({entries.kind} names: effformer list {kind})"
-            )
-        present = _entry_of(base)
-        assert present is not None
-        name = present.name
+    if "name" in spec:
+        entry = entries.get(spec["name"], where=where)
+    elif base is not None:
+        entry = base.entry
     else:
-        name = spec["name"]
-    if kind == "attention" and name not in registry.attention and name in registry.core:
-        return _lift(name, options, base, where)
-    if kind == "attention" and "core" not in options and "name" not in spec:
-        return _lift(None, options, base, where)
-    if kind == "attention" and name not in registry.attention:
-        known = [*registry.attention.names(), *registry.core.names()]
-        raise unknown(
-            kind, name, known, where=where, hint=f"{len(known)} known: effformer list {kind}"
+        raise ValueError(
+            f"{where or kind}: the dict has no 'name' ({entries.kind} names: effformer list {kind})"
         )
-    entry = entries.get(name)
     if entry.config is None:
-        raise TypeError(f"{where or kind}: {name!r} takes no config")
+        raise TypeError(f"{where or kind}: {entry.name!r} takes no config")
+    if entry.core:
+        return _around(registry.core.get(entry.core), entry.config, options, base, where)
     if type(base) is entry.config and base is not None:
-        return base.replace(where=where, **options)
+        return _changed(base, options, where)
     if base is not None:
         options |= _kept(kind, entry.config, options, base, where)
     return typing.cast(
@@ -151,37 +200,64 @@ def _kept(
 
 
 def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:
-    if registry.KINDS[kind].owner(spec) is not None:
+    """A config of the kind as it is; that of a core with an attention around it."""
+    registry.KINDS[kind].names()  # loads the built-in parts and plug-ins
+    found = type(spec).__dict__.get("ENTRY")
+    if found is not None and found.kind == kind:
         return spec
-    if kind == "attention" and (entry := registry.core.owner(spec)) is not None:
-        return _lift(entry.name, {}, base, where, core=spec)
+    if found is not None and found.kind == "core" and kind == "attention":
+        around = registry.attention.get(found.name)
+        assert around.config is not None
+        return _around(found, around.config, {"core": spec}, base, where)
     raise TypeError(
         f"{where or kind}: {type(spec).__qualname__} is not the config of a registered {kind}"
     )
 
 
-def _lift(
-    name: str | None,
+def _around(
+    core: registry.Entry,
+    heads: type[Config],
     options: dict[str, Any],
     base: Config | None,
     where: str,
-    core: Config | None = None,
 ) -> Config:
-    """Put a core into a multi-head attention; options go to whichever of the two owns them."""
-    multihead: Any = registry.attention.get("multihead").config
-    if type(base) is not multihead:
-        if name is None and base is not None:
-            return base.replace(where=where, **options)
-        base = multihead()
-    own = {f.name for f in dataclasses.fields(multihead)} - {"core"}
+    """Put a core between heads. The heads of ``base`` stay, but for what their core brought along;
+    the new core brings what its paper has; options go to whichever of the two owns them.
+    """
+    if base is None or type(base) is not heads:
+        base = heads()
+    present: Any = base.core  # type: ignore[attr-defined]
+    outer = {} if present.entry is core else _returned(present, base) | dict(core.heads)
+    chosen = options.get("core", {})
+    given = options | {
+        "core": {"name": core.name, **chosen} if isinstance(chosen, Mapping) else chosen
+    }
+    return _changed(base.replace(where=where, **outer), given, where)
+
+
+def _returned(core: Config, base: Config) -> dict[str, Any]:
+    """Options of heads that their core brought along, as they are without it."""
+    plain = type(base)()
+    brought = plain.replace(**core.entry.heads)
+    same = [name for name in core.entry.heads if getattr(base, name) == getattr(brought, name)]
+    return {name: getattr(plain, name) for name in same}
+
+
+def _changed(base: Config, options: dict[str, Any], where: str) -> Config:
+    """A config with changed options; those that it has not go to the core that it holds."""
+    own = {f.name for f in dataclasses.fields(base)}
+    if "core" not in own or own >= set(options):
+        return base.replace(where=where, **options)
     outer = {k: v for k, v in options.items() if k in own}
-    inner: dict[str, Any] = {k: v for k, v in options.items() if k not in own}
-    if core is None:
-        present: Any = base.core  # type: ignore[union-attr]
-        core = resolve(
-            "core", inner if name is None else {"name": name, **inner}, present, where=where
-        )
-    assert base is not None
+    inner = {k: v for k, v in options.items() if k not in own}
+    core = outer.pop("core", {})
+    if isinstance(core, Config):
+        core = core.replace(where=where, **inner)
+    elif isinstance(core, str):
+        core = {"name": core, **inner}
+    else:
+        core = {**core, **inner}
+    core = resolve("core", core, base.core, where=where)  # type: ignore[attr-defined]
     return base.replace(where=where, core=core, **outer)
 
 
@@ -285,24 +361,6 @@ def _check_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
         except (TypeError, ValueError) as error:
             errors.append(error)
     raise errors[0]
-
-
-def _entry_of(config: Config) -> registry.Entry | None:
-    kinds = (
-        "attention",
-        "core",
-        "ffn",
-        "block",
-        "width",
-        "tokens",
-        "objective",
-        "sampler",
-        "quantizer",
-    )
-    for kind in kinds:
-        if (entry := registry.KINDS[kind].owner(config)) is not None:
-            return entry
-    return None
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
@@ -17,8 +19,8 @@ from typing import Any, Literal, TypeVar
 from .checks import unknown
 
 __all__ = [
-    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "model", "quantizer", "sampler", "target",
-    "tokens", "width",
+    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "model", "plugins", "quantizer", "sampler",
+    "target", "tokens", "width",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -33,13 +35,14 @@ class Caps:
     Attributes:
         causal: output i may be restricted to tokens <= i ("always": the part has no other form).
         cross: attends to ``ctx.memory`` with another number of tokens.
-        joint: works on concatenated streams (a `Core` that needs no order of tokens).
+        order_free: a `Core` for which the tokens are a set: it may mix streams that were put one
+            behind the other, or tokens that were merged.
         mask: "none", "key" (B, M) validity of keys, or "full" (any boolean pattern, key masks
             included).
-        rope: applies ``ctx.rope`` to queries and keys.
+        rope: applies ``ctx.rope``, see `effformer.attention.Core.rotates`.
         packed: honours ``ctx.packing`` (several sequences in one row).
         streaming: has ``init_state`` and ``step``.
-        grid: axes of ``ctx.grid`` that it needs, by their letters: the axes of a grid are the last
+        axes: axes of ``ctx.grid`` that it needs, by their letters: the axes of a grid are the last
             ones of "thw" (time, height, width); empty if it needs none.
         front: a part that needs a grid takes tokens that stand in front of it (class token).
         mixer_only: a block that also works without a position-wise network (``ffn=None``).
@@ -48,9 +51,10 @@ class Caps:
         width: honours ``ctx.width``, factors on its units (heads of a mixer, hidden channels of an
             FFN) that do not see each other, and can be cut to some of them with ``select``.
         sizes: a core that counts keys as often as ``ctx.merging`` says.
-        tokens: a block whose branches run one after the other, so that a part of kind "tokens" may
-            act between them.
-        multihead: a block that needs a multi-head attention, around any core, as its token mixer.
+        sequential: a block whose branches run one after the other, so that a part of kind "tokens"
+            may act between them.
+        multihead: a token mixer that is a multi-head attention around a core; a block that needs one.
+        joint: a block of two streams that meet in one attention.
         dynamic: executes a part of its work that depends on the input, and reports it to
             ``ctx.ledger``.
         onnx: exports to ONNX.
@@ -59,20 +63,21 @@ class Caps:
 
     causal: When = "never"
     cross: bool = False
-    joint: bool = False
+    order_free: bool = False
     mask: Literal["none", "key", "full"] = "none"
     rope: bool = False
     packed: bool = False
     streaming: bool = False
-    grid: str = ""
+    axes: str = ""
     front: bool = False
     mixer_only: bool = False
     cond: When = "never"
     time: bool = False
     width: bool = False
     sizes: bool = False
-    tokens: bool = False
+    sequential: bool = False
     multihead: bool = False
+    joint: bool = False
     dynamic: bool = False
     onnx: bool = True
     cost: str = "n"
@@ -120,6 +125,8 @@ class Entry:
         paper: arXiv id or another stable reference, empty if there is none.
         summary: one line.
         aliases: other accepted spellings.
+        core: an attention that is made by putting this core between the heads, else empty.
+        heads: a core: options of the heads around it as its paper has them.
         facts: more data about the entry, for instance the published parameter count.
     """
 
@@ -132,6 +139,8 @@ class Entry:
     paper: str = ""
     summary: str = ""
     aliases: tuple[str, ...] = ()
+    core: str = ""
+    heads: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -149,8 +158,8 @@ class Registry:
         self._home = home
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
-        self._loaded = False
-        self._plugins_loaded = False
+        self._followers: list[Callable[[Entry], None]] = []
+        self._state: Literal["new", "loading", "loaded"] = "new"
 
     def register(self, name: str, **facts: Any) -> Callable[[T], T]:
         """Class decorator. Keywords are the fields of `Entry`; config and summary default to the
@@ -179,9 +188,19 @@ class Registry:
         self._entries[entry.name] = entry
         for key in (entry.name, *entry.aliases):
             self._aliases[key.lower()] = entry.name
+        if entry.config is not None and entry.preset is None and not entry.core:
+            entry.config.ENTRY = entry
+        for follow in self._followers:
+            follow(entry)
 
-    def get(self, name: str) -> Entry:
-        """Look a name or alias up.
+    def follow(self, function: Callable[[Entry], None]) -> None:
+        """Call ``function`` with every entry, those of the future included."""
+        self._followers.append(function)
+        for entry in list(self._entries.values()):
+            function(entry)
+
+    def get(self, name: str, *, where: str = "") -> Entry:
+        """Look a name or alias up; ``where`` begins the message of a refusal.
 
         Raises:
             ValueError: unknown name; the nearest known one is suggested.
@@ -190,10 +209,8 @@ class Registry:
             raise TypeError(f"{self.kind} names are strings, got {type(name).__name__}")
         self._load()
         if name.lower() not in self._aliases:
-            self._load_plugins()
-        if name.lower() not in self._aliases:
             hint = f"{len(self._entries)} known: effformer list {self.kind}"
-            raise unknown(self.kind, name, list(self._aliases), hint=hint)
+            raise unknown(self.kind, name, list(self._aliases), where=where, hint=hint)
         return self._entries[self._aliases[name.lower()]]
 
     def names(self, like: str = "*", **caps: object) -> list[str]:
@@ -221,13 +238,6 @@ class Registry:
             lines.append(f"  also: {', '.join(entry.aliases)}")
         return "\n".join(lines)
 
-    def owner(self, config: object) -> Entry | None:
-        """The entry whose config class is exactly ``type(config)``, or None (models: the first of
-        the family).
-        """
-        self._load()
-        return next((e for e in self._entries.values() if e.config is type(config)), None)
-
     def __iter__(self) -> Iterator[Entry]:
         self._load()
         return iter(list(self._entries.values()))
@@ -241,15 +251,51 @@ class Registry:
         return len(self._entries)
 
     def _load(self) -> None:
-        if not self._loaded:
-            self._loaded = True
-            importlib.import_module(self._home)
+        """Import the built-in entries, then the plug-ins; other threads wait for both."""
+        if self._state == "loaded":
+            return
+        with _LOADING:
+            if self._state == "new":
+                self._state = "loading"
+                try:
+                    importlib.import_module(self._home)
+                except BaseException:
+                    self._state = "new"
+                    raise
+                _load_plugins()
+                self._state = "loaded"
 
-    def _load_plugins(self) -> None:
-        if not self._plugins_loaded:
-            self._plugins_loaded = True
-            for point in entry_points(group="effformer.parts"):
-                point.load()
+
+_LOADING = threading.RLock()
+_PLUGINS: dict[str, str | None] = {}
+"""Entry points that were loaded, with the error of those that could not be."""
+
+
+def _load_plugins() -> None:
+    """Load the entry points of the group ``effformer.parts``, each once; one that fails is named in
+    a warning, and everything else goes on.
+    """
+    for point in entry_points(group="effformer.parts"):
+        package = point.dist.name if point.dist is not None else point.value
+        key = f"{point.name} of package {package}"
+        if key in _PLUGINS:
+            continue
+        _PLUGINS[key] = None
+        try:
+            point.load()
+        except Exception as error:
+            _PLUGINS[key] = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"plug-in {key} could not be loaded ({_PLUGINS[key]}); its parts are missing, "
+                "everything else works; repair or uninstall the package",
+                stacklevel=2,
+            )
+
+
+def plugins() -> dict[str, str | None]:
+    """Plug-ins by "<entry point> of package <package>": None, or why one could not be loaded."""
+    attention.names()
+    return dict(_PLUGINS)
 
 
 core = Registry("core", "effformer.attention")

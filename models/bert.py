@@ -17,11 +17,12 @@ from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Site, Tap
+from effformer.context import Context, Ledger, Packing, Tap
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import check_tokens, draw_tokens
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.bert import HUGGINGFACE
@@ -99,7 +100,7 @@ class Bert(Model):
 
     def __init__(self, config: Bert.Config, name: str | None = None) -> None:
         super().__init__(config, name)
-        site = Site(dim=config.dim, heads=config.heads, norm_eps=config.norm_eps)
+        site = Site(dim=config.dim, heads=config.heads, norm=NormRule(eps=config.norm_eps))
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.positions = nn.Embedding(config.context, config.dim)
         self.segment_embed = nn.Embedding(config.segments, config.dim)

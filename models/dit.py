@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import Context, Ledger, Rope, Site, Tap
-from effformer.ffn import FFN
+from effformer.context import Context, Ledger, Rope, Tap
 from effformer.layout import Layout
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.dit import DIFFUSERS, OFFICIAL
@@ -125,7 +125,6 @@ class DiT(Model):
         )
         self.blocks = build_stack(config, site, self._needs(), name=self.name)
         self.final = FinalLayer(site, config.patch, self.out_channels)
-        self._set_ffn_norms()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -194,8 +193,9 @@ class DiT(Model):
         time = self.time_embed(t, x.dtype)
         cond = time + self.label_embed(y, drop)
         grid = self._cells(x)
+        positions, rope = self._places(grid, x)
         return Context(
-            cond=cond, time=time, grid=grid, rope=self._rope(grid, x),
+            cond=cond, time=time, grid=grid, positions=positions, rope=rope,
             ledger=ledger, tap=tap, complete=complete,
         )  # fmt: skip
 
@@ -234,18 +234,18 @@ class DiT(Model):
             heads=config.heads,
             cond_dim=config.dim,
             time_dim=config.dim,
-            norm_affine=False,
-            tokens=self.grid[0] * self.grid[1],
+            norm=NormRule(affine=False, ffn_eps=config.ffn_norm_eps),
+            length=self.grid[0] * self.grid[1],
             grid=self.grid,
         )
 
     def _needs(self) -> Needs:
         """What this model asks of its parts."""
-        return Needs(cond=True, time=True, grid="hw")
+        return Needs(cond=True, time=True, axes="hw")
 
-    def _rope(self, grid: tuple[int, int], like: Tensor) -> Rope | None:
-        """Rotary tables, where a family has them."""
-        return None
+    def _places(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Rope | None]:
+        """Coordinates of the tokens and their rotary tables, where a family has them."""
+        return None, None
 
     def _cells(self, x: Tensor) -> tuple[int, int]:
         return x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
@@ -273,12 +273,6 @@ class DiT(Model):
             raise ValueError(
                 f"{self.name}: {tuple(x.shape[2:])} is not divisible by patch {config.patch}"
             )
-
-    def _set_ffn_norms(self) -> None:
-        for block in self.blocks:
-            for branch in block.branches:  # type: ignore[union-attr]
-                if isinstance(branch.part, FFN):
-                    branch.norm.eps = self.config.ffn_norm_eps
 
 
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}

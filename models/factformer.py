@@ -20,9 +20,11 @@ from effformer.blocks import BackboneConfig, Iterate, Needs, PreNorm, build_stac
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Tap
 from effformer.layout import Layout
 from effformer.nn.embeddings import FourierPositions
+from effformer.nn.positions import grid_positions
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.factformer import IFACTFORMER
@@ -91,13 +93,15 @@ class GridOperator(Model):
     def __init__(self, config: GridOperatorConfig, name: str | None = None) -> None:
         super().__init__(config, name)
         half, axes = config.dim // 2, len(config.grid)
-        site = Site(dim=config.dim, heads=config.heads, axes=axes, norm_eps=1e-5)
+        site = Site(
+            dim=config.dim, heads=config.heads, grid=(None,) * axes, norm=NormRule(eps=1e-5)
+        )
         self.lift = nn.Conv2d(config.channels, half, 1, groups=config.channels)
         self.frames = nn.Conv2d(half, config.dim, (config.window, 1), bias=False)
         self.positions = nn.ModuleList(
             FourierPositions(axes, config.dim) for _ in range(config.depth)
         )
-        self.blocks = build_stack(config, site, Needs(grid="thw"[-axes:]), name=self.name)
+        self.blocks = build_stack(config, site, Needs(axes="thw"[-axes:]), name=self.name)
 
     @abstractmethod
     def predict(self, h: Tensor) -> Tensor:
@@ -138,10 +142,10 @@ class GridOperator(Model):
             raise ValueError(
                 f"{self.name}: coords: expected one (n,) tensor for every axis of {grid}, got {given}"
             )
-        cells = torch.stack(torch.meshgrid(*places, indexing="ij"), dim=-1).flatten(0, -2)
+        cells = grid_positions(places)[0]
         h = self.frames(F.gelu(self.lift(x.transpose(1, 2).flatten(3))))
         h = h.squeeze(2).transpose(1, 2)
-        ctx = Context(grid=grid, coords=places, ledger=ledger, tap=tap)
+        ctx = Context(grid=grid, positions=cells[None], ledger=ledger, tap=tap)
         for position, block in zip(self.positions, self.blocks, strict=True):
             h = block(h + position(cells.to(h.dtype)), ctx)
         y = self.predict(h).unflatten(-1, grid)

@@ -16,11 +16,12 @@ from effformer.attention.flow import FLOW_PRESETS
 from effformer.blocks import BackboneConfig, Needs, build_stack, init_states
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap
 from effformer.ffn import FFN
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import check_tokens, draw_tokens
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.flowformer import GPT
@@ -88,7 +89,7 @@ class FlowformerGPT(Model):
 
     def __init__(self, config: FlowformerGPT.Config, name: str | None = None) -> None:
         super().__init__(config, name)
-        site = Site(dim=config.dim, heads=config.heads, norm_eps=1e-5)
+        site = Site(dim=config.dim, heads=config.heads, norm=NormRule(eps=1e-5))
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.positions = nn.Embedding(config.context, config.dim)
         self.drop = nn.Dropout(config.dropout)

@@ -17,10 +17,11 @@ from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Site, Tap
+from effformer.context import Context, Ledger, Packing, Tap
 from effformer.ffn import MLP
 from effformer.nn.norms import make_norm
 from effformer.nn.text import sinusoids
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 
@@ -71,7 +72,9 @@ class FlowformerSeries(Model):
 
     def __init__(self, config: FlowformerSeries.Config, name: str | None = None) -> None:
         super().__init__(config, name)
-        site = Site(dim=config.dim, heads=config.heads, norm_eps=1e-5, tokens=config.length)
+        site = Site(
+            dim=config.dim, heads=config.heads, norm=NormRule(eps=1e-5), length=config.length
+        )
         self.embed = nn.Linear(config.channels, config.dim)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = build_stack(config, site, Needs(mask="key"), name=self.name)

@@ -17,12 +17,13 @@ from effformer.blocks import Needs, PreNorm, StackConfig, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Tap
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import truncated_normal_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.flowformer import VISION
@@ -99,7 +100,7 @@ class FlowformerVision(Model):
                 dim=dim,
                 heads=config.heads,
                 layer_scale=config.layer_scale,
-                norm_eps=config.norm_eps,
+                norm=NormRule(eps=config.norm_eps),
                 tokens=(side >> stage) ** 2,
                 grid=(side >> stage, side >> stage),
             )
@@ -108,7 +109,7 @@ class FlowformerVision(Model):
             channels = dim
         self.patch_embed = nn.ModuleList(embeds)
         self.pos_embed = nn.Parameter(torch.empty(1, side * side, config.dims[0]))
-        self.blocks = build_stack(config, sites, Needs(grid="hw"), name=self.name)
+        self.blocks = build_stack(config, sites, Needs(axes="hw"), name=self.name)
         self.norm = make_norm(sites[-1])
         self.head = nn.Linear(config.dims[-1], config.num_classes)
         self.reset_parameters()

@@ -11,13 +11,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from effformer.blocks import Needs
+from effformer.blocks import Needs, head_width
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Rope, Site
+from effformer.context import Rope
 from effformer.ffn import SwiGLU
 from effformer.layout import Layout
 from effformer.nn.rope import GridRope
+from effformer.site import Site
 
 from .base import Preset, register_presets
 from .layouts.lightningdit import OFFICIAL
@@ -78,24 +79,26 @@ class LightningDiT(SiT):
     def __init__(self, config: LightningDiT.Config, name: str | None = None) -> None:
         super().__init__(config, name)
         if config.rope is not None:
-            width = config.dim // config.heads
+            width = head_width(config)
             self.rope = GridRope(config.rope, width, heads=config.heads, depth=config.depth)
 
     def _site(self) -> Site:
         rms = self.config.norm == "rms"
         # norms of queries and keys have learned factors in both forms
-        return replace(
-            super()._site(), norm=self.config.norm, norm_affine=True, modulated_affine=rms
-        )
+        site = super()._site()
+        rule = replace(site.norm, kind=self.config.norm, affine=True, modulated_affine=rms)
+        return replace(site, norm=rule)
 
     def _needs(self) -> Needs:
-        return replace(super()._needs(), rope=self.config.rope is not None)
+        rope = None if self.config.rope is None else head_width(self.config)
+        return replace(super()._needs(), rope=rope)
 
-    def _rope(self, grid: tuple[int, int], like: Tensor) -> Rope | None:
+    def _places(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Rope | None]:
         if self.config.rope is None:
-            return None
-        tables: tuple[Rope, ...] = self.rope(*grid, like=like)
-        return tables[0]
+            return None, None
+        positions: Tensor = self.rope.positions(grid, device=like.device)
+        tables: tuple[Rope, ...] = self.rope(positions, like=like)
+        return positions, tables[0]
 
 
 _SIZES = {

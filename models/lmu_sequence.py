@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from effformer.attention import LMU, SpikingLMU
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
-from effformer.context import Site
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
+from effformer.site import Site
 
 from .base import Model, Preset, register_presets
 

@@ -24,12 +24,13 @@ from effformer.blocks import (
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap
 from effformer.ffn import ConvChannel, SpikingConvChannel
 from effformer.layout import Layout
 from effformer.nn.frames import ConvEmbed, EmbedState, SpikingConvEmbed
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
+from effformer.site import Site
 
 from .base import Model, Preset, register_presets
 from .layouts.lmuformer import DENSE, SPIKING

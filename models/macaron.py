@@ -17,12 +17,13 @@ from effformer.attention import Attention
 from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Tap
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.text import Padding, Positions, check_tokens, draw_tokens, make_positions
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import TRANSLATION
@@ -179,7 +180,7 @@ class MacaronNet(Model):
             dim=config.dim,
             heads=config.heads,
             memory_dim=config.dim if decoder else None,
-            norm_eps=1e-5,
+            norm=NormRule(eps=1e-5),
             path=path,
         )
         cross = config.cross if decoder else None

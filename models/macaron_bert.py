@@ -16,11 +16,12 @@ from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Site, Tap
+from effformer.context import Context, Ledger, Packing, Tap
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import Positions, check_tokens, draw_tokens, make_positions
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import BERT
@@ -111,7 +112,7 @@ class MacaronBert(Model):
     def __init__(self, config: MacaronBert.Config, name: str | None = None) -> None:
         super().__init__(config, name)
         site = Site(
-            dim=config.dim, heads=config.heads, norm_eps=1e-5, norm_affine=config.norm_affine
+            dim=config.dim, heads=config.heads, norm=NormRule(eps=1e-5, affine=config.norm_affine)
         )
         self.embed = nn.Embedding(config.vocab, config.dim, padding_idx=config.pad)
         self.segment_embed = nn.Embedding(2, config.dim, padding_idx=1)
@@ -121,7 +122,7 @@ class MacaronBert(Model):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = build_stack(config, site, Needs(mask="key"), name=self.name)
         self.norm = make_norm(site) if config.final_norm else nn.Identity()
-        self.mlm = MaskedHead(config.dim, site.norm_eps)
+        self.mlm = MaskedHead(config.dim, site.norm.eps)
         if not config.tied:
             self.head = nn.Linear(config.dim, config.vocab, bias=False)
         self.nsp = nn.Linear(config.dim, 1)

@@ -17,13 +17,14 @@ from effformer.blocks import BackboneConfig, Branch, Gated, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Tap
 from effformer.ffn import SwiGLU
 from effformer.layout import Layout
 from effformer.nn.embeddings import sincos_1d
 from effformer.nn.init import truncated_normal_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed, unpatchify
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.predformer import FACTORIZED, OFFICIAL
@@ -112,11 +113,15 @@ class PredFormer(Model):
         frames, rows, columns = config.grid
         tokens = frames * rows * columns
         site = Site(
-            dim=config.dim, heads=config.heads, norm_eps=1e-5, tokens=tokens, grid=config.grid
+            dim=config.dim,
+            heads=config.heads,
+            norm=NormRule(eps=1e-5),
+            length=tokens,
+            grid=config.grid,
         )
         self.patch_embed = PatchEmbed(config.channels, config.dim, config.patch)
         self.register_buffer("positions", _positions(tokens, config.dim), persistent=False)
-        self.blocks = build_stack(config, site, Needs(grid="thw"), name=self.name)
+        self.blocks = build_stack(config, site, Needs(axes="thw"), name=self.name)
         self.norm = make_norm(site)
         self.head = nn.Linear(config.dim, config.patch**2 * config.channels)
         if config.attn_dropout is not None:

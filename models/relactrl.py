@@ -18,8 +18,9 @@ from effformer.attention.tdsm import TDSM
 from effformer.blocks import Branch
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Ledger, Site, Tap
+from effformer.context import EMPTY, Context, Ledger, Tap
 from effformer.nn.norms import Modulation
+from effformer.site import Site
 
 from .base import Model, Preset, register_presets
 from .dit import DiT
@@ -220,7 +221,7 @@ class RelaCtrl(Model):
             )
         rows, columns = self.backbone.grid
         dim = self.backbone.config.dim
-        self.control = ControlBranch(config, Site(dim=dim, tokens=rows * columns, path="control"))
+        self.control = ControlBranch(config, Site(dim=dim, length=rows * columns, path="control"))
         self.modulation = Modulation(dim, dim, 3)
         self.train()
 

@@ -6,7 +6,7 @@ Reference: An Image is Worth 16x16 Words: Transformers for Image Recognition at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from effformer.attention import AdaptiveProjections, Attention
-from effformer.blocks import BackboneConfig, Branch, Needs, build_stack
+from effformer.blocks import BackboneConfig, Branch, Needs, build_stack, head_width
 from effformer.blocks.base import below, make_ffn
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import EMPTY, Context, Ledger, Merging, Rope, Site, Tap
+from effformer.context import EMPTY, Context, Ledger, Merging, Rope, Tap
 from effformer.ffn import ACM, MLP
 from effformer.layout import Layout
 from effformer.nn.embeddings import resize_positions
@@ -27,6 +27,7 @@ from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed
 from effformer.nn.rope import GridRope
 from effformer.nn.stems import Stem, build_stem
+from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
 from .layouts.vit import LAYOUTS
@@ -249,18 +250,18 @@ class ViT(Model):
         super().__init__(config, name)
         rows, columns = config.grid
         site = Site(
-            dim=config.dim, heads=config.heads, tokens=config.prefix.count + rows * columns,
-            grid=config.grid, norm=config.norm.kind, norm_eps=config.norm.eps,
+            dim=config.dim, heads=config.heads, length=config.prefix.count + rows * columns,
+            grid=config.grid, norm=NormRule(kind=config.norm.kind, eps=config.norm.eps),
             layer_scale=config.layer_scale,
         )  # fmt: skip
         self._build_embedding(config)
         rope = config.positions.rope
         if rope is not None:
-            width = getattr(config.attn, "head_dim", None) or config.dim // config.heads
-            self.rope = GridRope(rope, width, heads=config.heads, depth=config.depth)
+            self.rope = GridRope(rope, head_width(config), heads=config.heads, depth=config.depth)
         self.norm_before = make_norm(site) if config.norm.before else nn.Identity()
         front = config.prefix.count > 0
-        needs = Needs(grid="hw", front=front, rope=rope is not None, shrinks=True)
+        turned = None if rope is None else head_width(config)
+        needs = Needs(axes="hw", front=front, rope=turned, shrinks=True)
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.norm = make_norm(site) if config.head.norm == "tokens" else nn.Identity()
         self.head = Classifier(
@@ -337,8 +338,9 @@ class ViT(Model):
         merging = None
         if any(block.tokens is not None for block in self.blocks):
             merging = Merging(tokens=h.shape[1], front=self.config.prefix.count)
-        ctx = Context(grid=grid, merging=merging, ledger=ledger, tap=tap)
-        for block, rope in zip(self.blocks, self._ropes(grid, h), strict=True):
+        positions, ropes = self._places(grid, h)
+        ctx = Context(grid=grid, positions=positions, merging=merging, ledger=ledger, tap=tap)
+        for block, rope in zip(self.blocks, ropes, strict=True):
             h = block(h, ctx if rope is None else replace(ctx, rope=rope))
         return self.norm(h), merging
 
@@ -399,13 +401,16 @@ class ViT(Model):
             h = h + self.pos_embed
         return h
 
-    def _ropes(self, grid: tuple[int, int], h: Tensor) -> Iterator[Rope | None]:
-        """The rotary tables of every block."""
+    def _places(
+        self, grid: tuple[int, int], h: Tensor
+    ) -> tuple[Tensor | None, Sequence[Rope | None]]:
+        """Coordinates of the tokens, and the rotary tables of every block."""
         depth = len(self.blocks)
         if self.config.positions.rope is None:
-            return iter([None] * depth)
-        tables = self.rope(*grid, front=self.config.prefix.count, like=h)
-        return iter(tables * (depth // len(tables)))
+            return None, [None] * depth
+        positions = self.rope.positions(grid, front=self.config.prefix.count, device=h.device)
+        tables: tuple[Rope, ...] = self.rope(positions, like=h)
+        return positions, tables * (depth // len(tables))
 
     def _check(self, x: Tensor) -> None:
         config = self.config

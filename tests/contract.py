@@ -12,9 +12,10 @@ from effformer.attention import Mixer
 from effformer.blocks.stack import with_causal
 from effformer.build import list_attention
 from effformer.config import Config, resolve
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.nn.lif import LIF
 from effformer.registry import Caps
+from effformer.site import Site
 
 DIM, HEADS = 24, 3
 MIXERS = [name for name in list_attention() if name != "multihead"]
@@ -60,9 +61,7 @@ def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Modu
     config = resolve("attention", {"name": name, **OPTIONS.get(name, {})})
     if causal:
         config = with_causal(config, True)
-    entry = registry.attention.owner(config)
-    assert entry is not None
-    return _random(entry.build(config, Site(**{"dim": DIM, "heads": HEADS, **site})))
+    return _random(config.build(Site(**{"dim": DIM, "heads": HEADS, **site})))
 
 
 def make_ffn(name: str) -> nn.Module:
@@ -85,7 +84,7 @@ def make_block(
     entry = registry.block.get(name)
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
-    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, tokens=130)
+    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130)
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
@@ -112,8 +111,8 @@ def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
         fields.setdefault("cond", torch.linspace(-1, 1, DIM, dtype=x.dtype).expand(x.shape[0], -1))
     if site.time_dim is not None:
         fields.setdefault("time", torch.linspace(1, -2, DIM, dtype=x.dtype).expand(x.shape[0], -1))
-    if caps.grid:
-        frames = (1,) if "t" in caps.grid else ()
+    if caps.axes:
+        frames = (1,) if "t" in caps.axes else ()
         fields.setdefault("grid", (*frames, 1, x.shape[1]))
     return Context(**fields)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from effformer.attention import Core
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.profile import Counter
+from effformer.site import Site
 
 HEADS, WIDTH = 3, 8
 SITE = Site(dim=HEADS * WIDTH, heads=HEADS)

@@ -45,7 +45,7 @@ ONE_LENGTH = {("performer", True), ("tdsm", False)}
 
 
 def _exports(part: nn.Module, folder: Path, *, fixed: bool = False) -> None:
-    fixed = fixed or part.site.tokens is not None
+    fixed = fixed or part.site.length is not None
     axes = {0: "batch"} if fixed else {0: "batch", 1: "tokens"}
     x = torch.randn(2, 11, part.site.dim)
     report = export_onnx(_Alone(part), folder / "part.onnx", (x,), dynamic={"x": axes})

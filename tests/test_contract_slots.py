@@ -29,8 +29,9 @@ from effformer import registry
 from effformer.blocks import BackboneConfig, Needs, build_stack
 from effformer.checks import CapabilityError
 from effformer.config import resolve
-from effformer.context import Ledger, Site, Tap
+from effformer.context import Ledger, Tap
 from effformer.profile import Counter
+from effformer.site import Site
 
 CONDS = {"never": [False], "optional": [False, True], "always": [True]}
 SLOTS = [("width", n) for n in registry.width.names()]
@@ -43,7 +44,7 @@ def _forms() -> list[tuple[str, str, str, bool]]:
     for slot, name in SLOTS:
         for block in BLOCKS:
             caps = registry.block.get(block).caps
-            if slot == "tokens" and not caps.tokens:
+            if slot == "tokens" and not caps.sequential:
                 continue
             for cond in CONDS[caps.cond]:
                 if cond or not (registry.KINDS[slot].get(name).caps.time or caps.time):
@@ -244,7 +245,7 @@ def test_ffns_without_channels_refuse(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if not registry.block.get(b).caps.tokens])
+@pytest.mark.parametrize("block", [b for b in BLOCKS if not registry.block.get(b).caps.sequential])
 @pytest.mark.parametrize("name", registry.tokens.names())
 def test_blocks_whose_branches_run_side_by_side_refuse_tokens(block: str, name: str) -> None:
     caps = registry.block.get(block).caps
@@ -267,13 +268,13 @@ def _stack(
     options = {"dim": 24, "depth": 2, "heads": 3, **parts}
     config = BackboneConfig.from_dict(options)
     site = Site(
-        dim=24, heads=3, cond_dim=24 if cond else None, time_dim=24 if time else None, tokens=130
+        dim=24, heads=3, cond_dim=24 if cond else None, time_dim=24 if time else None, length=130
     )
-    needs = Needs(cond=cond, time=time, grid="hw", causal=causal)
+    needs = Needs(cond=cond, time=time, axes="hw", causal=causal)
     return build_stack(config, site, needs, name="toy")
 
 
-@pytest.mark.parametrize("name", registry.block.names(tokens=True))
+@pytest.mark.parametrize("name", registry.block.names(sequential=True))
 def test_a_branch_is_what_enters_runs_and_leaves(name: str) -> None:
     """Parts in the slot "tokens" may act between these three."""
     for cond in CONDS[registry.block.get(name).caps.cond]:

@@ -30,12 +30,12 @@ def parts() -> Registry:
 
 
 def test_grids_are_asked_for_as_facts_or_by_their_axes() -> None:
-    able = Caps(grid="hw")
-    assert able.satisfies(grid=True)
-    assert able.satisfies(grid="hw")
-    assert not able.satisfies(grid=False)
-    assert not able.satisfies(grid="")
-    assert Caps().satisfies(grid=False)
+    able = Caps(axes="hw")
+    assert able.satisfies(axes=True)
+    assert able.satisfies(axes="hw")
+    assert not able.satisfies(axes=False)
+    assert not able.satisfies(axes="")
+    assert Caps().satisfies(axes=False)
 
 
 def test_names_and_aliases_in_any_case(parts: Registry) -> None:

@@ -357,8 +357,5 @@ def make_scheme(spec: Spec, *, where: str = "scheme") -> Scheme:
         ValueError: unknown scheme or option; the nearest known one is suggested.
         TypeError: none of the accepted forms.
     """
-    config = resolve("quantizer", spec, where=where)
-    entry = registry.quantizer.owner(config)
-    assert entry is not None
-    scheme: Scheme = entry.build(config)
+    scheme: Scheme = resolve("quantizer", spec, where=where).build()
     return scheme

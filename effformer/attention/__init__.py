@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from .axes import Axes, Lines
-from .base import Core, CoreConfig, Mixer, Streaming
+from .base import Core, CoreConfig, Mixer, Streaming, View
 from .differential import Differential
 from .efficient import Efficient
 from .factorized import FactorizedChained, FactorizedParallel
 from .flow import Flow
+from .heads import Heads, HeadsConfig, Opened
 from .linear import Linear, Sana
 from .linformer import Linformer
 from .lmu import LMU
 from .longformer import Longformer
 from .multihead import Attention
 from .nystrom import Nystrom
+from .outputs import Input, OutputGate
 from .performer import Performer
 from .projections import AdaptiveProjections
 from .reformer import Reformer
@@ -36,12 +38,17 @@ __all__ = [
     "FactorizedChained",
     "FactorizedParallel",
     "Flow",
+    "Heads",
+    "HeadsConfig",
+    "Input",
     "Linear",
     "Lines",
     "Linformer",
     "Longformer",
     "Mixer",
     "Nystrom",
+    "Opened",
+    "OutputGate",
     "Performer",
     "Reformer",
     "Relative",
@@ -50,4 +57,5 @@ __all__ = [
     "SpikingLMU",
     "Streaming",
     "TopK",
+    "View",
 ]

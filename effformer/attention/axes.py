@@ -12,8 +12,9 @@ from torch import Tensor
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import EMPTY, Context, Ledger, Rope, Site, check_context
-from effformer.registry import Caps, attention, core
+from effformer.context import EMPTY, Context, Ledger, Rope, check_context
+from effformer.registry import Caps, attention
+from effformer.site import Needs, Site
 
 from .base import Mixer
 from .multihead import Attention
@@ -46,7 +47,7 @@ class Lines:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Layout of the cells of one line."""
-        return self.pick(self.grid)
+        return tuple(self.grid[i] for i in self._axes(inside=True))
 
     @property
     def length(self) -> int:
@@ -95,9 +96,10 @@ class Lines:
         """What a sample has, for each of its lines: (B, ...) to (B count, ...)."""
         return x.unsqueeze(1).expand(-1, self.count, *x.shape[1:]).flatten(0, 1)
 
-    def pick(self, values: tuple[T, ...]) -> tuple[T, ...]:
-        """What belongs to the axes of a line, of values for all axes."""
-        return tuple([values[i] for i in self._axes(inside=True)])
+    def positions(self, positions: Tensor, batch: int) -> Tensor:
+        """Coordinates along the axes of a line, (B or 1, N, axes) to (B count, length, axes)."""
+        every = self.fold(positions.expand(batch, -1, -1))
+        return every[..., self._axes(inside=True)]
 
     def _axes(self, *, inside: bool) -> list[int]:
         return [i for i, letter in enumerate(self.letters) if (letter in self.over) == inside]
@@ -113,7 +115,7 @@ class Lines:
 
 @attention.register(
     "axes",
-    caps=Caps(causal="optional", mask="key", rope=True, grid="w", front=True, cost="n^2"),
+    caps=Caps(causal="optional", mask="key", rope=True, axes="w", front=True, cost="n^2"),
     paper="1912.12180",
 )
 class Axes(Mixer):
@@ -171,9 +173,9 @@ class Axes(Mixer):
             """What the inner mixer can do on lines."""
             inner = self.mixer.caps()
             return replace(
-                inner, mask="none" if inner.mask == "none" else "key", grid=self.over,
-                front=inner.front or not inner.grid, cross=False, joint=False, packed=False,
-                streaming=False, width=False, sizes=False,
+                inner, mask="none" if inner.mask == "none" else "key", axes=self.over,
+                front=inner.front or not inner.axes, cross=False, order_free=False, packed=False,
+                streaming=False, width=False, sizes=False, multihead=False,
             )  # fmt: skip
 
         @property
@@ -183,18 +185,20 @@ class Axes(Mixer):
 
         def place(self, site: Site) -> Site:
             """The place of the inner mixer in that of a view: as many tokens as a line has."""
-            if site.grid is None or site.tokens is None:
-                return replace(site, axes=len(self.over), tokens=None, grid=None)
-            lines = Lines(site.grid, self.over, site.tokens - prod(site.grid))
-            return replace(site, axes=len(lines.sizes), tokens=lines.length, grid=lines.sizes)
+            if site.cells is None or site.length is None:
+                return replace(site, length=None, grid=(None,) * len(self.over))
+            lines = Lines(site.cells, self.over, site.length - prod(site.cells))
+            return replace(site, length=lines.length, grid=lines.sizes)
+
+        def within(self, needs: Needs, site: Site) -> tuple[BaseConfig, Needs, Site]:
+            """The inner mixer, and what it meets on a line."""
+            return self.mixer, replace(needs, axes=self.letters), self.place(site)
 
     def __init__(self, config: Axes.Config, site: Site) -> None:
         super().__init__(config, site)
-        if site.grid is not None and site.tokens is not None:
-            self._lines(site.tokens, site.grid)
-        entry = attention.owner(config.mixer)
-        assert entry is not None, type(config.mixer)
-        self.mixer: Mixer = entry.build(config.mixer, config.place(site))
+        if site.cells is not None and site.length is not None:
+            self._lines(site.length, site.cells)
+        self.mixer: Mixer = config.mixer.build(config.place(site))
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         check_context(ctx, self.caps, "attention", self.site.path or "axes")
@@ -207,7 +211,7 @@ class Axes(Mixer):
             rope=None if ctx.rope is None else _fold_rope(ctx.rope, lines, x),
             grid=lines.sizes,
             merging=None,  # no token was merged, or the grid would not fit
-            coords=None if ctx.coords is None else lines.pick(ctx.coords),
+            positions=None if ctx.positions is None else lines.positions(ctx.positions, x.shape[0]),
             ledger=None if ctx.ledger is None else Ledger(step=ctx.ledger.step),
         )
         y = self.mixer(lines.fold(x), inner)
@@ -220,13 +224,13 @@ class Axes(Mixer):
         return lines.unfold(y, weights)
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
-        lines = self._lines(n, self.site.grid if grid is None else grid)
+        lines = self._lines(n, self.site.cells if grid is None else grid)
         return lines.count * self.mixer.macs(lines.length, grid=lines.sizes)
 
     def _lines(self, n: int, grid: tuple[int, ...] | None) -> Lines:
         where, over = self.site.path or "axes", self.config.over
         if grid is None:
-            able = ", ".join(sorted({*attention.names(grid=""), *core.names(grid="")}))
+            able = ", ".join(attention.names(axes=""))
             raise CapabilityError(
                 f"{where}: 'axes' needs the layout of the tokens, ctx.grid; choices that do not: {able}"
             )

@@ -6,17 +6,21 @@ Shape legend: B batch, H heads, N queries, M keys, K key width, V value width, D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from effformer.config import Config
-from effformer.context import EMPTY, Context, Packing, Site
+from effformer.context import EMPTY, Context
 from effformer.registry import Caps
+from effformer.site import Needs, Site
 
-__all__ = ["Core", "CoreConfig", "Mixer", "Streaming"]
+from .outputs import Input
+
+__all__ = ["Core", "CoreConfig", "Mixer", "Streaming", "View"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,29 +29,47 @@ class CoreConfig(Config):
 
     Attributes:
         causal: output i depends on tokens <= i only.
+        GROUPED: the core takes fewer queries and keys than values, and values of another width.
     """
 
+    GROUPED: ClassVar[bool] = False
     causal: bool = False
+
+    def inputs(self, head_dim: int, value_dim: int) -> Mapping[str, Input]:
+        """What the core asks for beside q, k and v: keyword arguments of its forward, (B, H, N,
+        width) each, which heads of these widths project from the tokens.
+        """
+        return {}
 
 
 class Core(nn.Module, ABC):
-    """Kind "core": what happens between the projections of an attention.
+    """Kind "core": what happens between the heads of an attention.
+
+    ``forward(q, k, v, ctx, **further)`` mixes q (B, H, N, K), k (B, H, M, K), v (B, H, M, V) to (B,
+    H, N, V); ``further`` are the inputs that its config asks for. A streaming core has
+    ``init_state(batch, *, heads, head_dim, like)`` and ``step(q, k, v, state, ctx, **further) ->
+    (out, state)``.
 
     Args:
         config: the knobs.
-        site: the place in the model.
+        site: the place in the model; ``site.dim`` is the width of the queries of all heads.
+
+    Attributes:
+        rotates: what rotary tables turn: "qk", queries and keys, before the core sees them; or
+            "inside": the core finds the tables in its context and turns its features.
     """
+
+    rotates: str = "qk"
+    forward: Callable[..., Tensor]
+    init_state: Callable[..., Any]
+    step: Callable[..., tuple[Tensor, Any]]
 
     def __init__(self, config: CoreConfig, site: Site) -> None:
         super().__init__()
         self.config: Any = config
         self.site = site
 
-    @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        """Mix: q (B, H, N, K), k (B, H, M, K), v (B, H, M, V) -> (B, H, N, V)."""
-
-    def packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, **further: Tensor) -> Tensor:
         """Mix every sequence of a packed row alone: q (1, H, T, K), k and v likewise -> (1, H, T,
         V).
 
@@ -56,13 +78,21 @@ class Core(nn.Module, ABC):
         Raises:
             ValueError: not one row of all real tokens.
         """
+        packing, rope = ctx.packing, ctx.rope
+        assert packing is not None
         packing.check_row(q, dim=2)
         outputs, start = [], 0
         for count, length in packing.runs:
             rows = slice(start, start + count * length)
-            batch = (x[0, :, rows].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
+
+            def fold(x: Tensor, rows: slice = rows, count: int = count) -> Tensor:
+                return x[0, :, rows].unflatten(1, (count, -1)).transpose(0, 1)
+
+            turns = None if rope is None else rope.tokens(rows).batch(count)
+            more = {name: fold(x) for name, x in further.items()}
+            out = self(fold(q), fold(k), fold(v), Context(rope=turns), **more)
             # tokens first: the fused operator writes in this order, so that nothing is copied twice
-            outputs.append(self(*batch).transpose(1, 2).flatten(0, 1))
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
             start += count * length
         return torch.cat(outputs)[None].transpose(1, 2) if outputs else v
 
@@ -101,6 +131,15 @@ class Mixer(nn.Module, ABC):
         """Dense multiply-adds of one sample with n tokens (m in the memory); ``grid`` is their
         layout, for mixers whose work depends on it.
         """
+
+
+@runtime_checkable
+class View(Protocol):
+    """Configs of mixers that put another one into a view of the tokens."""
+
+    def within(self, needs: Needs, site: Site) -> tuple[Config, Needs, Site]:
+        """The inner mixer, what is asked of it there, and its place."""
+        ...
 
 
 @runtime_checkable

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
+from effformer.site import Site
 
 from .backends import attend
 from .base import Core, CoreConfig
@@ -20,7 +21,14 @@ __all__ = ["Differential"]
 @core.register(
     "differential",
     caps=Caps(
-        causal="optional", cross=True, joint=True, mask="full", packed=True, width=True, cost="n^2"
+        causal="optional",
+        cross=True,
+        order_free=True,
+        mask="full",
+        rope=True,
+        packed=True,
+        width=True,
+        cost="n^2",
     ),
     paper="2410.05258",
 )
@@ -29,7 +37,8 @@ class Differential(Core):
 
     ``q1, q2`` and ``k1, k2`` are the halves of each head's queries and keys, ``s = (K/2)^-0.5``;
     ``l = exp(lq1 . lk1) - exp(lq2 . lk2) + l0`` is learned, one number per layer, and starts near
-    ``l0 = 0.8 - 0.6 exp(-0.3 layer)``. What both maps attend to cancels.
+    ``l0 = 0.8 - 0.6 exp(-0.3 layer)``. What both maps attend to cancels. Rotary positions turn each
+    half by every second pair of the tables.
 
     Args:
         config: the knobs.
@@ -68,13 +77,18 @@ class Differential(Core):
         )
         self.norm = nn.RMSNorm(width, eps=config.eps)
 
+    rotates = "inside"
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         mask = ctx.mask
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None, :]
+        halves = zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
+        if ctx.rope is not None:
+            rope = ctx.rope.halved()
+            halves = ((rope.query(a), rope.key(b)) for a, b in halves)  # type: ignore[assignment]
         first, second = (
-            attend("sdpa", a, b, v, mask, causal=self.config.causal, scale=None)
-            for a, b in zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
+            attend("sdpa", a, b, v, mask, causal=self.config.causal, scale=None) for a, b in halves
         )
         weight = (self.lambda_q1 * self.lambda_k1).sum().exp()
         weight = weight - (self.lambda_q2 * self.lambda_k2).sum().exp() + self.lambda_init

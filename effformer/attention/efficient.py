@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Context, Rope
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
@@ -21,7 +21,7 @@ _LOG2_E = math.log2(math.e)
 
 @core.register(
     "efficient",
-    caps=Caps(cross=True, joint=True, mask="key", packed=True, width=True),
+    caps=Caps(cross=True, order_free=True, mask="key", rope=True, packed=True, width=True),
     paper="1812.01243",
 )
 class Efficient(Core):
@@ -29,6 +29,7 @@ class Efficient(Core):
 
     Every key channel is one global map over the tokens; queries mix the K summaries. It is also
     called "linear attention" in several packages, and is Performer's form without projection.
+    Rotary positions turn both behind their softmax; rows of the weights then no longer sum to one.
 
     Args:
         config: the knobs.
@@ -45,15 +46,20 @@ class Efficient(Core):
             if self.causal:
                 raise ValueError("efficient: has no causal form; use linear, performer or flow")
 
+    rotates = "inside"
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        summaries = self._summaries(k, v, ctx.mask).to(q.dtype)
+        summaries = self._summaries(k, v, ctx.mask, ctx.rope).to(q.dtype)
         slices = slices_of(q)
         outputs = Rows(q.shape[2])
-        for some in pieces(q, slices):
-            outputs.append(some.softmax(dim=-1) @ summaries)
+        for rows, some in zip(slices, pieces(q, slices), strict=True):
+            weights = some.softmax(dim=-1)
+            if ctx.rope is not None:
+                weights = ctx.rope.tokens(rows).query(weights)
+            outputs.append(weights @ summaries)
         return outputs.joined()
 
-    def _summaries(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _summaries(self, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
         """``softmax_tokens(k)^T v``, (B, H, K, V), a few tokens at a time.
 
         The sums are scaled by the largest key so far. The exponentials have base 2, which is several
@@ -71,7 +77,8 @@ class Efficient(Core):
                 keys, values = keys.masked_fill(~real, lowest), values * real
             largest = torch.maximum(top, keys.amax(dim=2, keepdim=True)).detach()
             weights, fade = (keys - largest).exp2(), (top - largest).exp2()
-            product = weights.mT @ values
+            turned = weights if rope is None else rope.tokens(rows).key(weights)
+            product = turned.mT @ values
             sums = product if sums is None else sums * fade.mT + product
             total, top = total * fade + weights.sum(dim=2, keepdim=True), largest
         assert sums is not None

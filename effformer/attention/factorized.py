@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Site, check_context
+from effformer.context import EMPTY, Context, check_context
 from effformer.nn.norms import make_norm
-from effformer.nn.rope import rotate
+from effformer.nn.positions import grid_axes
+from effformer.places import rotate
 from effformer.registry import Caps, attention
+from effformer.site import Site
 
 from .base import Mixer
 
@@ -162,10 +164,11 @@ class _Factorized(Mixer):
     def __init__(self, config: FactorizedConfig, site: Site, *, side_by_side: bool) -> None:
         super().__init__(config, site)
         where = site.path or "factorized"
-        axes = config.axes or site.axes or 2
-        if axes != (site.axes or axes):
+        there = None if site.grid is None else len(site.grid)
+        axes = config.axes or there or 2
+        if axes != (there or axes):
             raise ValueError(
-                f"{where}: axes={axes}, but the grid of this model has {site.axes}; leave axes out"
+                f"{where}: axes={axes}, but the grid of this model has {there}; leave axes out"
             )
         if config.head_dim is None and site.dim % site.heads:
             raise ValueError(
@@ -228,16 +231,16 @@ class _Factorized(Mixer):
     def _coords(self, x: Tensor, grid: tuple[int, ...], ctx: Context) -> list[Tensor]:
         """Real coordinates of every axis; without given ones from 0 to 1, both ends included."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if ctx.coords is None:
+        if ctx.positions is None:
             steps = [torch.arange(n, device=x.device, dtype=dtype) for n in grid]
             return [s / s[-1:].clamp(min=1.0) for s in steps]
-        given = [tuple(c.shape) for c in ctx.coords]
-        if given != [(n,) for n in grid]:
+        if tuple(ctx.positions.shape[1:]) != (x.shape[1], len(grid)):
             raise ValueError(
-                f"{self.site.path or 'factorized'}: ctx.coords has shapes {given}, but the grid is "
-                f"{tuple(grid)}; give one (n,) tensor for every axis"
+                f"{self.site.path or 'factorized'}: ctx.positions has shape "
+                f"{tuple(ctx.positions.shape)}, but {x.shape[1]} tokens on the grid {tuple(grid)} "
+                f"have {len(grid)} coordinates each, (1, {x.shape[1]}, {len(grid)})"
             )
-        return [c.to(device=x.device, dtype=dtype) for c in ctx.coords]
+        return grid_axes(ctx.positions.to(device=x.device, dtype=dtype), grid)
 
     def _grid(self, x: Tensor, ctx: Context) -> tuple[int, ...]:
         where, axes = self.site.path or "factorized", len(self.axes)
@@ -278,7 +281,7 @@ class _Factorized(Mixer):
         return kernels + applied + n * (dim * inner + inner * self.slots * out + out * out)
 
 
-_CAPS = Caps(grid="w", cost="n^1.5")
+_CAPS = Caps(axes="w", cost="n^1.5")
 
 
 @attention.register("factorized-parallel", caps=_CAPS, paper="2412.18840")
@@ -287,7 +290,7 @@ class FactorizedParallel(_Factorized):
 
     Every axis has one n x n kernel per head, made from the mean over all other axes (`AxisKernel`),
     and reads the same values; the results stand side by side in each head. Coordinates come from
-    ``ctx.coords``, or run from 0 to 1 on every axis. Taps: ``<path>.v``, ``.kernel.<axis>``,
+    ``ctx.positions``, or run from 0 to 1 on every axis. Taps: ``<path>.v``, ``.kernel.<axis>``,
     ``.mixed`` and ``.normed``.
 
     No weight of a quadrature enters a kernel: on a grid of another resolution its product grows

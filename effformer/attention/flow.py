@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Context, Rope
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
@@ -65,8 +65,9 @@ class FlowTerms(NamedTuple):
     caps=Caps(
         causal="optional",
         cross=True,
-        joint=True,
+        order_free=True,
         mask="key",
+        rope=True,
         packed=True,
         streaming=True,
         width=True,
@@ -91,10 +92,13 @@ class Flow(Core):
     The causal form replaces every sum by its prefix and N, M by the number of tokens so far; a
     token's competition weight is fixed when it appears, so decoding needs a state of constant size.
 
+    Rotary positions turn features in the last line only, ``out_i = a_i I_i (R_i q_i) sum_j (R_j
+    k_j)^T v_j c_j``: flows are capacities and stay positive, and what is conserved stays so.
+
     With a key mask, padded tokens carry no flow and N, M count valid tokens per sample; in
     self-attention the mask stands for the queries too, because sums over sinks enter every source.
 
-    Differs from the paper: masks (not in the paper); prefix sums in chunks, so that the causal form
+    Differs from the paper: masks and rotary positions (not in the paper); prefix sums in chunks, so that the causal form
     needs memory linear in tokens; ``(q + eps) . s`` is evaluated as ``q . s + eps sum(s)``, which
     is the same number.
 
@@ -130,16 +134,19 @@ class Flow(Core):
             if self.chunk < 1:
                 raise ValueError(f"flow: chunk must be at least 1, got {self.chunk}")
 
+    rotates = "inside"
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         dtype = v.dtype
         v = _full(v)
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
         if self.config.causal:
-            return self._scan(q, k, v, mask, None)[0].to(dtype)
+            return self._scan(q, k, v, mask, ctx.rope, None)[0].to(dtype)
         own = ctx.memory is None
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self._parallel(q, k, v, mask, self_attention=own)
+        def mix(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
+            rope = None if ctx.rope is None else ctx.rope.heads(heads)
+            return self._parallel(q, k, v, mask, rope, self_attention=own)
 
         return over_heads(mix, q, k, v).to(dtype)
 
@@ -178,7 +185,14 @@ class Flow(Core):
         return dots + self.config.eps * total.sum(dim=-1, keepdim=True)
 
     def _parallel(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, self_attention: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        rope: Rope | None,
+        *,
+        self_attention: bool,
     ) -> Tensor:
         sinks, sources = q.shape[2], k.shape[2]
         q_mask = mask if self_attention else None
@@ -194,6 +208,9 @@ class Flow(Core):
             allocation = torch.sigmoid(conserved_in * queries / valid)
             lowest = torch.finfo(conserved_out.dtype).min
             competition = conserved_out.masked_fill(mask == 0, lowest).softmax(dim=2) * mask * valid
+        if rope is not None:
+            qs = [t.query(x) for t, x in zip(_tables(qs, rope), qs, strict=True)]
+            ks = [t.key(x) for t, x in zip(_tables(ks, rope), ks, strict=True)]
         parts = zip(ks, *(_like(ks, x) for x in (v, competition)), strict=True)
         values = reduce(torch.add, [x.mT @ (some * share) for x, some, share in parts])
         outputs = Rows(sinks)
@@ -212,20 +229,34 @@ class Flow(Core):
         return FlowTerms(incoming, outgoing, conserved_in, self._against(ks, sum_qi) + extra)
 
     def _scan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: FlowState | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        rope: Rope | None,
+        state: FlowState | None,
     ) -> tuple[Tensor, FlowState]:
         """The causal form on the next tokens, from the sums of the past (None: none)."""
         outputs, slices = Rows(q.shape[2]), scan_slices(q, chunk=self.config.chunk)
         parts = (pieces(x, slices) for x in (q, k, v))
         for rows, some_q, some_k, some_v in zip(slices, *parts, strict=True):
             real = None if mask is None else mask[:, :, rows]
-            out, state = self._piece(self._phi(some_q), self._phi(some_k), some_v, real, state)
+            here = None if rope is None else rope.tokens(rows)
+            phi = self._phi(some_q), self._phi(some_k)
+            out, state = self._piece(*phi, some_v, real, here, state)
             outputs.append(out)
         assert state is not None
         return outputs.joined(), state
 
     def _piece(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: FlowState | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        rope: Rope | None,
+        state: FlowState | None,
     ) -> tuple[Tensor, FlowState]:
         """The causal form on a few tokens that stay in cache."""
         q, k, count = _counted(q, k, mask, state)
@@ -237,6 +268,8 @@ class Flow(Core):
         sum_e = running_sum(weight, None if state is None else state.e.unsqueeze(-1))
         competition = n * weight / sum_e.clamp(min=torch.finfo(sum_e.dtype).tiny)
         start = None if state is None else state.kv
+        if rope is not None:
+            q, k = rope.query(q), rope.key(k)
         out, kv = causal_product(q, k, v * competition, start, chunk=self.config.chunk)
         sum_k, sum_q, sum_ko, sum_qi = (total[:, :, -1] for total in sums)
         last = FlowState(count[:, 0, -1], sum_k, sum_q, sum_ko, sum_qi, sum_e[:, :, -1, 0], kv)
@@ -286,9 +319,11 @@ class Flow(Core):
             square,
         )
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: FlowState) -> tuple[Tensor, FlowState]:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: FlowState, ctx: Context = EMPTY
+    ) -> tuple[Tensor, FlowState]:
         """Feed the next tokens (B, H, n, K)."""
-        out, state = self._scan(q, k, _full(v), None, state)
+        out, state = self._scan(q, k, _full(v), None, ctx.rope, state)
         return out.to(v.dtype), state
 
 
@@ -313,12 +348,22 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
+def _slices(xs: list[Tensor]) -> list[slice]:
+    """The tokens that pieces xs stand for; a single piece stands for all."""
+    if len(xs) == 1:
+        return [slice(None)]
+    starts = accumulate((x.shape[2] for x in xs), initial=0)
+    return [slice(start, start + x.shape[2]) for start, x in zip(starts, xs, strict=False)]
+
+
 def _like(xs: list[Tensor], y: Tensor) -> tuple[Tensor, ...]:
     """The tokens of y in the same slices as xs."""
-    starts = accumulate((x.shape[2] for x in xs), initial=0)
-    return pieces(
-        y, [slice(start, start + x.shape[2]) for start, x in zip(starts, xs, strict=False)]
-    )
+    return pieces(y, _slices(xs))
+
+
+def _tables(xs: list[Tensor], rope: Rope) -> list[Rope]:
+    """Rotary tables in the same slices as xs."""
+    return [rope.tokens(rows) for rows in _slices(xs)]
 
 
 def _total(xs: Iterable[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Context, Rope
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
@@ -28,7 +28,14 @@ class LinearState(NamedTuple):
 
 
 _CAPS = Caps(
-    causal="optional", cross=True, joint=True, mask="key", packed=True, streaming=True, width=True
+    causal="optional",
+    cross=True,
+    order_free=True,
+    mask="key",
+    rope=True,
+    packed=True,
+    streaming=True,
+    width=True,
 )
 
 
@@ -37,15 +44,22 @@ class Linear(Core):
     """Linear attention: ``phi(q_i) sum_j phi(k_j)^T v_j / (phi(q_i) . sum_j phi(k_j) + eps)``, phi
     = elu + 1.
 
-    Costs O(N K V) instead of O(N^2 K). The causal form replaces the sums by prefix sums.
+    Costs O(N K V) instead of O(N^2 K). The causal form replaces the sums by prefix sums. Features
+    and sums are in float32 at least.
+
+    Rotary positions turn features, in the numerator only: ``(R_i phi(q_i)) sum_j (R_j phi(k_j))^T
+    v_j``. The normaliser stays positive; the weights of a row no longer sum to one.
 
     Args:
         config: the knobs.
         site: the place in the model.
 
     Reference: Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, 2020,
-    arXiv 2006.16236.
+    arXiv 2006.16236; RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv
+    2104.09864 (equation 19).
     """
+
+    rotates = "inside"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(CoreConfig):
@@ -60,23 +74,29 @@ class Linear(Core):
         chunk: int = 128
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        dtype = v.dtype
+        q, k, v = _widened(q), _widened(k), _widened(v)
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
         if self.config.causal:
-            return self._scan(q, k, v, mask, None)[0]
-        kv, total = self._sums(k, v, mask)
-        outputs = Rows(q.shape[2])
-        for some in pieces(q, slices_of(q)):
+            return self._scan(q, k, v, mask, ctx.rope, None)[0].to(dtype)
+        kv, total = self._sums(k, v, mask, ctx.rope)
+        outputs, slices = Rows(q.shape[2]), slices_of(q)
+        for rows, some in zip(slices, pieces(q, slices), strict=True):
             phi = self.phi(some)
-            outputs.append(phi @ kv / self.guarded(phi @ total))
-        return outputs.joined()
+            turned = phi if ctx.rope is None else ctx.rope.tokens(rows).query(phi)
+            outputs.append(turned @ kv / self.guarded(phi @ total))
+        return outputs.joined().to(dtype)
 
-    def _sums(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _sums(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None
+    ) -> tuple[Tensor, Tensor]:
         """``sum phi(k)^T v`` (B, H, K, V) and ``sum phi(k)^T`` (B, H, K, 1) over all tokens."""
         products, totals = [], []
         slices = slices_of(k)
         for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
             phi = self._masked_phi(keys, mask, rows)
-            products.append(phi.mT @ values)
+            turned = phi if rope is None else rope.tokens(rows).key(phi)
+            products.append(turned.mT @ values)
             totals.append(phi.sum(dim=2).unsqueeze(-1))
         return reduce(torch.add, products), reduce(torch.add, totals)
 
@@ -96,7 +116,13 @@ class Linear(Core):
         return normaliser + self.config.eps
 
     def _scan(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: LinearState | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        rope: Rope | None,
+        state: LinearState | None,
     ) -> tuple[Tensor, LinearState]:
         """The causal form on the next tokens, from the sums of the past (None: none)."""
         outputs, slices = Rows(q.shape[2]), scan_slices(q, chunk=self.config.chunk)
@@ -105,8 +131,11 @@ class Linear(Core):
             phi_q, phi_k = self.phi(some_q), self._masked_phi(some_k, mask, rows)
             past, carried = (None, None) if state is None else state
             sums = running_sum(phi_k, past)
-            out, kv = causal_product(phi_q, phi_k, some_v, carried, chunk=self.config.chunk)
             normaliser = self.guarded((phi_q * sums).sum(dim=-1, keepdim=True))
+            if rope is not None:
+                here = rope.tokens(rows)
+                phi_q, phi_k = here.query(phi_q), here.key(phi_k)
+            out, kv = causal_product(phi_q, phi_k, some_v, carried, chunk=self.config.chunk)
             outputs.append(out / normaliser)
             state = LinearState(sums[:, :, -1], kv)
         assert state is not None
@@ -119,15 +148,17 @@ class Linear(Core):
         return heads * head_dim * ((n + keys) * head_dim + n)
 
     def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> LinearState:
-        """Zero sums."""
-        sums = like.new_zeros(batch, heads, head_dim)
-        return LinearState(sums, like.new_zeros(batch, heads, head_dim, head_dim))
+        """Zero sums, in float32 at least."""
+        sums = _widened(like.new_zeros(batch, heads, head_dim))
+        return LinearState(sums, sums.new_zeros(batch, heads, head_dim, head_dim))
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, ctx: Context = EMPTY
     ) -> tuple[Tensor, LinearState]:
         """Feed the next tokens; the state has a fixed size."""
-        return self._scan(q, k, v, None, state)
+        wide = (_widened(x) for x in (q, k, v))
+        out, state = self._scan(*wide, None, ctx.rope, state)
+        return out.to(v.dtype), state
 
 
 @core.register("sana", caps=_CAPS, paper="2410.10629")
@@ -135,15 +166,16 @@ class Sana(Linear):
     """ReLU linear attention: ``relu(q_i) sum_j relu(k_j)^T v_j / (relu(q_i) . sum_j relu(k_j) +
     eps)``.
 
-    Computed in float32 at least; a query whose features are all zero gets zeros. There is no
-    scale and no position: in SANA the convolution of the FFN (``ffn="glumbconv"``) supplies it.
+    A query whose features are all zero gets zeros. There is no scale and no position of its own: in
+    SANA the convolution of the FFN (``ffn="glumbconv"``) supplies it, in SANA-Video rotary tables.
 
     Args:
         config: the knobs.
         site: the place in the model.
 
     Reference: SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion Transformers,
-    2024, arXiv 2410.10629.
+    2024, arXiv 2410.10629; SANA-Video: Efficient Video Generation with Block Linear Diffusion
+    Transformer, 2025, arXiv 2509.24695 (rotary positions).
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,16 +194,6 @@ class Sana(Linear):
         optimizer takes that addition for one of zero.
         """
         return normaliser.clamp(min=self.config.eps)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        return super().forward(_widened(q), _widened(k), _widened(v), ctx).to(v.dtype)
-
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState
-    ) -> tuple[Tensor, LinearState]:
-        """Feed the next tokens; the state has a fixed size, in float32 at least."""
-        out, state = super().step(_widened(q), _widened(k), _widened(v), state)
-        return out.to(v.dtype), state
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
+from effformer.site import Site
 
 from .base import Core, CoreConfig
 
@@ -20,7 +21,7 @@ __all__ = ["Linformer"]
 
 @core.register(
     "linformer",
-    caps=Caps(cross=True, mask="key", packed=True, width=True, cost="n"),
+    caps=Caps(cross=True, mask="key", rope=True, packed=True, width=True, cost="n"),
     paper="2006.04768",
 )
 class Linformer(Core):
@@ -28,13 +29,14 @@ class Linformer(Core):
 
     E and F are shared by the heads of a layer; fewer tokens use their first rows, more are
     refused. With a key mask row i belongs to the i-th valid token, so padding on either side
-    changes nothing. No causal form exists: every projected key mixes all positions.
+    changes nothing. Rotary positions turn keys before the projection: its slots have no place. No
+    causal form exists: every projected key mixes all positions.
 
     Differs from the paper: masks (not in the paper); E and F are not shared across layers.
 
     Args:
         config: the knobs.
-        site: the place in the model; ``site.tokens`` is the most tokens if the config does not say.
+        site: the place in the model; ``site.length`` is the most tokens if the config does not say.
 
     Raises:
         CapabilityError: neither config nor model fixes the number of keys.
@@ -67,10 +69,10 @@ class Linformer(Core):
 
     def __init__(self, config: Linformer.Config, site: Site) -> None:
         super().__init__(config, site)
-        own = site.tokens if site.memory_dim is None else None
+        own = site.length if site.memory_dim is None else None
         tokens = own if config.tokens is None else config.tokens
         if tokens is None:
-            able = ", ".join(core.names(cost="n", cross=True, joint=True, mask="key"))
+            able = ", ".join(core.names(cost="n", cross=True, order_free=True, mask="key"))
             raise CapabilityError(
                 f"{site.path or 'linformer'}: 'linformer' needs a fixed number of keys, which this "
                 "model has not; give the most there will be, {'name': 'linformer', 'tokens': 512}; "

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Site, check_context
+from effformer.context import EMPTY, Context, check_context
 from effformer.nn.legendre import LegendreMemory
 from effformer.registry import Caps, attention
+from effformer.site import Site
 
 from .base import Mixer
 from .slices import over_sequences

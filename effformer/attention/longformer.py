@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Site, check_context
+from effformer.context import EMPTY, Context, check_context
 from effformer.registry import Caps, attention
+from effformer.site import Site
 
 from .backends import attend
 from .base import Mixer

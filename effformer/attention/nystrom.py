@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.cut import put, twin
 from effformer.registry import Caps, core
+from effformer.site import Site
 
 from .backends import attend
 from .base import Core, CoreConfig
@@ -23,7 +24,9 @@ _BLOCK = 64
 
 
 @core.register(
-    "nystrom", caps=Caps(mask="key", packed=True, width=True, cost="n"), paper="2102.03902"
+    "nystrom",
+    caps=Caps(mask="key", rope=True, packed=True, width=True, cost="n"),
+    paper="2102.03902",
 )
 class Nystrom(Core):
     """Nystrom attention: ``softmax(q l_k^T) A^+ (softmax(l_q k^T) v) + conv(v)``, ``A = softmax(l_q
@@ -33,6 +36,8 @@ class Nystrom(Core):
     consecutive groups of tokens whose sizes differ by one at most; ``A^+`` is `iterative_pinv`,
     which after a few steps is no exact inverse. ``conv`` is one depth-wise filter per head along
     the tokens. With at most as many tokens as landmarks the result is exact softmax attention.
+    Rotary positions turn queries and keys before the means; a mean over tokens far apart loses the
+    fast pairs.
 
     With a key mask the groups divide the valid tokens of a sample, all three kernels are masked
     and padding changes nothing.

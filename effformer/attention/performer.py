@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
+from effformer.site import Site
 
 from .base import Core, CoreConfig
 from .slices import Rows, pieces, token_slices
@@ -43,8 +44,9 @@ class PerformerState(NamedTuple):
     caps=Caps(
         causal="optional",
         cross=True,
-        joint=True,
+        order_free=True,
         mask="key",
+        rope=True,
         packed=True,
         streaming=True,
         width=True,
@@ -60,6 +62,10 @@ class Performer(Core):
     below one and takes no gradient. The ReLU kernel is ``relu(w . x') + eps``. Rows are orthogonal
     in blocks of K; they are the buffer ``projection``, drawn from ``seed`` and the layer's index
     and saved with the weights.
+
+    Rotary positions turn queries and keys before the features, ``phi(R_i q_i) . phi(R_j k_j)`` in
+    numerator and denominator: |x| stays, weights stay positive, and the estimate is that of softmax
+    attention with the same positions.
 
     The causal form takes c over the keys so far and rescales its sums when c grows: row i is what
     the parallel form gives on tokens <= i. It exports for a fixed number of tokens.
@@ -288,7 +294,7 @@ class Performer(Core):
         return _empty(batch, heads, self.features, head_dim, like)
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, ctx: Context = EMPTY
     ) -> tuple[Tensor, PerformerState]:
         """Feed the next tokens; the state has a fixed size.
 

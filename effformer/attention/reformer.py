@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Site, check_context
+from effformer.context import EMPTY, Context, check_context
 from effformer.registry import Caps, attention
+from effformer.site import Site
 
 from .base import Mixer
 from .slices import over_sequences, token_slices
@@ -111,7 +112,7 @@ class Reformer(Mixer):
         self.v = nn.Linear(site.dim, inner, bias=False)
         self.proj = nn.Linear(inner, site.out_dim or site.dim, bias=config.proj_bias)
         self.drop = nn.Dropout(site.dropout)
-        self.buckets = config.buckets or _bucket_count(site.tokens, config.chunk)
+        self.buckets = config.buckets or _bucket_count(site.length, config.chunk)
         shape = (self.heads, self.head_dim, config.rounds, self.buckets // 2)
         self.register_buffer("rotations", torch.empty(shape))
         self.redraw(torch.Generator().manual_seed(config.seed + site.layer))

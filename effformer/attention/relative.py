@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.cut import cut_linear, twin
 from effformer.registry import Caps, core
+from effformer.site import Site
 
 from .base import Core, CoreConfig
 
@@ -19,7 +20,7 @@ __all__ = ["Relative"]
 
 
 @core.register(
-    "relative", caps=Caps(grid="hw", front=True, width=True, cost="n^2"), paper="2111.09883"
+    "relative", caps=Caps(axes="hw", front=True, width=True, cost="n^2"), paper="2111.09883"
 )
 class Relative(Core):
     """Softmax attention with a relative position bias: ``softmax(K^-0.5 q k^T + b(p_i - p_j)) v``.

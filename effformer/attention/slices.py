@@ -30,28 +30,29 @@ def capturing() -> bool:
 
 
 def over_heads(
-    function: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+    function: Callable[[Tensor, Tensor, Tensor, slice], Tensor], q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """``function(q, k, v)`` on slices of the heads, joined again.
+    """``function(q, k, v, heads)`` on slices of the heads, joined again.
 
     Heads do not see each other, so the result does not depend on the slices; temporaries of about
     1 MiB stay in cache and are not paged in anew by every operator. An exported graph is not cut.
 
     Args:
-        function: maps q (B, h, N, K), k (B, h, M, K), v (B, h, M, V) to (B, h, N, V).
+        function: maps q (B, h, N, K), k (B, h, M, K), v (B, h, M, V), and the slice of the heads that
+            they are, to (B, h, N, V).
         q: (B, H, N, K).
         k: (B, H, M, K).
         v: (B, H, M, V).
     """
     if torch.compiler.is_exporting():
-        return function(q, k, v)
+        return function(q, k, v, slice(None))
     per_head = q.shape[0] * max(q.shape[2], k.shape[2]) * q.shape[3]
     size = max(2, _ELEMENTS // max(per_head, 1))  # two at least: products of one head use one core
     if size >= q.shape[1]:
-        return function(q, k, v)
+        return function(q, k, v, slice(None))
     outputs = Rows(q.shape[1], dim=1)
-    for heads in zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True):
-        outputs.append(function(*heads))
+    for i, heads in enumerate(zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True)):
+        outputs.append(function(*heads, slice(i * size, (i + 1) * size)))
     return outputs.joined()
 
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from effformer.context import EMPTY, Context, Packing
+from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 
 from .backends import attend, attend_packed
@@ -29,7 +29,7 @@ class SoftmaxState(NamedTuple):
     caps=Caps(
         causal="optional",
         cross=True,
-        joint=True,
+        order_free=True,
         mask="full",
         rope=True,
         packed=True,
@@ -77,11 +77,11 @@ class Softmax(Core):
             config.backend, q, k, v, mask, causal=config.causal, scale=config.scale, bias=bias
         )
 
-    def packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        if self.config.backend != "xformers":
-            return super().packed(q, k, v, packing)
-        packing.check_row(q, dim=2)
-        lengths, config = packing.lengths, self.config
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, **further: Tensor) -> Tensor:
+        if self.config.backend != "xformers" or ctx.packing is None:
+            return super().packed(q, k, v, ctx)
+        ctx.packing.check_row(q, dim=2)
+        lengths, config = ctx.packing.lengths, self.config
         return attend_packed(q, k, v, lengths, causal=config.causal, scale=config.scale)
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
@@ -93,7 +93,7 @@ class Softmax(Core):
         return SoftmaxState(empty, empty)
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState
+        self, q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState, ctx: Context = EMPTY
     ) -> tuple[Tensor, SoftmaxState]:
         """Attend from the next tokens to everything seen; the state grows with the number of
         tokens.

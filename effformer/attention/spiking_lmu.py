@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from effformer.checks import CapabilityError
-from effformer.context import EMPTY, Context, Site, check_context
+from effformer.context import EMPTY, Context, check_context
 from effformer.nn.legendre import LegendreMemory
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
 from effformer.registry import Caps, attention
+from effformer.site import Site
 
 from .base import Mixer
 from .lmu import LMU, lmu_maps, lmu_widths

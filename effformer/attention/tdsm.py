@@ -12,8 +12,9 @@ from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import EMPTY, Context, Site, check_context
+from effformer.context import EMPTY, Context, check_context
 from effformer.registry import Caps, attention
+from effformer.site import Site
 
 from .base import CoreConfig, Mixer
 from .multihead import Attention
@@ -181,7 +182,7 @@ class TDSM(Mixer):
         if site.out_dim not in (None, site.dim):
             raise ValueError(f"{self.where}: tdsm keeps the width of tokens, {site.dim}")
         _check_core(config.core, self.where)
-        self.length = site.tokens if config.tokens is None else config.tokens
+        self.length = site.length if config.tokens is None else config.tokens
         if self.length is not None and self.length % config.segments:
             raise CapabilityError(
                 f"{self.where}: 'tdsm' cuts tokens into {config.segments} equal segments, which "
@@ -189,7 +190,7 @@ class TDSM(Mixer):
             )
         self.widths = _widths(config, site.dim, self.where)
         tokens = None if self.length is None else self.length // config.segments
-        inner = replace(site, heads=config.heads, tokens=tokens, out_dim=None)
+        inner = replace(site, heads=config.heads, length=tokens, out_dim=None)
         self.experts = nn.ModuleList(
             Attention(
                 Attention.Config(core=config.core),
@@ -290,10 +291,9 @@ def _check_permutation(order: Tensor, length: int, name: str) -> None:
 
 
 def _check_core(config: CoreConfig, where: str) -> None:
-    entry = registry.core.owner(config)
-    assert entry is not None
-    if entry.caps.grid or entry.caps.causal == "always":
-        able = ", ".join(registry.core.names(grid=False, causal=False))
+    entry = config.entry
+    if entry.caps.axes or entry.caps.causal == "always":
+        able = ", ".join(registry.core.names(axes=False, causal=False))
         raise CapabilityError(
             f"{where}: shuffled scalars have neither grid nor order, which core {entry.name!r} "
             f"needs; choices: {able}"

@@ -26,7 +26,7 @@ _ELEMENTS = 2**21
     caps=Caps(
         causal="optional",
         cross=True,
-        joint=True,
+        order_free=True,
         mask="full",
         rope=True,
         packed=True,
@@ -139,7 +139,7 @@ class TopK(Core):
         return SoftmaxState(empty, empty)
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState
+        self, q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState, ctx: Context = EMPTY
     ) -> tuple[Tensor, SoftmaxState]:
         """Attend from the next tokens to everything seen; the state grows with the number of
         tokens.

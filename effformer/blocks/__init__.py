@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from effformer.site import Layer, Needs
+
 from .adaln import AdaLNZero
 from .base import Block, Branch, init_states
-from .dynamic import DyDiTBlock, DynamicTokens, DynamicWidth
+from .dynamic import DynamicTokens, DynamicWidth
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
 from .gated import Gated
 from .iterate import Iterate
 from .lmu import LMUBlock, SpikingLMUBlock
 from .macaron import Macaron
-from .needs import Layer, Needs
 from .parallel import Parallel, ParallelBranches
 from .postnorm import PostNorm
 from .prenorm import PreNorm
 from .respost import ResPost
 from .slots import TokenPart, WidthPart
-from .stack import BackboneConfig, StackConfig, build_stack, resolve_layers
+from .stack import BackboneConfig, StackConfig, build_stack, head_width, resolve_layers
 from .tome import ToMe
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "BackboneConfig",
     "Block",
     "Branch",
-    "DyDiTBlock",
     "DynamicTokens",
     "DynamicWidth",
     "FlowTransformerDecoder",
@@ -46,6 +46,7 @@ __all__ = [
     "TokenPart",
     "WidthPart",
     "build_stack",
+    "head_width",
     "init_states",
     "resolve_layers",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from effformer.config import Config as BaseConfig
-from effformer.context import Site
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .prenorm import PreNorm
 
@@ -14,7 +14,7 @@ __all__ = ["AdaLNZero"]
 
 
 @block.register(
-    "adaln-zero", caps=Caps(tokens=True, cond="always", mixer_only=True), paper="2212.09748"
+    "adaln-zero", caps=Caps(sequential=True, cond="always", mixer_only=True), paper="2212.09748"
 )
 class AdaLNZero(PreNorm):
     """Pre-norm block whose branches are shifted, scaled and gated by the conditioning (adaLN-Zero).

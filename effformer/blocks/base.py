@@ -13,11 +13,12 @@ from effformer import registry
 from effformer.attention import Mixer, Streaming
 from effformer.checks import CapabilityError
 from effformer.config import Config
-from effformer.context import EMPTY, Context, Site, Stream
+from effformer.context import EMPTY, Context, Stream
 from effformer.ffn import FFN
 from effformer.nn.cut import Forms
 from effformer.nn.drop import DropPath
 from effformer.nn.norms import Modulation, branch_norm, modulate
+from effformer.site import Site
 
 from .slots import TokenPart, WidthPart, dense_macs, report
 
@@ -49,15 +50,31 @@ class Branch(nn.Module):
         self.site = site
         self.factor = factor
         self.post_norm = post_norm
-        self.norm = branch_norm(site) if normed else nn.Identity()
+        ffn = isinstance(part, FFN)
+        self.norm = branch_norm(site, ffn=ffn) if normed else nn.Identity()
         self.part = part
         self.forms = Forms()
         if site.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((site.dim,), site.layer_scale))
         self.drop_path = DropPath(site.drop_path) if site.drop_path else nn.Identity()
 
+    @property
+    def far(self) -> bool:
+        """The branch attends to ``ctx.memory``."""
+        return isinstance(self.part, Mixer) and self.part.site.memory_dim is not None
+
+    def view(self, ctx: Context) -> Context:
+        """What concerns this branch: its own tokens, or the memory."""
+        if self.far:
+            return replace(ctx, mask=None, rope=None)
+        if ctx.memory is None and ctx.memory_mask is None:
+            return ctx
+        return replace(ctx, memory=None, memory_mask=None)
+
     def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each."""
+        """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each, or (1, T, D)
+        in a packed row.
+        """
         return self.leave(x, self.run(self.enter(x, mods), ctx), mods)
 
     def enter(self, x: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
@@ -124,8 +141,8 @@ class Block(nn.Module):
 
     Parts in the slots ``width`` and ``tokens`` (see `attach`) let it run less of its branches.
 
-    A branch called "cross" attends to ``ctx.memory`` under ``ctx.memory_mask``; the others see
-    their own tokens only.
+    A branch built with a memory attends to ``ctx.memory`` under ``ctx.memory_mask``; the others see
+    their own tokens only. In a packed row each token is modulated as its sample asks for.
 
     Args:
         branches: name -> branch, in execution order; the names become children of the block.
@@ -154,9 +171,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         mods = None if self.site.cond_dim is None else self.modulations(ctx)
-        for i, (name, view) in enumerate(zip(self.order, self._views(ctx), strict=True)):
+        far = any(branch.far for branch in self.branches)
+        for i, name in enumerate(self.order):
             branch, own = getattr(self, name), None if mods is None else mods[3 * i : 3 * i + 3]
-            view = self.narrowed(name, x, view)
+            view = self.narrowed(name, x, branch.view(ctx) if far else ctx)
             if self.tokens is None:
                 x = branch(x, view, own)
             else:
@@ -173,9 +191,7 @@ class Block(nn.Module):
         branches = dict(zip(self.order, self.branches, strict=True))
         for kind, config in (("width", width), ("tokens", tokens)):
             if config is not None:
-                entry = registry.KINDS[kind].owner(config)
-                assert entry is not None, type(config)
-                setattr(self, kind, entry.build(config, below(self.site, kind), branches))
+                setattr(self, kind, config.build(below(self.site, kind), branches))
 
     def narrowed(self, name: str, x: Tensor, ctx: Context) -> Context:
         """The context of a branch with its active units, which are reported to the ledger."""
@@ -188,14 +204,6 @@ class Block(nn.Module):
             report(getattr(self, name), x, ctx, width.mean(dim=1))
         return replace(ctx, width=width)
 
-    def _views(self, ctx: Context) -> list[Context]:
-        """The context of every branch."""
-        if "cross" not in self.order:
-            return [ctx] * len(self.order)
-        own = replace(ctx, memory=None, memory_mask=None)
-        far = replace(ctx, mask=ctx.memory_mask, memory_mask=None, rope=None, stream=None)
-        return [far if name == "cross" else own for name in self.order]
-
     def modulations(self, ctx: Context) -> tuple[Tensor, ...]:
         """Shift, scale and gate of every branch, in branch order.
 
@@ -207,6 +215,8 @@ class Block(nn.Module):
                 f"{self.site.path or 'block'}: ctx.cond is None, but the block is modulated"
             )
         mods: tuple[Tensor, ...] = self.modulation(ctx.cond)
+        if ctx.packing is not None:
+            mods = tuple(ctx.packing.spread(m[:, 0]) for m in mods)
         if self.shift:
             return mods
         zero = mods[0].new_zeros(())
@@ -224,9 +234,8 @@ class Block(nn.Module):
             total += self.width.macs()
         if self.tokens is not None:
             total += self.tokens.macs(n)
-        for name, branch in zip(self.order, self.branches, strict=True):
-            own = "cross" in self.order and name != "cross"
-            total += dense_macs(branch.part, n, None if own else m, grid=grid)
+        for branch in self.branches:
+            total += dense_macs(branch.part, n, m if branch.far else None, grid=grid)
         return total
 
 
@@ -255,9 +264,7 @@ def below(site: Site, name: str, **changes: Any) -> Site:
 
 def make_mixer(config: Config, site: Site) -> Mixer:
     """Build a registered token mixer."""
-    entry = registry.attention.owner(config)
-    assert entry is not None, type(config)
-    mixer: Mixer = entry.build(config, site)
+    mixer: Mixer = config.build(site)
     return mixer
 
 
@@ -285,7 +292,5 @@ def ffn_branches(
 
 def make_ffn(config: Config, site: Site) -> FFN:
     """Build a registered position-wise network."""
-    entry = registry.ffn.owner(config)
-    assert entry is not None, type(config)
-    part: FFN = entry.build(config, site)
+    part: FFN = config.build(site)
     return part

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from effformer import registry
-from effformer.attention import Attention, Mixer
+from effformer.attention import Mixer
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.config import part
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.ffn import FFN
 from effformer.nn.gates import Switch, values_known
 from effformer.nn.routers import TimeRouter, TokenRouter
-from effformer.registry import Caps, block, tokens, width
+from effformer.registry import Caps, tokens, width
+from effformer.site import Layer, Needs, Site
 
-from .adaln import AdaLNZero
 from .base import Branch
-from .needs import Layer, Needs, part_name
 from .slots import TokenPart, WidthPart, report
 
-__all__ = ["DyDiTBlock", "DynamicTokens", "DynamicWidth"]
+__all__ = ["DynamicTokens", "DynamicWidth"]
 
 
 @width.register("dynamic", caps=Caps(time=True, dynamic=True), paper="2410.03456")
@@ -90,13 +88,12 @@ class DynamicWidth(WidthPart):
             mixer = getattr(layer, slot)
             if mixer is not None and (why := _joined(mixer)) is not None:
                 raise CapabilityError(
-                    f"{where}.width: 'dynamic' switches heads, but {slot} {part_name(mixer)!r} {why}; "
+                    f"{where}.width: 'dynamic' switches heads, but {slot} {mixer.label!r} {why}; "
                     "choices: None"
                 )
         if layer.ffn is None:
             return
-        entry = registry.ffn.owner(layer.ffn)
-        assert entry is not None
+        entry = layer.ffn.entry
         if not entry.caps.width:
             able = ", ".join(registry.ffn.names(width=True))
             raise CapabilityError(
@@ -187,8 +184,7 @@ class DynamicTokens(TokenPart):
                 f"{where}.tokens: 'dynamic' lets tokens pass the FFN by, but the block has none; "
                 "choices: None"
             )
-        entry = registry.ffn.owner(layer.ffn)
-        assert entry is not None
+        entry = layer.ffn.entry
         if not cls.admits("ffn", entry.caps):
             why = "mixes tokens"
             if entry.caps.dynamic:
@@ -201,7 +197,7 @@ class DynamicTokens(TokenPart):
 
     @classmethod
     def admits(cls, kind: str, caps: Caps) -> bool:
-        alone = not caps.grid and not caps.dynamic and caps.causal == "never"
+        alone = not caps.axes and not caps.dynamic and caps.causal == "never"
         return kind != "ffn" or alone
 
     def forward(
@@ -216,7 +212,10 @@ class DynamicTokens(TokenPart):
             return branch(x, ctx, mods)
         gate: Tensor = self.gates[name](x, ctx)
         if ctx.ledger is not None:
-            fraction = gate.mean(dim=(1, 2))
+            if ctx.packing is None:
+                fraction = gate.mean(dim=(1, 2))
+            else:
+                fraction = ctx.packing.means(gate[..., 0])
             narrow = 1.0 if ctx.width is None else ctx.width.mean(dim=1)
             report(branch, x, ctx, fraction * narrow)
         if self.training or ctx.tap is not None or not values_known(x):
@@ -249,7 +248,10 @@ def _gathered(
         return branch(x, ctx, mods) if len(index) else x
     flat = x.flatten(0, 1)
     chosen = flat.index_select(0, index)
-    if x.shape[0] == 1:
+    if ctx.packing is not None:
+        own = None if mods is None else tuple(_chosen(m, index) for m in mods)
+        done = branch(chosen[None], replace(ctx, packing=ctx.packing.chosen(index)), own)
+    elif x.shape[0] == 1:
         done = branch(chosen[None], ctx, mods)
     else:  # every token becomes a sample of its own, with what belongs to its old sample
         sample = index // x.shape[1]
@@ -262,50 +264,14 @@ def _gathered(
     return flat.index_copy(0, index, done.flatten(0, 1)).view_as(x)
 
 
+def _chosen(mod: Tensor, index: Tensor) -> Tensor:
+    """The vectors (1, T, D) of some tokens; a zero that stands for all stays."""
+    return mod if mod.dim() == 0 else mod.index_select(1, index)
+
+
 def _joined(mixer: BaseConfig) -> str | None:
     """Why the heads of a mixer cannot be taken apart, None if they can."""
-    entry = registry.attention.owner(mixer)
-    assert entry is not None, type(mixer)
-    if not (entry.caps.width and mixer.caps().width):
-        able = {*registry.core.names(width=True), *registry.attention.names(width=True)}
-        names = ", ".join(sorted(able - {"multihead"}))
+    if not (mixer.entry.caps.width and mixer.caps().width):
+        names = ", ".join(n for n in registry.attention.names(width=True) if n != "multihead")
         return f"has none that can be taken apart (attn: {names} would do)"
-    if isinstance(mixer, Attention.Config) and (why := mixer.joined) is not None:
-        return why
-    return None
-
-
-@block.register(
-    "dydit", caps=Caps(cond="always", time=True, tokens=True, dynamic=True), paper="2410.03456"
-)
-class DyDiTBlock(AdaLNZero):
-    """The block of DyDiT: `AdaLNZero` with `DynamicWidth` and `DynamicTokens` in its slots.
-
-    ``block="dydit"`` means the same as ``block="adaln-zero", width="dynamic", tokens="dynamic"``.
-
-    Args:
-        config: the knobs of the two.
-        site: the place in the model; ``site.cond_dim`` and ``site.time_dim`` are required.
-        attn: config of the token mixer.
-        ffn: config of the position-wise network.
-
-    Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456.
-    """
-
-    @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(BaseConfig):
-        """Knobs of `DyDiTBlock`.
-
-        Attributes:
-            width: which heads and channels run.
-            tokens: which tokens reach the FFN.
-        """
-
-        width: BaseConfig = part("width", DynamicWidth.Config())
-        tokens: BaseConfig = part("tokens", DynamicTokens.Config())
-
-    def __init__(
-        self, config: DyDiTBlock.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
-    ) -> None:
-        super().__init__(AdaLNZero.Config(), site, attn=attn, ffn=ffn)
-        self.attach(width=config.width, tokens=config.tokens)
+    return getattr(mixer, "joined", None)

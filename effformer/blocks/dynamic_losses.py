@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from effformer.config import Config
-from effformer.context import Ledger, Share
+from effformer.context import Ledger
+from effformer.ledger import Share
 
 __all__ = ["WorkTarget", "executed_ratio", "work_loss", "write_work_loss"]
 

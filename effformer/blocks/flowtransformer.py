@@ -11,8 +11,9 @@ from effformer import registry
 from effformer.attention import Attention
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, Branch, below, make_ffn, mixer_branches
 
@@ -107,7 +108,7 @@ class FlowTransformerDecoder(Block):
         a, f = below(site, "attn", memory_dim=site.dim), below(site, "ffn")
         if not isinstance(attn, Attention.Config):
             raise CapabilityError(
-                f"{a.path}: {attn.to_dict()['name']!r} has no queries that the "
+                f"{a.path}: {attn.label!r} has no queries that the "
                 "flowtransformer-decoder block could take from other tokens; choices: "
                 + ", ".join(registry.core.names())
             )

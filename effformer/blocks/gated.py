@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.norms import make_norm
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .prenorm import PreNorm
 
@@ -17,7 +18,9 @@ __all__ = ["Gated"]
 
 
 @block.register(
-    "gated", caps=Caps(tokens=True, cross=True, packed=True, mixer_only=True), paper="2410.04733"
+    "gated",
+    caps=Caps(sequential=True, cross=True, packed=True, mixer_only=True),
+    paper="2410.04733",
 )
 class Gated(PreNorm):
     """Gated transformer block: a pre-norm block whose unit ends with a norm of the tokens.

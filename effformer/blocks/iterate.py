@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import EMPTY, Context, Ledger, Site
+from effformer.context import EMPTY, Context, Ledger
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, Branch, below
 from .prenorm import PreNorm
@@ -22,7 +22,7 @@ __all__ = ["Iterate"]
 
 @block.register(
     "iterate",
-    caps=Caps(cond="optional", tokens=True, cross=True, packed=True, mixer_only=True),
+    caps=Caps(cond="optional", sequential=True, cross=True, packed=True, mixer_only=True),
     paper="2412.18840",
 )
 class Iterate(Block):
@@ -69,6 +69,10 @@ class Iterate(Block):
             if self.times < 1:
                 raise ValueError(f"iterate: times must be at least 1, got {self.times}")
 
+        def caps(self) -> Caps:
+            """What the body can do."""
+            return self.body.caps()
+
     def __init__(
         self,
         config: Iterate.Config,
@@ -80,12 +84,10 @@ class Iterate(Block):
     ) -> None:
         super().__init__({}, replace(site, cond_dim=None))  # branches and modulation are the body's
         self.site = site
-        self.times = config.times
-        entry = registry.block.owner(config.body)
-        assert entry is not None
+        self.config, self.times = config, config.times
         more = {} if cross is None else {"cross": cross}
-        here = below(site, "body", shrinks=False)  # a step ends between its two ends
-        self.body: Block = entry.build(config.body, here, attn=attn, ffn=ffn, **more)
+        here = below(site, "body")
+        self.body: Block = config.body.build(here, attn=attn, ffn=ffn, **more)
         self.order = self.body.order
 
     @property
@@ -103,7 +105,7 @@ class Iterate(Block):
         if ctx.stream is not None:
             raise CapabilityError(
                 f"{self.site.path or 'iterate'}: 'iterate' cannot stream {self.times} steps that "
-                f"share one mixer; use times=1, or block='{self._name}' at a larger depth"
+                f"share one mixer; use times=1, or block={self.config.body.entry.name!r} at a larger depth"
             )
         if ctx.ledger is None:
             for _ in range(self.times):
@@ -116,11 +118,8 @@ class Iterate(Block):
         return x
 
     def _step(self, x: Tensor, ctx: Context) -> Tensor:
-        return torch.lerp(x, self.body(x, ctx), 1 / self.times)
-
-    @property
-    def _name(self) -> str:
-        return next(e.name for e in registry.block if e.build is type(self.body))
+        # a step ends between the two ends of the body: no token may be missing there
+        return torch.lerp(x, self.body(x, replace(ctx, merging=None)), 1 / self.times)
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         return self.times * self.body.macs(n, m, grid=grid)

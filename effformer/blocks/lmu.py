@@ -11,11 +11,12 @@ from effformer import registry
 from effformer.attention import Mixer
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.ffn import FFN
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, Branch, below, make_ffn, make_mixer
 
@@ -71,7 +72,7 @@ class _SpikingBranch(Branch):
                 )
 
 
-@block.register("lmu", caps=Caps(packed=True, tokens=True), paper="2402.04882")
+@block.register("lmu", caps=Caps(packed=True, sequential=True), paper="2402.04882")
 class LMUBlock(Block):
     """Block of the dense LMUFormer: ``x + BN(attn(x))``, then ``x + relu(BN(ffn(x)))``.
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from effformer.config import Config as BaseConfig
-from effformer.context import Site
 from effformer.ffn import FFNConfig
 from effformer.nn.activations import Activation
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, Branch, below, make_ffn, mixer_branches
 
@@ -17,7 +17,9 @@ __all__ = ["Macaron"]
 
 
 @block.register(
-    "macaron", caps=Caps(tokens=True, cond="optional", cross=True, packed=True), paper="1906.02762"
+    "macaron",
+    caps=Caps(sequential=True, cond="optional", cross=True, packed=True),
+    paper="1906.02762",
 )
 class Macaron(Block):
     """Macaron block: ``x + 1/2 ffn1(norm(x))``, ``x + attn(norm(x))``, ``x + 1/2 ffn2(norm(x))``.

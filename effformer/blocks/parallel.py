@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.drop import DropPath
 from effformer.nn.norms import branch_norm, modulate
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, Branch, below, make_ffn, make_mixer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from effformer.config import Config as BaseConfig
-from effformer.context import Site
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, ffn_branches, mixer_branches
 
@@ -14,7 +14,9 @@ __all__ = ["PostNorm"]
 
 
 @block.register(
-    "postnorm", caps=Caps(tokens=True, cross=True, packed=True, mixer_only=True), paper="1706.03762"
+    "postnorm",
+    caps=Caps(sequential=True, cross=True, packed=True, mixer_only=True),
+    paper="1706.03762",
 )
 class PostNorm(Block):
     """Post-norm block: ``norm(x + attn(x))``, then ``norm(x + ffn(x))``.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from effformer.config import Config as BaseConfig
-from effformer.context import Site
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, ffn_branches, mixer_branches
 
@@ -14,7 +14,9 @@ __all__ = ["PreNorm"]
 
 
 @block.register(
-    "prenorm", caps=Caps(tokens=True, cross=True, packed=True, mixer_only=True), paper="2002.04745"
+    "prenorm",
+    caps=Caps(sequential=True, cross=True, packed=True, mixer_only=True),
+    paper="2002.04745",
 )
 class PreNorm(Block):
     """Pre-norm block: ``x + attn(norm(x))``, then ``x + ffn(norm(x))``.

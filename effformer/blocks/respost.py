@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from effformer.config import Config as BaseConfig
-from effformer.context import Site
 from effformer.registry import Caps, block
+from effformer.site import Site
 
 from .base import Block, Branch, below, ffn_branches, make_mixer
 
@@ -25,7 +25,9 @@ class _NormedBranch(Branch):
         return x + self.scale(self.norm(h))
 
 
-@block.register("respost", caps=Caps(tokens=True, packed=True, mixer_only=True), paper="2111.09883")
+@block.register(
+    "respost", caps=Caps(sequential=True, packed=True, mixer_only=True), paper="2111.09883"
+)
 class ResPost(Block):
     """Residual post-norm block: ``x + norm(attn(x))``, then ``x + norm(ffn(x))``.
 

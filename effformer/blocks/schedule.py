@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from effformer.attention import Axes
+from effformer.attention import Axes, View
 from effformer.checks import CapabilityError
 from effformer.config import Config
 
@@ -58,8 +58,6 @@ def along_axes(mixers: Sequence[Config], schedule: str, grid: str, name: str) ->
         return list(mixers)
     axes = axes_of(schedule, len(mixers), grid, where=f"{name} axes")
     return [
-        mixer
-        if over == grid or isinstance(mixer, Axes.Config)
-        else Axes.Config(over=over, mixer=mixer)
+        mixer if over == grid or isinstance(mixer, View) else Axes.Config(over=over, mixer=mixer)
         for mixer, over in zip(mixers, axes, strict=True)
     ]

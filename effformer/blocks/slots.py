@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from effformer.attention import Mixer
 from effformer.config import Config
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.registry import Caps
+from effformer.site import Site
 
 if TYPE_CHECKING:
+    from effformer.site import Layer, Needs
+
     from .base import Branch
-    from .needs import Layer, Needs
 
 __all__ = ["TokenPart", "WidthPart", "report"]
 
@@ -47,6 +49,11 @@ class _SlotPart(nn.Module, ABC):
         Raises:
             CapabilityError: parts that would work are named.
         """
+
+    @classmethod
+    def settled(cls, config: Config, needs: Needs) -> Config:
+        """The config with what it leaves to the model filled in."""
+        return config
 
     @classmethod
     def admits(cls, kind: str, caps: Caps) -> bool:

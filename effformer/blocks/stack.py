@@ -9,19 +9,25 @@ from typing import Any, Literal
 
 from torch import nn
 
-from effformer import registry
 from effformer.attention import Attention
 from effformer.checks import unknown
 from effformer.config import Config, part, resolve
-from effformer.context import Site
 from effformer.ffn import MLP
+from effformer.site import Layer, Needs, Site
 
+from .admission import check_layer, slot_needs
 from .base import Block
-from .needs import MIXING, Layer, Needs, check_layer
 from .prenorm import PreNorm
 from .schedule import along_axes
 
-__all__ = ["BackboneConfig", "StackConfig", "build_stack", "resolve_layers", "with_causal"]
+__all__ = [
+    "BackboneConfig",
+    "StackConfig",
+    "build_stack",
+    "head_width",
+    "resolve_layers",
+    "with_causal",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +118,8 @@ def build_stack(
     if isinstance(site, Site):
         assert isinstance(config, BackboneConfig)
         site = [site] * config.depth
-    needs = replace(needs, memory=cross is not None)
     layers = resolve_layers(config, len(site), cross=cross, name=name)
-    views = along_axes([layer.attn for layer in layers], config.axes, needs.grid, name)
+    views = along_axes([layer.attn for layer in layers], config.axes, needs.axes, name)
     layers = [
         layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
         for layer, view in zip(layers, views, strict=True)
@@ -126,8 +131,8 @@ def build_stack(
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
         share = i / max(len(layers) - 1, 1) if config.drop_path_rule == "linear" else 1.0
         here = replace(
-            place, path=path, layer=i, depth=len(layers), shrinks=needs.shrinks,
-            axes=place.axes or len(needs.grid) or None,
+            place, path=path, layer=i, depth=len(layers),
+            grid=place.grid or (None,) * len(needs.axes) or None,
             dropout=config.dropout, drop_path=config.drop_path * share,
         )  # fmt: skip
         blocks.append(_build_block(layer, here, needs))
@@ -135,14 +140,26 @@ def build_stack(
 
 
 def _build_block(layer: Layer, site: Site, needs: Needs) -> Block:
-    entry = registry.block.owner(layer.block)
-    assert entry is not None
     parts: dict[str, Any] = {"attn": with_causal(layer.attn, needs.causal), "ffn": layer.ffn}
     if layer.cross is not None:
         parts["cross"] = layer.cross
-    block: Block = entry.build(layer.block, site, **parts)
-    block.attach(width=layer.width, tokens=layer.tokens)
+    block: Block = layer.block.build(site, **parts)
+    slots = {"width": layer.width, "tokens": layer.tokens}
+    inside = slot_needs(layer, needs)
+    filled = {k: c.entry.build.settled(c, inside) for k, c in slots.items() if c is not None}  # type: ignore[attr-defined]
+    block.attach(**filled)
     return block
+
+
+def head_width(config: BackboneConfig) -> int:
+    """Width of the heads for which a model makes its rotary tables: that of its token mixer, or of
+    the one that this puts into a view.
+    """
+    attn = config.attn
+    while (inner := attn.parts("attention")) and not hasattr(attn, "head_width"):
+        attn = next(iter(inner.values()))
+    width = getattr(attn, "head_width", None)
+    return config.dim // config.heads if width is None else width(config.dim, config.heads)
 
 
 def with_causal(attn: Config, causal: bool) -> Config:
@@ -151,7 +168,7 @@ def with_causal(attn: Config, causal: bool) -> Config:
         return attn
     if hasattr(attn, "causal"):
         return attn.replace(causal=True)
-    inner = attn.parts(*MIXING)
+    inner = attn.parts("attention", "core")
     changes: dict[str, Any] = {name: with_causal(one, True) for name, one in inner.items()}
     return attn.replace(**changes)
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from effformer import registry
-from effformer.attention import Attention, Mixer
+from effformer.attention import Mixer
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.context import Context, Merging, Site
+from effformer.context import Context, Merging
 from effformer.nn.merging import Matching, match_tokens, merge_schedule
 from effformer.registry import Caps, tokens
+from effformer.site import Layer, Needs, Site
 
 from .base import Branch
-from .needs import Layer, Needs, part_name
 from .slots import TokenPart, dense_macs
 
 __all__ = ["ToMe"]
@@ -82,16 +82,15 @@ class ToMe(TokenPart):
 
     def __init__(self, config: ToMe.Config, site: Site, branches: Mapping[str, Branch]) -> None:
         super().__init__(config, site, branches)
-        if config.restore is False and not site.shrinks:
-            raise CapabilityError(
-                f"{site.path}: 'tome' has restore=False, but this model needs all of its tokens; "
-                "choices: restore=None, restore=True"
-            )
-        self.restore = not site.shrinks or bool(config.restore)
         self.r = merge_schedule(config.r, site.depth, config.inflection)[site.layer]
-        mixers = [b.part for n, b in branches.items() if isinstance(b.part, Mixer) and n != "cross"]
+        mixers = [b.part for b in branches.values() if isinstance(b.part, Mixer) and not b.far]
         self._mixers = len(mixers)
+        self.restore = config.restore is not False
         self._metric = site.dim if self.restore else getattr(mixers[0], "head_dim", site.dim)
+
+    @classmethod
+    def settled(cls, config: BaseConfig, needs: Needs) -> BaseConfig:
+        return config.replace(restore=not needs.shrinks) if config.at("restore") is None else config
 
     @classmethod
     def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
@@ -111,7 +110,7 @@ class ToMe(TokenPart):
         if ctx.complete:
             return branch(x, ctx, mods)
         self._check(ctx)
-        attends = isinstance(branch.part, Mixer) and name != "cross"
+        attends = isinstance(branch.part, Mixer) and not branch.far
         if self.restore:
             merges = attends and self.r > 0
             return self._around(branch, x, ctx, mods) if merges else branch(x, ctx, mods)
@@ -187,32 +186,37 @@ class ToMe(TokenPart):
 
 def _reason(config: ToMe.Config, layer: Layer, needs: Needs) -> str | None:
     """Why merging cannot serve in a block, None if it can."""
-    name = part_name(layer.attn)
-    able = sorted(registry.core.names(joint=True))
-    if not isinstance(layer.attn, Attention.Config):
+    name = layer.attn.label
+    able = sorted(registry.core.names(order_free=True))
+    if not layer.attn.caps().multihead:
         return f"compares keys, but attn {name!r} has none (attn: {', '.join(able)} would do)"
     caps = layer.attn.caps()
-    if not caps.joint:
+    if not caps.order_free:
         return (
             f"leaves no order of tokens, but attn {name!r} depends on it "
             f"(attn: {', '.join(able)} would do)"
         )
     if config.proportional and not caps.sizes:
-        able = sorted(registry.core.names(joint=True, sizes=True))
+        able = sorted(registry.core.names(order_free=True, sizes=True))
         return (
             f"has proportional=True, but attn {name!r} cannot count a key several times "
             f"(proportional=False, or attn: {', '.join(able)} would do)"
         )
+    if config.restore is False and not needs.shrinks:
+        return "has restore=False, but this model needs all of its tokens (restore=True would do)"
     for missing, why in (
         (needs.causal, "mixes later tokens into earlier ones, but this model must not see them"),
-        (needs.rope, "leaves tokens without a place of their own, but rotary tables need one"),
+        (
+            needs.rope is not None,
+            "leaves tokens without a place of their own, but rotary tables need one",
+        ),
         (needs.mask != "none", f"cannot honour the {needs.mask} mask of this model"),
     ):
         if missing:
             return why
-    entry = None if layer.ffn is None else registry.ffn.owner(layer.ffn)
-    if entry is not None and entry.caps.grid and needs.shrinks and not config.restore:
-        able = sorted(registry.ffn.names(grid=False))
+    entry = None if layer.ffn is None else layer.ffn.entry
+    if entry is not None and entry.caps.axes and needs.shrinks and not config.restore:
+        able = sorted(registry.ffn.names(axes=False))
         return (
             f"leaves no grid, but ffn {entry.name!r} needs one (restore=True, or ffn: "
             f"{', '.join(able)} would do)"

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.learners import Gate, Learners
 from effformer.registry import Caps, ffn
+from effformer.site import Site
 
 from .base import FFN, FFNConfig
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effformer.context import Choice, Ledger
+from effformer.context import Ledger
+from effformer.ledger import Choice
 from effformer.nn.learners import Learners
 
 __all__ = [

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import Config
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.activations import Activation
+from effformer.site import Site
 
 __all__ = ["FFN", "FFNConfig", "InnerConfig", "refuse_fields"]
 
@@ -61,7 +62,7 @@ class FFNConfig(InnerConfig):
 class FFN(nn.Module, ABC):
     """Kind "ffn": acts on every token alone, (B, N, D) -> (B, N, D).
 
-    Networks that look beyond a token say so: ``caps.grid`` for neighbours, ``caps.causal ==
+    Networks that look beyond a token say so: ``caps.axes`` for neighbours, ``caps.causal ==
     "always"`` for a state carried from token to token (then `init_state` and `step` continue it).
 
     Args:
@@ -103,10 +104,11 @@ class FFN(nn.Module, ABC):
 
 
 def switched(hidden: Tensor, ctx: Context) -> Tensor:
-    """Hidden channels (B, N, M) times their groups' factors ``ctx.width`` (B, U)."""
+    """Hidden channels (B, N, M) times their groups' factors ``ctx.width`` (B, U) of their samples."""
     if ctx.width is None:
         return hidden
-    width = ctx.width.to(hidden.dtype)[:, None, :, None]
+    width = ctx.width[:, None] if ctx.packing is None else ctx.packing.spread(ctx.width)
+    width = width.to(hidden.dtype)[..., None]
     return (hidden.unflatten(-1, (width.shape[2], -1)) * width).flatten(-2)
 
 
@@ -125,7 +127,7 @@ def refuse_fields(ctx: Context, names: tuple[str, ...], what: str, where: str) -
     for name in names:
         if getattr(ctx, name) is not None:
             able = sorted(
-                e.name for e in registry.ffn if not e.caps.grid and e.caps.causal == "never"
+                e.name for e in registry.ffn if not e.caps.axes and e.caps.causal == "never"
             )
             raise CapabilityError(
                 f"{where}: {what} and cannot honour {name}; choices that can: {', '.join(able)}"

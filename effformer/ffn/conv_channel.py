@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
 from effformer.registry import Caps, ffn
+from effformer.site import Site
 
 from .base import FFN, FFNConfig, InnerConfig, refuse_fields
 

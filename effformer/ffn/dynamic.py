@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.cut import Forms
 from effformer.nn.gates import Switch
 from effformer.nn.routers import TimeRouter
 from effformer.registry import Caps, ffn
+from effformer.site import Site
 
 from .base import FFN, FFNConfig
 from .mlp import MLP

@@ -8,10 +8,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.cut import cut_linear, twin
 from effformer.registry import Caps, ffn
+from effformer.site import Site
 
 from .base import FFN, FFNConfig, switched
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from effformer.checks import CapabilityError
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.registry import Caps, ffn
+from effformer.site import Site
 
 from .base import FFN, FFNConfig, refuse_fields
 
 __all__ = ["GLUMBConv"]
 
 
-@ffn.register("glumbconv", caps=Caps(grid="hw", front=True), paper="2410.10629")
+@ffn.register("glumbconv", caps=Caps(axes="hw", front=True), paper="2410.10629")
 class GLUMBConv(FFN):
     """Mix-FFN: ``(a, g) = dwconv3x3(silu(W1 x))``, ``W2 (a * silu(g))`` with a grid of tokens.
 

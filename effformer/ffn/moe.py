@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.nn.activations import Activation
 from effformer.nn.gates import values_known
 from effformer.registry import Caps, ffn
+from effformer.site import Site
 
 from .base import FFN, FFNConfig
 from .mlp import MLP

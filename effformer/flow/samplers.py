@@ -336,12 +336,10 @@ def _check_start(x0: Tensor, guidance: Guidance | None) -> None:
 
 def _solver(sampler: Spec, reverse: bool) -> Sampler:
     config = resolve("sampler", sampler, where="sample")
-    entry = registry.owner(config)
-    assert entry is not None  # resolve accepts configs of registered samplers only
-    solver: Sampler = entry.build(config)
+    solver: Sampler = config.build()
     if reverse and not solver.reversible:
         raise ValueError(
-            f"sample: {entry.name} runs from noise to data only; "
+            f"sample: {config.entry.name} runs from noise to data only; "
             "euler, midpoint, heun, rk4 and dopri5 can reverse"
         )
     return solver

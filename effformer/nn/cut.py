@@ -79,6 +79,8 @@ class Forms:
         active, ctx = ctx.width > 0, replace(ctx, width=None)
         if bool((active == active[:1]).all()):
             return self.form(part, active[0])(x, ctx)
+        if ctx.packing is not None:  # one row cannot be taken apart by samples
+            return part(x, replace(ctx, width=active.to(x.dtype)))
         patterns, which = active.unique(dim=0, return_inverse=True)
         groups = [(which == i).nonzero().flatten() for i in range(len(patterns))]
         pieces = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effformer.checks import unknown
-from effformer.context import Site
+from effformer.site import Site
 
 __all__ = ["Modulation", "TokenBatchNorm", "branch_norm", "make_norm", "modulate"]
 
@@ -18,23 +20,30 @@ def make_norm(site: Site, dim: int | None = None, *, affine: bool | None = None)
     Args:
         site: gives kind, epsilon and whether there are learned factors.
         dim: width if it is not ``site.dim`` (heads).
-        affine: overrides ``site.norm_affine``.
+        affine: overrides ``site.norm.affine``.
 
     Raises:
-        ValueError: ``site.norm`` is neither "layer" nor "rms".
+        ValueError: ``site.norm.kind`` is neither "layer" nor "rms".
     """
-    width = site.dim if dim is None else dim
-    learned = site.norm_affine if affine is None else affine
-    if site.norm == "layer":
-        return nn.LayerNorm(width, eps=site.norm_eps, elementwise_affine=learned)
-    if site.norm == "rms":
-        return nn.RMSNorm(width, eps=site.norm_eps, elementwise_affine=learned)
-    raise unknown("norm", site.norm, ["layer", "rms"], where=site.path)
+    width, rule = site.dim if dim is None else dim, site.norm
+    learned = rule.affine if affine is None else affine
+    if rule.kind == "layer":
+        return nn.LayerNorm(width, eps=rule.eps, elementwise_affine=learned)
+    if rule.kind == "rms":
+        return nn.RMSNorm(width, eps=rule.eps, elementwise_affine=learned)
+    raise unknown("norm", rule.kind, ["layer", "rms"], where=site.path)
 
 
-def branch_norm(site: Site) -> nn.Module:
-    """The norm before a part; where the model is conditioned, the modulation follows it."""
-    return make_norm(site, affine=None if site.cond_dim is None else site.modulated_affine)
+def branch_norm(site: Site, *, ffn: bool = False) -> nn.Module:
+    """The norm before a part; where the model is conditioned, the modulation follows it.
+
+    Args:
+        site: the place.
+        ffn: the part is a position-wise network, whose norm may have an epsilon of its own.
+    """
+    if ffn and site.norm.ffn_eps is not None:
+        site = replace(site, norm=replace(site.norm, eps=site.norm.ffn_eps))
+    return make_norm(site, affine=None if site.cond_dim is None else site.norm.modulated_affine)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,66 +1,51 @@
-"""Rotary position embedding (RoPE): application, and tables for image grids."""
+"""Rotary position embedding (RoPE): tables for tokens with coordinates."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effformer.config import Config as BaseConfig
-from effformer.context import Rope
+from effformer.places import Rope
 
-__all__ = ["GridRope", "apply_rope", "rotate"]
+from .positions import grid_positions
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate the pairs of the last dimension; x (B, H, N, K), tables (N, K)."""
-    if interleaved:
-        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    else:
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-    return x * cos + turned * sin
-
-
-def apply_rope(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys (B, H, N, K).
-
-    Reference: RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv
-    2104.09864.
-    """
-    key_cos = rope.cos if rope.key_cos is None else rope.key_cos
-    key_sin = rope.sin if rope.key_sin is None else rope.key_sin
-    q = rotate(q, rope.cos, rope.sin, interleaved=rope.interleaved)
-    return q, rotate(k, key_cos, key_sin, interleaved=rope.interleaved)
+__all__ = ["GridRope"]
 
 
 class GridRope(nn.Module):
-    """Rotary tables for the cells of a 2-D grid, for any grid size.
+    """Rotary tables for tokens with one, two or three coordinates.
 
-    A head of width K has K / 2 angles per cell at coordinates (a, b)::
+    A head of width K has K / 2 angles per token. At coordinates (a, b) of a grid of rows and
+    columns::
 
         axial, centered    [a w_0 ... a w_(K/4-1) | b w_0 ... b w_(K/4-1)],  w_i = T^(-4 i / K)
         mixed              a u_i + b v_i,  u and v learned for every layer and head
 
     "axial" counts cells, "centered" maps the grid to [-1, 1] and multiplies the w_i by 2 pi
-    (DINOv3), "mixed" counts cells.
+    (DINOv3), "mixed" counts cells. On one axis all K channels belong to it; on three (time, rows,
+    columns) rows and columns have 2 floor(K / 6) channels each, and time the rest; an axis of k
+    channels has ``w_i = T^(-2 i / k)``. Tokens at the origin do not turn.
 
     Args:
         config: the knobs.
-        head_dim: width K of a head, divisible by 4.
+        head_dim: width K of a head.
         heads: number of heads.
         depth: number of layers.
+        axes: number of coordinates.
 
     Raises:
-        ValueError: the head width is not divisible by 4.
+        ValueError: the head width does not divide into pairs of channels for every axis.
 
-    Reference: Rotary Position Embedding for Vision Transformer, 2024, arXiv 2403.13298 (axial and
-    mixed); DINOv3, 2025, arXiv 2508.10104 (centered).
+    Reference: RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv 2104.09864
+    (one axis); Rotary Position Embedding for Vision Transformer, 2024, arXiv 2403.13298 (axial and
+    mixed); DINOv3, 2025, arXiv 2508.10104 (centered); Wan: Open and Advanced Large-Scale Video
+    Generative Models, 2025, arXiv 2503.20314 (three axes).
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +75,22 @@ class GridRope(nn.Module):
             if self.kind != "axial" and self.reference is not None:
                 raise ValueError(f"rope: kind {self.kind!r} has no reference grid")
 
-    def __init__(self, config: GridRope.Config, head_dim: int, *, heads: int, depth: int) -> None:
+    def __init__(
+        self, config: GridRope.Config, head_dim: int, *, heads: int, depth: int, axes: int = 2
+    ) -> None:
         super().__init__()
-        if head_dim % 4:
-            raise ValueError(f"rope: heads of width {head_dim}; the width must be divisible by 4")
         self.config = config
         self.head_dim = head_dim
+        self.widths = _widths(head_dim, axes)
+        if any(width < 2 or width % 2 for width in self.widths):
+            raise ValueError(
+                f"rope: heads of width {head_dim}; the width must be divisible by {2 * axes}"
+                if axes < 3
+                else f"rope: heads of width {head_dim}; it must be even and at least 6"
+            )
         if config.kind == "mixed":
+            if axes != 2:
+                raise ValueError(f"rope: kind 'mixed' has two axes, not {axes}; use 'axial'")
             self.freqs = nn.Parameter(torch.empty(2, depth, heads, head_dim // 2))
             self.reset_parameters()
 
@@ -105,55 +99,59 @@ class GridRope(nn.Module):
         _, depth, heads, _ = self.freqs.shape
         turn = 2 * math.pi * torch.rand(depth, heads, 1, device=self.freqs.device)
         turns = torch.cat([turn, turn + math.pi / 2], dim=-1)[..., None]
-        size = self._frequencies(self.freqs.device)
+        size = self._frequencies(self.head_dim // 2, self.freqs.device)
         with torch.no_grad():
             self.freqs[0] = (turns.cos() * size).flatten(-2)
             self.freqs[1] = (turns.sin() * size).flatten(-2)
 
-    def forward(self, height: int, width: int, *, front: int = 0, like: Tensor) -> tuple[Rope, ...]:
-        """Tables for ``front`` tokens that do not turn, then the cells of a grid, row-major.
-
-        Args:
-            height: rows of the grid.
-            width: columns of the grid.
-            front: number of tokens before the grid.
-            like: tensor whose device and dtype the tables get.
-
-        Returns:
-            One `Rope` for all layers, or one per layer ("mixed"); tables (front + height * width,
-            K), or (H, front + height * width, K).
+    def positions(
+        self, grid: Sequence[int], *, front: int = 0, device: torch.device | None = None
+    ) -> Tensor:
+        """Coordinates (1, front + cells, axes) of ``front`` tokens without a place, then of the cells
+        of a grid, row-major.
         """
-        a, b = self._coordinates(height, width, like.device)
-        if self.config.kind == "mixed":
-            u, v = self.freqs.float().unsqueeze(-2)
-            angles = a[:, None] * u + b[:, None] * v
-        else:
-            w = self._frequencies(like.device)
-            angles = torch.cat([a[:, None] * w, b[:, None] * w], dim=-1)
-        cos, sin = self._spread(angles.cos()), self._spread(angles.sin())
-        cos = F.pad(cos, (0, 0, front, 0), value=1.0).to(like.dtype)
-        sin = F.pad(sin, (0, 0, front, 0)).to(like.dtype)
-        if self.config.kind != "mixed":
-            return (Rope(cos, sin, interleaved=self.config.interleaved),)
-        return tuple(Rope(c, s, interleaved=True) for c, s in zip(cos, sin, strict=True))
-
-    def _coordinates(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        config = self.config
-        axes = []
-        for i, size in enumerate((height, width)):
+        config, axes = self.config, []
+        for i, size in enumerate(grid):
             x = torch.arange(size, device=device, dtype=torch.float32) + config.offset
             if config.kind == "centered":
                 x = 2 * ((x + 0.5) / size) - 1
             elif config.reference is not None:
                 x = x / size * config.reference[i]
             axes.append(x)
-        rows = axes[0][:, None].expand(-1, width).flatten()
-        columns = axes[1].expand(height, -1).flatten()
-        return (rows, columns) if config.first == "row" else (columns, rows)
+        return grid_positions(axes, front=front)
 
-    def _frequencies(self, device: torch.device) -> Tensor:
-        quarter = self.head_dim // 4
-        steps = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
+    def forward(self, positions: Tensor, *, like: Tensor) -> tuple[Rope, ...]:
+        """Tables for tokens as they stand: on a grid, in a packed row, at some time of a stream.
+
+        Args:
+            positions: (B or 1, N, axes) coordinates.
+            like: tensor whose device and dtype the tables get.
+
+        Returns:
+            One `Rope` for all layers, or one per layer ("mixed"). Its tables are (N, K), or (B, 1,
+            N, K) of samples that differ; "mixed" has H in front of N.
+        """
+        places = positions.to(like.device).float()
+        if self.config.first == "column":
+            places = places.flip(-1)
+        if self.config.kind == "mixed":
+            u, v = self.freqs.float()[:, :, None, :, None]
+            angles = places[..., None, :, :1] * u + places[..., None, :, 1:] * v
+        else:
+            lines = zip(places.unbind(-1), self.widths, strict=True)
+            angles = torch.cat(
+                [x[..., None] * self._frequencies(width, like.device) for x, width in lines], dim=-1
+            )[None, :, None]
+        cos, sin = (self._spread(t).to(like.dtype) for t in (angles.cos(), angles.sin()))
+        pairs = zip(cos, sin, strict=True)
+        return tuple(
+            Rope(_shared(c), _shared(s), interleaved=self.config.interleaved) for c, s in pairs
+        )
+
+    def _frequencies(self, width: int, device: torch.device) -> Tensor:
+        """Of an axis with ``width`` channels."""
+        half = width // 2
+        steps = torch.arange(half, device=device, dtype=torch.float32) / half
         turn = 2 * math.pi if self.config.kind == "centered" else 1.0
         return turn / self.config.temperature**steps
 
@@ -162,3 +160,18 @@ class GridRope(nn.Module):
         if self.config.interleaved:
             return values.repeat_interleave(2, dim=-1)
         return torch.cat([values, values], dim=-1)
+
+
+def _widths(head_dim: int, axes: int) -> tuple[int, ...]:
+    """Channels of every axis."""
+    if axes < 3:
+        return (head_dim // axes,) * axes if head_dim % axes == 0 else (0,)
+    space = 2 * (head_dim // 6)
+    return (head_dim - 2 * space, space, space)
+
+
+def _shared(table: Tensor) -> Tensor:
+    """A table (B, H, N, K) without axes of length 1 in front, as far as all samples share it."""
+    if table.shape[0] != 1:
+        return table
+    return table[0, 0] if table.shape[1] == 1 else table[0]

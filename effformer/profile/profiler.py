@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from effformer.context import Ledger, takes_ledger
+from effformer.context import Ledger
+from effformer.ledger import takes_ledger
 
 from .attribution import Costs
 from .counter import Counter

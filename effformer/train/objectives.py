@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..config import Config, part, resolve
 from ..context import Ledger, takes_ledger
 from ..flow.objectives import FlowMatching
-from ..registry import objective as registry
 
 __all__ = ["Batch", "Classification", "Generation", "Objective"]
 
@@ -91,9 +90,7 @@ class Generation(Config):
         if self.label_drop > 0:
             chance = torch.rand(len(batch.y), generator=generator, device=generator.device)
             dropped = (chance < self.label_drop).to(batch.y.device)
-        entry = registry.owner(self.loss)
-        assert entry is not None  # resolve() accepts registered configs only
-        flow = entry.build(self.loss)
+        flow = self.loss.build()
         out = flow(model, batch.x, generator=generator, y=batch.y, drop=dropped, ledger=ledger)
         loss: Tensor = out.loss
         return loss

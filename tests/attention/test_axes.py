@@ -15,8 +15,10 @@ from effformer.attention.reference import axes_reference
 from effformer.build import list_attention
 from effformer.checks import CapabilityError
 from effformer.config import resolve
-from effformer.context import EMPTY, Context, Ledger, Packing, Rope, Site, Stream, Tap
+from effformer.context import EMPTY, Context, Ledger, Packing, Rope, Stream, Tap
+from effformer.nn.positions import grid_positions
 from effformer.profile import profile
+from effformer.site import Site
 
 DIM, HEADS = 24, 3
 SITE = Site(dim=DIM, heads=HEADS, path="here")
@@ -63,7 +65,7 @@ def test_equals_the_definition(grid: tuple[int, ...], over: str, front: int) -> 
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("mixer", list_attention(grid=""))
+@pytest.mark.parametrize("mixer", list_attention(axes=""))
 def test_any_mixer_sees_nothing_but_its_line(mixer: str) -> None:
     part, x = make("t", mixer), tokens().float()
     out = part(x, Context(grid=GRID)).unflatten(1, GRID)
@@ -169,11 +171,11 @@ def test_reports_and_conditioning_are_those_of_samples() -> None:
 
 
 def test_what_lines_cost_comes_from_the_place_or_the_call() -> None:
-    site = Site(dim=DIM, heads=HEADS, tokens=25, grid=GRID)
+    site = Site(dim=DIM, heads=HEADS, length=25, grid=GRID)
     part, inner = make("h", site=site), Attention(Attention.Config(), SITE)
     assert part.macs(25) == 8 * inner.macs(4)
     assert part.macs(24, grid=(1, 6, 4)) == 4 * inner.macs(6)
-    assert part.mixer.site.tokens == 4
+    assert part.mixer.site.length == 4
     assert part.mixer.site.grid == (3,)
     fixed = make("h", "linformer", site=site, tokens=None)
     assert fixed.mixer.core.key.shape[0] == 4  # type: ignore[union-attr, operator]
@@ -264,7 +266,7 @@ def test_mixers_that_do_not_fit_lines_are_refused_when_the_model_is_built(
 def test_capabilities_follow_from_the_mixer() -> None:
     flow, relative = (make("t" + w, m).caps for m, w in (("flow", ""), ("relative", "h")))
     assert (flow.mask, flow.causal, flow.rope, flow.cost) == ("key", "optional", False, "n")
-    assert (relative.mask, relative.causal, relative.grid) == ("none", "never", "th")
+    assert (relative.mask, relative.causal, relative.axes) == ("none", "never", "th")
     assert make("t").caps.rope
     assert not any((flow.cross, flow.packed, flow.streaming, flow.joint))
 
@@ -311,7 +313,7 @@ def test_attention_without_output_projection() -> None:
 def test_coordinates_of_the_line_reach_the_mixer() -> None:
     part, x = make("tw", "factorized-parallel").double(), tokens()
     coords = tuple(torch.rand(n, dtype=torch.float64) for n in GRID)
-    out = part(x, Context(grid=GRID, coords=coords)).unflatten(1, GRID)
+    out = part(x, Context(grid=GRID, positions=grid_positions(coords))).unflatten(1, GRID)
     rows = x.unflatten(1, GRID)[:, :, 1].flatten(1, 2)
-    alone = part.mixer(rows, Context(grid=(2, 4), coords=(coords[0], coords[2])))
+    alone = part.mixer(rows, Context(grid=(2, 4), positions=grid_positions((coords[0], coords[2]))))
     torch.testing.assert_close(out[:, :, 1].flatten(1, 2), alone)

@@ -11,7 +11,8 @@ import torch
 from effformer.attention import Softmax
 from effformer.attention.backends import attend, attend_packed
 from effformer.checks import CapabilityError, MissingExtra
-from effformer.context import Packing, Site
+from effformer.context import Context, Packing
+from effformer.site import Site
 
 
 def _qkv() -> tuple[torch.Tensor, ...]:
@@ -143,8 +144,8 @@ def test_xformers_runs_a_packed_row_in_one_kernel(
         Softmax(Softmax.Config(backend=name, causal=causal, scale=scale), site)
         for name in ("xformers", "sdpa")
     )
-    out = fast.packed(*(x.as_subclass(_Row) for x in (q, k, v)), packing)
-    torch.testing.assert_close(out, slow.packed(q, k, v, packing))
+    out = fast.packed(*(x.as_subclass(_Row) for x in (q, k, v)), Context(packing=packing))
+    torch.testing.assert_close(out, slow.packed(q, k, v, Context(packing=packing)))
     assert calls == [[4, 6, 1]]
 
 
@@ -160,7 +161,7 @@ def test_a_packed_row_holds_all_tokens(shape: tuple[int, ...]) -> None:
     for backend in ("sdpa", "xformers"):
         core = Softmax(Softmax.Config(backend=backend), Site(dim=24, heads=3))
         with pytest.raises(ValueError, match="expected one row of 4 tokens, got"):
-            core.packed(x, x, x, packing)
+            core.packed(x, x, x, Context(packing=packing))
 
 
 def test_missing_xformers_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

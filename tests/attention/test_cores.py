@@ -11,7 +11,8 @@ from torch import Tensor
 from effformer.attention import Core, Efficient, Flow, Linear, Sana, Softmax
 from effformer.attention.flow import FLOW_PRESETS
 from effformer.attention.reference import flow_reference, linear_reference, softmax_reference
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 SITE = Site(dim=24, heads=3)
 

@@ -20,8 +20,10 @@ from effformer.attention.reference_factorized import (
 )
 from effformer.blocks import BackboneConfig, Needs, build_stack
 from effformer.checks import CapabilityError
-from effformer.context import Context, Site, Tap
+from effformer.context import Context, Tap
+from effformer.nn.positions import grid_positions
 from effformer.profile import Counter
+from effformer.site import Site
 
 KINDS = [FactorizedParallel, FactorizedChained]
 GRIDS = [(6,), (4, 3), (3, 2, 4)]
@@ -54,7 +56,7 @@ def coords(grid: tuple[int, ...]) -> tuple[Tensor, ...]:
 def test_equals_the_definition(kind: type[Any], grid: tuple[int, ...], norm: str) -> None:
     part = make(kind, len(grid), norm=norm, multiplier=2)
     x, where, tap = cells(grid, 1).requires_grad_(), coords(grid), Tap(keep=("*",))
-    out = part(x, Context(grid=grid, coords=where, tap=tap))
+    out = part(x, Context(grid=grid, positions=grid_positions(where), tap=tap))
     slow = _slow(part, x, grid, where)
     torch.testing.assert_close(out, slow)
     weight = torch.randn_like(out)
@@ -128,10 +130,10 @@ def test_moving_all_coordinates_changes_nothing(kind: type[Any]) -> None:
     part, grid = make(kind, 3), (3, 2, 4)
     x, where = cells(grid), coords(grid)
     moved = tuple(c + 0.37 * (a + 1) for a, c in enumerate(where))
-    out = part(x, Context(grid=grid, coords=where))
-    torch.testing.assert_close(part(x, Context(grid=grid, coords=moved)), out)
+    out = part(x, Context(grid=grid, positions=grid_positions(where)))
+    torch.testing.assert_close(part(x, Context(grid=grid, positions=grid_positions(moved))), out)
     stretched = tuple(1.1 * c for c in where)
-    assert not torch.allclose(part(x, Context(grid=grid, coords=stretched)), out)
+    assert not torch.allclose(part(x, Context(grid=grid, positions=grid_positions(stretched))), out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,11 +141,12 @@ def test_coordinates_count_from_zero_to_one_by_default(kind: type[Any]) -> None:
     part, grid = make(kind), (4, 3)
     x = cells(grid)
     unit = tuple(torch.linspace(0, 1, n, dtype=torch.float64) for n in grid)
-    expected = part(x, Context(grid=grid, coords=unit))
+    expected = part(x, Context(grid=grid, positions=grid_positions(unit)))
     torch.testing.assert_close(part(x, Context(grid=grid)), expected)
     flat = make(kind, rope=False)
     torch.testing.assert_close(
-        flat(x, Context(grid=grid, coords=coords(grid))), flat(x, Context(grid=grid))
+        flat(x, Context(grid=grid, positions=grid_positions(coords(grid)))),
+        flat(x, Context(grid=grid)),
     )
 
 
@@ -268,8 +271,8 @@ def test_what_does_not_fit_is_refused(kind: type[Any]) -> None:
         part(x[:, 1:], Context(grid=(5, 2)))
     with pytest.raises(ValueError, match=r"grid \(5, 3\) does not fit 12 tokens"):
         part(x, Context(grid=(5, 3)))
-    with pytest.raises(ValueError, match=r"shapes \[\(3,\), \(4,\)\], but the grid is \(4, 3\)"):
-        part(x, Context(grid=(4, 3), coords=(torch.zeros(3), torch.zeros(4))))
+    with pytest.raises(ValueError, match=r"shape \(1, 12, 3\), but 12 tokens on the grid \(4, 3\)"):
+        part(x, Context(grid=(4, 3), positions=torch.zeros(1, 12, 3)))
     with pytest.raises(
         ValueError, match=r"macs\(12, grid=...\) needs 2 axes with 12 cells, got None"
     ):
@@ -277,8 +280,8 @@ def test_what_does_not_fit_is_refused(kind: type[Any]) -> None:
     with pytest.raises(
         ValueError, match=r"axes=2, but the grid of this model has 3; leave axes out"
     ):
-        make(kind, 2, site=Site(dim=DIM, heads=HEADS, axes=3))
-    free = kind(kind.Config(), Site(dim=DIM, heads=HEADS, axes=3))
+        make(kind, 2, site=Site(dim=DIM, heads=HEADS, grid=(None,) * 3))
+    free = kind(kind.Config(), Site(dim=DIM, heads=HEADS, grid=(None,) * 3))
     assert len(free.axes) == 3
     with pytest.raises(ValueError, match=r"width 12 is not divisible by 5 heads"):
         make(kind, site=Site(dim=12, heads=5))

@@ -67,4 +67,4 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(
         CapabilityError, match="needs a fixed number of keys"
     ):  # of the memory, that is
-        Linformer(Linformer.Config(), replace(SITE, tokens=9, memory_dim=24))
+        Linformer(Linformer.Config(), replace(SITE, length=9, memory_dim=24))

@@ -12,8 +12,9 @@ import effformer
 from effformer.attention import LMU, SpikingLMU
 from effformer.attention.reference import lmu_reference
 from effformer.checks import CapabilityError
-from effformer.context import Context, Packing, Site
+from effformer.context import Context, Packing
 from effformer.nn.lif import LIF
+from effformer.site import Site
 
 SITE = Site(dim=6, out_dim=5)
 

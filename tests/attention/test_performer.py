@@ -9,7 +9,8 @@ from definitions import SITE, assert_counted, assert_same, qkv
 from effformer.attention import Efficient, Performer, Softmax
 from effformer.attention.reference_efficient import efficient_reference, performer_reference
 from effformer.checks import CapabilityError
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "relu"])

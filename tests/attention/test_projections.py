@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import effformer
 from effformer.attention import AdaptiveProjections, Attention
-from effformer.context import Context, Ledger, Packing, Site
+from effformer.context import Context, Ledger, Packing
 from effformer.ffn.acm_losses import acm_losses
 from effformer.profile import Counter, profile
+from effformer.site import Site
 
 DIM, HEADS, K = 24, 3, 4
 NAMES = ("q", "k", "v", "proj")

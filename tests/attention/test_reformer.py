@@ -10,7 +10,8 @@ import effformer
 from effformer.attention import Reformer
 from effformer.attention.reference_efficient import reformer_reference
 from effformer.checks import CapabilityError
-from effformer.context import Context, Packing, Site, Tap
+from effformer.context import Context, Packing, Tap
+from effformer.site import Site
 
 
 def _part(**options: object) -> Reformer:
@@ -82,7 +83,7 @@ def test_rotations_depend_on_seed_and_layer_only() -> None:
 
 @pytest.mark.parametrize(("tokens", "buckets"), [(None, 32), (16, 2), (1024, 32), (1100, 32)])
 def test_buckets_follow_the_tokens_of_the_model(tokens: int | None, buckets: int) -> None:
-    part = Reformer(Reformer.Config(), Site(dim=24, heads=3, tokens=tokens))
+    part = Reformer(Reformer.Config(), Site(dim=24, heads=3, length=tokens))
     assert part.buckets == buckets
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from effformer.attention import Attention, Sana
-from effformer.context import Site
+from effformer.site import NormRule, Site
 
 SITE = Site(dim=12)
 
@@ -37,7 +37,7 @@ def test_half_precision_is_computed_in_single() -> None:
 def test_norms_of_queries_have_their_own_epsilon() -> None:
     for eps, expected in ((None, 1e-3), (0.5, 0.5)):
         config = Attention.Config(qk_norm=True, qk_norm_eps=eps)
-        part = Attention(config, Site(dim=12, heads=3, norm_eps=1e-3))
+        part = Attention(config, Site(dim=12, heads=3, norm=NormRule(eps=1e-3)))
         assert part.q_norm.eps == part.k_norm.eps == expected
 
 

@@ -16,15 +16,16 @@ from effformer.attention import Attention, Softmax
 from effformer.attention.reference_efficient import tdsm_reference
 from effformer.attention.tdsm import TDSM, Shuffle, group_widths, reshuffle
 from effformer.checks import CapabilityError
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.profile import Counter
+from effformer.site import Site
 
 DIM, TOKENS = 24, 12
 
 
 def build(tokens: int | None = TOKENS, dim: int = DIM, **options: Any) -> TDSM:
     config = TDSM.Config.from_dict({"groups": 2, "heads": 2, **options})
-    part = TDSM(config, Site(dim=dim, heads=3, tokens=tokens, path="m"))
+    part = TDSM(config, Site(dim=dim, heads=3, length=tokens, path="m"))
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.3)
     return part.eval()
@@ -143,9 +144,9 @@ def test_default_permutations_are_a_matter_of_config_and_layer() -> None:
     torch.manual_seed(99)
     torch.testing.assert_close(again(x), first(x), rtol=0, atol=0)
     torch.testing.assert_close(first(x), first.train()(x), rtol=0, atol=0)
-    site = Site(dim=DIM, tokens=TOKENS)
+    site = Site(dim=DIM, length=TOKENS)
     assert not torch.equal(first.order, build(seed=4).order)
-    layers = [TDSM(TDSM.Config(), Site(dim=DIM, tokens=TOKENS, layer=i)) for i in (0, 1)]
+    layers = [TDSM(TDSM.Config(), Site(dim=DIM, length=TOKENS, layer=i)) for i in (0, 1)]
     assert not torch.equal(layers[0].order, layers[1].order)
     assert torch.equal(layers[0].order, TDSM(TDSM.Config(), site).order)
     assert not [key for key in first.state_dict() if "order" in key or "inverse" in key]

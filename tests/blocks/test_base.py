@@ -12,8 +12,9 @@ from effformer.attention import Attention, Mixer, Softmax
 from effformer.blocks import AdaLNZero, Block, Macaron, PostNorm, PreNorm
 from effformer.checks import CapabilityError
 from effformer.config import resolve
-from effformer.context import EMPTY, Context, Site, Stream, Tap
+from effformer.context import EMPTY, Context, Stream, Tap
 from effformer.ffn import MLP
+from effformer.site import Site
 
 PLAIN: list[type[Any]] = [PreNorm, PostNorm, Macaron]
 DIM = 12

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from effformer.blocks.dynamic_losses import WorkTarget, executed_ratio, work_loss, write_work_loss
-from effformer.context import Ledger, Share
+from effformer.context import Ledger
+from effformer.ledger import Share
 
 
 def _shares() -> dict[str, Share]:

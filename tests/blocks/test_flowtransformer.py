@@ -17,12 +17,13 @@ from effformer.attention import Attention, Softmax
 from effformer.blocks import Block, FlowTransformerDecoder, FlowTransformerEncoder
 from effformer.checks import CapabilityError, FormatError
 from effformer.config import resolve
-from effformer.context import Context, Packing, Rope, Site, Stream
+from effformer.context import Context, Packing, Rope, Stream
 from effformer.ffn import MLP
+from effformer.site import Site
 
 DIM, HEADS, INNER = 12, 3, 7
 KINDS = [FlowTransformerEncoder, FlowTransformerDecoder]
-MASKED_CORES = registry.core.names(mask="key", grid=False)
+MASKED_CORES = registry.core.names(mask="key", axes=False)
 
 
 def build(kind: type[Any], attn: Any = "softmax", **site: Any) -> Any:

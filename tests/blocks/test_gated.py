@@ -9,8 +9,8 @@ from torch import nn
 import effformer
 from effformer.attention import Attention
 from effformer.blocks import Gated
-from effformer.context import Site
 from effformer.ffn import SwiGLU
+from effformer.site import Site
 
 
 def build(layer: int, unit: int) -> Gated:

@@ -12,8 +12,10 @@ import effformer
 from effformer.blocks import Block, Iterate, PreNorm
 from effformer.checks import CapabilityError
 from effformer.config import resolve
-from effformer.context import Choice, Context, Ledger, Site, Tap
+from effformer.context import Context, Ledger, Tap
+from effformer.ledger import Choice
 from effformer.profile import Counter
+from effformer.site import Site
 
 DIM = 12
 BODIES = ["prenorm", "postnorm", "respost", "macaron", "parallel"]

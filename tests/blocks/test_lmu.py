@@ -12,8 +12,9 @@ import effformer
 from effformer.blocks import LMUBlock, SpikingLMUBlock, init_states
 from effformer.checks import CapabilityError
 from effformer.config import resolve
-from effformer.context import Context, Packing, Site, Stream
+from effformer.context import Context, Packing, Stream
 from effformer.nn.lif import LIF
+from effformer.site import Site
 
 SITE = Site(dim=8, heads=2, path="b")
 FIRE = {"lif": {"threshold": 0.4}}

@@ -14,8 +14,9 @@ from effformer.blocks import Block, Macaron, PreNorm
 from effformer.blocks.stack import with_causal
 from effformer.build import list_attention
 from effformer.config import resolve
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.ffn import MLP
+from effformer.site import Site
 
 DIM = 12
 
@@ -23,7 +24,7 @@ DIM = 12
 def build(*, attn: Any = "softmax", causal: bool = False, **config: Any) -> Macaron:
     mixer = with_causal(resolve("attention", attn), causal)
     ffn = MLP.Config(act="relu")
-    block = Macaron(Macaron.Config(**config), Site(dim=DIM, heads=3, tokens=8), attn=mixer, ffn=ffn)
+    block = Macaron(Macaron.Config(**config), Site(dim=DIM, heads=3, length=8), attn=mixer, ffn=ffn)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return block.eval()
@@ -98,7 +99,7 @@ def test_first_activation() -> None:
     assert [b.part.config.act for b in (block.ffn1, block.ffn2)] == ["gelu", "relu"]
 
 
-@pytest.mark.parametrize("attn", list_attention(grid=""))
+@pytest.mark.parametrize("attn", list_attention(axes=""))
 def test_any_attention_fits(attn: str) -> None:
     x = torch.randn(2, 5, DIM)
     options: dict[str, Any] = {"tdsm": {"groups": 1, "unit": 4, "segments": 1}}.get(attn, {})
@@ -109,7 +110,7 @@ def test_any_attention_fits(attn: str) -> None:
     assert build(attn=spec)(x, ctx).shape == x.shape
 
 
-@pytest.mark.parametrize("attn", list_attention(causal=True, grid=""))
+@pytest.mark.parametrize("attn", list_attention(causal=True, axes=""))
 def test_causal_attention_keeps_the_block_causal(attn: str) -> None:
     block, x = build(attn=attn, causal=True), torch.randn(2, 7, DIM)
     changed = torch.cat([x[:, :4], torch.randn(2, 3, DIM)], dim=1)

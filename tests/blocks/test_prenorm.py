@@ -8,8 +8,9 @@ import torch
 
 from effformer.attention import Attention
 from effformer.blocks import AdaLNZero, Parallel, PostNorm, PreNorm, ResPost
-from effformer.context import EMPTY, Context, Site
+from effformer.context import EMPTY, Context
 from effformer.ffn import MLP
+from effformer.site import NormRule, Site
 
 DIM = 12
 PARTS: dict[str, Any] = {"attn": Attention.Config(), "ffn": MLP.Config()}
@@ -31,7 +32,9 @@ def test_prenorm() -> None:
 def test_modulated_norms_have_learned_factors_on_request_only() -> None:
     for kind in (AdaLNZero, Parallel):
         for affine, count in ((False, 0), (True, DIM)):
-            site = Site(dim=DIM, heads=3, cond_dim=5, norm="rms", modulated_affine=affine)
+            site = Site(
+                dim=DIM, heads=3, cond_dim=5, norm=NormRule(kind="rms", modulated_affine=affine)
+            )
             block = kind(kind.Config(), site, **PARTS)
             norm = block.norm if kind is Parallel else block.ffn.norm
             assert sum(p.numel() for p in norm.parameters()) == count

@@ -12,7 +12,7 @@ import effformer
 from effformer.blocks import BackboneConfig, Needs, build_stack
 from effformer.blocks.schedule import axes_of
 from effformer.checks import CapabilityError
-from effformer.context import Site
+from effformer.site import Site
 
 SITE = Site(dim=12, heads=3)
 
@@ -20,7 +20,7 @@ SITE = Site(dim=12, heads=3)
 def views(grid: str, depth: int = 4, **config: Any) -> list[str]:
     """Axes of each block; the full grid has no view."""
     chosen = BackboneConfig.from_dict({"dim": 12, "depth": depth, "heads": 3, **config})
-    blocks = build_stack(chosen, SITE, Needs(grid=grid), name="toy")
+    blocks = build_stack(chosen, SITE, Needs(axes=grid), name="toy")
     return [getattr(block.attn.part.config, "over", grid) for block in blocks]
 
 
@@ -47,7 +47,7 @@ def test_layers_change_the_mixer_inside_its_view() -> None:
     config = BackboneConfig.from_dict(
         {"dim": 12, "depth": 4, "heads": 3, "axes": "ts", "layers": layers}
     )
-    blocks = build_stack(config, SITE, Needs(grid="thw"), name="toy")
+    blocks = build_stack(config, SITE, Needs(axes="thw"), name="toy")
     mixers = [block.attn.part for block in blocks]
     assert [m.config.over for m in mixers] == ["t", "hw", "t", "tw"]
     cores = [m.mixer.core.config.to_dict()["name"] for m in mixers]

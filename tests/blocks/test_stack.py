@@ -9,7 +9,7 @@ import pytest
 from effformer.attention import Attention
 from effformer.blocks import BackboneConfig, Needs, StackConfig, build_stack
 from effformer.checks import CapabilityError
-from effformer.context import Site
+from effformer.site import Site
 
 BASE: dict[str, Any] = {"dim": 12, "depth": 4, "heads": 3}
 SITE = Site(dim=12, heads=3)
@@ -78,8 +78,8 @@ def test_bad_layers(layers: Any, error: type[Exception], message: str) -> None:
         (Needs(mask="full"), {"attn": "linear"}, "'linear' cannot honour a full mask"),
         (Needs(), {"attn": {"name": "flow", "causal": True}}, "attends both ways"),
         (Needs(), {"ffn": "glumbconv"}, r"\.ffn: 'glumbconv' needs a token grid.*choices: .*mlp"),
-        (Needs(grid="hw", causal=True), {"ffn": "glumbconv"}, "must not see later tokens"),
-        (Needs(grid="hw", mask="key"), {"ffn": "glumbconv"}, "cannot honour a key mask"),
+        (Needs(axes="hw", causal=True), {"ffn": "glumbconv"}, "must not see later tokens"),
+        (Needs(axes="hw", mask="key"), {"ffn": "glumbconv"}, "cannot honour a key mask"),
         (Needs(), {"block": "adaln-zero"}, "'adaln-zero' needs a conditioning vector"),
         (Needs(cond=True), {"block": "prenorm"}, "'prenorm' cannot use this model's conditioning"),
     ],

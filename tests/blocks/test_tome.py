@@ -17,10 +17,11 @@ from effformer.attention import Attention
 from effformer.attention.backends import attend
 from effformer.blocks import ToMe
 from effformer.checks import CapabilityError
-from effformer.context import Context, Ledger, Merging, Packing, Rope, Site, Stream, Tap
+from effformer.context import Context, Ledger, Merging, Packing, Rope, Stream, Tap
 from effformer.nn.merging import most_merges
 from effformer.nn.reference import proportional_attention_reference
 from effformer.profile import Counter, profile
+from effformer.site import Site
 
 TINY = {"depth": 3, "dim": 24, "heads": 2, "image_size": 16, "patch": 2, "channels": 1}
 

@@ -13,7 +13,9 @@ import effformer
 from effformer.attention import FactorizedChained, FactorizedParallel
 from effformer.attention.factorized import AxisKernel
 from effformer.blocks import Branch
-from effformer.context import Context, Site, Tap
+from effformer.context import Context, Tap
+from effformer.nn.positions import grid_positions
+from effformer.site import NormRule, Site
 
 
 def check_block(golden: Golden, source: Source) -> None:
@@ -29,14 +31,20 @@ def check_block(golden: Golden, source: Source) -> None:
         rope=c["use_rope"],
         norm="head" if source == "factformer" else "instance",
     )
-    site = Site(dim=c["dim"], axes=len(grid), heads=c["heads"], out_dim=c["dim_out"], norm_eps=1e-5)
+    site = Site(
+        dim=c["dim"],
+        grid=(None,) * len(grid),
+        heads=c["heads"],
+        out_dim=c["dim_out"],
+        norm=NormRule(eps=1e-5),
+    )
     branch = Branch(kind(config, site), site)
     layout = block_layout(config, axes=len(grid), heads=c["heads"], source=source)
     effformer.load_weights(branch, golden.weights(), layout)
     _check_round_trip(golden, layout.from_ours(branch.state_dict(), None))
     u, tap = golden.tensor("in.u").requires_grad_(), Tap(keep=("*",))
     x = branch.norm(u.flatten(1, -2))
-    y = branch.part(x, Context(grid=grid, coords=coordinates(golden), tap=tap))
+    y = branch.part(x, Context(grid=grid, positions=grid_positions(coordinates(golden)), tap=tap))
     _check_inside(golden, branch, x, tap, channels_first=source == "ifactformer")
     golden.assert_close(y.view_as(golden.tensor("out.y")), "out.y")
     if "in.cotangent" in golden.tensors:

@@ -10,7 +10,7 @@ from effformer.models.layouts.acm import ACM_LAYER
 from torch import Tensor, nn
 
 import effformer
-from effformer.context import Choice, Context, Ledger, Site
+from effformer.context import Context, Ledger
 from effformer.ffn import ACM
 from effformer.ffn.acm_losses import (
     acm_losses,
@@ -21,7 +21,9 @@ from effformer.ffn.acm_losses import (
     gate_labels,
     used_budget,
 )
+from effformer.ledger import Choice
 from effformer.profile import profile
+from effformer.site import Site
 
 DIM, K = 12, 4
 

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from effformer import registry
 from effformer.checks import CapabilityError
-from effformer.context import Context, Packing, Site
+from effformer.context import Context, Packing
 from effformer.ffn import ConvChannel, SpikingConvChannel
 from effformer.nn.lif import LIF
+from effformer.site import Site
 
 SITE = Site(dim=6)
 

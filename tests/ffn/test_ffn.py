@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from effformer.context import Site
 from effformer.ffn import GEGLU, MLP, FFNConfig, SwiGLU
+from effformer.site import Site
 
 SITE = Site(dim=12)
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 import effformer
 from effformer.checks import CapabilityError
-from effformer.context import Context, Packing, Site, Stream
+from effformer.context import Context, Packing, Stream
 from effformer.ffn import GLUMBConv
+from effformer.site import Site
 
 DIM = 12
 

@@ -10,10 +10,11 @@ from effformer.models.layouts.triposg import MOE
 from torch import nn
 
 import effformer
-from effformer.context import Context, Ledger, Site
+from effformer.context import Context, Ledger
 from effformer.ffn import MLP, MoE
 from effformer.ffn.moe import balance_loss
 from effformer.profile import profile
+from effformer.site import Site
 
 DIM = 12
 

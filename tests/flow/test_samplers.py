@@ -183,7 +183,7 @@ def test_configs_of_every_sampler_find_it_and_survive_json() -> None:
     for entry in registry.sampler:
         assert entry.config is not None
         config = entry.config()
-        assert registry.sampler.owner(config) is entry
+        assert config.entry is entry
         assert entry.config.from_dict(config.to_dict()) == config
         sample(swirl, torch.randn(2, 2), sampler=config, steps=3)
     assert sample(swirl, torch.ones(1, 2), sampler=Euler.Config(), steps=1).nfe == 1

@@ -13,7 +13,6 @@ import effformer
 from effformer.checks import CapabilityError, FormatError
 from effformer.context import Rope
 from effformer.nn.norms import modulate
-from effformer.nn.rope import apply_rope
 
 SMALL = {"num_classes": 10}
 WITHOUT_SHIFT = {"name": "adaln-zero", "shift": False}
@@ -69,9 +68,9 @@ def _turned(x: Tensor, y: float, row: int, column: int) -> Tensor:
 
 def test_rotary_positions_are_those_of_the_equation() -> None:
     model = awake()
-    (table,) = model.rope(3, 2, like=torch.empty(0))
+    (table,) = model.rope(model.rope.positions((3, 2)), like=torch.empty(0))
     q = torch.randn(1, 1, 6, 24)
-    turned, _ = apply_rope(q, q, table)
+    turned = table.query(q)
     for n in range(6):
         slow = _turned(q[0, 0, n], 10000.0, n // 2, n % 2)
         torch.testing.assert_close(turned[0, 0, n], slow, rtol=1e-4, atol=1e-5)

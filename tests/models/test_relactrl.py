@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import effformer
 from effformer.attention.tdsm import TDSM, reshuffle
 from effformer.checks import CapabilityError, FormatError
-from effformer.context import Site, Tap
+from effformer.context import Tap
+from effformer.site import Site
 
 SMALL = {"depth": 5, "input_size": 8, "num_classes": 10}
 
@@ -78,7 +79,7 @@ def test_starts_as_the_backbone_for_any_condition(backbone: str) -> None:
 
 def test_a_control_block_is_the_equation() -> None:
     for first in (True, False):
-        block = ControlBlock(TDSM.Config(groups=2), Site(dim=48, tokens=16), first=first)
+        block = ControlBlock(TDSM.Config(groups=2), Site(dim=48, length=16), first=first)
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         x, c, time = torch.randn(2, 16, 48), torch.randn(2, 16, 48), torch.randn(2, 6, 48)

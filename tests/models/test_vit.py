@@ -291,7 +291,7 @@ def test_tap_sees_branches() -> None:
 
 
 def test_grouped_queries_equal_repeated_keys() -> None:
-    from effformer.context import Site
+    from effformer.site import Site
 
     site = Site(dim=24, heads=4)
     grouped, full = (Attention(Attention.Config(kv_heads=n), site) for n in (2, None))

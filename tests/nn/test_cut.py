@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.ffn import MLP
 from effformer.nn.cut import Forms, cut_linear, twin
+from effformer.site import Site
 
 
 def _mlp() -> MLP:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effformer.context import Site
 from effformer.nn.drop import DropPath
 from effformer.nn.norms import Modulation, make_norm, modulate
+from effformer.site import NormRule, Site
 
 
 def test_site_chooses_the_norm() -> None:
     x = torch.randn(2, 3, 8)
-    layer = make_norm(Site(dim=8, norm_eps=1e-3))
+    layer = make_norm(Site(dim=8, norm=NormRule(eps=1e-3)))
     expected = (x - x.mean(-1, keepdim=True)) / (
         x.var(-1, keepdim=True, correction=0) + 1e-3
     ).sqrt()
     torch.testing.assert_close(layer(x), expected)
-    rms = make_norm(Site(dim=8, norm="rms", norm_eps=1e-3))
+    rms = make_norm(Site(dim=8, norm=NormRule(kind="rms", eps=1e-3)))
     torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
     assert not list(make_norm(Site(dim=8), affine=False).parameters())
     with pytest.raises(ValueError, match="did you mean 'layer'"):

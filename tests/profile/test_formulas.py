@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effformer.context import EMPTY, Site
+from effformer.context import EMPTY
 from effformer.profile import Counter
 from effformer.profile.formulas import (
     ATTENTION,
@@ -18,6 +18,7 @@ from effformer.profile.formulas import (
     windowed_attention,
 )
 from effformer.registry import core
+from effformer.site import Site
 
 
 @pytest.mark.parametrize("name", ATTENTION)

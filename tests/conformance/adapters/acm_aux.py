@@ -8,8 +8,8 @@ from harness import Golden
 from torch import Tensor
 from torch.nn import functional as F
 
-from effformer.context import Choice
 from effformer.ffn.acm_losses import budget_loss, diversity_loss, entropy_loss, gate_labels
+from effformer.ledger import Choice
 
 
 def check(golden: Golden) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import effformer
 from effformer.attention.topk import TopK
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

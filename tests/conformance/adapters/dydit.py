@@ -13,8 +13,9 @@ from torch import Tensor
 
 import effformer
 from effformer.blocks.dynamic_losses import executed_ratio, work_loss
-from effformer.context import Ledger, Share, Tap
+from effformer.context import Ledger, Tap
 from effformer.flow.guidance import forward_with_cfg
+from effformer.ledger import Share
 
 OFFICIAL_GATES = {"attn": "width.attn", "mlp": "width.ffn", "token": "tokens.ffn"}
 

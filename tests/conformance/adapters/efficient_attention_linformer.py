@@ -9,7 +9,8 @@ from harness import Golden
 
 from effformer.attention import Attention, Linformer
 from effformer.config import resolve
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

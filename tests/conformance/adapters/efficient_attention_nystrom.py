@@ -11,7 +11,8 @@ from torch import Tensor
 from effformer.attention import Attention, Nystrom
 from effformer.attention.nystrom import iterative_pinv
 from effformer.config import resolve
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

@@ -10,7 +10,8 @@ from harness import Golden
 from effformer.attention import Attention, Core, Efficient, Performer
 from effformer.attention.performer import orthogonal_rows
 from effformer.config import resolve
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

@@ -8,7 +8,8 @@ import torch
 from harness import Golden
 
 from effformer.attention import Reformer
-from effformer.context import Context, Site
+from effformer.context import Context
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

@@ -10,8 +10,9 @@ import effformer
 from effformer.attention import Attention, Flow
 from effformer.attention.flow import FLOW_PRESETS
 from effformer.config import resolve
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.layout import Layout
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

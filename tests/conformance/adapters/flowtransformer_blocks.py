@@ -8,8 +8,9 @@ from harness import Golden
 import effformer
 from effformer.attention import Attention
 from effformer.blocks import Block, FlowTransformerDecoder, FlowTransformerEncoder
-from effformer.context import EMPTY, Site
+from effformer.context import EMPTY
 from effformer.ffn import MLP
+from effformer.site import NormRule, Site
 
 
 def check(golden: Golden) -> None:
@@ -28,7 +29,9 @@ def check(golden: Golden) -> None:
 
 def _site(golden: Golden) -> Site:
     c = golden.config
-    return Site(dim=c["input_dimension"], heads=c["num_heads"], norm_eps=c["layer_norm_eps"])
+    return Site(
+        dim=c["input_dimension"], heads=c["num_heads"], norm=NormRule(eps=c["layer_norm_eps"])
+    )
 
 
 def _ffn(golden: Golden) -> MLP.Config:

@@ -8,7 +8,7 @@ from harness import Golden
 
 import effformer
 from effformer.attention import LMU
-from effformer.context import Site
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

@@ -16,9 +16,10 @@ from harness import Golden
 import effformer
 from effformer.attention import Attention, Softmax
 from effformer.blocks import Block, Macaron, PostNorm, PreNorm
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.ffn import MLP
 from effformer.layout import Layout
+from effformer.site import NormRule, Site
 
 LAYOUTS = {
     (False, False): ENCODER_LAYER,
@@ -82,7 +83,7 @@ def _build(golden: Golden, case: str) -> Block:
         dim=c["embed_dim"],
         heads=c["heads"],
         memory_dim=c["embed_dim"] if decoder else None,
-        norm_eps=c["layer_norm_eps"],
+        norm=NormRule(eps=c["layer_norm_eps"]),
         norm_affine=c["layer_norm_affine"],
     )
     ffn = {"hidden": c["ffn_dim"], "act": golden.activation(c["second_ffn_activation"])}

@@ -11,7 +11,7 @@ from harness import Golden
 
 import effformer
 from effformer.attention.tdsm import TDSM, Shuffle
-from effformer.context import Site
+from effformer.site import Site
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def _config(golden: Golden, name: str, widths: list[int]) -> TDSM.Config:
 def _build(golden: Golden, name: str) -> ControlBlock:
     """The first block of the official list has its two inputs the other way round."""
     widths = golden.meta["info"][name]["groups"]
-    site = Site(dim=golden.meta["dim"], tokens=golden.meta["tokens"])
+    site = Site(dim=golden.meta["dim"], length=golden.meta["tokens"])
     block = ControlBlock(_config(golden, name, widths), site, first=name == "block0")
     effformer.load_weights(block, golden.weights(f"{name}."), BLOCK)
     mixer = block.mixer.part

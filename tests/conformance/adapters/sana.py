@@ -8,8 +8,9 @@ from harness import Golden
 
 import effformer
 from effformer.attention import Attention, Sana
-from effformer.context import Context, Site
+from effformer.context import Context
 from effformer.ffn import GLUMBConv
+from effformer.site import NormRule, Site
 
 QK_NORM_EPS = 1e-5  # the reference library's, which the sets do not name
 BLOCK = "transformer_blocks.0"
@@ -31,7 +32,7 @@ def _check_attention(golden: Golden) -> None:
         head_dim=c["head_dim"],
     )
     x = golden.tensor("out.block0.attn1_in")
-    site = Site(dim=x.shape[-1], heads=c["heads"], norm="rms", norm_eps=QK_NORM_EPS)
+    site = Site(dim=x.shape[-1], heads=c["heads"], norm=NormRule(kind="rms", eps=QK_NORM_EPS))
     mixer = Attention(config, site).eval()
     effformer.load_weights(mixer, golden.weights(f"{BLOCK}.attn1."), ATTENTION)
     golden.assert_close(mixer(x), "out.block0.attn1_out")

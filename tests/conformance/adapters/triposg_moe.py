@@ -10,9 +10,10 @@ from effformer.models.layouts.triposg import MOE
 from harness import Golden
 
 import effformer
-from effformer.context import Context, Ledger, Site
+from effformer.context import Context, Ledger
 from effformer.ffn import MoE
 from effformer.ffn.moe import balance_loss
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

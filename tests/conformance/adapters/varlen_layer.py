@@ -9,8 +9,9 @@ from harness import Golden
 import effformer
 from effformer.attention import Attention
 from effformer.blocks import PostNorm
-from effformer.context import Context, Packing, Site
+from effformer.context import Context, Packing
 from effformer.ffn import MLP
+from effformer.site import NormRule, Site
 
 # the repository's own test and its kernels differ in the norm's epsilon and in the GELU
 CASES = {"out.test_reference": (1e-5, "gelu"), "out.kernel_math": (1e-6, "gelu-tanh")}
@@ -24,7 +25,7 @@ def check(golden: Golden) -> None:
     golden.assert_close(packing.indices, "out.word_idx")
     golden.assert_close(packing.offsets, "out.batch_idx")
     for key, (eps, act) in CASES.items():
-        site = Site(dim=c["head_num"] * c["head_size"], heads=c["head_num"], norm_eps=eps)
+        site = Site(dim=c["head_num"] * c["head_size"], heads=c["head_num"], norm=NormRule(eps=eps))
         ffn = MLP.Config.from_dict({"hidden": weights["inter_bias"].shape[0], "act": act})
         block = PostNorm(PostNorm.Config(), site, attn=Attention.Config(), ffn=ffn).eval()
         effformer.load_weights(block, weights, BYTETRANSFORMER_LAYER)

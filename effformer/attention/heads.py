@@ -1,0 +1,436 @@
+"""Heads: from tokens to queries, keys, values and whatever else a core asks for, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from effformer.checks import CapabilityError
+from effformer.config import Config
+from effformer.context import EMPTY, Context
+from effformer.nn.cut import cut_linear, twin
+from effformer.nn.norms import make_norm
+from effformer.nn.short_conv import ShortConv
+from effformer.site import Site
+
+from .base import Mixer
+from .outputs import (
+    HeadOutput,
+    Input,
+    OutputGate,
+    cut_input,
+    input_macs,
+    input_rows,
+    make_input,
+    spread,
+)
+from .projections import AdaptiveProjections, Work, project
+from .slices import over_sequences
+
+__all__ = ["Heads", "HeadsConfig", "Opened"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsConfig(Config):
+    """Knobs of `Heads`.
+
+    Attributes:
+        qkv_bias: the input projections have biases.
+        proj_bias: the output projection has a bias.
+        proj: there is an output projection; without one the heads side by side are the output.
+        qk_norm: queries and keys are normalised before the core (and before rotary embedding), per
+            head (True) or over all heads together ("across-heads").
+        qk_norm_eps: epsilon of these norms; None means that of the model's norms.
+        head_dim: width K of a query or key; None means dim / heads.
+        value_dim: width V of a value, for cores that take another one; None means K.
+        kv_heads: number of key and value heads, each shared by heads / kv_heads query heads
+            (grouped-query attention); None means one per query head.
+        qk_heads: number of query and key heads, each shared by heads / qk_heads value heads
+            (grouped values), for cores that keep a state for every value head; None means one per
+            value head.
+        conv: taps of a causal depth-wise convolution with SiLU over queries, keys and values; 0 for
+            none.
+        conv_bias: the convolution has a bias.
+        gate: what becomes of the heads' outputs before the output projection: "head" or "element"
+            for sigmoid gates, an `OutputGate`, or None for nothing.
+        projections: learners in place of the projections' matrices, which then have the biases of
+            the learners; None: plain matrices.
+    """
+
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    proj: bool = True
+    qk_norm: bool | Literal["across-heads"] = False
+    qk_norm_eps: float | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    kv_heads: int | None = None
+    qk_heads: int | None = None
+    conv: int = 0
+    conv_bias: bool = False
+    gate: OutputGate | Literal["head", "element"] | None = None
+    projections: AdaptiveProjections | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gate, str):
+            object.__setattr__(self, "gate", OutputGate(per=self.gate))
+        for name in ("head_dim", "value_dim", "kv_heads", "qk_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"attention: {name} must be at least 1, got {value}")
+        if self.conv < 0:
+            raise ValueError(f"attention: conv must not be negative, got {self.conv}")
+        if self.kv_heads is not None and self.qk_heads is not None:
+            raise ValueError("attention: give kv_heads or qk_heads, not both")
+        if self.projections is not None and not self.proj:
+            raise ValueError("attention: projections has an output projection; proj must be True")
+        if self.projections is not None and (self.conv or self.qk_heads is not None):
+            raise ValueError("attention: projections goes with neither conv nor qk_heads")
+
+    @property
+    def joined(self) -> str | None:
+        """Why heads cannot be taken apart, None if they can."""
+        if self.kv_heads is not None or self.qk_heads is not None:
+            return "lets heads share keys (kv_heads=None and qk_heads=None would do)"
+        if self.qk_norm == "across-heads":
+            return "lets heads share a norm (qk_norm=True or False would do)"
+        if isinstance(self.gate, OutputGate) and self.gate.norm == "groups":
+            return "lets heads share a norm (gate with norm 'head' or 'none' would do)"
+        if self.projections is not None:
+            return "lets heads share learners (projections=None would do)"
+        if not self.proj:
+            return "has heads that are the output (proj=True would do)"
+        return None
+
+    def head_width(self, dim: int, heads: int) -> int:
+        """Width K of a query or key."""
+        return self.head_dim or dim // heads
+
+
+class Opened(NamedTuple):
+    """What a core is given.
+
+    Attributes:
+        q: (B, H, N, K) queries.
+        k: (B, H, M, K) keys.
+        v: (B, H, M, V) values.
+        further: the further inputs of the core by name, (B, H, M, width) each.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    further: dict[str, Tensor]
+
+
+class Heads(Mixer):
+    """The two ends of an attention: `open` gives the core its inputs, `close` projects what it made.
+
+    Self-attention has one fused projection ``qkv`` (rows q, k, v; head-major inside each). With
+    ``site.memory_dim`` queries come from the tokens by ``q``, keys and values from ``ctx.memory``
+    by ``kv``. With ``config.projections`` the four projections ``q``, ``k``, ``v``, ``proj`` are
+    separate, and each token chooses how much of each it runs. What a core asks for beside q, k and
+    v is projected from the tokens by ``inputs.<name>``.
+
+    Several heads side by side serve one core: a two-stream block opens and closes one `Heads` per
+    stream.
+
+    Args:
+        config: the knobs.
+        site: the place in the model.
+        inputs: further inputs of the core.
+        both: the core looks both ways along the tokens, and so does the convolution.
+
+    Raises:
+        ValueError: the width is not divisible by the heads, or these not by those that they share.
+
+    Reference: Attention Is All You Need, 2017, arXiv 1706.03762.
+    """
+
+    def __init__(
+        self,
+        config: HeadsConfig,
+        site: Site,
+        inputs: Mapping[str, Input] | None = None,
+        *,
+        both: bool = False,
+    ) -> None:
+        super().__init__(config, site)
+        if config.head_dim is None and site.dim % site.heads:
+            raise ValueError(
+                f"{self.where}: width {site.dim} is not divisible by {site.heads} heads; "
+                "change heads or give head_dim"
+            )
+        self.heads = site.heads
+        self.head_dim = config.head_width(site.dim, site.heads)
+        self.value_dim = config.value_dim or self.head_dim
+        self.q_heads = config.qk_heads or self.heads
+        self.k_heads = config.qk_heads or config.kv_heads or self.heads
+        self.v_heads = config.kv_heads or self.heads
+        for name in ("k_heads", "v_heads"):
+            if self.heads % getattr(self, name):
+                raise ValueError(
+                    f"{self.where}: {self.heads} heads cannot share {getattr(self, name)}; kv_heads "
+                    "and qk_heads must divide heads"
+                )
+        self.cross = site.memory_dim is not None
+        self._build_projections(config)
+        if config.qk_norm:
+            eps = site.norm.eps if config.qk_norm_eps is None else config.qk_norm_eps
+            place = replace(site, norm=replace(site.norm, eps=eps))
+            together = config.qk_norm == "across-heads"
+            counts = (self.q_heads, self.k_heads) if together else (1, 1)
+            self.q_norm, self.k_norm = (make_norm(place, n * self.head_dim) for n in counts)
+        if config.conv:
+            channels = (self.q_heads + self.k_heads) * self.head_dim
+            channels += self.v_heads * self.value_dim
+            self.conv = ShortConv(channels, config.conv, bias=config.conv_bias, both=both)
+        source = site.dim if site.memory_dim is None else site.memory_dim
+        self.inputs = nn.ModuleDict(
+            {
+                name: make_input(source, self.heads * i.width, rank=i.rank, bias=i.bias)
+                for name, i in (inputs or {}).items()
+            }
+        )
+        gate = config.gate
+        self.output: nn.Module | None = None
+        if isinstance(gate, OutputGate):
+            self.output = HeadOutput(gate, site.dim, self.heads, self.value_dim)
+        self.drop = nn.Dropout(site.dropout)
+
+    @property
+    def where(self) -> str:
+        """The place, for messages."""
+        return self.site.path or "attention"
+
+    def _build_projections(self, config: HeadsConfig) -> None:
+        site, adaptive = self.site, config.projections
+        q, k = self.q_heads * self.head_dim, self.k_heads * self.head_dim
+        v, inner = self.v_heads * self.value_dim, self.heads * self.value_dim
+        source = site.dim if site.memory_dim is None else site.memory_dim
+        out = site.out_dim or site.dim
+        self.q: nn.Module
+        self.proj: nn.Module
+        if adaptive is not None:
+            self.q = adaptive.build(site.dim, q)
+            self.k, self.v = adaptive.build(source, k), adaptive.build(source, v)
+            self.proj = adaptive.build(inner, out)
+            return
+        if self.cross:
+            self.q = nn.Linear(site.dim, q, bias=config.qkv_bias)
+            self.kv = nn.Linear(source, k + v, bias=config.qkv_bias)
+        else:
+            self.qkv = nn.Linear(site.dim, q + k + v, bias=config.qkv_bias)
+        if not config.proj and inner != out:
+            raise ValueError(
+                f"{self.where}: proj=False needs heads that are together as wide as the output, but "
+                f"they have {inner} and {out} channels"
+            )
+        self.proj = nn.Linear(inner, out, bias=config.proj_bias) if config.proj else nn.Identity()
+
+    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
+        raise CapabilityError(
+            f"{self.where}: heads of one stream mix nothing alone; the block calls open and close"
+        )
+
+    def open(
+        self, x: Tensor, ctx: Context, work: Work, past: Tensor | None = None
+    ) -> tuple[Opened, Tensor | None]:
+        """What the core is given for tokens x (B, N, D); rotary tables are not applied yet.
+
+        Args:
+            x: the tokens.
+            ctx: the context.
+            work: where learners report.
+            past: state of the convolution behind the tokens before these, None for none.
+
+        Returns:
+            The core's inputs, and the state of the convolution behind these tokens.
+
+        Raises:
+            CapabilityError: a memory without place, or the other way round.
+        """
+        source = self._source(x, ctx)
+        q, k, v = self._projected(x, source, work)
+        state = None
+        if self.config.conv:
+            q, k, v, state = self._convolved(q, k, v, ctx, past)
+        further = {
+            name: p(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, p in self.inputs.items()
+        }
+        q, k = self._normed("q_norm", self._split(q)), self._normed("k_norm", self._split(k))
+        return Opened(q, k, self._split(v, self.value_dim), further), state
+
+    def queries(self, x: Tensor, work: Work) -> Tensor:
+        """The queries alone of heads that look at a memory: (B, H, N, K)."""
+        return self._normed("q_norm", self._split(project(self.q, x, "q", work)))
+
+    def share(self, opened: Opened) -> Opened:
+        """One key and value for every query head of a group."""
+        if self.v_heads == self.heads:
+            return opened
+        k, v = (x.repeat_interleave(self.heads // x.shape[1], dim=1) for x in opened[1:3])
+        return opened._replace(k=k, v=v)
+
+    def tapped(self, opened: Opened, ctx: Context) -> Opened:
+        """Taps see, and may change, ``<path>.q``, ``.k``, ``.v`` and ``.<further input>``."""
+        if ctx.tap is None:
+            return opened
+        path, further = self.site.path, opened.further
+        q, k, v = (ctx.tap(f"{path}.{n}", x) for n, x in zip("qkv", opened[:3], strict=True))
+        return Opened(q, k, v, {n: ctx.tap(f"{path}.{n}", y) for n, y in further.items()})
+
+    def close(self, out: Tensor, x: Tensor, ctx: Context, work: Work) -> Tensor:
+        """What the core made (B, H, N, V) of tokens x, back to tokens (B, N, D)."""
+        if self.output is not None:
+            out = self.output(out, x)
+        if ctx.width is not None:
+            out = out * _spread_width(ctx.width, ctx)[..., None].to(out.dtype)
+        return self.drop(project(self.proj, out.transpose(1, 2).flatten(2), "proj", work))
+
+    def _source(self, x: Tensor, ctx: Context) -> Tensor:
+        """Where keys and values come from."""
+        if not self.cross:
+            if ctx.memory is not None:
+                raise CapabilityError(
+                    f"{self.where}: built for self-attention, but ctx.memory is given; build it with "
+                    "Site(memory_dim=...)"
+                )
+            return x
+        if ctx.memory is None:
+            raise CapabilityError(
+                f"{self.where}: built for cross-attention, but ctx.memory is None"
+            )
+        return ctx.memory
+
+    def _projected(self, x: Tensor, source: Tensor, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries from x, keys and values from ``source``, heads side by side."""
+        if self.config.projections is not None:
+            parts = (("q", self.q, x), ("k", self.k, source), ("v", self.v, source))
+            q, k, v = (project(m, y, name, work) for name, m, y in parts)
+            return q, k, v
+        widths = self._widths()
+        if self.cross:
+            k, v = self.kv(source).split(widths[1:], dim=-1)
+            return self.q(x), k, v
+        q, k, v = self.qkv(x).split(widths, dim=-1)
+        return q, k, v
+
+    def _widths(self) -> list[int]:
+        """Channels of all queries, keys and values."""
+        k, v = self.head_dim, self.value_dim
+        return [self.q_heads * k, self.k_heads * k, self.v_heads * v]
+
+    def _convolved(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, past: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The short convolution; padding reads as nothing, packed sequences do not meet."""
+        if self.cross:
+            raise CapabilityError(
+                f"{self.where}: the convolution (conv={self.config.conv}) reads queries, keys and "
+                "values of the same tokens; conv=0 would do"
+            )
+        joined = torch.cat([q, k, v], dim=-1)
+        if ctx.mask is not None:
+            joined = joined * ctx.mask[..., None].to(joined.dtype)
+        if ctx.packing is None:
+            joined, state = self.conv(joined, past)
+        else:
+            joined = over_sequences(lambda one: self.conv(one)[0], joined, ctx.packing)
+            state = None
+        q, k, v = joined.split(self._widths(), dim=-1)
+        return q, k, v, state
+
+    def _split(self, x: Tensor, width: int | None = None) -> Tensor:
+        """(B, N, H K) -> (B, H, N, K)."""
+        return x.unflatten(-1, (-1, width or self.head_dim)).transpose(1, 2)
+
+    def _normed(self, name: str, x: Tensor) -> Tensor:
+        """Queries or keys (B, H, N, K) behind their norm."""
+        if not self.config.qk_norm:
+            return x
+        norm = getattr(self, name)
+        if self.config.qk_norm != "across-heads":
+            return norm(x)
+        joined: Tensor = norm(x.transpose(1, 2).flatten(2))
+        return joined.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2)
+
+    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
+        """Dense multiply-adds of both ends for one sample."""
+        keys = n if m is None else m
+        if self.config.projections is not None:
+            parts = ((self.q, n), (self.k, keys), (self.v, keys), (self.proj, n))
+            return sum(part.macs(count) for part, count in parts)  # type: ignore[operator]
+        q, k, v = self._widths()
+        dim, source = self.site.dim, self.site.memory_dim or self.site.dim
+        total = n * dim * q + keys * source * (k + v)
+        if self.config.proj:
+            total += n * self.heads * self.value_dim * (self.site.out_dim or dim)
+        if self.config.conv:
+            total += self.conv.macs(n)
+        if self.output is not None:
+            total += self.output.macs(n)  # type: ignore[operator]
+        return total + keys * sum(map(input_macs, self.inputs.values()))
+
+    @property
+    def units(self) -> int:
+        """Number of heads."""
+        return self.heads
+
+    @property
+    def cut(self) -> tuple[nn.Module, ...]:
+        """The projections."""
+        return (self.q, self.kv, self.proj) if self.cross else (self.qkv, self.proj)
+
+    def magnitudes(self) -> Tensor:
+        """Norm of each head's rows in the input projections and columns in ``proj``, (heads,)."""
+        weight = torch.cat([self.q.weight, self.kv.weight]) if self.cross else self.qkv.weight  # type: ignore[list-item]
+        rows = weight.split(self._widths())  # type: ignore[operator]
+        parts = [*(r.unflatten(0, (self.heads, -1)).square().sum(dim=(1, 2)) for r in rows)]
+        columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]
+        total: Tensor = torch.stack([*parts, columns.square().sum(dim=(0, 2))]).sum(dim=0)
+        return total.sqrt()
+
+    def select(self, units: Tensor) -> Self:
+        """The same with some of the heads: rows of the input projections, columns of ``proj``.
+
+        Raises:
+            CapabilityError: heads share keys, a norm or learners, so that they cannot be taken apart.
+        """
+        if (why := self.config.joined) is not None:
+            raise CapabilityError(f"{self.where}: cannot be cut to some heads, because it {why}")
+        q, k, _ = self._widths()
+        keys, values = spread(units, self.head_dim), spread(units, self.value_dim)
+        small = twin(self)
+        small.heads = small.q_heads = small.k_heads = small.v_heads = len(units)
+        small.site = replace(self.site, heads=len(units))
+        if self.cross:
+            small.q = cut_linear(self.q, rows=keys)  # type: ignore[arg-type]
+            small.kv = cut_linear(self.kv, rows=torch.cat([keys, values + k]))
+        else:
+            rows = torch.cat([keys, keys + q, values + q + k])
+            small.qkv = cut_linear(self.qkv, rows=rows)
+            if self.config.conv:
+                small.conv = self.conv.select(rows)
+        if self.inputs:
+            small.inputs = twin(self.inputs)
+            for name, part in self.inputs.items():
+                every = torch.arange(input_rows(part), device=units.device)
+                own = every.unflatten(0, (self.heads, -1)).index_select(0, units).flatten()
+                small.inputs[name] = cut_input(part, own)
+        if isinstance(self.output, HeadOutput):
+            small.output = self.output.select(units, self.value_dim)
+        small.proj = cut_linear(self.proj, columns=values)  # type: ignore[arg-type]
+        return small
+
+
+def _spread_width(width: Tensor, ctx: Context) -> Tensor:
+    """Factors (B, U) on units for every token: (B, U, 1), in a packed row (1, U, T)."""
+    if ctx.packing is None:
+        return width[..., None]
+    return ctx.packing.spread(width).mT

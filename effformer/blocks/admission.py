@@ -1,0 +1,257 @@
+"""What a model needs of the parts in its blocks, compared with what they can do before weights are
+allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from effformer import registry
+from effformer.attention import View
+from effformer.checks import CapabilityError
+from effformer.config import Config, resolve
+from effformer.registry import Caps
+from effformer.site import Layer, Needs, Site
+
+__all__ = ["check_layer", "slot_needs"]
+
+_SLOTS = ("width", "tokens")
+_NO_TIME = "reads the time embedding, which this model has not"
+
+
+def check_layer(
+    layer: Layer, needs: Needs, where: str, beside: Sequence[Needs], site: Site
+) -> None:
+    """Compare the parts of a block with what the model needs.
+
+    Args:
+        layer: the parts.
+        needs: what the model asks of them.
+        where: words that name the block, for messages.
+        beside: what other stacks of the model ask of the same parts; choices serve them, too.
+        site: the place of the block, for choices that can be built there.
+
+    Raises:
+        CapabilityError: a part cannot do it; parts that can are named.
+    """
+    found = {kind: getattr(layer, kind) for kind in _SLOTS}
+    slots = {kind: config for kind, config in found.items() if config is not None}
+    every = (needs, *beside)
+    _check_mixer(
+        layer.attn, every, f"{where}.attn", slots, replace(site, memory_dim=None),
+        scheduled=layer.scheduled,
+    )  # fmt: skip
+    if layer.ffn is not None:
+        _check_part(layer.ffn, every, f"{where}.ffn", slots, _ffn_reason)
+    if layer.cross is not None:
+        far = Needs(mask=needs.mask, cross=True)
+        _check_mixer(layer.cross, (far,), f"{where}.cross", slots, site)
+
+    def block_reason(caps: Caps, needs: Needs) -> str | None:
+        return _block_reason(caps, layer, needs)
+
+    _check_part(layer.block, every, f"{where}.block", slots, block_reason)
+    for kind, config in slots.items():
+        _check_slot(kind, config, layer, slot_needs(layer, needs), where)
+
+
+def slot_needs(layer: Layer, needs: Needs) -> Needs:
+    """What a model asks of parts in slots; a block in another one must return all of its tokens."""
+    return replace(needs, shrinks=needs.shrinks and not layer.block.parts("block"))
+
+
+def _admitted(entry: registry.Entry, slots: Mapping[str, Config]) -> bool:
+    """The parts in the slots of a block can work with this part, too."""
+    if entry.kind == "block" and "tokens" in slots and not entry.caps.sequential:
+        return False
+    return all(config.entry.build.admits(entry.kind, entry.caps) for config in slots.values())  # type: ignore[attr-defined]
+
+
+def _check_part(
+    config: Config,
+    needs: Sequence[Needs],
+    where: str,
+    slots: Mapping[str, Config],
+    reason_of: Callable[[Caps, Needs], str | None],
+) -> None:
+    """Refuse a part for the first reason, and name those of its kind that have none."""
+    reason = reason_of(config.caps(), needs[0])
+    if reason is None:
+        return
+    able = sorted(
+        e.name
+        for e in registry.KINDS[config.entry.kind]
+        if _admitted(e, slots) and not any(reason_of(e.caps, n) for n in needs)
+    )
+    raise CapabilityError(
+        f"{where}: {config.entry.name!r} {reason}; choices: {', '.join(able) or 'None'}"
+    )
+
+
+def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: str) -> None:
+    """Parts in the slots "width" and "tokens"."""
+    entry, caps = config.entry, layer.block.caps()
+    if entry.caps.time and not needs.time:
+        able = ", ".join(registry.KINDS[kind].names(time=False)) or "None"
+        raise CapabilityError(f"{where}.{kind}: {entry.name!r} {_NO_TIME}; choices: {able}")
+    if kind == "tokens" and not caps.sequential:
+        able = ", ".join(registry.block.names(sequential=True))
+        why = "carry a state from token to token" if caps.causal == "always" else "run side by side"
+        raise CapabilityError(
+            f"{where}.tokens: {entry.name!r} acts between the branches of a block, but those of "
+            f"{layer.block.entry.name!r} {why} (block: {able} would do); choices: None"
+        )
+    entry.build.check(config, layer, needs, where)  # type: ignore[attr-defined]
+
+
+def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
+    """Why a block does not serve, None if it does."""
+    if caps.multihead and not layer.attn.caps().multihead:
+        return f"needs queries, keys and values, which the token mixer {layer.attn.label!r} has not"
+    if layer.cross is not None and not caps.cross:
+        return "has no attention to a memory"
+    if layer.ffn is None and not caps.mixer_only:
+        return "cannot do without an FFN"
+    if needs.joint != caps.joint:
+        return "has one stream" if needs.joint else "has two streams, and this model one"
+    if caps.cond == "always" and not needs.cond:
+        return "needs a conditioning vector, which this model has not"
+    if caps.cond == "never" and needs.cond:
+        return "cannot use this model's conditioning vector"
+    return _NO_TIME if caps.time and not needs.time else _carry_reason(caps, needs)
+
+
+def _ffn_reason(caps: Caps, needs: Needs) -> str | None:
+    """Why an FFN does not serve, None if it does: one over the grid mixes neighbours, later and
+    masked ones included.
+    """
+    if caps.time and not needs.time:
+        return _NO_TIME
+    if not caps.axes:
+        return _carry_reason(caps, needs)
+    if (reason := _grid_reason(caps, needs)) is not None:
+        return reason
+    if needs.causal:
+        return "mixes neighbours, but this model must not see later tokens"
+    return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
+
+
+def _carry_reason(caps: Caps, needs: Needs) -> str | None:
+    """Why a block or an FFN that carries a state from token to token does not serve."""
+    if caps.causal != "always":
+        return None
+    if not needs.causal:
+        return "carries a state from token to token, but this model attends both ways"
+    return None if needs.mask == "none" else f"cannot honour a {needs.mask} mask"
+
+
+def _check_mixer(
+    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config], site: Site,
+    *, scheduled: bool = False,
+) -> None:  # fmt: skip
+    """A mixer, and the one that it puts into a view: that one meets lines instead of the grid."""
+    reason = _mixer_reason(config.caps(), needs[0])
+    if isinstance(config, View):
+        inner, _, place = config.within(needs[0], site)
+        inside = [config.within(n, site)[1] for n in needs]
+        if not _mixer_reason(inner.caps(), inside[0]):
+            pass
+        elif reason is None or _mixer_reason(config.entry.caps, needs[0]) is None:
+            at = where if scheduled else f"{where}.mixer"
+            return _check_mixer(inner, inside, at, slots, place)
+    if reason is None and not needs[0].causal and _is_causal(config):
+        reason = "has causal=True, but this model attends both ways"
+    if reason is None:
+        reason = _rope_reason(config, needs[0], site)
+    if reason is None:
+        return None
+    able = sorted(
+        e.name
+        for e in registry.attention
+        if _admitted(e, slots)
+        and not any(_mixer_reason(e.caps, n) for n in needs)
+        and _can_stand(e.name, site, needs[0])
+    )
+    raise CapabilityError(f"{where}: {config.label!r} {reason}; choices: {', '.join(able)}")
+
+
+def _is_causal(config: Config) -> bool:
+    inner = config.parts("attention", "core").values()
+    return bool(getattr(config, "causal", False)) or any(map(_is_causal, inner))
+
+
+def _rope_reason(config: Config, needs: Needs, site: Site) -> str | None:
+    """Why heads do not fit the model's rotary tables, None if they do."""
+    head_width = getattr(config, "head_width", None)
+    if needs.rope is None or head_width is None:
+        return None
+    width = head_width(site.dim, site.heads)
+    if width == needs.rope:
+        return None
+    return (
+        f"has heads of width {width}, but this model's rotary tables are made for {needs.rope} "
+        f"(head_dim={needs.rope} would do, or the same head_dim in attn=)"
+    )
+
+
+def _can_stand(name: str, site: Site, needs: Needs) -> bool:
+    """A mixer can be built there from its name alone; some ask for a number of tokens that can be
+    cut, or that is fixed at all.
+    """
+    config = resolve("attention", name)
+    if _rope_reason(config, needs, site) is not None:
+        return False
+    try:
+        with torch.device("meta"):  # without weights
+            config.build(site)
+    except ValueError:
+        return False
+    return True
+
+
+def _mixer_reason(caps: Caps, needs: Needs) -> str | None:
+    """Why a token mixer does not serve, None if it does."""
+    reasons: dict[str, tuple[Any, str]] = {
+        "causal": (
+            needs.causal,
+            "is not causal, but this model must not see later tokens"
+            if needs.causal
+            else "needs causal order, but this model attends both ways",
+        ),
+        "mask": (needs.mask, f"cannot honour a {needs.mask} mask"),
+    }
+    if needs.rope is not None:
+        reasons["rope"] = (True, "cannot apply rotary embedding")
+    if needs.cross:
+        reasons["cross"] = (True, "cannot attend to a memory")
+    if needs.joint:
+        reasons["order_free"] = (
+            True,
+            "depends on the order of the tokens, and two streams have none",
+        )
+        reasons["multihead"] = (
+            True,
+            "has no queries, keys and values that two streams could share",
+        )
+    for key, (value, reason) in reasons.items():
+        if not caps.satisfies(**{key: value}):
+            return reason
+    return _grid_reason(caps, needs) if caps.axes else None
+
+
+def _grid_reason(caps: Caps, needs: Needs) -> str | None:
+    """Why a part over the grid does not serve, None if it does."""
+    if not needs.axes:
+        return "needs a token grid, which this model has not"
+    if not set(caps.axes) <= set(needs.axes):
+        return (
+            f"needs a token grid with axes {', '.join(caps.axes)}, and here it has "
+            f"{', '.join(needs.axes)}"
+        )
+    if needs.front and not caps.front:
+        return "has no place for tokens in front of the grid (class token, registers)"
+    return None

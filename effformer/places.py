@@ -1,0 +1,233 @@
+"""Where tokens stand: rotary tables, several sequences in one row, tokens that were merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+__all__ = ["Merging", "Packing", "Rope", "rotate"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the pairs of the last dimension; x (..., N, K), tables (N, K) or broadcastable to x."""
+    if interleaved:
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    return x * cos + turned * sin
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding, tables of the tokens as they stand.
+
+    ``rotate(x) = x * cos + rotate_pairs(x) * sin``; tables are (N, K), (H, N, K) or (B, H, N, K),
+    axes of length 1 included. A token without a place has cos = 1 and sin = 0.
+
+    Reference: RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv
+    2104.09864.
+
+    Attributes:
+        cos: cosine table of the queries.
+        sin: sine table of the queries.
+        key_cos: cosine table of the keys if they are other tokens (cross attention), else None.
+        key_sin: likewise.
+        interleaved: pairs are (0, 1), (2, 3), ... (True) or (0, K/2), (1, K/2 + 1), ... (False).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    key_cos: Tensor | None = None
+    key_sin: Tensor | None = None
+    interleaved: bool = False
+
+    def query(self, x: Tensor) -> Tensor:
+        """Turn queries, or features of queries, (B, H, N, K)."""
+        return self._turn(x, self.cos, self.sin)
+
+    def key(self, x: Tensor) -> Tensor:
+        """Turn keys, or features of keys, (B, H, M, K)."""
+        if self.key_cos is None or self.key_sin is None:
+            return self._turn(x, self.cos, self.sin)
+        return self._turn(x, self.key_cos, self.key_sin)
+
+    def tokens(self, rows: slice) -> Rope:
+        """The tables of some tokens, queries and keys alike."""
+        return self._mapped(lambda table: table[..., rows, :])
+
+    def heads(self, some: slice) -> Rope:
+        """The tables of some heads."""
+        alone = self.cos.dim() < 3 or self.cos.shape[-3] == 1
+        return self if alone else self._mapped(lambda table: table[..., some, :, :])
+
+    def halved(self) -> Rope:
+        """Tables for heads of half the width: every second pair.
+
+        Raises:
+            ValueError: the width is not divisible by 4.
+        """
+        width = self.cos.shape[-1]
+        if width % 4:
+            raise ValueError(f"rotary tables of width {width} have no half of whole pairs")
+
+        def half(table: Tensor) -> Tensor:
+            if self.interleaved:
+                return table.unflatten(-1, (-1, 4))[..., :2].flatten(-2)
+            return table[..., ::2]
+
+        return self._mapped(half)
+
+    def batch(self, count: int) -> Rope:
+        """Tables of ``count`` sequences that stand one behind the other, as a batch of them."""
+
+        def fold(table: Tensor) -> Tensor:
+            row = table[0] if table.dim() == 4 else table
+            row = row if row.dim() == 3 else row[None]
+            return row.unflatten(1, (count, -1)).transpose(0, 1)
+
+        return self._mapped(fold)
+
+    def samples(self, index: Tensor) -> Rope:
+        """The tables of some samples: ``index`` (B',) picks from the batch, with repetition."""
+        alone = self.cos.dim() < 4 or self.cos.shape[0] == 1
+        return self if alone else self._mapped(lambda table: table.index_select(0, index))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Rope:
+        keys = (None if x is None else change(x) for x in (self.key_cos, self.key_sin))
+        return Rope(change(self.cos), change(self.sin), *keys, self.interleaved)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=self.interleaved)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Several sequences in one row: only real tokens are stored, sequence after sequence.
+
+    Attributes:
+        indices: (T,) int64, flat index b * padded + position of each packed row.
+        offsets: (B + 1,) int64, rows of sample b are ``offsets[b]:offsets[b + 1]``.
+        lengths: number of tokens of each sample.
+        padded: length of the padded layout.
+
+    Reference: ByteTransformer: A High-Performance Transformer Boosted for Variable-Length Inputs,
+    2022, arXiv 2210.03052. Differs from the paper: any key mask packs (left padding, holes), not
+    right padding only.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    lengths: tuple[int, ...]
+    padded: int
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Packing:
+        """Build from a (B, N) mask, True = real token.
+
+        Raises:
+            ValueError: the mask is not (B, N).
+        """
+        if mask.dim() != 2:
+            raise ValueError(f"Packing.from_mask: expected a mask (B, N), got {tuple(mask.shape)}")
+        lengths = mask.bool().sum(1)
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        indices = mask.bool().flatten().nonzero().flatten()
+        return cls(indices, offsets, tuple(lengths.tolist()), mask.shape[1])
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(count, length) of neighbours of equal length, empty samples left out: each run is a
+        batch, and a view of the packed row.
+        """
+        groups = groupby(length for length in self.lengths if length)
+        return tuple((len(list(same)), length) for length, same in groups)
+
+    def check_row(self, tokens: Tensor, dim: int = 1) -> None:
+        """Refuse a tensor that is not one row of all real tokens along ``dim``.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if tokens.shape[0] != 1 or tokens.shape[dim] != sum(self.lengths):
+            raise ValueError(
+                f"packed input: expected one row of {sum(self.lengths)} tokens, got "
+                f"{tokens.shape[0]} of {tokens.shape[dim]}"
+            )
+
+    @property
+    def positions(self) -> Tensor:
+        """(T,) position of each packed row in the padded layout."""
+        return self.indices % self.padded
+
+    @property
+    def samples(self) -> Tensor:
+        """(T,) sample index of each packed row."""
+        return self.indices // self.padded
+
+    def chosen(self, rows: Tensor) -> Packing:
+        """The same row with some of its tokens only, in their order."""
+        samples = self.samples.index_select(0, rows)
+        lengths = torch.bincount(samples, minlength=len(self.lengths))
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        indices = self.indices.index_select(0, rows)
+        return Packing(indices, offsets, tuple(lengths.tolist()), self.padded)
+
+    def means(self, x: Tensor) -> Tensor:
+        """Mean over the tokens of each sample, (1, T) -> (B,); 0 for empty samples."""
+        sums = x.new_zeros(len(self.lengths)).index_add(0, self.samples, x[0])
+        return sums / torch.tensor(self.lengths, device=x.device).clamp(min=1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What a sample has, for each of its tokens: (B, ...) -> (1, T, ...)."""
+        return x.index_select(0, self.samples)[None]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, N, ...) -> (1, T, ...)."""
+        return x.flatten(0, 1).index_select(0, self.indices)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, N, ...), zeros on padding."""
+        flat = x.new_zeros(len(self.lengths) * self.padded, *x.shape[2:])
+        return flat.index_copy(0, self.indices, x[0]).unflatten(0, (len(self.lengths), self.padded))
+
+
+@dataclass(slots=True, kw_only=True)
+class Merging:
+    """What is known about tokens that were merged; the model makes one per forward.
+
+    Attributes:
+        tokens: number of tokens before anything was merged.
+        front: tokens at the front that do not merge.
+        sizes: (B, N) how many tokens each of the present ones stands for; None means one.
+        proportional: cores count a key as often as its size says.
+        keys: (B, N, K) keys of the last self-attention, mean over heads.
+    """
+
+    tokens: int
+    front: int = 0
+    sizes: Tensor | None = None
+    proportional: bool = True
+    keys: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The sizes that a core must honour, None if all keys count once."""
+        return self.sizes if self.proportional else None
+
+    def rows(self, index: Tensor) -> Merging:
+        """The same for some samples; keys are not handed back to this one."""
+        sizes = self.sizes
+        if sizes is not None and sizes.shape[0] > 1:
+            sizes = sizes.index_select(0, index)
+        return replace(self, sizes=sizes, keys=None)

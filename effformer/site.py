@@ -1,0 +1,132 @@
+"""What is decided when a model is built: the place of a part, what the model needs of it, and the
+parts of one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import Config
+
+__all__ = ["Layer", "Needs", "NormRule", "Site"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormRule:
+    """The norms of a model.
+
+    Attributes:
+        kind: "layer" or "rms".
+        eps: epsilon.
+        affine: they have a learned scale (and bias).
+        modulated_affine: those of modulated branches have one, too (LightningDiT).
+        ffn_eps: epsilon of the norms before position-wise networks, None for that of all.
+    """
+
+    kind: str = "layer"
+    eps: float = 1e-6
+    affine: bool = True
+    modulated_affine: bool = False
+    ffn_eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a part is placed: what the model, not the part, decides.
+
+    Attributes:
+        dim: width of the tokens.
+        heads: number of attention heads.
+        cond_dim: width of the conditioning vector, None if the model has none.
+        time_dim: width of the time embedding ``ctx.time``, None if the model has none.
+        memory_dim: width of ``ctx.memory``; None means that there is no memory.
+        out_dim: width of what a token mixer returns, None for ``dim`` (blocks need ``dim``).
+        length: number of tokens where the model fixes it, else None.
+        grid: layout of these tokens, see `effformer.context.Context`; an axis whose size the model
+            leaves open is None, and so is the grid of tokens that have none.
+        norm: the norms.
+        dropout: probability after each part.
+        drop_path: probability of dropping a whole branch (stochastic depth).
+        layer_scale: initial value of a learned per-channel factor on each branch, None for no
+            factor.
+        layer: index of the block in its stack, for initial values that depend on depth.
+        depth: number of blocks in the stack.
+        path: dotted name of the part in the model, for messages, taps and the ledger.
+    """
+
+    dim: int
+    heads: int = 1
+    cond_dim: int | None = None
+    time_dim: int | None = None
+    memory_dim: int | None = None
+    out_dim: int | None = None
+    length: int | None = None
+    grid: tuple[int | None, ...] | None = None
+    norm: NormRule = NormRule()
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    layer: int = 0
+    depth: int = 1
+    path: str = ""
+
+    @property
+    def cells(self) -> tuple[int, ...] | None:
+        """The grid where all of its sizes are fixed, else None."""
+        sizes = tuple(size for size in self.grid or () if size is not None)
+        return sizes if self.grid is not None and len(sizes) == len(self.grid) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """The parts of one block.
+
+    Attributes:
+        attn: token mixer.
+        ffn: position-wise network, None for none.
+        block: their arrangement.
+        cross: mixer of a further branch that attends to a memory, None for none.
+        width: which heads and channels run, None for all.
+        tokens: on which tokens the branches work, None for all.
+        scheduled: the mixer was put into a view by a schedule of axes.
+    """
+
+    attn: Config
+    ffn: Config | None
+    block: Config
+    cross: Config | None = None
+    width: Config | None = None
+    tokens: Config | None = None
+    scheduled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a model asks of the parts in its blocks.
+
+    Attributes:
+        causal: tokens must not see later ones (False: the model attends both ways).
+        mask: mask that the model passes, "none", "key" or "full".
+        cond: the model has a conditioning vector.
+        time: the model passes a time embedding.
+        rope: width of the heads that the model's rotary tables are made for, None if it passes none.
+        axes: axes of the layout that the model passes, "thw" or its last letters; empty if it
+            passes none.
+        front: tokens without a place stand in front of the grid.
+        cross: a mixer attends to a memory.
+        joint: several streams meet in one mixer.
+        shrinks: the model goes on with fewer tokens if a block returns fewer.
+    """
+
+    causal: bool = False
+    mask: str = "none"
+    cond: bool = False
+    time: bool = False
+    rope: int | None = None
+    axes: str = ""
+    front: bool = False
+    cross: bool = False
+    joint: bool = False
+    shrinks: bool = False
