@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .build import list_blocks as list_blocks
     from .build import list_ffn as list_ffn
     from .build import list_models as list_models
+    from .compress import gate_tables as gate_tables
+    from .compress import optimize as optimize
+    from .compress import prepare_widths as prepare_widths
+    from .compress import sort_by_magnitude as sort_by_magnitude
     from .checks import CapabilityError as CapabilityError
     from .checks import FormatError as FormatError
     from .checks import MissingExtra as MissingExtra
@@ -37,10 +41,6 @@ if TYPE_CHECKING:
     from .context import Rope as Rope
     from .context import Site as Site
     from .context import Tap as Tap
-    from .dynamic import gate_tables as gate_tables
-    from .dynamic import prepare_widths as prepare_widths
-    from .dynamic import sort_by_magnitude as sort_by_magnitude
-    from .inference import optimize as optimize
     from .io import load_model as load_model
     from .io import load_weights as load_weights
     from .io import save_pretrained as save_pretrained
@@ -67,12 +67,12 @@ _NAMES = {
         "Site",
         "Tap",
     ),
-    "dynamic": (
+    "compress": (
         "gate_tables",
+        "optimize",
         "prepare_widths",
         "sort_by_magnitude",
     ),
-    "inference": ("optimize",),
     "io": (
         "load_model",
         "load_weights",

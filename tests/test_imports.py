@@ -15,7 +15,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {"registry", "config", "context", "checks", "files", "layout", "version"}
-TOP = BASE | {"io", "build", "dynamic", "inference"}
+TOP = BASE | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}
 # what the modules of a group may import beside their own group, deferred imports included
 ALLOWED: dict[str, set[str]] = {
@@ -23,8 +23,6 @@ ALLOWED: dict[str, set[str]] = {
     "": TOP | {"compress", "export", "flow", "models", "profile", "train"},
     "build": BASE,
     "io": BASE | {"compress"},  # load_model replays quantization
-    "dynamic": BASE | PARTS,
-    "inference": BASE | PARTS,
     "nn": BASE,
     "attention": BASE | {"nn"},
     "ffn": BASE | {"nn"},

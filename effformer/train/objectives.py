@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Config, part, resolve
 from ..context import Ledger, takes_ledger
-from ..flow.objectives import FlowMatching
+from ..flow.losses import FlowMatching
 from ..registry import objective as registry
 
 __all__ = ["Batch", "Classification", "Generation", "Objective"]

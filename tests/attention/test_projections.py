@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import effformer
 from effformer.attention import AdaptiveProjections, Attention
 from effformer.context import Context, Ledger, Packing, Site
-from effformer.ffn.acm_losses import acm_losses
+from effformer.compress.dynamic.adaptive_losses import acm_losses
 from effformer.profile import Counter, profile
 
 DIM, HEADS, K = 24, 3, 4

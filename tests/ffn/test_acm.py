@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import effformer
 from effformer.context import Choice, Context, Ledger, Site
 from effformer.ffn import ACM
-from effformer.ffn.acm_losses import (
+from effformer.compress.dynamic.adaptive_losses import (
     acm_losses,
     budget_loss,
     distillation_loss,

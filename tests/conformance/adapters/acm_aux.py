@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effformer.context import Choice
-from effformer.ffn.acm_losses import budget_loss, diversity_loss, entropy_loss, gate_labels
+from effformer.compress.dynamic.adaptive_losses import budget_loss, diversity_loss, entropy_loss, gate_labels
 
 
 def check(golden: Golden) -> None:

@@ -12,7 +12,7 @@ from harness import Golden
 import effformer
 from effformer.context import Context, Ledger, Site
 from effformer.ffn import ACM
-from effformer.ffn.acm_losses import distillation_loss, gate_labels, gate_loss
+from effformer.compress.dynamic.adaptive_losses import distillation_loss, gate_labels, gate_loss
 
 
 def check(golden: Golden) -> None:

@@ -12,7 +12,7 @@ from harness import Golden
 from torch import Tensor
 
 import effformer
-from effformer.blocks.dynamic_losses import executed_ratio, work_loss
+from effformer.compress.dynamic.work import executed_ratio, work_loss
 from effformer.context import Ledger, Share, Tap
 from effformer.flow.guidance import forward_with_cfg
 

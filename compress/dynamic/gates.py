@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, Branch
-from .blocks.dynamic_losses import WorkTarget, write_work_loss
-from .checks import CapabilityError, check_shape
-from .context import Context, Ledger
+from effformer.blocks import Block, Branch
+from effformer.checks import CapabilityError, check_shape
+from effformer.context import Context, Ledger
+
+from .work import WorkTarget, write_work_loss
 
 __all__ = ["Frugal", "GateTable", "gate_tables", "prepare_widths", "sort_by_magnitude"]
 

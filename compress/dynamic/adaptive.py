@@ -29,8 +29,9 @@ from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import Ledger
 from effformer.ffn import ACM, FFNConfig
-from effformer.ffn.acm_losses import acm_losses, distillation_loss, gate_labels, gate_loss
 from effformer.nn.learners import Gate, Learners
+
+from .adaptive_losses import acm_losses, distillation_loss, gate_labels, gate_loss
 
 __all__ = [
     "AdaptiveReport", "AdaptiveScheme", "Budgeted", "GatePretraining", "LearnerDistillation", "acmize",
