@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from .build import list_blocks as list_blocks
     from .build import list_ffn as list_ffn
     from .build import list_models as list_models
+    from .checks import CapabilityError as CapabilityError
+    from .checks import FormatError as FormatError
+    from .checks import MissingExtra as MissingExtra
     from .compress import gate_tables as gate_tables
     from .compress import optimize as optimize
     from .compress import prepare_widths as prepare_widths
     from .compress import sort_by_magnitude as sort_by_magnitude
-    from .checks import CapabilityError as CapabilityError
-    from .checks import FormatError as FormatError
-    from .checks import MissingExtra as MissingExtra
     from .context import Context as Context
     from .context import Ledger as Ledger
     from .context import Packing as Packing

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from effformer.checks import FormatError
 from effformer.config import Spec
 
+from ..report import KeptLayer, PackedLayer, Report, file_bytes
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
 from .schemes import Scheme, make_scheme
-from ..report import KeptLayer, PackedLayer, Report, file_bytes
 
 __all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_", "replay"]
 

@@ -28,13 +28,13 @@ from .guidance import Guidance as Guidance
 from .guidance import Guided as Guided
 from .guidance import forward_with_cfg as forward_with_cfg
 from .guidance import guided as guided
-from .metrics import straightness as straightness
 from .losses import Distillation as Distillation
 from .losses import FlowMatching as FlowMatching
 from .losses import LossOutput as LossOutput
 from .losses import PseudoHuber as PseudoHuber
 from .losses import cosine_distance as cosine_distance
 from .losses import loss_weight as loss_weight
+from .metrics import straightness as straightness
 from .paths import DDPM as DDPM
 from .paths import GVP as GVP
 from .paths import VP as VP

@@ -6,12 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.models.layouts.acm import ACM_LAYER
-from torch import Tensor, nn
-
-import effformer
-from effformer.context import Choice, Context, Ledger, Site
-from effformer.ffn import ACM
 from effformer.compress.dynamic.adaptive_losses import (
     acm_losses,
     budget_loss,
@@ -21,6 +15,12 @@ from effformer.compress.dynamic.adaptive_losses import (
     gate_labels,
     used_budget,
 )
+from effformer.models.layouts.acm import ACM_LAYER
+from torch import Tensor, nn
+
+import effformer
+from effformer.context import Choice, Context, Ledger, Site
+from effformer.ffn import ACM
 from effformer.profile import profile
 
 DIM, K = 12, 4
