@@ -23,8 +23,9 @@ from .dynamic import (
 )
 from .kernels import optimize
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear
-from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_, replay
+from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
+from .transforms import replay
 
 __all__ = [
     "SENSITIVE",

@@ -295,7 +295,7 @@ def _entry_of(config: Config) -> registry.Entry | None:
         "block",
         "width",
         "tokens",
-        "objective",
+        "loss",
         "sampler",
         "quantizer",
     )

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar
 from .checks import unknown
 
 __all__ = [
-    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "model", "quantizer", "sampler", "target",
-    "tokens", "width",
+    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "loss", "model", "quantizer", "sampler", "target",
+    "tokens", "transform", "width",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -260,7 +260,8 @@ width = Registry("width", "effformer.blocks")
 tokens = Registry("tokens", "effformer.blocks")
 model = Registry("model", "effformer.models")
 sampler = Registry("sampler", "effformer.flow")
-objective = Registry("objective", "effformer.flow")
+loss = Registry("loss", "effformer.flow")
+transform = Registry("transform", "effformer.compress")
 quantizer = Registry("quantizer", "effformer.compress.quant")
 target = Registry("target", "effformer.export.targets")
 
@@ -275,8 +276,9 @@ KINDS: dict[str, Registry] = {
         tokens,
         model,
         sampler,
-        objective,
+        loss,
         quantizer,
+        transform,
         target,
     )
 }

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
     "": TOP | {"compress", "export", "flow", "models", "profile", "train"},
     "build": BASE,
-    "io": BASE | {"compress"},  # load_model replays quantization
+    "io": BASE,
     "nn": BASE,
     "attention": BASE | {"nn"},
     "ffn": BASE | {"nn"},

@@ -1,4 +1,4 @@
-"""Rectified flow: conventions, paths, objectives, samplers, guidance.
+"""Rectified flow: conventions, paths, losses, samplers, guidance.
 
 Time runs from noise (t = 0) to data (t = 1) and a velocity is ``v(x, t, **cond) = dx/dt``. Networks
 that count otherwise come in through `adapt`.
