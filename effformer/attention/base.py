@@ -6,8 +6,9 @@ Shape legend: B batch, H heads, N queries, M keys, K key width, V value width, D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,12 @@ class Core(nn.Module, ABC):
     Args:
         config: the knobs.
         site: the place in the model.
+
+    Attributes:
+        ROLES: child -> part of a transformer, for the profiler; ``""``: everything else in it.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"": "attn"}
 
     def __init__(self, config: CoreConfig, site: Site) -> None:
         super().__init__()
@@ -84,7 +90,13 @@ class Mixer(nn.Module, ABC):
 
     Attributes:
         caps: what the mixer can do, in this form.
+        ROLES: child -> part of a transformer, as for `Core`.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {
+        "": "attn", "qkv": "qkv", "q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "proj": "proj",
+        "gate": "gates",
+    }  # fmt: skip
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
