@@ -48,14 +48,15 @@ def statements(tree: ast.AST, *, deferred: bool) -> Iterator[ast.Import | ast.Im
     """Import statements that run: not those for type checkers only, and those inside functions
     only if ``deferred``.
     """
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield node
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            for branch in node.orelse:
-                yield from statements(branch, deferred=deferred)
-        elif deferred or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from statements(node, deferred=deferred)
+    if isinstance(tree, (ast.Import, ast.ImportFrom)):
+        yield tree
+        return
+    if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) and not deferred:
+        return
+    types_only = isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING"
+    inside = tree.orelse if types_only else ast.iter_child_nodes(tree)
+    for node in inside:
+        yield from statements(node, deferred=deferred)
 
 
 def imported(name: str, path: Path, *, deferred: bool = True) -> Iterator[tuple[str, str]]:
@@ -122,6 +123,29 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
         for name in graph
         if name in reach[name]
     }
+
+
+def test_statements_that_run_are_found() -> None:
+    source = """
+import a
+if TYPE_CHECKING:
+    import b
+else:
+    import c
+try:
+    import d
+except ImportError:
+    pass
+class Holder:
+    from e import f
+    def method(self):
+        import g
+"""
+    tree = ast.parse(source)
+    for deferred, expected in ((False, "acde"), (True, "acdeg")):
+        found = statements(tree, deferred=deferred)
+        names = [n.names[0].name if isinstance(n, ast.Import) else n.module for n in found]
+        assert names == list(expected)
 
 
 @pytest.mark.parametrize(
