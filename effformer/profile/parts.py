@@ -78,7 +78,7 @@ class Parts:
 
     def __init__(self, model: nn.Module) -> None:
         self._roles: dict[str, Mapping[str, str]] = {
-            path: module.ROLES  # type: ignore[misc]
+            path: module.ROLES
             for path, module in model.named_modules()
             if hasattr(module, "ROLES")
         }
