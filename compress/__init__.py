@@ -7,24 +7,34 @@ if not __name__.startswith("effformer."):
         "import effformer.compress, not compress: a second copy of every class would be loaded"
     )
 
-from .adaptive import (
+from .dynamic import (
     AdaptiveReport,
     AdaptiveScheme,
     Budgeted,
+    Frugal,
     GatePretraining,
+    GateTable,
     LearnerDistillation,
+    WorkTarget,
     acmize,
+    gate_tables,
+    prepare_widths,
+    sort_by_magnitude,
 )
-from .api import SENSITIVE, dequantize, quantize, quantize_, replay
+from .kernels import optimize
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear
+from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
+from .transforms import replay
 
 __all__ = [
     "SENSITIVE",
     "AdaptiveReport",
     "AdaptiveScheme",
     "Budgeted",
+    "Frugal",
     "GatePretraining",
+    "GateTable",
     "KeptLayer",
     "LearnerDistillation",
     "MatMulNBits",
@@ -32,9 +42,14 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "Report",
+    "WorkTarget",
     "acmize",
     "dequantize",
+    "gate_tables",
+    "optimize",
+    "prepare_widths",
     "quantize",
     "quantize_",
     "replay",
+    "sort_by_magnitude",
 ]

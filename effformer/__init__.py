@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from .checks import CapabilityError as CapabilityError
     from .checks import FormatError as FormatError
     from .checks import MissingExtra as MissingExtra
+    from .compress import gate_tables as gate_tables
+    from .compress import optimize as optimize
+    from .compress import prepare_widths as prepare_widths
+    from .compress import sort_by_magnitude as sort_by_magnitude
     from .context import Context as Context
     from .context import Ledger as Ledger
     from .context import Packing as Packing
     from .context import Rope as Rope
     from .context import Tap as Tap
-    from .dynamic import gate_tables as gate_tables
-    from .dynamic import prepare_widths as prepare_widths
-    from .dynamic import sort_by_magnitude as sort_by_magnitude
-    from .inference import optimize as optimize
     from .io import load_model as load_model
     from .io import load_weights as load_weights
     from .io import save_pretrained as save_pretrained
@@ -68,12 +68,12 @@ _NAMES = {
         "Site",
         "Tap",
     ),
-    "dynamic": (
+    "compress": (
         "gate_tables",
+        "optimize",
         "prepare_widths",
         "sort_by_magnitude",
     ),
-    "inference": ("optimize",),
     "io": (
         "load_model",
         "load_weights",

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadReport", "atomic_folder", "atomic_path", "load_model", "load_weights", "read_json", "read_weights",
-    "save_pretrained", "save_weights", "write_json",
+    "replay", "save_pretrained", "save_weights", "write_json",
 ]  # fmt: skip
+
+M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -106,7 +108,7 @@ def load_model(folder: str | Path) -> Model:
     config = type(entry.preset).from_dict(facts["config"], where=str(folder / _CONFIG))
     model: Model = entry.build(config, name=facts["name"])
     for record in facts["transforms"]:
-        model = _replay(model, record)
+        model = replay(model, record)
     load_weights(model, folder / _WEIGHTS, layout="effformer")
     return model.eval()
 
@@ -125,10 +127,24 @@ def _check_facts(facts: Any, path: Path) -> None:
         raise FormatError(f"{path}: is not an effformer config; format or transforms are damaged")
 
 
-def _replay(model: Model, record: Mapping[str, Any]) -> Model:
-    from effformer import compress
+def replay(model: M, record: Mapping[str, Any]) -> M:
+    """Rebuild the structure that a record of ``model.transforms`` describes, in place, before
+    weights are loaded; the registry `effformer.registry.transform` knows how.
 
-    changed: Model = compress.replay(model, record)
+    Raises:
+        FormatError: the record is not one of ours, or does not fit the model.
+    """
+    try:
+        entry = registry.transform.get(record.get("kind", ""))
+    except (TypeError, ValueError) as error:
+        known = ", ".join(map(repr, registry.transform.names()))
+        raise FormatError(
+            f"transform {record.get('kind')!r}: unknown; known: {known}. "
+            "A newer effformer may have written it"
+        ) from error
+    changed: M = entry.build(model, record)
+    records: tuple[dict[str, Any], ...] = getattr(changed, "transforms", ())
+    changed.transforms = (*records, dict(record))  # type: ignore[assignment]
     return changed
 
 

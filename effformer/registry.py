@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeVar
 from .checks import unknown
 
 __all__ = [
-    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "model", "plugins", "quantizer", "sampler",
-    "target", "tokens", "width",
+    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "loss", "model", "plugins", "quantizer",
+    "sampler", "target", "tokens", "transform", "width",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -306,7 +306,8 @@ width = Registry("width", "effformer.blocks")
 tokens = Registry("tokens", "effformer.blocks")
 model = Registry("model", "effformer.models")
 sampler = Registry("sampler", "effformer.flow")
-objective = Registry("objective", "effformer.flow")
+loss = Registry("loss", "effformer.flow")
+transform = Registry("transform", "effformer.compress")
 quantizer = Registry("quantizer", "effformer.compress.quant")
 target = Registry("target", "effformer.export.targets")
 
@@ -321,8 +322,9 @@ KINDS: dict[str, Registry] = {
         tokens,
         model,
         sampler,
-        objective,
+        loss,
         quantizer,
+        transform,
         target,
     )
 }

@@ -15,11 +15,10 @@ from statistics import mean
 from typing import Any
 
 import torch
+from effformer.compress import Frugal, GateTable, WorkTarget
 from torch import Tensor, nn
 
 import effformer
-from effformer.blocks.dynamic_losses import WorkTarget
-from effformer.dynamic import Frugal, GateTable
 from effformer.flow import Guidance, sample
 from effformer.profile import profile
 from effformer.train import Dataset, TrainConfig, load_data, train, train_classifier

@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from effformer.checks import unknown
 from effformer.files import atomic_folder, write_json
+from effformer.flow.conventions import EFFFORMER, FlowConvention, adapt, get_convention
 from effformer.version import VERSION
 
 from . import run
@@ -24,7 +25,7 @@ from .onnx import export_onnx
 from .quantize import QuantizeReport, quantize_onnx
 from .verify import VerifyReport, evaluating
 
-__all__ = ["BundleReport", "Convention", "export_bundle"]
+__all__ = ["BundleReport", "export_bundle"]
 
 Quantize = Literal["dynamic-uint8", "int8", "int4"]
 _FOLDER: Any = {
@@ -32,20 +33,6 @@ _FOLDER: Any = {
     "own": ("run.py", "self_test.npy", "velocity.onnx*", "decoder.onnx*", "__pycache__"),
 }
 _NBITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
-
-
-class Convention(Protocol):
-    """What a bundle needs of `effformer.flow.FlowConvention`."""
-
-    @property
-    def prediction(self) -> str: ...
-    @property
-    def variance(self) -> bool: ...
-    @property
-    def path(self) -> Any: ...
-    def label(self, t: Tensor) -> Tensor: ...
-    def velocity(self, v: Tensor) -> Tensor: ...
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,24 +65,17 @@ class _Velocity(nn.Module):
     need no algebra.
     """
 
-    def __init__(self, network: nn.Module, convention: Convention | None) -> None:
+    def __init__(self, network: nn.Module, convention: FlowConvention | None) -> None:
         super().__init__()
         self.network = network
-        self.convention = convention
+        self.field = None if convention is None else adapt(self._labelled, convention)
+
+    def _labelled(self, x: Tensor, label: Tensor, *, y: Tensor) -> Tensor:
+        out: Tensor = self.network(x, label, y)
+        return out
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if self.convention is None:
-            out: Tensor = self.network(x, t, y)
-            return out
-        value = self.network(x, self.convention.label(t), y)
-        if self.convention.variance:
-            value = value.chunk(2, dim=1)[0]
-        if self.convention.prediction == "velocity":
-            return self.convention.velocity(value)
-        found: Tensor = self.convention.path.convert(
-            value, x, t, self.convention.prediction, "velocity"
-        )
-        return found
+        return self._labelled(x, t, y=y) if self.field is None else self.field(x, t, y=y)
 
 
 class _Decoder(nn.Module):
@@ -116,7 +96,7 @@ def export_bundle(
     steps: int = 10,
     guidance: float = 2.0,
     guidance_channels: int | None = None,
-    convention: Convention | None = None,
+    convention: FlowConvention | str | None = None,
     quantize: Quantize | None = None,
     verify: bool = True,
     shape: Sequence[int] | None = None,
@@ -139,8 +119,8 @@ def export_bundle(
         guidance: scale of classifier-free guidance, 1 for none.
         guidance_channels: number of guided leading channels (3 in DiT's published samples), None
             for all.
-        convention: how the network counts; None: as we do, t = 0 noise, t = 1 data, velocity. Names
-            are resolved by `effformer.flow.get_convention`.
+        convention: how the network counts, or the name of it; None: as we do, t = 0 noise, t = 1
+            data, velocity.
         quantize: of the graph, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4"
             (which of them is faster: see `quantize_onnx`). Models quantized by `effformer.compress`
             are exported as they are.
@@ -152,7 +132,7 @@ def export_bundle(
         decoder: maps samples (latents) to pictures (B, 1 or 3, H, W) in ``value_range``.
 
     Raises:
-        ValueError: an unknown sampler or quantization, or guidance without a null class.
+        ValueError: an unknown sampler, convention or quantization, or guidance without a null class.
         TypeError: shape or number of classes are neither given nor in the model's config.
         ExportError: the model cannot be exported.
         VerificationError: the graph does not compute what the model computes.
@@ -169,6 +149,7 @@ def export_bundle(
             "export_bundle: steps must be at least 1 and guidance a finite number, "
             f"got {steps} and {guidance}"
         )
+    counts = None if convention is None else get_convention(convention)
     size, classes, null = _describe(model, shape, num_classes, null_label)
     if guidance != 1.0 and null is None:
         raise ValueError(
@@ -186,12 +167,12 @@ def export_bundle(
             "name": sampler, "steps": steps, "guidance": guidance,
             "guidance_channels": guidance_channels,
         },
-        "convention": {"data_at": 1, "label_scale": 1.0, "prediction": "velocity"},
-        "network_convention": None if convention is None else convention.to_dict(),
+        "convention": EFFFORMER.to_dict(),
+        "network_convention": None if counts is None else counts.to_dict(),
         "quantization": quantize,
     }  # fmt: skip
     with atomic_folder(folder, **_FOLDER) as temporary, evaluating(model):
-        network = _Velocity(model, convention)
+        network = _Velocity(model, counts)
         parity, quantized = _write_velocity(
             network, temporary / "velocity.onnx", size, classes, quantize, verify
         )

@@ -25,7 +25,7 @@ class DyDiT(DiT):
     ``build_model("dydit-b")`` means the same as ``build_model("dit-b", width="dynamic",
     tokens="dynamic")``; the same two options make a dynamic `SiT`, whose gates read the embedding
     of continuous time. Weights of a DiT load into it, with gates that start open: it then computes
-    what the DiT computes, and is trained from there (`effformer.blocks.dynamic_losses`).
+    what the DiT computes, and is trained from there (`effformer.compress.Frugal`).
 
     Args:
         config: the config.

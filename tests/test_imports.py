@@ -15,16 +15,14 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {"registry", "config", "context", "checks", "files", "layout", "version"}
-TOP = BASE | {"io", "build", "dynamic", "inference"}
+TOP = BASE | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}
 # what the modules of a group may import beside their own group, deferred imports included
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
     "": TOP | {"compress", "export", "flow", "models", "profile", "train"},
     "build": BASE,
-    "io": BASE | {"compress"},  # load_model replays quantization
-    "dynamic": BASE | PARTS,
-    "inference": BASE | PARTS,
+    "io": BASE,
     "nn": BASE,
     "attention": BASE | {"nn"},
     "ffn": BASE | {"nn"},
@@ -34,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "profile": BASE,
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile"},
-    "export": TOP | PARTS | {"profile", "compress.quant"},
+    "export": TOP | PARTS | {"flow", "profile", "compress.quant"},
     "cli": TOP | PARTS | {"models", "flow", "profile", "train", "compress", "export"},
 }
 
@@ -46,29 +44,34 @@ def modules() -> Iterator[tuple[str, Path]]:
             yield ".".join((package, *(p for p in parts if p != "__init__"))), path
 
 
-def imported(name: str, path: Path) -> Iterator[str]:
-    """Names of our modules that a module imports at run time (not for type checkers only)."""
+def statements(tree: ast.AST, *, deferred: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements that run: not those for type checkers only, and those inside functions
+    only if ``deferred``.
+    """
+    if isinstance(tree, (ast.Import, ast.ImportFrom)):
+        yield tree
+        return
+    if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) and not deferred:
+        return
+    types_only = isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING"
+    inside = tree.orelse if types_only else ast.iter_child_nodes(tree)
+    for node in inside:
+        yield from statements(node, deferred=deferred)
+
+
+def imported(name: str, path: Path, *, deferred: bool = True) -> Iterator[tuple[str, str]]:
+    """(module, name in it or "") for what a module imports at run time."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    skipped = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
+    for node in statements(tree, deferred=deferred):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, base] if base else above)
-            plain = base == "effformer" or base in FOLDERS
-            yield from (f"{base}.{alias.name}" if plain else base for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
+            continue
+        base = node.module or ""
+        if node.level:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*above, base] if base else above)
+        yield from ((base, alias.name) for alias in node.names)
 
 
 def group(name: str) -> str:
@@ -81,7 +84,9 @@ def test_import_direction(name: str) -> None:
     path = dict(modules())[name]
     own = group(name)
     assert own in ALLOWED, f"{name} belongs to no group; say here what it may import"
-    for target in imported(name, path):
+    for base, inside in imported(name, path):
+        plain = inside and (base == "effformer" or base in FOLDERS)
+        target = f"{base}.{inside}" if plain else base
         if target.split(".")[0] not in ("effformer", "models", "compress", "export"):
             continue
         assert target.startswith("effformer"), f"{name} imports {target}: write effformer.{target}"
@@ -91,6 +96,81 @@ def test_import_direction(name: str) -> None:
         assert permitted, (
             f"{name} imports {target}; {own or 'effformer'} may import {sorted(ALLOWED[own])}"
         )
+
+
+def file_graph(*, deferred: bool) -> dict[str, set[str]]:
+    """File -> files that it imports by name. That a module first runs the ``__init__`` of the
+    packages above it is no edge: those only collect names.
+    """
+    known = dict(modules())
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        pairs = imported(name, path, deferred=deferred)
+        targets = (f"{a}.{b}" if f"{a}.{b}" in known else a for a, b in pairs)
+        graph[name] = {target for target in targets if target in known} - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Groups of files that import each other, directly or over others."""
+    reach = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:
+        for targets in reach.values():
+            if middle in targets:
+                targets |= reach[middle]
+    return {
+        frozenset({name, *(other for other in reach[name] if name in reach[other])})
+        for name in graph
+        if name in reach[name]
+    }
+
+
+def test_statements_that_run_are_found() -> None:
+    source = """
+import a
+if TYPE_CHECKING:
+    import b
+else:
+    import c
+try:
+    import d
+except ImportError:
+    pass
+class Holder:
+    from e import f
+    def method(self):
+        import g
+"""
+    tree = ast.parse(source)
+    for deferred, expected in ((False, "acde"), (True, "acdeg")):
+        found = statements(tree, deferred=deferred)
+        names = [n.names[0].name if isinstance(n, ast.Import) else n.module for n in found]
+        assert names == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, ["ab"]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": {"d", "a"}}, ["abc", "de"]),
+    ],
+)
+def test_circles_are_found(graph: dict[str, set[str]], found: list[str]) -> None:
+    assert circles(graph) == {frozenset(names) for names in found}
+
+
+# circles of files, and why each may stay
+CIRCLES: dict[frozenset[str], str] = {}
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at the top", "in functions as well"])
+def test_no_circle_of_files(deferred: bool) -> None:
+    """Also an import inside a function ties two files together."""
+    graph = file_graph(deferred=deferred)
+    assert sum(map(len, graph.values())) > 500
+    found = circles(graph) - set(CIRCLES)
+    assert not found, [sorted(circle) for circle in found]
 
 
 @pytest.mark.parametrize(

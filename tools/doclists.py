@@ -36,9 +36,13 @@ TITLES = {
     "width": ("Widths", "Names for `width=`: how many heads and channels of each block run."),
     "tokens": ("Token reductions", "Names for `tokens=`: on which tokens each block works."),
     "model": ("Models", "Names for `build_model`."),
-    "objective": ("Objectives", "Training losses of flows."),
+    "loss": ("Flow losses", "Names for `Generation(loss=)` and `effformer train --loss`."),
     "sampler": ("Samplers", "Solvers from noise to data."),
     "quantizer": ("Quantizers", "Schemes of `effformer.compress`."),
+    "transform": (
+        "Transforms",
+        "Changes of a built model that a saved one remembers; loading replays them.",
+    ),
     "target": ("Export targets", "Runtimes and machines that an export can be checked against."),
 }
 

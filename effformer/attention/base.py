@@ -57,7 +57,10 @@ class Core(nn.Module, ABC):
     Attributes:
         rotates: what rotary tables turn: "qk", queries and keys, before the core sees them; or
             "inside": the core finds the tables in its context and turns its features.
+        ROLES: child -> part of a transformer, for the profiler; ``""``: everything else in it.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"": "attn"}
 
     rotates: str = "qk"
     forward: Callable[..., Tensor]
@@ -114,7 +117,13 @@ class Mixer(nn.Module, ABC):
 
     Attributes:
         caps: what the mixer can do, in this form.
+        ROLES: child -> part of a transformer, as for `Core`.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {
+        "": "attn", "qkv": "qkv", "q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "proj": "proj",
+        "gate": "gates",
+    }  # fmt: skip
 
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()

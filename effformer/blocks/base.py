@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,12 @@ class Block(nn.Module):
         branches: name -> branch, in execution order; the names become children of the block.
         site: the place of the block in the model.
         shift: the modulation shifts.
+
+    Attributes:
+        ROLES: child -> part of a transformer, for the profiler.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_blocks"}
 
     def __init__(self, branches: Mapping[str, Branch], site: Site, *, shift: bool = True) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "check_report", "convention", "emit",
-    "guard", "load", "overrides", "parse_value", "save_to", "set_threads", "stages",
+    "guard", "load", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
@@ -98,8 +98,13 @@ def _sentence(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"effformer: {message}", file=sys.stderr)
+    note(message)
     raise typer.Exit(code)
+
+
+def note(message: str) -> None:
+    """One sentence on stderr, beside the result."""
+    print(f"effformer: {message}", file=sys.stderr)
 
 
 def emit(data: Any, text: RenderableType, as_json: bool) -> None:

@@ -75,11 +75,12 @@ def _self_test() -> dict[str, str]:
     """Small computations whose results are known."""
     import torch
 
+    from effformer.site import Site
+
     from ..attention.flow import Flow
     from ..attention.reference import flow_reference
     from ..build import build_model
     from ..compress import quantize
-    from ..context import Site
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 5, 4, generator=generator, dtype=torch.float64)

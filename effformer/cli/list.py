@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..checks import unknown
-from .common import Json, emit, table
+from .common import Json, emit, note, table
 
 if TYPE_CHECKING:
     from ..registry import Entry
 
-_SPELLINGS = {"attn": "attention", "ffns": "ffn", "quantizers": "quantizer"}
+_SPELLINGS = {"attn": "attention", "ffns": "ffn", "losses": "loss"}
+_RENAMED = {"objective": "loss", "objectives": "losses"}
 Flag = Annotated[bool | None, typer.Option(show_default=False)]
 
 
@@ -22,8 +23,8 @@ def list_parts(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="model, attention, core, ffn, block, width, tokens, objective, sampler, quantizer "
-            "or target; without it: all."
+            help="model, attention, core, ffn, block, width, tokens, loss, sampler, quantizer, "
+            "transform or target; without it: all."
         ),
     ] = None,
     like: Annotated[str, typer.Option(help="Glob over names: 'dit*'.")] = "*",
@@ -72,6 +73,9 @@ def _entries(kind: str | None) -> list[Entry]:
 
     if kind is None:
         return [e for k in KINDS for e in sorted(KINDS[k], key=lambda e: e.name)]
+    if kind in _RENAMED:
+        note(f"{kind}: the training losses of flows are now listed as {_RENAMED[kind]!r}")
+        kind = _RENAMED[kind]
     name = _SPELLINGS.get(kind, kind if kind in KINDS else kind.removesuffix("s"))
     if name not in KINDS:
         raise unknown("kind", kind, [*KINDS], where="list")

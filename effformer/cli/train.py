@@ -19,6 +19,7 @@ from .common import (
     Threads,
     emit,
     load,
+    note,
     overrides,
     save_to,
     set_threads,
@@ -47,7 +48,8 @@ def train(
             metavar="KEY=VALUE",
         ),
     ] = None,
-    objective: Annotated[str, typer.Option(help="effformer list objectives.")] = "flow-matching",
+    loss: Annotated[str, typer.Option(help="effformer list losses.")] = "flow-matching",
+    objective: Annotated[str | None, typer.Option(hidden=True)] = None,
     label_drop: Annotated[float, typer.Option(help="Share of labels dropped for guidance.")] = 0.1,
     attn: Attn = None,
     ffn: FFN = None,
@@ -73,6 +75,9 @@ def train(
     from ..train import Generation, TrainConfig, load_data
     from ..train import train as run
 
+    if objective is not None:
+        note("train: --objective is now called --loss")
+        loss = objective
     folder = save_to(out, "train")
     if Path(model).is_dir():
         raise ValueError(f"train: {model} is a saved model; training starts from a model's name")
@@ -84,7 +89,7 @@ def train(
         | overrides(pairs=train_pairs),
         where="train",
     )
-    goal = Generation.from_dict({"loss": objective, "label_drop": label_drop}, where="train")
+    goal = Generation.from_dict({"loss": loss, "label_drop": label_drop}, where="train")
     network = load(model, changes, seed=seed)
     result = run(network, images, goal, config, out=folder, resume=resume, save_every=save_every)
     saved = save_pretrained(network, folder / "model")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -68,7 +69,12 @@ class FFN(nn.Module, ABC):
     Args:
         config: the knobs.
         site: the place in the model.
+
+    Attributes:
+        ROLES: child -> part of a transformer, for the profiler; ``""``: everything else in it.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"": "mlp", "router": "gates"}
 
     def __init__(self, config: InnerConfig, site: Site) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rectified flow: conventions, paths, objectives, samplers, guidance.
+"""Rectified flow: conventions, paths, losses, samplers, guidance.
 
 Time runs from noise (t = 0) to data (t = 1) and a velocity is ``v(x, t, **cond) = dx/dt``. Networks
 that count otherwise come in through `adapt`.
@@ -28,13 +28,13 @@ from .guidance import Guidance as Guidance
 from .guidance import Guided as Guided
 from .guidance import forward_with_cfg as forward_with_cfg
 from .guidance import guided as guided
+from .losses import Distillation as Distillation
+from .losses import FlowMatching as FlowMatching
+from .losses import LossOutput as LossOutput
+from .losses import PseudoHuber as PseudoHuber
+from .losses import cosine_distance as cosine_distance
+from .losses import loss_weight as loss_weight
 from .metrics import straightness as straightness
-from .objectives import Distillation as Distillation
-from .objectives import FlowMatching as FlowMatching
-from .objectives import LossOutput as LossOutput
-from .objectives import PseudoHuber as PseudoHuber
-from .objectives import cosine_distance as cosine_distance
-from .objectives import loss_weight as loss_weight
 from .paths import DDPM as DDPM
 from .paths import GVP as GVP
 from .paths import VP as VP

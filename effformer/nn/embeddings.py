@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,8 @@ class TimeEmbedding(nn.Module):
         features: number of sinusoidal features.
         freq_shift: see `time_features`.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"": "t_mlp"}
 
     def __init__(self, dim: int, features: int = 256, freq_shift: int = 0) -> None:
         super().__init__()

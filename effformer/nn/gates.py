@@ -4,6 +4,9 @@ known.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -57,6 +60,8 @@ class GateLinear(nn.Linear):
         outputs: number of logits.
         start: initial bias.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"": "gates"}
 
     def __init__(self, inputs: int, outputs: int, *, start: float = 0.0) -> None:
         self.start = start

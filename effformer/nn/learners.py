@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class Gate(nn.Module):
     Reference: Adaptive Computation Modules, 2023, arXiv 2312.10193; Categorical Reparameterization
     with Gumbel-Softmax, 2016, arXiv 1611.01144.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"": "gates"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):

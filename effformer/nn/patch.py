@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 __all__ = ["PatchEmbed", "unpatchify"]
@@ -16,6 +19,8 @@ class PatchEmbed(nn.Module):
         patch: patch side in pixels.
         bias: the convolution has a bias.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"": "patch_embed"}
 
     def __init__(self, channels: int, dim: int, patch: int, *, bias: bool = True) -> None:
         super().__init__()

@@ -12,8 +12,9 @@ from .latency import Latency, SideBySide, interleave, latency
 from .machine import Machine, machine
 from .memory import Memory, MemoryTracker, peak_memory, peak_rss
 from .operators import register_formula
-from .profiler import Profile, profile
-from .report import SUFFIXES
+from .profiler import profile
+from .result import Profile
+from .save import SUFFIXES
 
 __all__ = [
     "SUFFIXES",

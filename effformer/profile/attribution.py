@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from .counter import Counter
 from .operators import Kind
-from .parts import PART_LABELS, block_of, part_of
+from .parts import PART_LABELS, Parts, block_of
 
 __all__ = ["Costs"]
 
@@ -22,6 +22,7 @@ class Costs:
 
     def __init__(self, counter: Counter, dynamic: Mapping[str, int | None] | None = None) -> None:
         self._counter = counter
+        self._part = Parts(counter.model)
         self.own = {key: t.macs for key, t in counter.rows.items() if t.kind == "counted"}
         for (path, name), difference in counter.corrections.items():
             self.own[path, f"formula: {name}"] = difference
@@ -51,7 +52,7 @@ class Costs:
 
     def by_part(self) -> dict[str, int]:
         """Part -> MACs, in the order of a transformer."""
-        sums = _summed((part_of(path, op), count) for (path, op), count in self.own.items())
+        sums = _summed((self._part(path, op), count) for (path, op), count in self.own.items())
         return {part: sums[part] for part in PART_LABELS if part in sums}
 
     def by_block(self) -> dict[str, dict[str, int]]:
@@ -60,7 +61,7 @@ class Costs:
         for (path, op), count in self.own.items():
             if (name := block_of(path)) is not None:
                 parts = blocks.setdefault(name, {})
-                part = part_of(path, op)
+                part = self._part(path, op)
                 parts[part] = parts.get(part, 0) + count
         return blocks
 

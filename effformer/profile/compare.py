@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,11 +14,13 @@ from effformer import registry
 from effformer.checks import unknown
 
 from .fake import Inputs
+from .html import report_page
 from .latency import Latency, interleave
-from .profiler import Profile, Progress, profile
-
-if TYPE_CHECKING:
-    from .plots import Pareto
+from .plots import Pareto
+from .profiler import Progress, profile
+from .result import Profile
+from .save import save_report
+from .tables import amount, size, table
 
 __all__ = ["METRICS", "Comparison", "ComparisonRow", "Metric", "compare"]
 
@@ -63,6 +65,15 @@ class ComparisonRow:
             raise unknown("metric", metric, list(raw))
         return raw[metric]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "name": self.name,
+            "profile": self.profile.to_dict(),
+            "latency": None if self.latency is None else asdict(self.latency),
+            "ratio": self.ratio,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -80,8 +91,6 @@ class Comparison:
         Raises:
             ValueError: unknown metric, or one that was not measured.
         """
-        from .plots import Pareto
-
         points = []
         for row in self.rows:
             px, py = row.value(x), row.value(y)
@@ -91,26 +100,64 @@ class Comparison:
             points.append((row.name, px, py))
         return Pareto(tuple(points), METRICS[x], METRICS[y])
 
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and cells, one row per model."""
+        columns: dict[str, list[str]] = {
+            name: []
+            for name in (
+                "model",
+                "parameters",
+                "MACs",
+                "executed",
+                "peak",
+                "latency",
+                "p10",
+                "p90",
+                "ratio",
+            )
+        }
+        for row in self.rows:
+            p, t = row.profile, row.latency
+            times = (
+                ["-"] * 3 if t is None else [f"{1e3 * s:.4g} ms" for s in (t.median, t.p10, t.p90)]
+            )
+            cells = [
+                row.name,
+                amount(p.params),
+                amount(p.total),
+                "-" if p.executed is None else amount(p.executed),
+                "-" if p.memory is None else size(p.memory.peak),
+                *times,
+                "-" if row.ratio is None else f"{row.ratio:.3f}x",
+            ]
+            for column, cell in zip(columns.values(), cells, strict=True):
+                column.append(cell)
+        if columns["executed"] == columns["MACs"]:
+            del columns["executed"]
+        return tuple(columns), list(zip(*columns.values(), strict=True))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        from .report import comparison_dict
-
-        return comparison_dict(self)
+        return {"rows": [row.to_dict() for row in self.rows]}
 
     def save(self, path: str | Path) -> None:
         """Write as .json, .html (one self-contained page) or .txt.
 
         Raises:
             ValueError: another suffix.
+            FormatError: the file cannot be written; what was there before is intact.
         """
-        from .report import save_report
-
-        save_report(path, profiles=[r.profile for r in self.rows], comparison=self)
+        profiles = [row.profile for row in self.rows]
+        save_report(
+            path, data=self.to_dict, text=self.__str__, page=lambda: report_page(profiles, self)
+        )
 
     def __str__(self) -> str:
-        from .report import comparison_text
-
-        return comparison_text(self)
+        lines = [table(*self.table())]
+        first = self.rows[0].latency
+        if first is not None:
+            lines.append(f"{first.runs} runs each in turns after {first.warmup}, {first.machine}")
+        return "\n".join(lines)
 
 
 def compare(

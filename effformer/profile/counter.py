@@ -55,6 +55,7 @@ class Counter(TorchDispatchMode):
         model: the module whose children name the rows.
 
     Attributes:
+        model: the module.
         rows: (module path, operator name) -> `Tally`; operators that only move data are left out.
         corrections: (path of a core, class name) -> formula minus operators, where they differ.
         formulas: path -> batch and dense multiply-adds of one sample, for every call of a part.
@@ -75,13 +76,13 @@ class Counter(TorchDispatchMode):
         self.formulas: dict[str, list[tuple[int, Callable[[], int]]]] = {}
         self.paths: dict[str, None] = {"": None}
         self.total = 0
-        self._model = model
+        self.model = model
         self._stack: list[_Frame] = []
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
         self._exits.enter_context(visible_operators())
-        for path, module in self._model.named_modules():
+        for path, module in self.model.named_modules():
             enter = module.register_forward_pre_hook(partial(self._enter_module, path))
             leave = module.register_forward_hook(
                 self._leave_module, with_kwargs=True, always_call=True

@@ -55,6 +55,15 @@ class Row:
     unexplained: int = 0
     error: str = ""
 
+    def __str__(self) -> str:
+        if self.total is None:
+            return f"{self.counter}: failed ({self.error})"
+        lines = [f"{self.counter}: {self.total:,} MACs, {self.difference:+,} against ours"]
+        lines += [f"  {e.macs:+,}  {e.reason}" for e in self.explanations]
+        if self.unexplained:
+            lines.append(f"  {self.unexplained:+,}  UNEXPLAINED")
+        return "\n".join(lines)
+
 
 def compare_counters(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], costs: Costs

@@ -7,13 +7,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from .parts import PART_LABELS
-from .report import amount, comparison_table, size
+from .tables import amount, size
 from .tree import Node, module_tree
 
 if TYPE_CHECKING:
     from .compare import Comparison
     from .crosscheck import Row
-    from .profiler import Profile
+    from .result import Profile
 
 __all__ = ["comparison_section", "page", "profile_section", "report_page"]
 
@@ -122,7 +122,7 @@ def profile_section(profile: Profile) -> str:
 
 def comparison_section(comparison: Comparison) -> str:
     """The table of all models and, where latency was measured, the Pareto plot."""
-    pieces = ["<section><h2>Side by side</h2>", _table(*comparison_table(comparison))]
+    pieces = ["<section><h2>Side by side</h2>", _table(*comparison.table())]
     first = comparison.rows[0].latency
     if first is not None:
         how = f"{first.runs} runs each in turns after {first.warmup}; {first.machine}."

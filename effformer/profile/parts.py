@@ -1,16 +1,24 @@
-"""Name the part of a transformer that a module path belongs to."""
+"""Name the part of a transformer that an operator belongs to.
+
+Our parts say it themselves: a module class with ``ROLES`` maps names of its children to keys of
+`PART_LABELS`, and ``""`` to what everything else inside it is. Modules of other libraries are known
+by their usual names.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-__all__ = ["PART_LABELS", "block_of", "part_of"]
+from torch import nn
+
+__all__ = ["PART_LABELS", "Parts", "block_of"]
 
 PART_LABELS = {
     "patch_embed": "patch embedding",
     "t_mlp": "time MLP",
     "adaln_blocks": "modulation (blocks)",
-    "gates": "gates of dynamic parts",
+    "gates": "gates",
     "qkv": "qkv projections",
     "attn": "attention core",
     "proj": "output projection",
@@ -31,7 +39,6 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             r"(^|\.)final\w*\.(.*\.)?(\w*modulation|adaln\w*)(\.|$)|^proj_out_1$|^norm_out\.linear$",
         ),
         ("final_linear", r"(^|\.)final\w*\.(.*\.)?(linear|proj|out)$|^proj_out(_2)?$"),
-        ("gates", r"\.(width|tokens)\.gates\.|\.gate\.router$"),
         ("adaln_blocks", r"(^|\.)(\w*modulation|adaln\w*)(\.|$)|\.norm\d?\.linear$"),
         ("t_mlp", r"(^|\.)(t_embed\w*|time\w*|t_block)(\.|$)"),
         ("patch_embed", r"(^|\.)(patch\w*|x_embed\w*|conv_proj)(\.|$)|^pos_embed\.proj$"),
@@ -54,22 +61,46 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 _BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")
 
 
-def part_of(path: str, op: str = "") -> str:
-    """The part (a key of `PART_LABELS`) of the operator ``op`` at a module path, by the usual names
-    of children.
+class Parts:
+    """The part (a key of `PART_LABELS`) of the operators of a model.
 
-    Our own names, timm's, diffusers' and the official DiT's are known; anything else is "other".
+    The nearest module with ``ROLES`` decides, by the last name on the way down that it lists. Where
+    there is none, the names of timm, diffusers and the official DiT are known; anything else is
+    "other".
+
+    Args:
+        model: the module whose children the paths name.
 
     Example:
-        >>> part_of("blocks.3.attn.qkv")
+        >>> Parts(torch.nn.Module())("blocks.3.attn.qkv")
         'qkv'
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._roles: dict[str, Mapping[str, str]] = {
+            path: module.ROLES for path, module in model.named_modules() if hasattr(module, "ROLES")
+        }
+
+    def __call__(self, path: str, op: str = "") -> str:
+        """The part of the operator ``op`` at a module path."""
+        part = self._declared(path) or _guessed(path)
+        # projections without a name of their own: a matrix product with a weight
+        return "projections" if part == "attn" and op in ("aten::addmm", "aten::mm") else part
+
+    def _declared(self, path: str) -> str | None:
+        names = path.split(".") if path else []
+        for depth in range(len(names), -1, -1):
+            roles = self._roles.get(".".join(names[:depth]), {})
+            for name in (*reversed(names[depth:]), ""):
+                if name in roles:
+                    return roles[name]
+        return None
+
+
+def _guessed(path: str) -> str:
+    """The part by the usual names of children."""
     lowered = path.lower()
-    for part, rule in _RULES:
-        if rule.search(lowered):
-            # nn.MultiheadAttention calls its projections as functions
-            return "projections" if part == "attn" and op in ("aten::addmm", "aten::mm") else part
-    return "other"
+    return next((part for part, rule in _RULES if rule.search(lowered)), "other")
 
 
 def block_of(path: str) -> str | None:

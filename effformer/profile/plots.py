@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effformer.checks import need
-from effformer.files import atomic_path
+
+from .save import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,15 +99,7 @@ class Pareto:
             ValueError: a suffix that matplotlib cannot write.
             FormatError: the file cannot be written; an existing one is intact.
         """
-        suffix = Path(path).suffix.lstrip(".")
-        figure = self.figure()
-        known = sorted(figure.canvas.get_supported_filetypes())
-        if suffix not in known:
-            raise ValueError(
-                f"Pareto.save: cannot write {str(path)!r}; suffixes: {', '.join(known)}"
-            )
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=suffix)
+        save_figure(path, self.figure(), where="Pareto.save")
 
     def svg(self) -> str:
         """The plot as an SVG element for a page."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,97 +19,15 @@ from .attribution import Costs
 from .counter import Counter
 from .crosscheck import Row, compare_counters
 from .fake import Inputs, Run, bind_inputs, evaluating, on_fake, on_real, visible_operators
-from .formulas import CONVENTION
 from .memory import Memory, MemoryTracker, activation_memory
+from .result import Profile
 
-__all__ = ["Profile", "Progress", "profile"]
+__all__ = ["Progress", "profile"]
 
 Progress = Callable[[str], None]
 """Called with the name of each stage as it begins."""
 
 _FAKE_FAILURES = (RuntimeError, NotImplementedError, TypeError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """The cost of one forward. MACs are dense: dynamic parts count as if nothing were skipped.
-
-    ``sum(by_op.values()) == sum(by_part.values()) == by_module[""] == total``.
-
-    Attributes:
-        name: name of the model.
-        inputs: shapes of the tensors that went in.
-        total: multiply-adds.
-        executed: multiply-adds that the model executes, by the fractions in its `Ledger`; equals
-            ``total`` for a model without dynamic parts; None if the fractions need arithmetic and
-            the model has no weights.
-        by_module: module path -> MACs, children included, in execution order.
-        by_part: part of a transformer -> MACs.
-        by_block: numbered block -> part -> MACs.
-        by_op: operator -> MACs; ``"formula: Flow"`` is the difference between a core's formula and
-            its operators.
-        calls: operator -> number of calls, for counted operators.
-        elements: elementwise operator -> elements handled, 0 MACs each.
-        uncounted: operator without a formula -> number of calls.
-        params: number of parameters, shared ones once, quantized ones as the weights they stand
-            for.
-        trainable: parameters with ``requires_grad``.
-        memory: activation memory, or None if it was not asked for.
-        convention: what counts as one.
-        notes: what a reader of the numbers must know.
-        cross_check: comparison with other counters, empty if it was not asked for.
-    """
-
-    name: str
-    inputs: tuple[tuple[int, ...], ...]
-    total: int
-    executed: int | None
-    by_module: dict[str, int]
-    by_part: dict[str, int]
-    by_block: dict[str, dict[str, int]]
-    by_op: dict[str, int]
-    calls: dict[str, int]
-    elements: dict[str, int]
-    uncounted: dict[str, int]
-    params: int
-    trainable: int
-    memory: Memory | None
-    convention: str = CONVENTION
-    notes: tuple[str, ...] = ()
-    cross_check: tuple[Row, ...] = ()
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations, 2 x MACs."""
-        return 2 * self.total
-
-    def tree(self, depth: int = 4) -> str:
-        """Modules with their MACs and shares as indented text, down to ``depth`` levels."""
-        from .report import tree_text
-
-        return tree_text(self, depth)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        from .report import profile_dict
-
-        return profile_dict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the profile; the suffix decides: .json, .html (one self-contained page) or .txt.
-
-        Raises:
-            ValueError: another suffix.
-            OSError: the file cannot be written; what was there before is intact.
-        """
-        from .report import save_report
-
-        save_report(path, profiles=[self])
-
-    def __str__(self) -> str:
-        from .report import profile_text
-
-        return profile_text(self)
 
 
 def profile(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["Node", "module_tree"]
+from .tables import amount, table
+
+__all__ = ["Node", "module_tree", "tree_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,22 @@ def _node(
 def _alike(last: Node, node: Node) -> bool:
     numbered = last.label.split("-")[-1].isdigit() and node.label.isdigit()
     return numbered and last.each == node.macs and last.children == node.children
+
+
+def tree_text(by_module: Mapping[str, int], name: str, depth: int) -> str:
+    """Modules with their MACs and shares, indented, down to ``depth`` levels below the model."""
+    rows: list[tuple[str, str, str]] = []
+    total = by_module[""]
+
+    def visit(node: Node, level: int, times: int) -> None:
+        label = (
+            node.label if node.count == 1 else f"{node.label} ({node.count} x {amount(node.each)})"
+        )
+        share = node.macs * times / total if total else 0.0
+        rows.append(("  " * level + label, amount(node.macs * times), f"{share:.1%}"))
+        if level < depth:
+            for child in node.children:
+                visit(child, level + 1, times * node.count)
+
+    visit(module_tree(by_module, name), 0, 1)
+    return table(("module", "MACs", "share"), rows)

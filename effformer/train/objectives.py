@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from effformer.ledger import takes_ledger
+
 from ..config import Config, part, resolve
-from ..context import Ledger, takes_ledger
-from ..flow.objectives import FlowMatching
+from ..context import Ledger
+from ..flow.losses import FlowMatching
 
 __all__ = ["Batch", "Classification", "Generation", "Objective"]
 
@@ -29,7 +31,8 @@ class Batch:
 
 
 class Objective(Protocol):
-    """Loss of a model on a batch; a plain function fits.
+    """What the training loop minimises: ``(model, batch, generator, ledger) -> loss``; a plain
+    function fits.
 
     The loop adds ``ledger.total_loss()`` to the result. Everything random must come from
     ``generator``, which the loop seeds per step: this makes an interrupted run repeat exactly.
@@ -61,27 +64,27 @@ class Classification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation(Config):
-    """A class-conditional flow: an objective of `effformer.flow` with labels, some of which are
+    """A class-conditional flow: a loss of `effformer.flow` with labels, some of which are
     dropped.
 
     Calls ``model(x_t, t, y=labels, drop=dropped, ledger=ledger)``. Dropping labels in training is
     what gives a model its unconditional prediction, which classifier-free guidance needs.
 
     Attributes:
-        loss: a registered objective: name, dict or config.
+        loss: a registered flow loss: name, dict or config.
         label_drop: probability of replacing a label by the null class, in [0, 1).
 
     Reference: Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow,
     2022, arXiv 2209.03003; Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598.
     """
 
-    loss: Config = part("objective", FlowMatching.Config())
+    loss: Config = part("loss", FlowMatching.Config())
     label_drop: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"Generation: label_drop must lie in [0, 1), got {self.label_drop}")
-        object.__setattr__(self, "loss", resolve("objective", self.loss, where="Generation.loss"))
+        object.__setattr__(self, "loss", resolve("loss", self.loss, where="Generation.loss"))
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger

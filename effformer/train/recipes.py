@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ..flow.objectives import FlowMatching
+from ..flow.losses import FlowMatching
 from .loop import TrainConfig
 from .objectives import Generation
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.compress.dynamic.adaptive_losses import acm_losses
 from effformer.export import export_onnx
 from torch import Tensor, nn
 
 import effformer
 from effformer.attention import AdaptiveProjections, Attention
 from effformer.context import Context, Ledger, Packing
-from effformer.ffn.acm_losses import acm_losses
 from effformer.profile import Counter, profile
 from effformer.site import Site
 

@@ -42,6 +42,14 @@ def test_list() -> None:
     assert "'key', 'full'" in refusal("list", "core", "--mask", "keys")
 
 
+@pytest.mark.parametrize("old", ["objective", "objectives"])
+def test_list_reads_the_old_name_of_losses(old: str) -> None:
+    done = invoke("list", old, "--json")
+    assert "now listed as 'loss" in done.stderr
+    assert json.loads(done.stdout) == answer("list", "losses")
+    assert {"flow-matching", "pseudo-huber"} <= {e["name"] for e in json.loads(done.stdout)}
+
+
 def test_show(saved: Path) -> None:
     (flow,) = answer("show", "flow")
     assert flow["config"]["eps"] == 1e-6
@@ -146,6 +154,14 @@ def test_train_resumes(tmp_path: Path) -> None:
     assert "lr" in refusal("train", *words, "--resume", "--lr", "0.5")
 
 
+def test_train_reads_the_old_name_of_its_loss(tmp_path: Path) -> None:
+    words = ["train", "sit-nano", "--set", "patch=4", "--steps", "1", "--batch", "2", "--json"]
+    done = invoke(*words, "--objective", "pseudo-huber", "-o", str(tmp_path / "run"))
+    assert "--objective is now called --loss" in done.stderr
+    facts = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert facts["objective"]["loss"]["name"] == "pseudo-huber"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -154,7 +170,7 @@ def test_train_resumes(tmp_path: Path) -> None:
         (("sit-nano", "--data", "mnist:missing", "-o", "run"), "missing"),
         (("sit-nano", "--steps", "0", "-o", "run"), "steps must be at least 1"),
         (("sit-nano", "--train", "clipp=1", "-o", "run"), "did you mean 'clip'"),
-        (("sit-nano", "--objective", "huber", "-o", "run"), "unknown objective"),
+        (("sit-nano", "--loss", "huber", "-o", "run"), "unknown loss"),
     ],
 )
 def test_train_refuses(

@@ -63,9 +63,9 @@ def test_networks_that_count_otherwise(convention: str, tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     network = Network().eval()
-    export_bundle(network, tmp_path / "b", convention=rule, **SIZES)  # type: ignore[arg-type]
+    export_bundle(network, tmp_path / "b", convention=convention, **SIZES)  # type: ignore[arg-type]
     facts = json.loads((tmp_path / "b" / "bundle.json").read_text())
-    assert facts["network_convention"]["data_at"] == rule.data_at
+    assert facts["network_convention"] == rule.to_dict()
     noise = torch.randn(2, 1, 8, 8)
     expected = sample(
         adapt(network, rule),
@@ -116,6 +116,8 @@ def test_guided_channels_and_a_decoder(tmp_path: Path) -> None:
 def test_bad_requests(flow: Flow, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown sampler 'eulr'; did you mean 'euler'"):
         export_bundle(flow, tmp_path / "b", sampler="eulr", **SIZES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown convention 'triposq'; did you mean 'triposg'"):
+        export_bundle(flow, tmp_path / "b", convention="triposq", **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown quantization 'int9'"):
         export_bundle(flow, tmp_path / "b", quantize="int9", **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps must be at least 1"):

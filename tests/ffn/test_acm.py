@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.models.layouts.acm import ACM_LAYER
-from torch import Tensor, nn
-
-import effformer
-from effformer.context import Context, Ledger
-from effformer.ffn import ACM
-from effformer.ffn.acm_losses import (
+from effformer.compress.dynamic.adaptive_losses import (
     acm_losses,
     budget_loss,
     distillation_loss,
@@ -21,6 +15,12 @@ from effformer.ffn.acm_losses import (
     gate_labels,
     used_budget,
 )
+from effformer.models.layouts.acm import ACM_LAYER
+from torch import Tensor, nn
+
+import effformer
+from effformer.context import Context, Ledger
+from effformer.ffn import ACM
 from effformer.ledger import Choice
 from effformer.profile import profile
 from effformer.site import Site

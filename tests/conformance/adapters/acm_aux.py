@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
+from effformer.compress.dynamic.adaptive_losses import (
+    budget_loss,
+    diversity_loss,
+    entropy_loss,
+    gate_labels,
+)
 from harness import Golden
 from torch import Tensor
 from torch.nn import functional as F
 
-from effformer.ffn.acm_losses import budget_loss, diversity_loss, entropy_loss, gate_labels
 from effformer.ledger import Choice
 
 

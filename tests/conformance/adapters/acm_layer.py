@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from effformer.compress.dynamic.adaptive_losses import distillation_loss, gate_labels, gate_loss
 from effformer.models.layouts.acm import ACM_LAYER
 from harness import Golden
 
 import effformer
 from effformer.context import Context, Ledger
 from effformer.ffn import ACM
-from effformer.ffn.acm_losses import distillation_loss, gate_labels, gate_loss
-from effformer.site import Site
 
 
 def check(golden: Golden) -> None:

@@ -7,12 +7,12 @@ import re
 from dataclasses import replace
 
 import torch
+from effformer.compress.dynamic.work import executed_ratio, work_loss
 from effformer.models.dydit import DyDiT
 from harness import Golden
 from torch import Tensor
 
 import effformer
-from effformer.blocks.dynamic_losses import executed_ratio, work_loss
 from effformer.context import Ledger, Tap
 from effformer.flow.guidance import forward_with_cfg
 from effformer.ledger import Share

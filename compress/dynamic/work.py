@@ -81,7 +81,7 @@ class WorkTarget(Config):
     Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456.
 
     Example:
-        >>> from effformer.blocks.dynamic_losses import WorkTarget
+        >>> from effformer.compress import WorkTarget
         >>> [WorkTarget(share=0.5)(step) for step in (0, 500, 1000)]
         [1.0, 0.75, 0.5]
     """

@@ -4,18 +4,22 @@ them over time, cut its parts ahead of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, Branch
-from .blocks.dynamic_losses import WorkTarget, write_work_loss
-from .checks import CapabilityError, check_shape
-from .context import Context, Ledger
+from effformer.blocks import Block, Branch
+from effformer.checks import CapabilityError, check_shape
+from effformer.context import Context, Ledger
+
+from .work import WorkTarget, write_work_loss
+
+if TYPE_CHECKING:
+    from effformer.train import Objective
 
 __all__ = ["Frugal", "GateTable", "gate_tables", "prepare_widths", "sort_by_magnitude"]
 
@@ -124,7 +128,7 @@ class Frugal:
     Reference: Dynamic Diffusion Transformer, 2024, arXiv 2410.03456.
     """
 
-    task: Callable[[Any, Any, torch.Generator, Ledger], Tensor]
+    task: Objective
     target: float | WorkTarget
     weight: float = 1.0
     complete: int = 0
@@ -147,7 +151,8 @@ class Frugal:
         write_work_loss(ledger, target, weight=self.weight)
         if ledger.step < self.complete:
             generator.set_state(state)
-            value = value + self.task(_Complete(model), batch, generator, Ledger())
+            whole: Any = _Complete(model)
+            value = value + self.task(whole, batch, generator, Ledger())
         return value
 
 

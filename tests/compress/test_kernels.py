@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from effformer.compress.kernels import LeftLinear, PackedLinear, _fastest
 from torch import nn
 
 import effformer
 from effformer.checks import CapabilityError
-from effformer.inference import LeftLinear, PackedLinear, _fastest
 
 
 def _model(**overrides: object) -> nn.Module:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import Block, Branch
-from .checks import CapabilityError
-from .ffn import MLP, DynamicMLP
-from .nn.cut import Forms
+from effformer.blocks import Block, Branch
+from effformer.checks import CapabilityError
+from effformer.ffn import MLP, DynamicMLP
+from effformer.nn.cut import Forms
 
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
 

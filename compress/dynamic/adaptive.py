@@ -14,10 +14,10 @@ Reference: Adaptive Computation Modules: Granular Conditional Computation For Ef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,18 @@ from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import Ledger
 from effformer.ffn import ACM, FFNConfig
-from effformer.ffn.acm_losses import acm_losses, distillation_loss, gate_labels, gate_loss
 from effformer.nn.learners import Gate, Learners
+
+from .adaptive_losses import acm_losses, distillation_loss, gate_labels, gate_loss
+
+if TYPE_CHECKING:
+    from effformer.train import Objective
 
 __all__ = [
     "AdaptiveReport", "AdaptiveScheme", "Budgeted", "GatePretraining", "LearnerDistillation", "acmize",
 ]  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
-Objective = Callable[[nn.Module, Any, torch.Generator, Ledger], Tensor]
-"""(model, batch, generator, ledger) -> loss, as in `effformer.train.Objective`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

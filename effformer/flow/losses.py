@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import config as _config
-from ..registry import objective as registry
+from ..registry import loss as registry
 from .conventions import VelocityField
 from .paths import Path, Prediction, expand, get_path
 from .times import TimeLaw, get_time_law
@@ -27,7 +27,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """What an objective returns.
+    """What a loss returns.
 
     Attributes:
         loss: scalar, the mean over the batch.
@@ -70,7 +70,7 @@ def cosine_distance(value: Tensor, target: Tensor) -> Tensor:
 
 
 class _Objective:
-    """What the objectives share: the path, and drawing what was not given."""
+    """What the losses share: the path, and drawing what was not given."""
 
     def __init__(self, path: Path | str, time: TimeLaw | str) -> None:
         self.path = get_path(path)
@@ -84,18 +84,18 @@ class _Objective:
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         if not data.is_floating_point():
-            raise TypeError(f"objective: data is floating point, got {data.dtype}")
+            raise TypeError(f"loss: data is floating point, got {data.dtype}")
         if noise is None:
             source = data.device if generator is None else generator.device
             noise = torch.randn(data.shape, generator=generator, device=source, dtype=data.dtype)
         if noise.shape != data.shape:
             raise ValueError(
-                f"objective: noise {tuple(noise.shape)} differs from data {tuple(data.shape)}"
+                f"loss: noise {tuple(noise.shape)} differs from data {tuple(data.shape)}"
             )
         if t is None:
             t = self.time.sample(data.shape[0], generator=generator, device=data.device)
         if t.shape != data.shape[:1]:
-            raise ValueError(f"objective: expected t ({data.shape[0]},), got {tuple(t.shape)}")
+            raise ValueError(f"loss: expected t ({data.shape[0]},), got {tuple(t.shape)}")
         return noise.to(data.device), t.to(torch.promote_types(data.dtype, torch.float32))
 
 
@@ -313,6 +313,6 @@ def _squares(error: Tensor) -> Tensor:
 def _check_prediction(value: Tensor, data: Tensor) -> None:
     if value.shape != data.shape:
         raise ValueError(
-            f"objective: the network answered {tuple(value.shape)} for data {tuple(data.shape)}; "
+            f"loss: the network answered {tuple(value.shape)} for data {tuple(data.shape)}; "
             "a network that also predicts a variance becomes a velocity by effformer.flow.adapt"
         )

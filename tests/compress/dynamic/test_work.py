@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effformer.compress.dynamic.work import WorkTarget, executed_ratio, work_loss, write_work_loss
 
-from effformer.blocks.dynamic_losses import WorkTarget, executed_ratio, work_loss, write_work_loss
 from effformer.context import Ledger
 from effformer.ledger import Share
 

@@ -14,12 +14,12 @@ from effformer.compress import (
     acmize,
     quantize,
 )
+from effformer.compress.dynamic.adaptive_losses import distillation_loss, gate_labels, used_budget
 from torch import Tensor, nn
 
 import effformer
 from effformer.checks import CapabilityError
 from effformer.context import Ledger, Tap
-from effformer.ffn.acm_losses import distillation_loss, gate_labels, used_budget
 from effformer.train import Batch, Classification, Generation, TrainConfig, load_data, train
 
 K = 4

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.compress import Frugal
+from effformer.compress.dynamic.work import WorkTarget, executed_ratio
 
 import effformer
-from effformer.blocks.dynamic_losses import WorkTarget, executed_ratio
 from effformer.checks import CapabilityError
 from effformer.context import Ledger
-from effformer.dynamic import Frugal
 from effformer.train import Batch, Generation, TrainConfig, load_data, train
 
 SMALL: dict[str, Any] = {"input_size": 8, "num_classes": 10, "dim": 48, "heads": 4}

@@ -107,11 +107,11 @@ def test_pseudo_huber_equals_the_reference_forward_and_backward(case: Any) -> No
 def test_pseudo_huber_is_square_for_small_and_linear_for_large_errors(
     scale: float, power: float
 ) -> None:
-    objective = PseudoHuber(PseudoHuber.Config(factor=0.1))
+    criterion = PseudoHuber(PseudoHuber.Config(factor=0.1))
     data, noise, t = torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1)
 
     def loss(error: float) -> float:
-        return float(objective(lambda x, t: torch.full_like(x, error), data, noise=noise, t=t).loss)
+        return float(criterion(lambda x, t: torch.full_like(x, error), data, noise=noise, t=t).loss)
 
     assert loss(2 * scale) / loss(scale) == pytest.approx(2**power, rel=1e-3)
     if power == 2:  # |e|^2 / (2 c d), c = factor d
@@ -120,11 +120,11 @@ def test_pseudo_huber_is_square_for_small_and_linear_for_large_errors(
 
 def test_pseudo_huber_constant_grows_with_the_number_of_elements() -> None:
     """c = 0.00054 d: an image of twice the side has four times the c."""
-    objective = PseudoHuber(PseudoHuber.Config())
+    criterion = PseudoHuber(PseudoHuber.Config())
     values = []
     for side in (8, 16):
         data = torch.zeros(1, 3, side, side)
-        out = objective(lambda x, t: torch.full_like(x, 1e-5), data, noise=data, t=torch.zeros(1))
+        out = criterion(lambda x, t: torch.full_like(x, 1e-5), data, noise=data, t=torch.zeros(1))
         d = 3 * side * side
         values.append(float(out.loss) * 2 * (0.00054 * d) / 1e-10)
     assert values == pytest.approx([1, 1], rel=1e-3)
@@ -136,8 +136,8 @@ def test_a_perfect_network_has_no_loss(case: Any, path: str, prediction: Any) ->
     _, data, noise, t = case
     plan = get_path(path).plan(t, data, noise)
     answer = get_path(path).convert(plan.velocity, plan.x, t, "velocity", prediction)
-    objective = FlowMatching(FlowMatching.Config(path=path, prediction=prediction))
-    out = objective(lambda x, t: answer, data, noise=noise, t=t)
+    criterion = FlowMatching(FlowMatching.Config(path=path, prediction=prediction))
+    out = criterion(lambda x, t: answer, data, noise=noise, t=t)
     assert float(out.loss) < 1e-10
     torch.testing.assert_close(out.x, plan.x)
 
@@ -184,8 +184,8 @@ def test_distillation_compares_the_one_step_sample_with_the_data(case: Any) -> N
 
 def test_what_is_not_given_is_drawn_from_the_generator(case: Any) -> None:
     net, data, _, _ = case
-    objective = FlowMatching(FlowMatching.Config(time=Uniform(low=0.2, high=0.3)))
-    runs = [objective(net, data, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    criterion = FlowMatching(FlowMatching.Config(time=Uniform(low=0.2, high=0.3)))
+    runs = [criterion(net, data, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     torch.testing.assert_close(runs[0].loss, runs[1].loss, rtol=0, atol=0)
     assert not torch.equal(runs[0].loss, runs[2].loss)
     assert ((runs[0].t >= 0.2) & (runs[0].t <= 0.3)).all()
@@ -217,31 +217,31 @@ def test_names_and_json() -> None:
         ("rectified-flow", FlowMatching),
         ("pseudo-huber", PseudoHuber),
     ):
-        assert registry.objective.get(name).build is cls
+        assert registry.loss.get(name).build is cls
     spec = {"name": "flow-matching", "time": {"name": "u-shaped", "a": 2.0}, "path": "gvp"}
-    config = resolve("objective", spec)
+    config = resolve("loss", spec)
     assert isinstance(config, FlowMatching.Config)
-    assert resolve("objective", config.to_dict()) == config
-    for entry in registry.objective:
+    assert resolve("loss", config.to_dict()) == config
+    for entry in registry.loss:
         assert entry.config is not None
         entry.build(entry.config())
 
 
 def test_errors(case: Any) -> None:
     net, data, noise, t = case
-    objective = FlowMatching(FlowMatching.Config())
+    criterion = FlowMatching(FlowMatching.Config())
     with pytest.raises(ValueError, match=r"needs prediction 'noise' or 'score'"):
         FlowMatching(FlowMatching.Config(weight="velocity"))
     with pytest.raises(ValueError, match="unknown time law 'unifrom'; did you mean 'uniform'"):
         FlowMatching(FlowMatching.Config(time="unifrom"))
     with pytest.raises(ValueError, match="differs from data"):
-        objective(net, data, noise=noise[:3])
+        criterion(net, data, noise=noise[:3])
     with pytest.raises(ValueError, match=r"expected t \(6,\)"):
-        objective(net, data, t=t[:3])
+        criterion(net, data, t=t[:3])
     with pytest.raises(TypeError, match="data is floating point"):
-        objective(net, data.long())
+        criterion(net, data.long())
     with pytest.raises(ValueError, match=r"becomes a velocity by effformer\.flow\.adapt"):
-        objective(lambda x, t: torch.cat([x, x], 1), data)
+        criterion(lambda x, t: torch.cat([x, x], 1), data)
     with pytest.raises(ValueError, match="needs a distance"):
         Distillation(Distillation.Config(perceptual=1.0))
     with pytest.raises(ValueError, match="both weights are 0"):
@@ -253,7 +253,7 @@ def test_errors(case: Any) -> None:
     with pytest.raises(ValueError, match="factor must be positive"):
         PseudoHuber(PseudoHuber.Config(factor=0.0))
     with pytest.raises(ValueError, match="did you mean 'flow-matching'"):
-        registry.objective.get("flow-maching")
+        registry.loss.get("flow-maching")
 
 
 @pytest.mark.slow
@@ -275,14 +275,14 @@ def test_training_and_reflow_straighten_a_toy_flow() -> None:
         if start is not None:
             net.load_state_dict(start.state_dict())
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-        objective = FlowMatching(FlowMatching.Config())
+        criterion = FlowMatching(FlowMatching.Config())
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return net(torch.cat([x, t[:, None]], 1))
 
         for _ in range(1500):
             noise, data = pairs()
-            loss = objective(velocity, data, noise=noise, generator=generator).loss
+            loss = criterion(velocity, data, noise=noise, generator=generator).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

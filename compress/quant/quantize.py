@@ -1,26 +1,27 @@
-"""Quantize a model: choose layers by name, pack their weights, report errors and bytes, replay on
+"""Quantize a model: choose layers by path, pack their weights, report errors and bytes, replay on
 load.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from effformer import registry
 from effformer.checks import FormatError
 from effformer.config import Spec
 
-from .quant.linear import PackedWeight, QuantEmbedding, QuantLinear
-from .quant.schemes import Scheme, make_scheme
-from .report import KeptLayer, PackedLayer, Report, file_bytes
+from ..report import KeptLayer, PackedLayer, Report, file_bytes
+from ..transforms import forget, record
+from ..where import Where, check, covers, patterns
+from .linear import PackedWeight, QuantEmbedding, QuantLinear
+from .schemes import Scheme, make_scheme
 
-__all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_", "replay"]
+__all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
 
 M = TypeVar("M", bound=nn.Module)
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -39,9 +40,9 @@ too little for their size (4.7 %).
 def quantize(
     model: M,
     scheme: Spec,
-    where: str | Sequence[str] = "*",
+    where: Where = "*",
     *,
-    skip: str | Sequence[str] = (),
+    skip: Where = (),
     sensitive: Spec | None = "int8",
     backend: str = "torch",
     inputs: Inputs | None = None,
@@ -83,9 +84,9 @@ def quantize(
 def quantize_(
     model: nn.Module,
     scheme: Spec,
-    where: str | Sequence[str] = "*",
+    where: Where = "*",
     *,
-    skip: str | Sequence[str] = (),
+    skip: Where = (),
     sensitive: Spec | None = "int8",
     backend: str = "torch",
     inputs: Inputs | None = None,
@@ -95,13 +96,13 @@ def quantize_(
     careful = main
     if sensitive is not None and main.bits < 8:
         careful = make_scheme(sensitive, where="quantize: sensitive")
-    chosen, kept = _choose(model, _patterns(where), _patterns(skip))
+    chosen, kept = _choose(model, patterns(where), patterns(skip))
     before = file_bytes(model.state_dict())
     reference = None if inputs is None else _run(model, inputs)
     packed: dict[str, Packed] = {}
     layers = []
     for name, dense in chosen.items():
-        used = careful if _covers(SENSITIVE, name) else main
+        used = careful if covers(SENSITIVE, name) else main
         by = backend if used is main else "torch"  # the few layers of another format
         packed[name] = _pack(dense, used, by, f"{name}.weight")
         layers.append(_describe(name, dense, packed[name]))
@@ -127,24 +128,13 @@ def dequantize(model: M) -> M:
     if not packed:
         raise ValueError("dequantize: no layer of this model is quantized")
     _swap(changed, packed)
-    records: tuple[dict[str, Any], ...] = getattr(changed, "transforms", ())
-    kept = tuple(r for r in records if r["kind"] != "quantize")
-    changed.transforms = kept  # type: ignore[assignment]
+    forget(changed, "quantize")
     return changed
 
 
-def replay(model: M, record: Mapping[str, Any]) -> M:
-    """Rebuild the structure that a record of ``model.transforms`` describes, in place, before
-    weights are loaded.
-
-    Raises:
-        FormatError: the record is not one of ours, or does not fit the model.
-    """
-    if record.get("kind") != "quantize":
-        raise FormatError(
-            f"transform {record.get('kind')!r}: unknown; known: 'quantize'. "
-            "A newer effformer may have written it"
-        )
+@registry.transform.register("quantize")
+def _replay(model: M, record: Mapping[str, Any]) -> M:
+    """Packed weights in place of dense ones: ``scheme``, and the paths of the ``layers``."""
     layers = record.get("layers")
     if "scheme" not in record or not isinstance(layers, Sequence) or isinstance(layers, str):
         raise FormatError("transform 'quantize': expected a scheme and a list of layers")
@@ -164,19 +154,7 @@ def replay(model: M, record: Mapping[str, Any]) -> M:
         kind = QuantLinear if isinstance(dense, nn.Linear) else QuantEmbedding
         packed[dense] = kind.like(dense, scheme.config)  # type: ignore[arg-type]
     _swap(model, packed)
-    _append(model, dict(record))
     return model
-
-
-def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _covers(patterns: Sequence[str], name: str) -> bool:
-    """A pattern covers a path if it matches the path or any module above it."""
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatchcase(path, p) for p in patterns for path in paths)
 
 
 def _choose(
@@ -192,36 +170,18 @@ def _choose(
             f"quantize: {type(model).__name__} has no linear layer or embedding below it; "
             "nothing to pack"
         )
-    for option, patterns in (("where", where), ("skip", skip)):
-        for pattern in patterns:
-            if not any(_covers((pattern,), n) for n in (*able, *done)):
-                raise _no_match(option, pattern, modules, (*able, *done))
-    if again := [n for n in done if _covers(where, n) and not _covers(skip, n)]:
+    known, what = (*able, *done), "linear layer or embedding"
+    for option, given in (("where", where), ("skip", skip)):
+        check(given, modules, able=known, what=what, where=f"quantize: {option}")
+    if again := [n for n in done if covers(where, n) and not covers(skip, n)]:
         raise ValueError(
             f"quantize: {again[0]!r} and {len(again) - 1} more are already quantized; "
             "leave them out with where= or skip=, or start from the dense model"
         )
-    chosen = {n: m for n, m in able.items() if _covers(where, n) and not _covers(skip, n)}
+    chosen = {n: m for n, m in able.items() if covers(where, n) and not covers(skip, n)}
     if not chosen:
         raise ValueError(f"quantize: skip={list(skip)} leaves nothing of where={list(where)}")
     return chosen, _kept(modules, chosen, able, skip)
-
-
-def _no_match(
-    option: str, pattern: str, modules: Mapping[str, nn.Module], able: Sequence[str]
-) -> ValueError:
-    if any(fnmatch.fnmatchcase(n, pattern) for n in modules):
-        what = "matches modules, but no linear layer or embedding is in them"
-    else:
-        what = "matches no module"
-    paths = sorted({p for n in able for p in _ancestors(n)})
-    near = difflib.get_close_matches(pattern.replace("*", "0"), paths, n=4, cutoff=0.3) or paths[:4]
-    return ValueError(f"quantize: {option}={pattern!r} {what}; layers near it: {', '.join(near)}")
-
-
-def _ancestors(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _kept(
@@ -240,7 +200,7 @@ def _kept(
         if isinstance(module, PackedWeight):
             reason = f"already {module.scheme.name}"
         elif name in able:
-            reason = f"matches skip={list(skip)}" if _covers(skip, name) else "outside where"
+            reason = f"matches skip={list(skip)}" if covers(skip, name) else "outside where"
         elif isinstance(module, nn.Embedding):
             reason = "max_norm rewrites the table in every call"
         else:
@@ -282,11 +242,7 @@ def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
         config = layer.scheme.config.to_dict()
         groups.setdefault(repr(config), (config, []))[1].append(name)
     for config, names in groups.values():
-        _append(model, {"kind": "quantize", "scheme": config, "layers": names})
-
-
-def _append(model: nn.Module, record: dict[str, Any]) -> None:
-    model.transforms = (*getattr(model, "transforms", ()), record)  # type: ignore[assignment]
+        record(model, "quantize", {"scheme": config, "layers": names})
 
 
 @torch.no_grad()

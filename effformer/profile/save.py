@@ -1,0 +1,71 @@
+"""Everything of this package that writes a file: the suffix decides what, and a file appears
+complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effformer.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["SUFFIXES", "save_figure", "save_report"]
+
+SUFFIXES = (".json", ".html", ".txt")
+
+
+def save_report(
+    path: str | Path,
+    *,
+    data: Callable[[], Any],
+    text: Callable[[], str],
+    page: Callable[[], str],
+) -> None:
+    """Write a result as .json, .html or .txt.
+
+    Args:
+        path: the file.
+        data: gives plain JSON values.
+        text: gives the text for a terminal.
+        page: gives the HTML document.
+
+    Raises:
+        ValueError: another suffix.
+        FormatError: the file cannot be written; an existing one is intact.
+    """
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"save: {str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        )
+    if suffix == ".json":
+        content = json.dumps(data(), indent=2) + "\n"
+    else:
+        content = page() if suffix == ".html" else f"{text()}\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def save_figure(path: str | Path, figure: Figure, *, where: str) -> None:
+    """Write a figure as .png, .svg, .pdf or whatever else matplotlib knows.
+
+    Args:
+        path: the file.
+        figure: what to draw.
+        where: the public entry point, for messages.
+
+    Raises:
+        ValueError: a suffix that matplotlib cannot write.
+        FormatError: the file cannot be written; an existing one is intact.
+    """
+    suffix = Path(path).suffix.lstrip(".")
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if suffix not in known:
+        raise ValueError(f"{where}: cannot write {str(path)!r}; suffixes: {', '.join(known)}")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=suffix)
