@@ -45,8 +45,6 @@ class AttentionState(NamedTuple):
         packed=True,
         streaming=True,
         width=True,
-        sizes=True,
-        order_free=True,
         multihead=True,
         cost="n^2",
     ),

@@ -79,6 +79,9 @@ def _check_part(
     reason_of: Callable[[Caps, Needs], str | None],
 ) -> None:
     """Refuse a part for the first reason, and name those of its kind that have none."""
+    while inner := config.parts("block"):  # what a block around another one can do is up to that
+        (name, config), *_ = inner.items()
+        where = f"{where}.{name}"
     reason = reason_of(config.caps(), needs[0])
     if reason is None:
         return
@@ -154,15 +157,14 @@ def _check_mixer(
     *, scheduled: bool = False,
 ) -> None:  # fmt: skip
     """A mixer, and the one that it puts into a view: that one meets lines instead of the grid."""
-    reason = _mixer_reason(config.caps(), needs[0])
     if isinstance(config, View):
-        inner, _, place = config.within(needs[0], site)
-        inside = [config.within(n, site)[1] for n in needs]
-        if not _mixer_reason(inner.caps(), inside[0]):
-            pass
-        elif reason is None or _mixer_reason(config.entry.caps, needs[0]) is None:
+        alone = replace(config.entry.caps, axes=config.caps().axes)
+        if _mixer_reason(alone, needs[0]) is None:
+            inner, _, place = config.within(needs[0], site)
+            inside = [config.within(n, site)[1] for n in needs]
             at = where if scheduled else f"{where}.mixer"
             return _check_mixer(inner, inside, at, slots, place)
+    reason = _mixer_reason(config.caps(), needs[0])
     if reason is None and not needs[0].causal and _is_causal(config):
         reason = "has causal=True, but this model attends both ways"
     if reason is None:

@@ -265,10 +265,10 @@ def test_mixers_that_do_not_fit_lines_are_refused_when_the_model_is_built(
 
 def test_capabilities_follow_from_the_mixer() -> None:
     flow, relative = (make("t" + w, m).caps for m, w in (("flow", ""), ("relative", "h")))
-    assert (flow.mask, flow.causal, flow.rope, flow.cost) == ("key", "optional", False, "n")
+    assert (flow.mask, flow.causal, flow.rope, flow.cost) == ("key", "optional", True, "n")
     assert (relative.mask, relative.causal, relative.axes) == ("none", "never", "th")
     assert make("t").caps.rope
-    assert not any((flow.cross, flow.packed, flow.streaming, flow.joint))
+    assert not any((flow.cross, flow.packed, flow.streaming, flow.order_free))
 
 
 def test_streams_are_refused() -> None:

@@ -43,7 +43,7 @@ def test_norms_of_queries_have_their_own_epsilon() -> None:
 
 def test_norm_across_heads() -> None:
     config = Attention.Config(qk_norm="across-heads")
-    part = Attention(config, Site(dim=12, heads=3, norm="rms")).eval()
+    part = Attention(config, Site(dim=12, heads=3, norm=NormRule(kind="rms"))).eval()
     assert part.q_norm.weight.shape == (12,)
     torch.nn.init.normal_(part.q_norm.weight)
     torch.nn.init.normal_(part.k_norm.weight)

@@ -61,7 +61,7 @@ def test_a_memory_needs_a_branch_that_reads_it() -> None:
     x, memory = torch.randn(1, 3, DIM), torch.randn(1, 2, DIM)
     with pytest.raises(CapabilityError, match=r"b\.attn: built for self-attention"):
         build(PreNorm)(x, Context(memory=memory))
-    with pytest.raises(CapabilityError, match="memory_mask is for blocks"):
+    with pytest.raises(CapabilityError, match="memory_mask is about a memory"):
         build(PreNorm)(x, Context(memory_mask=torch.ones(1, 2, dtype=torch.bool)))
     with pytest.raises(CapabilityError, match=r"b\.cross: built for cross-attention"):
         build(PreNorm, cross=True)(x)

@@ -74,7 +74,16 @@ def test_bad_layers(layers: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     ("needs", "config", "message"),
     [
-        (Needs(rope=True), {"attn": "flow"}, r"blocks\[0:4\]\.attn: 'flow' cannot apply rotary"),
+        (
+            Needs(rope=4),
+            {"attn": {"name": "flow", "head_dim": 6}},
+            r"heads of width 6, but .* made for 4",
+        ),
+        (
+            Needs(rope=4, causal=True),
+            {"attn": "lmu"},
+            r"blocks\[0:4\]\.attn: 'lmu' cannot apply rotary .*choices: .*flow",
+        ),
         (Needs(mask="full"), {"attn": "linear"}, "'linear' cannot honour a full mask"),
         (Needs(), {"attn": {"name": "flow", "causal": True}}, "attends both ways"),
         (Needs(), {"ffn": "glumbconv"}, r"\.ffn: 'glumbconv' needs a token grid.*choices: .*mlp"),

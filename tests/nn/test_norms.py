@@ -21,7 +21,7 @@ def test_site_chooses_the_norm() -> None:
     torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt())
     assert not list(make_norm(Site(dim=8), affine=False).parameters())
     with pytest.raises(ValueError, match="did you mean 'layer'"):
-        make_norm(Site(dim=8, norm="layr"))
+        make_norm(Site(dim=8, norm=NormRule(kind="layr")))
 
 
 def test_modulation_starts_as_nothing() -> None:

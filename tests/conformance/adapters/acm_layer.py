@@ -13,6 +13,7 @@ from harness import Golden
 import effformer
 from effformer.context import Context, Ledger
 from effformer.ffn import ACM
+from effformer.site import Site
 
 
 def check(golden: Golden) -> None:
