@@ -101,7 +101,7 @@ class FlowformerVision(Model):
                 heads=config.heads,
                 layer_scale=config.layer_scale,
                 norm=NormRule(eps=config.norm_eps),
-                tokens=(side >> stage) ** 2,
+                length=(side >> stage) ** 2,
                 grid=(side >> stage, side >> stage),
             )
             embeds.append(PatchEmbed(channels, dim, 2 if stage else config.patch))

@@ -184,7 +184,7 @@ class MacaronNet(Model):
             path=path,
         )
         cross = config.cross if decoder else None
-        encoding, decoding = Needs(mask="key"), Needs(causal=True, mask="key", memory=True)
+        encoding, decoding = Needs(mask="key"), Needs(causal=True, mask="key", cross=True)
         needs, beside = (decoding, encoding) if decoder else (encoding, decoding)
         where = f"{self.name} {path}"
         blocks = build_stack(config, site, needs, name=where, cross=cross, beside=(beside,))

@@ -41,8 +41,9 @@ def check_layer(
     found = {kind: getattr(layer, kind) for kind in _SLOTS}
     slots = {kind: config for kind, config in found.items() if config is not None}
     every = (needs, *beside)
+    near = [replace(n, cross=False) for n in every]
     _check_mixer(
-        layer.attn, every, f"{where}.attn", slots, replace(site, memory_dim=None),
+        layer.attn, near, f"{where}.attn", slots, replace(site, memory_dim=None),
         scheduled=layer.scheduled,
     )  # fmt: skip
     if layer.ffn is not None:
@@ -115,7 +116,7 @@ def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
     """Why a block does not serve, None if it does."""
     if caps.multihead and not layer.attn.caps().multihead:
         return f"needs queries, keys and values, which the token mixer {layer.attn.label!r} has not"
-    if layer.cross is not None and not caps.cross:
+    if needs.cross and not caps.cross:
         return "has no attention to a memory"
     if layer.ffn is None and not caps.mixer_only:
         return "cannot do without an FFN"
