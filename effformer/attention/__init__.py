@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from .agent import Agent
 from .axes import Axes, Lines
 from .base import Core, CoreConfig, Mixer, Streaming
 from .differential import Differential
 from .efficient import Efficient
 from .factorized import FactorizedChained, FactorizedParallel
 from .flow import Flow
+from .focused import Focused
 from .linear import Linear, Sana
 from .linformer import Linformer
 from .lmu import LMU
 from .longformer import Longformer
+from .mlla import MLLA
 from .multihead import Attention
 from .nystrom import Nystrom
 from .performer import Performer
+from .polaformer import PolaFormer
 from .projections import AdaptiveProjections
+from .rala import RALA
 from .reformer import Reformer
 from .relative import Relative
 from .softmax import Softmax
@@ -25,8 +30,11 @@ from .topk import TopK
 
 __all__ = [
     "LMU",
+    "MLLA",
+    "RALA",
     "TDSM",
     "AdaptiveProjections",
+    "Agent",
     "Attention",
     "Axes",
     "Core",
@@ -36,6 +44,7 @@ __all__ = [
     "FactorizedChained",
     "FactorizedParallel",
     "Flow",
+    "Focused",
     "Linear",
     "Lines",
     "Linformer",
@@ -43,6 +52,7 @@ __all__ = [
     "Mixer",
     "Nystrom",
     "Performer",
+    "PolaFormer",
     "Reformer",
     "Relative",
     "Sana",
