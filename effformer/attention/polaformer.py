@@ -96,13 +96,14 @@ class PolaFormer(GridMixer):
         if self.positions is not None:
             k = k + self.positions(keys)
         q, k, v = (self.split(t, name, ctx) for name, t in (("q", q), ("k", k), ("v", v)))
-        mixed = joined(self._polar(widened(q), widened(k), widened(v))).to(x.dtype)
+        mixed = joined(self.polar(widened(q), widened(k), widened(v))).to(x.dtype)
         v = joined(v)
         if self.reduce is not None:
             v = stretch(v, x.shape[1], dim=1)
         return self.proj((mixed + self.lepe(v, grid)) * gate)
 
-    def _polar(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def polar(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Both halves of every head, (B, H, N, d), of heads in float32 at least."""
         scale = F.softplus(widened(self.scale))
         power = 1 + self.config.alpha * widened(self.power).sigmoid()
         # a power with a tensor as exponent has a gradient of 0, not NaN, at 0

@@ -81,12 +81,13 @@ class RALA(GridMixer):
             k = k * (scores.softmax(dim=-1).mT * k.shape[2])
         turned = None
         if self.config.rope:
-            cos, sin = self._tables(grid, q)
+            cos, sin = self.tables(grid, q)
             turned = (rotate(q, cos, sin, interleaved=True), rotate(k, cos, sin, interleaved=True))
         mixed = joined(lin(q, k, widened(v), eps=self.config.eps, turned=turned)).to(x.dtype)
         return self.proj((mixed + self.lepe(joined(v), grid)) * gate)
 
-    def _tables(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    def tables(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for one head, (h * w, d), device and dtype of ``like``."""
         quarter = self.head_dim // 4
         steps = torch.linspace(0, 1, quarter, dtype=torch.float64, device=like.device)
         return axial_tables(grid, self.config.base ** (-steps), like.dtype)
