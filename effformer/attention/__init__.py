@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from .agent import Agent
 from .axes import Axes, Lines
 from .base import Core, CoreConfig, Mixer, Streaming, View
 from .differential import Differential
 from .efficient import Efficient
 from .factorized import FactorizedChained, FactorizedParallel
 from .flow import Flow
+from .focused import Focused
 from .heads import Heads, HeadsConfig, Opened
 from .linear import Linear, Sana
 from .linformer import Linformer
 from .lmu import LMU
 from .longformer import Longformer
+from .mlla import MLLA
 from .multihead import Attention
 from .nystrom import Nystrom
 from .outputs import Input, OutputGate
 from .performer import Performer
+from .polaformer import PolaFormer
 from .projections import AdaptiveProjections
+from .rala import RALA
 from .reformer import Reformer
 from .relative import Relative
 from .softmax import Softmax
@@ -27,8 +32,11 @@ from .topk import TopK
 
 __all__ = [
     "LMU",
+    "MLLA",
+    "RALA",
     "TDSM",
     "AdaptiveProjections",
+    "Agent",
     "Attention",
     "Axes",
     "Core",
@@ -38,6 +46,7 @@ __all__ = [
     "FactorizedChained",
     "FactorizedParallel",
     "Flow",
+    "Focused",
     "Heads",
     "HeadsConfig",
     "Input",
@@ -50,6 +59,7 @@ __all__ = [
     "Opened",
     "OutputGate",
     "Performer",
+    "PolaFormer",
     "Reformer",
     "Relative",
     "Sana",
