@@ -7,7 +7,6 @@ two and refuses a `Context` field that it cannot honour; it never ignores one.
 from __future__ import annotations
 
 import fnmatch
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMPTY", "Choice", "Context", "Ledger", "Merging", "Packing", "Rope", "Share", "Site", "Stream", "Tap",
-    "check_context", "takes_ledger",
+    "check_context",
 ]  # fmt: skip
 
 
@@ -262,11 +261,6 @@ class Ledger:
     def total_loss(self) -> Tensor | float:
         """Sum of the auxiliary losses, 0.0 if there are none."""
         return sum(self.losses.values(), start=0.0)
-
-
-def takes_ledger(model: torch.nn.Module) -> bool:
-    """True if ``model.forward`` has an argument ``ledger``."""
-    return "ledger" in inspect.signature(model.forward).parameters
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from effformer.calls import evaluating
 from effformer.checks import unknown
 from effformer.files import atomic_folder, write_json
 from effformer.version import VERSION
@@ -22,7 +23,7 @@ from effformer.version import VERSION
 from . import run
 from .onnx import export_onnx
 from .quantize import QuantizeReport, quantize_onnx
-from .verify import VerifyReport, evaluating
+from .verify import VerifyReport
 
 __all__ = ["BundleReport", "Convention", "export_bundle"]
 
