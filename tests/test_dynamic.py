@@ -111,7 +111,7 @@ def _dynamic(bias: float = 2.0) -> Any:
 
 def _batch() -> Batch:
     data = load_data("digits")
-    return Batch(data.images[:16], data.labels[:16])
+    return data.rows(torch.arange(16))
 
 
 def test_training_reaches_the_wanted_work() -> None:

@@ -34,7 +34,7 @@ def teacher(name: str = "vit-nano", **options: Any) -> Any:
 
 def batch(model: Any) -> Batch:
     x = model.example_inputs(4)["x"]
-    return Batch(x, torch.arange(4))
+    return Batch(x=x, y=torch.arange(4))
 
 
 def loss_of(objective: Any, student: nn.Module, data: Batch) -> Tensor:
@@ -171,7 +171,7 @@ def test_the_budget_is_met_by_training() -> None:
     config = TrainConfig(steps=120, batch=32, lr=3e-3, warmup=0, ema=None)
     train(student, data, Budgeted(task=Classification(), target=0.4, budget=5.0), config)
     ledger = Ledger()
-    student.train()(data.images[:200], ledger=ledger)  # evaluation does not sample its choices
+    student.train()(data["x"][:200], ledger=ledger)  # evaluation does not sample its choices
     assert used_budget(ledger.choices).item() == pytest.approx(0.4, abs=0.05)
 
 
