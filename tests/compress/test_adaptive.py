@@ -83,9 +83,9 @@ def test_a_student_cut_from_the_teacher_has_nothing_left_to_learn() -> None:
     data = batch(dense)
     full = type(dense)(student.config.replace(ffn={"fixed": K})).eval()
     full.load_state_dict(student.state_dict())
-    torch.testing.assert_close(full(data.x), dense(data.x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(full(data["x"]), dense(data["x"]), rtol=1e-4, atol=1e-5)
     tap = Tap(keep=("blocks.*.ffn",))
-    dense(data.x, tap=tap)
+    dense(data["x"], tap=tap)
     zero = torch.stack([y.square().mean() for y in tap.seen.values()]).mean()
     loss = loss_of(LearnerDistillation(teacher=dense, task=Classification()), student, data)
     assert 0 < loss < zero  # of K + 1 errors the last is 0, the first is the output itself
@@ -147,7 +147,7 @@ def test_a_taught_gate_gives_the_labels() -> None:
         lambda _, args, out: seen.append((args[0].detach(), out.detach()))
     )
     data = batch(dense)
-    dense(data.x)
+    dense(data["x"])
     hook.remove()
     x, y = seen[0]
     with torch.no_grad():
