@@ -89,7 +89,7 @@ def test_series_are_classified_by_models_that_differ_in_what_they_take(
     torch.manual_seed(0)
     model = effformer.build_model(name, **options)
     data = series(model)
-    result = train(model, data, Classification(), CONFIG.replace(steps=50), progress=False)
+    result = train(model, data, Classification(), CONFIG.replace(steps=50, lr=2e-2), progress=False)
     assert result.loss < 0.5
     assert accuracy(model.eval(), data) == 1.0
 
