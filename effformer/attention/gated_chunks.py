@@ -99,53 +99,47 @@ def unit_lower_inverse(m: Tensor) -> Tensor:
 
 @torch.library.custom_op("effformer::chunk_states", mutates_args=())
 def chunk_states(transition: Tensor, write: Tensor, start: Tensor) -> Tensor:
-    """``S_{c+1} = P_c S_c + W_c`` over the chunks c.
+    """``S_{c+1} = P_c S_c + W_c`` over the chunks c of Z sequences.
+
+    An operator of its own: a captured graph then serves any number of chunks.
 
     Args:
-        transition: P, a matrix (Z, c, K, K) or a diagonal (Z, c, K, 1).
-        write: W, (Z, c, K, V).
+        transition: P, a matrix (c Z, K, K) or a diagonal (c Z, K, 1).
+        write: W, (c Z, K, V).
         start: S_0, (Z, K, V).
 
     Returns:
-        Every state, S_0 and the last included, (Z, c + 1, K, V).
+        Every state, S_0 and the last included, ((c + 1) Z, K, V).
     """
-    count, chunks, width, values = write.shape
-    states = write.new_empty(chunks + 1, count, width, values)
-    states[0] = start
-    diagonal = transition.shape[-1] == 1
-    for c in range(chunks):
-        if diagonal:
-            torch.addcmul(write[:, c], transition[:, c], states[c], out=states[c + 1])
-        else:
-            torch.baddbmm(write[:, c], transition[:, c], states[c], out=states[c + 1])
-    return states.transpose(0, 1)
+    count = start.shape[0]
+    states = torch.cat([start, torch.empty_like(write)])
+    rows = states.split(count)
+    add = torch.addcmul if transition.shape[-1] == 1 else torch.baddbmm
+    for c, (w, p) in enumerate(zip(write.split(count), transition.split(count), strict=True)):
+        add(w, p, rows[c], out=rows[c + 1])
+    return states
 
 
 @chunk_states.register_fake
 def _(transition: Tensor, write: Tensor, start: Tensor) -> Tensor:
-    count, chunks, width, values = write.shape
-    return write.new_empty(chunks + 1, count, width, values).transpose(0, 1)
+    return torch.cat([start, write])
 
 
 @torch.library.custom_op("effformer::chunk_states_backward", mutates_args=())
 def _chunk_states_backward(grad: Tensor, transition: Tensor) -> Tensor:
-    """The gradients of all states, what later ones hand back included, (Z, c + 1, K, V)."""
-    count, states, width, values = grad.shape
-    total = grad.new_empty(states, count, width, values)
-    total[-1] = grad[:, -1]
-    diagonal = transition.shape[-1] == 1
-    for c in range(states - 2, -1, -1):
-        if diagonal:
-            torch.addcmul(grad[:, c], transition[:, c], total[c + 1], out=total[c])
-        else:
-            torch.baddbmm(grad[:, c], transition[:, c].mT, total[c + 1], out=total[c])
-    return total.transpose(0, 1)
+    """The gradients of all states, what later ones hand back included, ((c + 1) Z, K, V)."""
+    count = grad.shape[0] - transition.shape[0]
+    total = grad.clone(memory_format=torch.contiguous_format)
+    rows = total.split(count)
+    add = torch.addcmul if transition.shape[-1] == 1 else torch.baddbmm
+    for c, p in reversed(list(enumerate(transition.split(count)))):
+        add(rows[c], p.mT if p.shape[-1] > 1 else p, rows[c + 1], out=rows[c])
+    return total
 
 
 @_chunk_states_backward.register_fake
 def _(grad: Tensor, transition: Tensor) -> Tensor:
-    count, states, width, values = grad.shape
-    return grad.new_empty(states, count, width, values).transpose(0, 1)
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -155,12 +149,14 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     transition, states = ctx.saved_tensors
     total = _chunk_states_backward(grad, transition)
-    later, before = total[:, 1:], states[:, :-1]
+    chunks = transition.shape[0]
+    count = grad.shape[0] - chunks
+    later, before = total.narrow(0, count, chunks), states.narrow(0, 0, chunks)
     if transition.shape[-1] == 1:
         moved = (later * before).sum(dim=-1, keepdim=True)
     else:
         moved = later @ before.mT
-    return moved, later, total[:, 0]
+    return moved, later, total.narrow(0, 0, count)
 
 
 chunk_states.register_autograd(_differentiate, setup_context=_save)

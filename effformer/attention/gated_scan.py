@@ -156,50 +156,43 @@ def _chunked(
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """One slice, all of its chunks at once; arguments as `gated_scan`, of one dtype."""
-    n, heads = q.shape[2], v.shape[1]
-    g = q.new_zeros(1, 1, n) if g is None else g
+    """One slice, all of its chunks at once; arguments as `gated_scan`, of one dtype.
+
+    Chunks, samples and heads lie in one dimension Z in this order, so that the states before the
+    chunks are a view of all states.
+    """
+    (batch, heads, n, _), start = v.shape, state.flatten(0, 1)
+    g = q.new_zeros(1, 1, n).expand(batch, heads, n) if g is None else g
     q, k = (_grouped(x, heads) for x in (q * scale, k))
     q, k, v = (_chunks(x, chunk) for x in (q, k, v))
-    g = _chunks(g, chunk) if g.dim() == 4 else _chunks(g.unsqueeze(-1), chunk).squeeze(-1)
     written = k
     if b is not None:
         b = _chunks(b.unsqueeze(-1), chunk)
         v, written = v * b, (k * b if delta else k)
-    if g.dim() == 5:
-        rows = torch.stack([q, written], dim=4) if delta else q.unsqueeze(4)
-        decay, scores = decayed_scores(*(x.flatten(0, 2) for x in (rows, k, g)))
-        scores = scores.unflatten(0, q.shape[:3])
-        decay = Decays(*(x.unflatten(0, q.shape[:3]) for x in decay))
-        inside, m = scores[..., 0, :], scores[..., -1, :]
+    if g.dim() == 4:
+        rows = torch.stack([q, written], dim=2) if delta else q.unsqueeze(2)
+        decay, scores = decayed_scores(rows, k, _chunks(g, chunk))
+        inside, m = scores[:, :, 0], scores[:, :, -1]
     else:
-        decay, weights = decays(g)
+        g = g.expand(batch, -1, -1).unsqueeze(-1)
+        decay, weights = decays(_chunks(g, chunk).squeeze(-1))
         inside = (q @ k.mT) * weights
         m = (written @ k.mT) * weights if delta else inside
-    states, u = _states(k, v, written * decay.before, m, decay, state, delta=delta)
-    out = (q * decay.before) @ states[:, :, :-1] + inside @ u
-    return out.flatten(2, 3)[:, :, :n], states[:, :, -1]
-
-
-def _states(
-    k: Tensor, v: Tensor, read: Tensor, m: Tensor, decay: Decays, start: Tensor, *, delta: bool
-) -> tuple[Tensor, Tensor]:
-    """The states before every chunk and after the last, (B, H, c + 1, K, V), and what the tokens
-    write, u (B, H, c, C, V).
-    """
     after = (k * decay.after).mT
-    whole = decay.whole.unsqueeze(-1).expand(*k.shape[:3], k.shape[-1], 1)
-    if not delta:
-        return _walk(whole, after @ v, start), v
-    inverse = unit_lower_inverse(m)
-    v, read = inverse @ v, inverse @ read
-    states = _walk(torch.diag_embed(whole.squeeze(-1)) - after @ read, after @ v, start)
-    return states, v - read @ states[:, :, :-1]
-
-
-def _walk(transition: Tensor, write: Tensor, start: Tensor) -> Tensor:
-    flat = (transition.flatten(0, 1), write.flatten(0, 1), start.flatten(0, 1))
-    return chunk_states(*flat).unflatten(0, start.shape[:2])
+    whole = decay.whole.expand(-1, k.shape[-1])
+    if delta:
+        inverse = unit_lower_inverse(m)
+        u, read = inverse @ v, inverse @ (written * -decay.before)
+        moved = torch.baddbmm(torch.diag_embed(whole), after, read)
+        states = chunk_states(moved, after @ u, start)
+        before = states.narrow(0, 0, u.shape[0])
+        u = torch.baddbmm(u, read, before)
+    else:
+        u, states = v, chunk_states(whole.unsqueeze(-1), after @ v, start)
+        before = states.narrow(0, 0, u.shape[0])
+    out = torch.baddbmm((q * decay.before) @ before, inside, u)
+    out = out.unflatten(0, (-1, batch, heads)).movedim(0, 2).flatten(2, 3)[:, :, :n]
+    return out, states.narrow(0, u.shape[0], start.shape[0]).unflatten(0, (batch, heads))
 
 
 def _token_by_token(
@@ -230,10 +223,11 @@ def _token_by_token(
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, N, K) -> (B, H, c, C, K), the last chunk filled with zeros: nothing is written there
-    and nothing decays.
+    """(B, H, N, K) -> (c B H, C, K), the last chunk filled with zeros: nothing is written there and
+    nothing decays.
     """
-    return F.pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk))
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk))
+    return x.movedim(2, 0).flatten(0, 2)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
