@@ -16,7 +16,7 @@ from .gated_chunks import Decays, chunk_states, decayed_scores, decays, unit_low
 from .gated_onnx import gated_scan_onnx
 from .slices import Rows, token_slices
 
-__all__ = ["gated_scan", "gated_scan_macs"]
+__all__ = ["gated_scan", "gated_scan_macs", "retention_decay"]
 
 _FEW = 4
 """Up to so many tokens the recurrence itself is faster than one chunk. Measured."""
@@ -86,8 +86,7 @@ def gated_scan(
     """
     _check(q, k, v, decay, beta, state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    n = q.shape[2]
-    few = type(n) is int and n <= _FEW
+    few = _known_length(q) and q.shape[2] <= _FEW
     domains = node_domains()
     if domains is not None and MICROSOFT in domains:
         return gated_scan_onnx(q, k, v, decay, beta, state, delta=delta, scale=scale)
@@ -103,7 +102,7 @@ def gated_scan(
             state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1], dtype=dtype)
         state = state.to(dtype)
         if g is not None and g.dim() == 1:
-            g = g[None, :, None].expand(1, -1, n)
+            g = g[None, :, None].expand(1, -1, q.shape[2])
         if few:
             return _token_by_token(q, k, v, g, b, state, delta=delta, scale=scale)
         return _in_slices(q, k, v, g, b, state, delta=delta, scale=scale, chunk=chunk)
@@ -123,7 +122,7 @@ def _in_slices(
 ) -> tuple[Tensor, Tensor]:
     """Slices of tokens that stay in cache, each in whole chunks."""
     n = q.shape[2]
-    chunk = 1 << ((min(chunk, n) if type(n) is int else chunk) - 1).bit_length()
+    chunk = 1 << ((min(chunk, n) if _known_length(q) else chunk) - 1).bit_length()
     width = v.shape[0] * v.shape[1] * max(k.shape[-1], v.shape[-1])
     slices, outputs = token_slices(n, _TEMPORARIES * width, least=chunk), Rows(n)
     lengths = [rows.stop - rows.start for rows in slices] if len(slices) > 1 else None
@@ -217,22 +216,33 @@ def _token_by_token(
             u = u - key @ state
         if b is not None:
             u = u * b[:, :, t : t + 1, None]
-        state = state + key.mT * u
+        state = state + key.mT @ u
         outputs.append(q[:, :, t : t + 1] @ state)
     return (torch.cat(outputs, dim=2).to(v.dtype) if outputs else v), state
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
     """(B, H, N, K) -> (c B H, C, K), the last chunk filled with zeros: nothing is written there and
-    nothing decays.
+    nothing decays. So a graph for any length takes one chunk more than it needs, because tracers
+    would take one chunk alone for a constant.
     """
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk))
+    spare = 0 if _known_length(x) else chunk
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk + spare)).unflatten(2, (-1, chunk))
     return x.movedim(2, 0).flatten(0, 2)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
     """Repeat the heads of x (B, H, N, K) for their value heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _known_length(x: Tensor) -> bool:
+    """The number of tokens of x (B, H, N, K) may decide what runs; an exported graph serves every
+    length.
+    """
+    if not torch.compiler.is_exporting():
+        return True
+    return type(x.shape[2]) is int and not torch.compiler.is_dynamo_compiling()
 
 
 def _exactly(x: Tensor) -> AbstractContextManager[object]:
@@ -264,17 +274,43 @@ def _check(
         check_shape(state, "state (B, Hv, K, V)", sizes, where=where)
 
 
-def gated_scan_macs(
-    n: int, chunk: int, *, heads: int, key_dim: int, value_dim: int, delta: bool
-) -> int:
-    """Multiply-adds of `gated_scan` with one decay per token, for one sample of n tokens: products
-    in chunks, padded to whole ones; without the triangular solve, which is C^3 / 6 per chunk.
+def retention_decay(heads: int) -> Tensor:
+    """Constant log decays ``log(1 - 2^(-5 - h))`` of the heads h of retention, (H,) float64.
+
+    Reference: Retentive Network: A Successor to Transformer for Large Language Models, 2023, arXiv
+    2307.08621.
     """
+    return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, dtype=torch.float64))))
+
+
+def gated_scan_macs(
+    n: int,
+    chunk: int = 64,
+    *,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    delta: bool,
+    per_channel: bool = False,
+) -> int:
+    """Multiply-adds of `gated_scan` for one sample of n tokens, which are padded to whole chunks.
+
+    Args:
+        n: tokens.
+        chunk: tokens per chunk.
+        heads: value heads.
+        key_dim: K.
+        value_dim: V.
+        delta: with the delta rule.
+        per_channel: one decay per key channel.
+    """
+    pair = key_dim * value_dim
     if n <= _FEW:
-        return heads * n * key_dim * value_dim * (3 if delta else 2)
-    chunk = 1 << (min(chunk, n) - 1).bit_length()
-    count, pair = -(-n // chunk), key_dim * value_dim
-    inside = chunk * (key_dim + value_dim) + 2 * pair
+        return heads * n * pair * (3 if delta else 2)
+    size = 1 << (min(chunk, n) - 1).bit_length()
+    scores = size * (size - 1) // 2 if per_channel else size**2
+    once = scores * key_dim + size**2 * value_dim + 2 * size * pair
     if delta:
-        inside += chunk * (2 * key_dim + value_dim) + key_dim**2 + pair
-    return heads * count * (chunk * inside + (key_dim * pair if delta else 0))
+        once += scores * key_dim + size**2 * (key_dim + value_dim) + size**3 // 2
+        once += size * (key_dim**2 + pair) + key_dim * pair
+    return heads * -(-n // size) * once
