@@ -17,6 +17,7 @@ from torch import nn
 from effformer.build import list_attention
 from effformer.calls import Call, Inputs, evaluating
 from effformer.checks import CapabilityError, need
+from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
 
@@ -133,7 +134,8 @@ def export_onnx(
     with evaluating(model):
         # inputs that do not fit fail with their own message; caches hold real tensors
         call.run(model)
-        program = _trace(model, call, axes, version, nbits)
+        with capturing_for(runtime.domains):
+            program = _trace(model, call, axes, version, nbits)
     _name(program, call, axes, output_names)
     _stamp(program.model, model, call, axes)
 

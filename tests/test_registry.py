@@ -167,7 +167,7 @@ def test_a_core_of_a_plugin_is_an_attention_everywhere(plug_in: Callable[..., No
 
     try:
         model = effformer.build_model("dit-nano", attn="plugged", layers={"0": {"attn": "flow"}})
-        assert model.config.attn.label == "plugged"
+        assert model.config.attn.title == "plugged"
         assert type(model.blocks[1].attn.part.core) is Plugged
         assert "plugged" in effformer.list_attention(order_free=True)
         assert "heads around" not in registry.attention.describe("plugged")

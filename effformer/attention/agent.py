@@ -92,9 +92,9 @@ class Agent(GridMixer):
     def _bias(self, config: Agent.Config, site: Site) -> AgentBias | None:
         if config.bias == "none":
             return None
-        if config.bias == "maps" or self.cells is None or site.grid is None:
+        if config.bias == "maps" or self.cells is None or site.cells is None:
             return AgentBias(site.heads, config.agents, None)
-        front = 0 if site.length is None else site.length - prod(site.grid)
+        front = 0 if site.length is None else site.length - prod(site.cells)
         sizes = (self.cells, self.reduced(self.cells))
         return AgentBias(site.heads, config.agents, sizes, front)
 

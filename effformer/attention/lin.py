@@ -117,8 +117,8 @@ class GridMixer(Mixer):
         self.reduction: int = getattr(config, "reduction", 1)
         self.cells: tuple[int, int] | None = None
         """Rows and columns where the model fixes them."""
-        if site.grid is not None and len(site.grid) > 1:
-            self.cells = (site.grid[-2], site.grid[-1])
+        if site.cells is not None and len(site.cells) > 1:
+            self.cells = (site.cells[-2], site.cells[-1])
             self.reduced(self.cells)
         self.drop = nn.Dropout(site.dropout)
 
@@ -147,7 +147,7 @@ class GridMixer(Mixer):
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         if grid is None:
-            grid = self.site.grid if self.site.grid and self.site.length == n else (1, n)
+            grid = self.site.cells if self.site.cells and self.site.length == n else (1, n)
         *frames, height, width = grid
         return prod(frames) * self.image_macs((height, width), n - prod(grid))
 

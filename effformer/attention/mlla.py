@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effformer.config import Config as BaseConfig
 from effformer.context import Context
 from effformer.nn.lepe import LePE
-from effformer.nn.rope import rotate
+from effformer.places import rotate
 from effformer.registry import Caps, attention
 from effformer.site import Site
 

@@ -86,9 +86,9 @@ class Attention(Heads):
             return able if self.projections is None else replace(able, dynamic=True)
 
         @property
-        def label(self) -> str:
+        def title(self) -> str:
             """The name of the core."""
-            return self.core.label
+            return self.core.title
 
     def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
         width = config.head_width(site.dim, site.heads)
@@ -97,7 +97,7 @@ class Attention(Heads):
         if grouped and not config.core.GROUPED:
             able = ", ".join(e.name for e in core if getattr(e.config, "GROUPED", False))
             raise CapabilityError(
-                f"{site.path or 'attention'}: {config.label!r} has as many keys as values, and of the "
+                f"{site.path or 'attention'}: {config.title!r} has as many keys as values, and of the "
                 f"same width; qk_heads=None and value_dim=None, or choices: {able}"
             )
         super().__init__(

@@ -115,7 +115,7 @@ def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: st
 def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
     """Why a block does not serve, None if it does."""
     if caps.multihead and not layer.attn.caps().multihead:
-        return f"needs queries, keys and values, which the token mixer {layer.attn.label!r} has not"
+        return f"needs queries, keys and values, which the token mixer {layer.attn.title!r} has not"
     if needs.cross and not caps.cross:
         return "has no attention to a memory"
     if layer.ffn is None and not caps.mixer_only:
@@ -179,7 +179,7 @@ def _check_mixer(
         and not any(_mixer_reason(e.caps, n) for n in needs)
         and _can_stand(e.name, site, needs[0])
     )
-    raise CapabilityError(f"{where}: {config.label!r} {reason}; choices: {', '.join(able)}")
+    raise CapabilityError(f"{where}: {config.title!r} {reason}; choices: {', '.join(able)}")
 
 
 def _is_causal(config: Config) -> bool:
