@@ -89,7 +89,7 @@ def _node(
     state = None if state is None else state.to(torch.float32)
     out, last = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
-        (q, k, v, state, decay, beta),  # type: ignore[arg-type]
+        (q, k, v, state, decay, beta),
         {
             "q_num_heads": q.shape[-1] // width, "kv_num_heads": heads, "update_rule": rule,
             "scale": scale,
