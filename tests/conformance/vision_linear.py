@@ -61,7 +61,7 @@ def check_cases(
         grid = tuple(options["grid"])
         site = Site(
             dim=options["dim"], heads=options["heads"], grid=grid,
-            tokens=grid[0] * grid[1] + int(options.get(front, 0)),
+            length=grid[0] * grid[1] + int(options.get(front, 0)),
         )  # fmt: skip
         part = build(configure(options, weights), site)
         ours = translate(weights, options)
