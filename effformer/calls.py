@@ -207,7 +207,7 @@ def _examples(model: Any, batch: int, where: str) -> Inputs:
         )
     device = device_of(model)
     seeded = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
-    made: Inputs = examples(batch, generator=seeded)
+    made: Inputs = examples(**accepted(examples, {"batch": batch, "generator": seeded}))
     return made
 
 

@@ -105,6 +105,14 @@ def test_examples_are_the_same_every_time() -> None:
     assert bind(hollow, where="here").tensors["x"].is_meta
 
 
+def test_examples_of_models_that_choose_their_batch() -> None:
+    class Fixed(Two):
+        def example_inputs(self) -> dict[str, Tensor]:
+            return {"first": A}
+
+    assert bind(Fixed(), where="here", batch=2).tensors == {"first": A}
+
+
 class Pair(NamedTuple):
     a: Tensor
     b: Any = None

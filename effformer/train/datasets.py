@@ -51,6 +51,7 @@ class Dataset:
         target: name of the tensor (N,) int64 that holds an index into ``classes``.
 
     Raises:
+        TypeError: ``tensors`` is no mapping.
         ValueError: no samples, lengths that differ, or targets that are no classes.
 
     Example:
@@ -67,6 +68,11 @@ class Dataset:
 
     def __post_init__(self) -> None:
         where = f"Dataset {self.name!r}"
+        if not isinstance(self.tensors, Mapping):
+            raise TypeError(
+                f"{where}: expected a dict of named tensors, such as {{'x': images, 'y': labels}}, "
+                f"got {type(self.tensors).__name__}"
+            )
         shapes = {name: tuple(x.shape) for name, x in self.tensors.items()}
         if not shapes or not all(shapes.values()) or len({s[0] for s in shapes.values()}) != 1:
             raise ValueError(

@@ -100,6 +100,8 @@ def test_any_named_tensors_make_a_data_set() -> None:
         Dataset("texts", given, ("a", "b"))
     with pytest.raises(ValueError, match="expected named tensors"):
         Dataset("nothing", {})
+    with pytest.raises(TypeError, match=r"a dict of named tensors.*got Tensor"):
+        Dataset("one", tokens)  # type: ignore[arg-type]
 
 
 def test_fingerprints_tell_data_apart_and_images_keep_theirs() -> None:
