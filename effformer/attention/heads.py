@@ -291,7 +291,10 @@ class Heads(Mixer):
             out = self.output(out, x)
         if ctx.width is not None:
             out = out * _spread_width(ctx.width, ctx)[..., None].to(out.dtype)
-        return self.drop(project(self.proj, out.transpose(1, 2).flatten(2), "proj", work))
+        out = out.transpose(1, 2).flatten(2)
+        if self.config.projections is None:
+            return self.drop(self.proj(out))
+        return self.drop(project(self.proj, out, "proj", work))
 
     def _source(self, x: Tensor, ctx: Context) -> Tensor:
         """Where keys and values come from."""

@@ -96,7 +96,7 @@ class Branch(nn.Module):
         if ctx.stream is not None and isinstance(self.part, (Mixer, Streaming)):
             h = self._continue(h, ctx, ctx.stream)
         else:
-            h = self.forms.run(self.part, h, ctx)
+            h = self.part(h, ctx) if ctx.width is None else self.forms.run(self.part, h, ctx)
         if ctx.tap is not None:
             h = ctx.tap(self.site.path, h)
         return h if self.factor == 1.0 else h * self.factor
@@ -160,6 +160,7 @@ class Block(nn.Module):
         self.site = site
         self.shift = shift
         self.order = tuple(branches)
+        self.far = any(branch.far for branch in branches.values())
         self.width: WidthPart | None = None
         self.tokens: TokenPart | None = None
         for name, branch in branches.items():
@@ -176,10 +177,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         mods = None if self.site.cond_dim is None else self.modulations(ctx)
-        far = any(branch.far for branch in self.branches)
         for i, name in enumerate(self.order):
             branch, own = getattr(self, name), None if mods is None else mods[3 * i : 3 * i + 3]
-            view = self.narrowed(name, x, branch.view(ctx) if far else ctx)
+            view = self.narrowed(name, x, branch.view(ctx) if self.far else ctx)
             if self.tokens is None:
                 x = branch(x, view, own)
             else:

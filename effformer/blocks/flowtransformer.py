@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effformer import registry
-from effformer.attention import Attention
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context
@@ -106,14 +105,14 @@ class FlowTransformerDecoder(Block):
         ffn: BaseConfig,
     ) -> None:
         a, f = below(site, "attn", memory_dim=site.dim), below(site, "ffn")
-        if not isinstance(attn, Attention.Config):
+        if not attn.caps().multihead:
             raise CapabilityError(
                 f"{a.path}: {attn.title!r} has no queries that the "
                 "flowtransformer-decoder block could take from other tokens; choices: "
                 + ", ".join(registry.core.names())
             )
         branches = {
-            "attn": Branch(Attention(attn, a, aligned=True), a, post_norm=True),
+            "attn": Branch(attn.build(a, aligned=True), a, post_norm=True),
             "ffn": Branch(make_ffn(ffn, f), f, post_norm=True),
         }
         super().__init__(branches, site)

@@ -263,7 +263,7 @@ def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config | No
 
 
 def _block_path(path: str) -> tuple[str, str, str]:
-    """ "blocks.3.ffn.ratio" as the block, its part, and the path in there."""
+    """``blocks.3.ffn.ratio`` as the block, its part, and the path in there."""
     _, key, *rest = path.split(".", 3)
     return key, *(*rest, "", "")[:2]
 

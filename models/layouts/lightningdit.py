@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from effformer.checks import FormatError
-from effformer.ffn import SwiGLU
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.rope import GridRope
 
@@ -31,7 +30,7 @@ _TABLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 
 
 def _names(config: Any) -> Layout:
-    return _SWIGLU if isinstance(config.ffn, SwiGLU.Config) else _PLAIN
+    return _SWIGLU if config.ffn.entry.name == "swiglu" else _PLAIN
 
 
 def _tables(config: Any) -> StateDict:
