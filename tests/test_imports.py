@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
-BASE = {"registry", "config", "context", "checks", "files", "layout", "version"}
+BASE = {"registry", "config", "context", "checks", "files", "layout", "retired", "version"}
 TOP = BASE | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}
 # what the modules of a group may import beside their own group, deferred imports included
