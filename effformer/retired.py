@@ -45,7 +45,7 @@ def _dynamic(spec: Any, named: bool) -> Any:
 
 def _dydit(options: dict[str, Any], named: bool) -> dict[str, Any]:
     found = {slot: options.pop(slot) for slot in ("width", "tokens") if slot in options}
-    given = {"width": {}, "tokens": {}} | found if named else found
+    given: dict[str, Any] = {"width": {}, "tokens": {}} | found if named else found
     block = {"block": {"name": "adaln-zero"} | options if named else options}
     return (block if named or options else {}) | {k: _dynamic(v, named) for k, v in given.items()}
 

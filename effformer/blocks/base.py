@@ -179,9 +179,8 @@ class Block(nn.Module):
         rule = site.norm
         if not self.SHARED_NORM or rule.ffn_eps in (None, rule.eps):
             return
-        caps = {} if site.cond_dim is None else {"cond": True}
-        able = (registry.block.get(name) for name in registry.block.names(**caps))
-        apart = ", ".join(e.name for e in able if not getattr(e.build, "SHARED_NORM", ""))
+        able = [e for e in registry.block if e.caps.satisfies(cond=site.cond_dim is not None)]
+        apart = ", ".join(sorted(e.name for e in able if not getattr(e.build, "SHARED_NORM", "")))
         raise CapabilityError(
             f"{site.path or 'block'}: {type(self).Config.ENTRY.name!r} {self.SHARED_NORM}, and the "  # type: ignore[attr-defined]
             f"epsilon before FFNs is {rule.ffn_eps:g} instead of {rule.eps:g} ({rule.eps:g} would "

@@ -142,7 +142,7 @@ def test_saved_models_come_back(tmp_path: Path) -> None:
     assert again.config == model.config
     given = model.example_inputs(2)
     torch.testing.assert_close(again(**given), model(**given), rtol=0, atol=0)
-    assert not issubclass(SiT, LightningDiT)
+    assert not issubclass(LightningDiT, SiT)
 
 
 def test_other_resolutions() -> None:

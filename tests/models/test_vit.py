@@ -224,9 +224,11 @@ def test_resizing_is_never_silent() -> None:
 
 
 def test_resize_before_structural_changes() -> None:
-    model = effformer.build_model("vit-nano")
-    model.transforms = ({"name": "int8"},)
-    with pytest.raises(ValueError, match="was changed by 'int8'; resize before that"):
+    model, _ = effformer.compress.quantize(effformer.build_model("vit-nano"), "int8")
+    with pytest.raises(ValueError, match=r"was changed by 'quantize \(int8\)'; resize before that"):
+        model.resized(16)
+    model.transforms = ({"kind": "cut"},)
+    with pytest.raises(ValueError, match="was changed by 'cut'; resize before that"):
         model.resized(16)
 
 
