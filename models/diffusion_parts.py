@@ -125,7 +125,7 @@ class FinalLayer(nn.Module):
     zero.
     """
 
-    ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_final", "linear": "final_linear"}
+    ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_final", "": "final_linear"}
 
     def __init__(self, site: Site, patch: int, channels: int) -> None:
         super().__init__()

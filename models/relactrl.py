@@ -84,6 +84,8 @@ class ControlBlock(nn.Module):
     2502.14377.
     """
 
+    ROLES: ClassVar[Mapping[str, str]] = {"before": "projections", "after": "projections"}
+
     def __init__(self, config: TDSM.Config, site: Site, *, first: bool) -> None:
         super().__init__()
         self.first = first
@@ -180,6 +182,7 @@ class RelaCtrl(Model):
     """
 
     FAMILY: ClassVar[str] = "relactrl"
+    ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_blocks"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):

@@ -142,6 +142,8 @@ class Classifier(nn.Module):
         num_classes: outputs of the linear map; 0 leaves it out.
     """
 
+    ROLES: ClassVar[Mapping[str, str]] = {"": "head"}
+
     def __init__(self, config: Head, site: Site, *, front: int, num_classes: int) -> None:
         super().__init__()
         self.config = config
@@ -184,6 +186,7 @@ class ViT(Model):
     """
 
     FAMILY: ClassVar[str] = "vit"
+    ROLES: ClassVar[Mapping[str, str]] = {"stem": "patch_embed"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = LAYOUTS
 
     @dataclass(frozen=True, slots=True, kw_only=True)

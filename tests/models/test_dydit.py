@@ -216,7 +216,10 @@ def test_a_vit_takes_tokens_and_refuses_width() -> None:
     ("options", "message"),
     [
         ({"attn": "longformer"}, r"attn 'longformer' has none .*softmax.* would do"),
-        ({"attn": {"kv_heads": 2}}, r"lets heads share keys \(kv_heads=None would do\)"),
+        (
+            {"attn": {"kv_heads": 2}},
+            r"lets heads share keys \(kv_heads=None and qk_heads=None would do\)",
+        ),
         ({"attn": {"qk_norm": "across-heads"}}, r"share a norm .qk_norm=True or False would do"),
         ({"attn": {"projections": {}}}, r"share learners .projections=None would do"),
         ({"ffn": "acm"}, r"width: .*ffn 'acm' has none .*mlp.* would do"),
