@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from . import registry
 from .checks import unknown
+from .retired import read_changes
 
 __all__ = ["Config", "Spec", "part", "resolve"]
 
@@ -290,7 +291,8 @@ def _convert(
 ) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = _hints(cls)  # type: ignore[arg-type]
-    out = {}
+    kinds = {f.metadata["kind"] for f in fields.values() if f.name == f.metadata.get("kind")}
+    given, out = read_changes(given, kinds, base, where), {}
     for key, value in given.items():
         if key not in fields:
             raise unknown("option", key, sorted(fields), where=where)

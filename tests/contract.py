@@ -22,7 +22,6 @@ MIXERS = [name for name in list_attention() if name != "multihead"]
 FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
 OPTIONS: dict[str, dict[str, Any]] = {
-    "dynamic-mlp": {"groups": 4},
     "linformer": {"tokens": 130, "projected": 5},
     "longformer": {"window": 4, "global_tokens": 1},
     "moe": {"experts": 3},

@@ -333,11 +333,6 @@ class Heads(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The short convolution; padding reads as nothing, packed sequences do not meet."""
-        if self.cross:
-            raise CapabilityError(
-                f"{self.where}: the convolution (conv={self.config.conv}) reads queries, keys and "
-                "values of the same tokens; conv=0 would do"
-            )
         joined = torch.cat([q, k, v], dim=-1)
         if ctx.mask is not None:
             joined = joined * ctx.mask[..., None].to(joined.dtype)

@@ -100,6 +100,11 @@ class Attention(Heads):
                 f"{site.path or 'attention'}: {config.title!r} has as many keys as values, and of the "
                 f"same width; qk_heads=None and value_dim=None, or choices: {able}"
             )
+        if config.conv and site.memory_dim is not None and not aligned:
+            raise CapabilityError(
+                f"{site.path or 'attention'}: the convolution (conv={config.conv}) reads queries, keys "
+                "and values of the same tokens, but this attention looks at a memory; conv=0 would do"
+            )
         super().__init__(
             config, site, config.core.inputs(width, values), both=not config.core.causal
         )

@@ -69,7 +69,7 @@ def _admitted(entry: registry.Entry, slots: Mapping[str, Config]) -> bool:
     """The parts in the slots of a block can work with this part, too."""
     if entry.kind == "block" and "tokens" in slots and not entry.caps.sequential:
         return False
-    return all(config.entry.build.admits(entry.kind, entry.caps) for config in slots.values())  # type: ignore[attr-defined]
+    return all(c.entry.build.admits(c, entry.kind, entry.caps) for c in slots.values())  # type: ignore[attr-defined]
 
 
 def _check_part(

@@ -149,14 +149,21 @@ class Block(nn.Module):
         site: the place of the block in the model.
         shift: the modulation shifts.
 
+    Raises:
+        CapabilityError: norms before FFNs have an epsilon of their own (`NormRule`), and this block
+            no norm that could follow it.
+
     Attributes:
         ROLES: child -> part of a transformer, for the profiler.
+        SHARED_NORM: why an FFN has no norm with an epsilon of its own, empty if it has.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_blocks"}
+    SHARED_NORM: ClassVar[str] = ""
 
     def __init__(self, branches: Mapping[str, Branch], site: Site, *, shift: bool = True) -> None:
         super().__init__()
+        self._check_norms(site)
         self.site = site
         self.shift = shift
         self.order = tuple(branches)
@@ -168,6 +175,18 @@ class Block(nn.Module):
         if site.cond_dim is not None:
             each = 3 if shift else 2
             self.modulation = Modulation(site.cond_dim, site.dim, each * len(branches))
+
+    def _check_norms(self, site: Site) -> None:
+        rule = site.norm
+        if not self.SHARED_NORM or rule.ffn_eps in (None, rule.eps):
+            return
+        able = [e for e in registry.block if e.caps.satisfies(cond=site.cond_dim is not None)]
+        apart = ", ".join(sorted(e.name for e in able if not getattr(e.build, "SHARED_NORM", "")))
+        raise CapabilityError(
+            f"{site.path or 'block'}: {type(self).Config.ENTRY.name!r} {self.SHARED_NORM}, and the "  # type: ignore[attr-defined]
+            f"epsilon before FFNs is {rule.ffn_eps:g} instead of {rule.eps:g} ({rule.eps:g} would "
+            f"do); choices: {apart}"
+        )
 
     @property
     def branches(self) -> tuple[Branch, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,6 +92,8 @@ class FlowTransformerDecoder(Block):
     Reference: FlowTransformer: A Transformer Framework for Flow-based Network Intrusion Detection
     Systems, 2023, arXiv 2304.14746.
     """
+
+    SHARED_NORM: ClassVar[str] = "has one norm behind its second attention and the FFN"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import FormatError, unknown
+from ..retired import rename
 
 __all__ = ["RunFolder", "load_checkpoint", "read_checkpoint", "read_metrics"]
 
@@ -230,6 +231,7 @@ def load_checkpoint(
     raw, averaged = parts(tensors, "model"), parts(tensors, "ema")
     if weights == "ema" and not averaged:
         raise ValueError(f"load_checkpoint: {source} has no averaged weights; load weights='raw'")
+    raw, averaged = (_renewed(found, model) for found in (raw, averaged))
     try:
         model.load_state_dict(raw)
     except RuntimeError as error:
@@ -283,3 +285,9 @@ def _sync(path: Path) -> None:
     """Force a file to the disk before it is renamed: a power cut cannot leave an empty one."""
     with contextlib.closing(path.open("rb+")) as file:
         os.fsync(file.fileno())
+
+
+def _renewed(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under the names that the model has for them now."""
+    new = rename(tensors, model.state_dict().keys())
+    return {new.get(key, key): tensor for key, tensor in tensors.items()}
