@@ -13,6 +13,7 @@ from .linear import Linear, Sana
 from .linformer import Linformer
 from .lmu import LMU
 from .longformer import Longformer
+from .meeting import Meeting
 from .multihead import Attention
 from .nystrom import Nystrom
 from .outputs import Input, OutputGate
@@ -45,6 +46,7 @@ __all__ = [
     "Lines",
     "Linformer",
     "Longformer",
+    "Meeting",
     "Mixer",
     "Nystrom",
     "Opened",

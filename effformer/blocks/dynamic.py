@@ -105,7 +105,9 @@ class DynamicWidth(WidthPart):
     def admits(cls, kind: str, caps: Caps) -> bool:
         return caps.width or kind == "block"
 
-    def forward(self, name: str, ctx: Context) -> Tensor:
+    def forward(self, name: str, ctx: Context) -> Tensor | None:
+        if name not in self.gates:
+            return None
         gate: Tensor = self.gates[name](ctx)
         return gate
 
