@@ -86,9 +86,7 @@ def make_block(
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
     depth = 2 if entry.caps.joint else 1  # the second stream may end in the last block
-    site = Site(
-        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, depth=depth
-    )
+    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, depth=depth)
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
