@@ -82,9 +82,9 @@ class Config:
         return registry.Caps() if found is None else found.caps
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         """The name that a user writes for this part, "axes of flow" for one that holds another."""
-        inner = [one.label for one in self.parts("attention", "core").values()]
+        inner = [one.title for one in self.parts("attention", "core").values()]
         return " of ".join([self.entry.name, *inner])
 
     def at(self, path: str) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Choice", "Ledger", "Share", "takes_ledger"]
+__all__ = ["Choice", "Ledger", "Share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +94,3 @@ class Ledger:
     def total_loss(self) -> Tensor | float:
         """Sum of the auxiliary losses, 0.0 if there are none."""
         return sum(self.losses.values(), start=0.0)
-
-
-def takes_ledger(model: torch.nn.Module) -> bool:
-    """True if ``model.forward`` has an argument ``ledger``."""
-    return "ledger" in inspect.signature(model.forward).parameters

@@ -139,8 +139,8 @@ class Rope:
         return self if alone else self._mapped(lambda table: table.index_select(0, index))
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Rope:
-        keys = (None if x is None else change(x) for x in (self.key_cos, self.key_sin))
-        return Rope(change(self.cos), change(self.sin), *keys, self.interleaved)
+        cos, sin = (None if x is None else change(x) for x in (self.key_cos, self.key_sin))
+        return Rope(change(self.cos), change(self.sin), cos, sin, self.interleaved)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=self.interleaved)

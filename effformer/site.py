@@ -115,7 +115,7 @@ class Needs:
         axes: axes of the layout that the model passes, "thw" or its last letters; empty if it
             passes none.
         front: tokens without a place stand in front of the grid.
-        cross: a mixer attends to a memory.
+        cross: blocks have a further branch that attends to a memory.
         joint: several streams meet in one mixer.
         shrinks: the model goes on with fewer tokens if a block returns fewer.
     """

@@ -74,10 +74,10 @@ def read(source: str) -> tuple[Dataset, Dataset]:
 
 def build(data: Dataset) -> ViT:
     """A dense ViT for the images: 7 x 7 patches for MNIST, 4 x 4 for the small digits."""
-    side = data.images.shape[-1]
+    side = data["x"].shape[-1]
     config = ViT.Config(
         dim=48, depth=3, heads=3, image_size=side, patch=4 if side >= 16 else 2,
-        channels=data.images.shape[1], num_classes=len(data.classes),
+        channels=data["x"].shape[1], num_classes=len(data.classes),
     )  # fmt: skip
     return ViT(config, name="vit-digits")
 
@@ -114,7 +114,7 @@ def executed_share(model: ViT, data: Dataset) -> float:
     shares = []
     model.eval()
     with torch.inference_mode():
-        for images in data.images.split(500):
+        for images in data["x"].split(500):
             ledger = Ledger()
             model(images, ledger=ledger)
             shares.append(torch.stack(list(ledger.executed.values())).mean(dim=0))
@@ -187,12 +187,12 @@ def run(
         done, right = executed_share(model, tested), accuracy(model, tested)
         outcomes.append(Outcome(budget=budget, executed=done, accuracy=right))
         print(f"budget {budget:.0%}: accuracy {right:.2%}, {done:.1%} of the FFNs' MACs executed")
-    whole = profile(models[ASSERTED], {"x": tested.images[:64]})
+    whole = profile(models[ASSERTED], {"x": tested["x"][:64]})
     print(
         f"whole model, budget {ASSERTED:.0%}: {whole.executed:,} of {whole.total:,} MACs executed"
     )
-    first = [int((tested.labels == c).int().argmax()) for c in range(min(6, len(tested.classes)))]
-    images = tested.images[first]
+    first = [int((tested["y"] == c).int().argmax()) for c in range(min(6, len(tested.classes)))]
+    images = tested["x"][first]
     draw(out, dense, outcomes, images, learners_per_patch(models[ASSERTED], images))
     return dense, outcomes
 

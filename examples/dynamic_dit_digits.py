@@ -68,7 +68,7 @@ def draw(model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
 
 def work_over_time(model: Any, data: Dataset) -> list[float]:
     """Executed multiply-adds per sample at each time of the sampler, on noised digits."""
-    images, labels = data.images[:100], data.labels[:100]
+    images, labels = data["x"][:100], data["y"][:100]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
     work = []
     for t in TIMES.tolist():

@@ -57,7 +57,7 @@ def read(source: str) -> tuple[Dataset, Dataset]:
 
 def build(data: Dataset, *, seed: int = 0) -> LMUFormer:
     """A small model for the rows of the images; its memory spans the image."""
-    _, channels, height, width = data.images.shape
+    _, channels, height, width = data["x"].shape
     torch.manual_seed(seed)
     model = effformer.build_model(
         "lmuformer-tiny", dim=64, depth=1, channels=channels * width, frames=height,
@@ -79,14 +79,14 @@ def fit(model: LMUFormer, data: Dataset, steps: int, *, seed: int = 0) -> None:
 def parallel(model: LMUFormer, data: Dataset, batch: int = 500) -> Tensor:
     """Logits (B, classes) of whole images."""
     with torch.inference_mode():
-        return torch.cat([model(rows(images)) for images in data.images.split(batch)])
+        return torch.cat([model(rows(images)) for images in data["x"].split(batch)])
 
 
 def streamed(model: LMUFormer, data: Dataset, batch: int = 500) -> Tensor:
     """Logits (B, H, classes) for every row: the same images, fed one row at a time."""
     everything = []
     with torch.inference_mode():
-        for images in data.images.split(batch):
+        for images in data["x"].split(batch):
             state, logits = model.init_state(len(images)), []
             for row in rows(images).split(1, dim=1):
                 ready, state = model.step(row, state)
@@ -135,15 +135,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = build(learned)
     fit(model, learned, options.steps)
     whole = parallel(model, tested)
-    accuracy = (whole.argmax(1) == tested.labels).double().mean().item()
+    accuracy = (whole.argmax(1) == tested["y"]).double().mean().item()
     print(f"trained on {len(learned):,} images in {time.perf_counter() - began:.0f} s")
     print(f"whole images: {accuracy:.2%} of {len(tested):,} test images recognised")
     prefixes = streamed(model, tested)
     agree = (prefixes[:, -1].argmax(1) == whole.argmax(1)).double().mean().item()
-    share = (prefixes.argmax(2) == tested.labels[:, None]).double().mean(0)
+    share = (prefixes.argmax(2) == tested["y"][:, None]).double().mean(0)
     print(f"row by row:   {agree:.2%} of the predictions are the same")
     print("recognised by row, %: " + " ".join(f"{100 * s:.0f}" for s in share.tolist()))
-    picture(options.out, share, tested.images[0])
+    picture(options.out, share, tested["x"][0])
     assert accuracy >= REQUIRED, f"{accuracy:.2%} recognised, fewer than {REQUIRED:.0%}"
     assert agree == 1, f"only {agree:.2%} of the streamed predictions are those of whole images"
     return {"accuracy": accuracy, "agree": agree, "seconds": time.perf_counter() - began}

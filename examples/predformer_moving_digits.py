@@ -97,7 +97,7 @@ class NextFrames:
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
-        clips = make_clips(batch.x, 2 * FRAMES, generator)
+        clips = make_clips(batch["x"], 2 * FRAMES, generator)
         return (model(clips[:, :FRAMES]) - clips[:, FRAMES:]).square().mean()
 
 
@@ -112,7 +112,7 @@ def read(source: str) -> tuple[Dataset, Dataset]:
 
 def without_margin(data: Dataset) -> Dataset:
     """The same images without their outermost pixels."""
-    return replace(data, images=data.images[..., 1:-1, 1:-1])
+    return replace(data, tensors={**data.tensors, "x": data["x"][..., 1:-1, 1:-1]})
 
 
 def build(data: Dataset, *, seed: int = 0) -> Standardized:
@@ -125,7 +125,7 @@ def build(data: Dataset, *, seed: int = 0) -> Standardized:
     assert isinstance(model, PredFormer)
     # the published 0.02 is for width 256; this narrow, blocks would begin by doing almost nothing
     truncated_normal_linears(model.blocks, std=0.1)
-    clips = make_clips(data.images[:1000], FRAMES, torch.Generator().manual_seed(seed))
+    clips = make_clips(data["x"][:1000], FRAMES, torch.Generator().manual_seed(seed))
     return Standardized(model, clips)
 
 
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = build(learned)
     fit(model, learned, options.steps)
     print(f"trained on clips of {len(learned):,} digits in {time.perf_counter() - began:.0f} s")
-    clips = make_clips(tested.images[:300], 3 * FRAMES, torch.Generator().manual_seed(1))
+    clips = make_clips(tested["x"][:300], 3 * FRAMES, torch.Generator().manual_seed(1))
     seen, wanted = clips[:, :FRAMES], clips[:, FRAMES:]
     predicted = predict(model, seen, wanted.shape[1])
     errors = (predicted - wanted).square().mean(dim=(0, 2, 3, 4))

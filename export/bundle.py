@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effformer.calls import evaluating
 from effformer.checks import unknown
 from effformer.files import atomic_folder, write_json
 from effformer.flow.conventions import EFFFORMER, FlowConvention, adapt, get_convention
@@ -23,7 +24,7 @@ from effformer.version import VERSION
 from . import run
 from .onnx import export_onnx
 from .quantize import QuantizeReport, quantize_onnx
-from .verify import VerifyReport, evaluating
+from .verify import VerifyReport
 
 __all__ = ["BundleReport", "export_bundle"]
 

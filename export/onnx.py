@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from effformer.build import list_attention
+from effformer.calls import Call, Inputs, evaluating
 from effformer.checks import CapabilityError, need
+from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
 
 from .graph import GraphFacts, read_graph, write_graph
-from .inputs import Axes, Call, Inputs, bind, resolve_axes
+from .inputs import Axes, graph_call, resolve_axes, sizes, traceable
 from .packed import decodes_codes, kernels_for, translations
 from .targets import get_target
-from .verify import TRACED, VerifyReport, check_tolerance, evaluating, verify_onnx
+from .verify import TRACED, VerifyReport, check_tolerance, verify_onnx
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -66,7 +68,7 @@ class ExportReport:
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    inputs: Inputs = None,
+    inputs: Inputs | None = None,
     *,
     dynamic: Mapping[str, Mapping[int, str]] | str | None = "auto",
     opset: int | None = None,
@@ -125,15 +127,15 @@ def export_onnx(
         )
     _check_parts(model)
     check_tolerance(tolerance, "export_onnx")
-    call = bind(model, inputs, where="export_onnx")
+    call = graph_call(model, inputs, where="export_onnx")
     axes = resolve_axes(model, call, dynamic, where="export_onnx")
-    call = call.traceable(axes)
+    call = traceable(call, axes)
     nbits = accuracy_level if "com.microsoft" in runtime.domains else None
     with evaluating(model):
-        call.run(
-            model
-        )  # inputs that do not fit fail with their own message; caches hold real tensors
-        program = _trace(model, call, axes, version, nbits)
+        # inputs that do not fit fail with their own message; caches hold real tensors
+        call.run(model)
+        with capturing_for(runtime.domains):
+            program = _trace(model, call, axes, version, nbits)
     _name(program, call, axes, output_names)
     _stamp(program.model, model, call, axes)
 
@@ -173,7 +175,7 @@ def _trace(
 ) -> torch.onnx.ONNXProgram:
     need("onnxscript")
     dim = torch.export.Dim
-    given = (*call.positional, *call.kwargs)
+    given = tuple(call.arguments)
     shapes = {n: {a: dim.DYNAMIC for a in axes[n]} if n in axes else None for n in given}
     name = type(model).__name__
     with warnings.catch_warnings(), torch.no_grad(), kernels_for(model, nbits) as packed:
@@ -244,7 +246,7 @@ def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> No
     facts = {
         "effformer.version": VERSION,
         "effformer.model": str(getattr(model, "name", type(model).__name__)),
-        TRACED: json.dumps(call.sizes(axes)),
+        TRACED: json.dumps(sizes(call, axes)),
     }
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):

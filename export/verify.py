@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from effformer.calls import Call, Inputs, evaluating
+
 from .graph import GraphFacts, read_graph
-from .inputs import Axes, Call, Inputs, bind
+from .inputs import Axes, graph_call, resized, sizes
 from .session import Session
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Case", "OutputError", "VerificationError", "VerifyReport", "evaluating", "verify_onnx"]
+__all__ = ["Case", "OutputError", "VerificationError", "VerifyReport", "verify_onnx"]
 
 TRACED = "effformer.traced"
 _BATCHES = (1, 3, 2)
@@ -133,7 +134,7 @@ class VerificationError(ValueError):
 def verify_onnx(
     path: str | Path,
     model: nn.Module,
-    inputs: Inputs = None,
+    inputs: Inputs | None = None,
     *,
     cases: int = 3,
     tolerance: float = 1e-4,
@@ -164,7 +165,7 @@ def verify_onnx(
     """
     check_tolerance(tolerance, "verify")
     graph, session = read_graph(path), Session(path, threads=threads)
-    call = bind(model, inputs, where="verify")
+    call = graph_call(model, inputs, where="verify")
     axes = _axes(graph, call)
     draws = torch.Generator().manual_seed(0) if generator is None else generator
     traced = json.loads(graph.metadata.get(TRACED, "{}"))
@@ -185,18 +186,6 @@ def check_tolerance(tolerance: float, where: str) -> None:
     """
     if not 0 < tolerance < float("inf"):
         raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance}")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode; each gets its own mode back."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _axes(graph: GraphFacts, call: Call) -> Axes:
@@ -225,27 +214,27 @@ def _other_runs(
     model: nn.Module, call: Call, axes: Axes, traced: Mapping[str, int], draws: torch.Generator
 ) -> Iterator[tuple[Call, list[Tensor]]]:
     """Calls at lengths other than the traced ones, with torch's outputs."""
-    base = call.sizes(axes)
+    base = sizes(call, axes)
     while not base:
-        other = call.resized(axes, base, draws)
+        other = resized(call, axes, base, draws)
         yield other, other.run(model)
     batches = {by[0] for by in axes.values() if 0 in by}
     seen, error = [base | dict(traced)], None
     for attempt in range(len(_BATCHES) * len(_FACTORS)):
-        sizes = dict.fromkeys(batches, _BATCHES[(len(seen) - 1) % len(_BATCHES)])
+        lengths = dict.fromkeys(batches, _BATCHES[(len(seen) - 1) % len(_BATCHES)])
         for i, symbol in enumerate(s for s in base if s not in batches):
-            sizes[symbol] = int(base[symbol] * _FACTORS[(attempt + i) % len(_FACTORS)])
-        if sizes in seen:
-            sizes |= dict.fromkeys(batches, max(max(s.values()) for s in seen) + 1)
-        if sizes in seen or not all(sizes.values()):
+            lengths[symbol] = int(base[symbol] * _FACTORS[(attempt + i) % len(_FACTORS)])
+        if lengths in seen:
+            lengths |= dict.fromkeys(batches, max(max(s.values()) for s in seen) + 1)
+        if lengths in seen or not all(lengths.values()):
             continue
-        other = call.resized(axes, sizes, draws)
+        other = resized(call, axes, lengths, draws)
         try:
             expected = other.run(model)
         except (ValueError, RuntimeError, AssertionError, IndexError) as refused:
             error = refused
             continue
-        seen.append(sizes)
+        seen.append(lengths)
         yield other, expected
     raise VerificationError(
         f"verify: {type(model).__name__} itself runs at only {len(seen) - 1} other lengths of "

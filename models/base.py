@@ -20,6 +20,10 @@ __all__ = ["Model", "Preset", "register_presets"]
 class Model(nn.Module, ABC):
     """Base of all models.
 
+    ``forward`` takes named tensors. A model made of blocks also takes ``ledger`` and ``tap``, and
+    ``complete``, with which its dynamic parts do all of their work; it hands them to the blocks in
+    the `Context`.
+
     Args:
         config: the config; ``type(model)(model.config)`` rebuilds the model.
         name: preset name, for messages and saved folders.

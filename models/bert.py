@@ -128,6 +128,7 @@ class Bert(Model):
         packed: bool = False,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> BertOutput:
         """Features of every token and of the text.
 
@@ -139,6 +140,7 @@ class Bert(Model):
                 export the padded form.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Raises:
             ValueError: a shape does not fit, or there are more tokens than positions.
@@ -151,7 +153,11 @@ class Bert(Model):
         packing = None if mask is None or not packed else Packing.from_mask(mask)
         h = self.embedding(tokens, segments, packing)
         ctx = Context(
-            mask=mask if packing is None else None, packing=packing, ledger=ledger, tap=tap
+            mask=mask if packing is None else None,
+            packing=packing,
+            ledger=ledger,
+            tap=tap,
+            complete=complete,
         )
         for block in self.blocks:
             h = block(h, ctx)

@@ -114,6 +114,7 @@ class GridOperator(Model):
         *,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Predict the next frames.
 
@@ -123,6 +124,7 @@ class GridOperator(Model):
                 of training: stretching them turns all rotary angles.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, frames, fields, n_1, n_2, ...).
@@ -145,7 +147,7 @@ class GridOperator(Model):
         cells = grid_positions(places)[0]
         h = self.frames(F.gelu(self.lift(x.transpose(1, 2).flatten(3))))
         h = h.squeeze(2).transpose(1, 2)
-        ctx = Context(grid=grid, positions=cells[None], ledger=ledger, tap=tap)
+        ctx = Context(grid=grid, positions=cells[None], ledger=ledger, tap=tap, complete=complete)
         for position, block in zip(self.positions, self.blocks, strict=True):
             h = block(h + position(cells.to(h.dtype)), ctx)
         y = self.predict(h).unflatten(-1, grid)

@@ -117,6 +117,7 @@ class FlowformerGPT(Model):
         *,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -125,6 +126,7 @@ class FlowformerGPT(Model):
             mask: (B, N) bool, True = real token; positions count from the first real one.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, N, vocab).
@@ -138,7 +140,9 @@ class FlowformerGPT(Model):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self._logits(tokens, positions, Context(mask=mask, ledger=ledger, tap=tap))
+        return self._logits(
+            tokens, positions, Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
+        )
 
     def init_state(self, batch: int) -> GPTState:
         """The state before the first token.

@@ -89,6 +89,7 @@ class FlowformerSeries(Model):
         packed: bool = False,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Class logits.
 
@@ -99,6 +100,7 @@ class FlowformerSeries(Model):
                 depends on the data; export the padded form.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, num_classes).
@@ -114,7 +116,7 @@ class FlowformerSeries(Model):
             check_shape(mask, "(B, length)", tuple(x.shape[:2]), where=f"{self.name}: mask")
         steps = torch.arange(config.length, device=x.device)
         h = self.embed(x) * config.dim**0.5 + sinusoids(steps, config.dim).to(x.dtype)
-        ctx = Context(mask=mask, ledger=ledger, tap=tap)
+        ctx = Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         if packed and mask is not None:
             packing = Packing.from_mask(mask)
             h, ctx = packing.pack(h), replace(ctx, mask=None, packing=packing)

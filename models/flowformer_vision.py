@@ -101,7 +101,7 @@ class FlowformerVision(Model):
                 heads=config.heads,
                 layer_scale=config.layer_scale,
                 norm=NormRule(eps=config.norm_eps),
-                tokens=(side >> stage) ** 2,
+                length=(side >> stage) ** 2,
                 grid=(side >> stage, side >> stage),
             )
             embeds.append(PatchEmbed(channels, dim, 2 if stage else config.patch))
@@ -119,13 +119,21 @@ class FlowformerVision(Model):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         truncated_normal_linears(self)
 
-    def forward(self, x: Tensor, *, ledger: Ledger | None = None, tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
+    ) -> Tensor:
         """Class logits.
 
         Args:
             x: (B, C, S, S) images, S = ``config.input_size``.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, num_classes).
@@ -133,11 +141,16 @@ class FlowformerVision(Model):
         Raises:
             ValueError: the shape does not fit.
         """
-        logits: Tensor = self.head(self.features(x, ledger=ledger, tap=tap))
+        logits: Tensor = self.head(self.features(x, ledger=ledger, tap=tap, complete=complete))
         return logits
 
     def features(
-        self, x: Tensor, *, ledger: Ledger | None = None, tap: Tap | None = None
+        self,
+        x: Tensor,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Mean of the normed tokens of the last stage, (B, dims[-1]); arguments as in `forward`."""
         size, channels = self.config.input_size, self.config.channels
@@ -148,7 +161,7 @@ class FlowformerVision(Model):
             h = self.patch_embed[stage](x)
             if stage == 0:
                 h = h + self.pos_embed
-            ctx = Context(grid=(side, side), ledger=ledger, tap=tap)
+            ctx = Context(grid=(side, side), ledger=ledger, tap=tap, complete=complete)
             for block in self.blocks[first : first + depth]:
                 h = block(h, ctx)
             x = h.transpose(1, 2).unflatten(2, (side, side))

@@ -125,13 +125,21 @@ class LMUFormer(Model):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, *, ledger: Ledger | None = None, tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
+    ) -> Tensor:
         """Class logits.
 
         Args:
             x: (B, N, channels) frames, any N >= 1.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, num_classes).
@@ -139,7 +147,9 @@ class LMUFormer(Model):
         Raises:
             ValueError: a shape does not fit.
         """
-        logits: Tensor = self.head(self._features(x, Context(ledger=ledger, tap=tap)).mean(dim=1))
+        logits: Tensor = self.head(
+            self._features(x, Context(ledger=ledger, tap=tap, complete=complete)).mean(dim=1)
+        )
         return logits
 
     def prefix_logits(self, x: Tensor) -> Tensor:

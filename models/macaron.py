@@ -184,7 +184,7 @@ class MacaronNet(Model):
             path=path,
         )
         cross = config.cross if decoder else None
-        encoding, decoding = Needs(mask="key"), Needs(causal=True, mask="key", memory=True)
+        encoding, decoding = Needs(mask="key"), Needs(causal=True, mask="key", cross=True)
         needs, beside = (decoding, encoding) if decoder else (encoding, decoding)
         where = f"{self.name} {path}"
         blocks = build_stack(config, site, needs, name=where, cross=cross, beside=(beside,))
@@ -208,6 +208,7 @@ class MacaronNet(Model):
         *,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Logits of the next target token.
 
@@ -219,6 +220,7 @@ class MacaronNet(Model):
                 attention relies on causality (right padding).
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, N, target vocabulary).
@@ -229,8 +231,10 @@ class MacaronNet(Model):
         """
         if source_mask is None:
             source_mask = source != self.config.pad
-        memory = self.encode(source, source_mask, ledger=ledger, tap=tap)
-        return self.decode(target, memory, source_mask, target_mask, ledger=ledger, tap=tap)
+        memory = self.encode(source, source_mask, ledger=ledger, tap=tap, complete=complete)
+        return self.decode(
+            target, memory, source_mask, target_mask, ledger=ledger, tap=tap, complete=complete
+        )
 
     def encode(
         self,
@@ -239,12 +243,13 @@ class MacaronNet(Model):
         *,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """The source as memory of the decoder, (B, M, D); arguments as in `forward`."""
         check_tokens(source, source_mask, where=f"{self.name}: source")
         mask = source != self.config.pad if source_mask is None else source_mask
         h: Tensor = self.drop(scaled_tokens(self.embed, source, mask, self.positions))
-        out: Tensor = self.encoder(h, Context(mask=mask, ledger=ledger, tap=tap))
+        out: Tensor = self.encoder(h, Context(mask=mask, ledger=ledger, tap=tap, complete=complete))
         return out
 
     def decode(
@@ -256,6 +261,7 @@ class MacaronNet(Model):
         *,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Logits from the result of `encode`; the other arguments as in `forward`."""
         check_tokens(target, target_mask, where=f"{self.name}: target")
@@ -263,7 +269,12 @@ class MacaronNet(Model):
         table = self.embed if self.config.share == "all" else self.target_embed
         h: Tensor = self.drop(scaled_tokens(table, target, real, self.target_positions))
         ctx = Context(
-            memory=memory, mask=target_mask, memory_mask=source_mask, ledger=ledger, tap=tap
+            memory=memory,
+            mask=target_mask,
+            memory_mask=source_mask,
+            ledger=ledger,
+            tap=tap,
+            complete=complete,
         )
         h = self.decoder(h, ctx)
         weight = self.head.weight if self.config.share == "none" else table.weight

@@ -151,6 +151,7 @@ class MacaronBert(Model):
         packed: bool = False,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> MacaronBertOutput:
         """Logits of both tasks.
 
@@ -163,13 +164,16 @@ class MacaronBert(Model):
                 number of tokens depends on the data; export the padded form.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Raises:
             ValueError: a shape does not fit.
             TypeError: ids are not integers, or the mask is not bool.
             CapabilityError: ``packed``, but a part cannot run packed.
         """
-        h = self.encode(tokens, segments, mask, packed=packed, ledger=ledger, tap=tap)
+        h = self.encode(
+            tokens, segments, mask, packed=packed, ledger=ledger, tap=tap, complete=complete
+        )
         nsp = self.nsp(h[:, 0]).squeeze(-1)
         if rows is not None:
             check_shape(rows, "(R,)", (None,), where=f"{self.name}: rows")
@@ -186,6 +190,7 @@ class MacaronBert(Model):
         packed: bool = False,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Features (B, N, D); arguments as in `forward`."""
         check_tokens(tokens, mask, where=self.name)
@@ -195,7 +200,7 @@ class MacaronBert(Model):
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
             h = h + self.segment_embed(segments)
-        ctx = Context(mask=mask, ledger=ledger, tap=tap)
+        ctx = Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         if packed:
             packing = Packing.from_mask(mask)
             h, ctx = packing.pack(h), replace(ctx, mask=None, packing=packing)

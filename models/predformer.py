@@ -128,13 +128,21 @@ class PredFormer(Model):
             self._set_mixer_dropout(config.attn_dropout)
         truncated_normal_linears(self.blocks)
 
-    def forward(self, x: Tensor, *, ledger: Ledger | None = None, tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
+    ) -> Tensor:
         """The next frames.
 
         Args:
             x: (B, T, C, H, W) frames, H and W divisible by the patch.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, T, C, H, W), the T frames behind those of x.
@@ -143,7 +151,9 @@ class PredFormer(Model):
             ValueError: a shape does not fit.
         """
         config, grid = self.config, self.grid_of(x)
-        h = self.encode(self.embed(x), Context(grid=grid, ledger=ledger, tap=tap))
+        h = self.encode(
+            self.embed(x), Context(grid=grid, ledger=ledger, tap=tap, complete=complete)
+        )
         patches = self.head(self.norm(h)).unflatten(1, (grid[0], -1)).flatten(0, 1)
         return unpatchify(patches, grid[1], grid[2], config.patch).unflatten(0, (-1, grid[0]))
 

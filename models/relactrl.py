@@ -122,7 +122,9 @@ class ControlBlock(nn.Module):
             The new state and the addition to the backbone's tokens, (B, N, D) each.
         """
         mods = (self.table[:3] + time[:, :3]).unsqueeze(2).unbind(1)
-        c = self.mixer(self.entry(x, c), Context(ledger=ctx.ledger, tap=ctx.tap), mods)
+        c = self.mixer(
+            self.entry(x, c), Context(ledger=ctx.ledger, tap=ctx.tap, complete=ctx.complete), mods
+        )
         return c, self.after(c)
 
 
@@ -241,6 +243,7 @@ class RelaCtrl(Model):
         drop: Tensor | None = None,
         ledger: Ledger | None = None,
         tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """The backbone's output under control.
 
@@ -252,11 +255,12 @@ class RelaCtrl(Model):
             drop: (B,) bool, labels to replace by the null class.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Raises:
             ValueError: a shape does not fit.
         """
-        ctx = self.backbone.context(x, t, y, drop=drop, ledger=ledger, tap=tap)
+        ctx = self.backbone.context(x, t, y, drop=drop, ledger=ledger, tap=tap, complete=complete)
         check_shape(condition, str(tuple(x.shape)), x.shape, where=f"{self.name}: condition")
         assert ctx.time is not None
         time = torch.cat(self.modulation(ctx.time), dim=1)

@@ -301,13 +301,21 @@ class ViT(Model):
         if self.config.head.pool == "map":
             nn.init.trunc_normal_(self.head.pool.latent, std=self.config.dim**-0.5)
 
-    def forward(self, x: Tensor, *, ledger: Ledger | None = None, tap: Tap | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
+    ) -> Tensor:
         """Classify images.
 
         Args:
             x: (B, C, H, W) images.
             ledger: where dynamic parts report.
             tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
 
         Returns:
             (B, num_classes).
@@ -317,18 +325,23 @@ class ViT(Model):
                 `resized` gives a model of another one.
             TypeError: images are not floating point.
         """
-        return self.head(*self._features(x, ledger, tap))
+        return self.head(*self._features(x, ledger, tap, complete))
 
     def forward_features(
-        self, x: Tensor, *, ledger: Ledger | None = None, tap: Tap | None = None
+        self,
+        x: Tensor,
+        *,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
     ) -> Tensor:
         """Tokens behind the last block (and its norm), prefix first: (B, prefix + N, D), fewer if
         some were merged.
         """
-        return self._features(x, ledger, tap)[0]
+        return self._features(x, ledger, tap, complete)[0]
 
     def _features(
-        self, x: Tensor, ledger: Ledger | None, tap: Tap | None
+        self, x: Tensor, ledger: Ledger | None, tap: Tap | None, complete: bool
     ) -> tuple[Tensor, Merging | None]:
         """The tokens, and how many each of them stands for if a part reduces them."""
         self._check(x)
@@ -339,7 +352,10 @@ class ViT(Model):
         if any(block.tokens is not None for block in self.blocks):
             merging = Merging(tokens=h.shape[1], front=self.config.prefix.count)
         positions, ropes = self._places(grid, h)
-        ctx = Context(grid=grid, positions=positions, merging=merging, ledger=ledger, tap=tap)
+        ctx = Context(
+            grid=grid, positions=positions, merging=merging, ledger=ledger, tap=tap,
+            complete=complete,
+        )  # fmt: skip
         for block, rope in zip(self.blocks, ropes, strict=True):
             h = block(h, ctx if rope is None else replace(ctx, rope=rope))
         return self.norm(h), merging

@@ -55,8 +55,14 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 
 
 def _swallows(node: ast.ExceptHandler) -> bool:
+    """Neither raised again nor said."""
     broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
-    return broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+    said = ("warnings.warn",)
+    return broad and not any(
+        isinstance(inner, ast.Raise)
+        or (isinstance(inner, ast.Call) and ast.unparse(inner.func) in said)
+        for inner in ast.walk(node)
+    )
 
 
 def _raised(tree: ast.Module, name: ast.Name) -> bool:

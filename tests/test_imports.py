@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
-BASE = {"registry", "config", "context", "checks", "files", "layout", "version"}
+BASE = {
+    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "site", "version",
+}  # fmt: skip
 TOP = BASE | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}
 # what the modules of a group may import beside their own group, deferred imports included

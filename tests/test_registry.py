@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
+import effformer
 from effformer import registry
+from effformer.attention import Softmax
 from effformer.registry import Caps, Registry
 
 
@@ -95,20 +103,92 @@ def test_built_in_cores(given: str, known: str) -> None:
             registry.core.get(given)
 
 
-def test_plugins_are_loaded_on_the_first_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Point:
+    """An entry point of an installed package."""
+
+    def __init__(self, name: str, load: Callable[[], None], package: str = "some-package") -> None:
+        self.name, self.load, self.value = name, load, "some.module"
+        self.dist = SimpleNamespace(name=package)
+
+
+@pytest.fixture
+def plug_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend that packages with these entry points are installed."""
+
+    def install(*points: _Point) -> None:
+        monkeypatch.setattr("effformer.registry.entry_points", lambda group: points)
+        monkeypatch.setattr("effformer.registry._PLUGINS", {})
+
+    return install
+
+
+def test_plugins_are_loaded_on_the_first_look(plug_in: Callable[..., None]) -> None:
     kind, calls = Registry("gadget", "effformer.ffn"), []
 
-    class Point:
-        def load(self) -> None:
-            calls.append(1)
-            kind.register("third-party")(nn.Identity)
+    def load() -> None:
+        calls.append(1)
+        kind.register("third-party")(nn.Identity)
 
-    monkeypatch.setattr("effformer.registry.entry_points", lambda group: [Point()])
-    assert kind.names() == []
-    assert kind.get("third-party").build is nn.Identity
+    plug_in(_Point("p", load))
+    assert "third-party" in kind
+    assert kind.names() == ["third-party"]
     with pytest.raises(ValueError, match="unknown gadget"):
         kind.get("missing")
     assert calls == [1]
+
+
+def test_a_broken_plugin_is_named_and_the_others_go_on(plug_in: Callable[..., None]) -> None:
+    kind = Registry("gadget", "effformer.ffn")
+
+    def broken() -> None:
+        raise ImportError("no module named 'gone'")
+
+    whole = _Point("good", lambda: kind.register("third-party")(nn.Identity))
+    plug_in(_Point("bad", broken, package="broken-package"), whole)
+    with pytest.warns(UserWarning, match="bad of package broken-package .*ImportError: no module"):
+        assert kind.names() == ["third-party"]
+    assert registry.plugins() == {
+        "bad of package broken-package": "ImportError: no module named 'gone'",
+        "good of package some-package": None,
+    }
+
+
+def test_a_core_of_a_plugin_is_an_attention_everywhere(plug_in: Callable[..., None]) -> None:
+    @registry.core.register("plugged", caps=Caps(order_free=True), paper="none")
+    class Plugged(Softmax):
+        """A core of another package.
+
+        Reference: none.
+        """
+
+        @dataclass(frozen=True, slots=True, kw_only=True)
+        class Config(Softmax.Config):
+            """Knobs."""
+
+    try:
+        model = effformer.build_model("dit-nano", attn="plugged", layers={"0": {"attn": "flow"}})
+        assert model.config.attn.title == "plugged"
+        assert type(model.blocks[1].attn.part.core) is Plugged
+        assert "plugged" in effformer.list_attention(order_free=True)
+        assert "heads around" not in registry.attention.describe("plugged")
+        assert model.config.to_dict()["attn"]["core"]["name"] == "plugged"
+    finally:
+        for kind in (registry.core, registry.attention):
+            kind._entries.pop("plugged")
+            kind._aliases.pop("plugged")
+
+
+def test_many_threads_look_at_once() -> None:
+    code = (
+        "import threading, effformer\n"
+        "found = []\n"
+        "def look(): found.append(effformer.build_model('dit-nano').name)\n"
+        "threads = [threading.Thread(target=look) for _ in range(6)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "assert found == ['dit-nano'] * 6, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["core", "attention", "ffn", "block", "model"])

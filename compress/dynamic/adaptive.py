@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from effformer.attention import AdaptiveProjections, Attention
 from effformer.blocks import BackboneConfig
+from effformer.calls import evaluating
 from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import Ledger
@@ -293,13 +294,10 @@ def _watched(
     places = list(_places(teacher, student))
     if not places:
         raise CapabilityError("acm: the student has no learners; make it by acmize(teacher)")
-    training = teacher.training
-    teacher.eval()
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, evaluating(teacher), torch.no_grad():
         for place in places:
             hooks.callback(place.teacher.register_forward_hook(place.watch).remove)
         task(teacher, batch, generator, Ledger())
-    teacher.train(training)
     for place in places:
         assert place.seen is not None
         yield place.learners, *place.seen

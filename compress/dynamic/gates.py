@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import Block, Branch, Joint
+from effformer.calls import evaluating, takes
 from effformer.checks import CapabilityError, check_shape
 from effformer.context import Context, Ledger
 
@@ -72,15 +73,12 @@ def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
         )
     weight = next(model.parameters())
     time = embed(times.to(weight.device), weight.dtype)
-    active, training = {}, model.training
-    model.eval()
-    try:
+    active = {}
+    with evaluating(model):
         for block, name in found:
             gate = block.width(name, Context(time=time))  # type: ignore[misc]
             if gate is not None:
                 active[getattr(block, name).site.path] = (gate > 0).cpu()
-    finally:
-        model.train(training)
     return GateTable(times, active)
 
 
@@ -152,6 +150,12 @@ class Frugal:
         target = self.target if isinstance(self.target, (int, float)) else self.target(ledger.step)
         write_work_loss(ledger, target, weight=self.weight)
         if ledger.step < self.complete:
+            if not takes(model, "complete"):
+                raise CapabilityError(
+                    f"Frugal: {type(model).__name__}.forward has no argument 'complete', so that it "
+                    "cannot run with all of its work; choices: complete=0, or a model that hands "
+                    "complete= to its blocks in the context"
+                )
             generator.set_state(state)
             whole: Any = _Complete(model)
             value = value + self.task(whole, batch, generator, Ledger())
@@ -163,6 +167,7 @@ class _Complete:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.forward = model.forward  # the names that it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, complete=True, **kwargs)

@@ -8,10 +8,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from effformer import registry
+from effformer.calls import Inputs, run
 from effformer.checks import FormatError
 from effformer.config import Spec
 
@@ -24,7 +24,6 @@ from .schemes import Scheme, make_scheme
 __all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
 
 M = TypeVar("M", bound=nn.Module)
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 Dense = nn.Linear | nn.Embedding
 Packed = QuantLinear | QuantEmbedding
 
@@ -59,8 +58,8 @@ def quantize(
             makes no exception.
         backend: "torch", "bitsandbytes" (same bytes, its kernels) or "auto"; sensitive layers are
             always decoded by torch.
-        inputs: arguments of forward (tensor, tuple or dict), to measure the output's relative
-            error.
+        inputs: named tensors (or one tensor, or a tuple), to measure the relative error of all
+            tensors that the model returns.
 
     Returns:
         The new model and what was done.
@@ -108,7 +107,9 @@ def quantize_(
         layers.append(_describe(name, dense, packed[name]))
     _swap(model, {chosen[name]: layer for name, layer in packed.items()})
     _record(model, packed)
-    error = None if reference is None else _relative(_run(model, inputs), reference)
+    error = None
+    if reference is not None and inputs is not None:
+        error = _relative(_run(model, inputs), reference)
     return Report(
         layers=tuple(layers), kept=tuple(kept), output_error=error,
         bytes_before=before, bytes_after=file_bytes(model.state_dict()),
@@ -245,19 +246,11 @@ def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
         record(model, "quantize", {"scheme": config, "layers": names})
 
 
-@torch.no_grad()
-def _run(model: nn.Module, inputs: Inputs | None) -> list[Tensor]:
-    training = model.training
-    model.eval()
-    try:
-        if isinstance(inputs, Mapping):
-            out = model(**inputs)
-        else:
-            out = model(inputs) if isinstance(inputs, Tensor) else model(*(inputs or ()))
-    finally:
-        model.train(training)
-    outputs = [out] if isinstance(out, Tensor) else list(out)
-    return [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
+def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    found = run(model, inputs, where="quantize")
+    if floats := [x for x in found if x.is_floating_point()]:
+        return floats
+    raise TypeError(f"quantize: {type(model).__name__} returns no floating-point tensor to compare")
 
 
 def _relative(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -398,7 +398,7 @@ class Heads(Mixer):
     def magnitudes(self) -> Tensor:
         """Norm of each head's rows in the input projections and columns in ``proj``, (heads,)."""
         weight = torch.cat([self.q.weight, self.kv.weight]) if self.cross else self.qkv.weight  # type: ignore[list-item]
-        rows = weight.split(self._widths())  # type: ignore[operator]
+        rows = weight.split(self._widths())
         parts = [*(r.unflatten(0, (self.heads, -1)).square().sum(dim=(1, 2)) for r in rows)]
         if self.closes:
             columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]

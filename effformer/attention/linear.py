@@ -156,7 +156,7 @@ class Linear(Core):
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, ctx: Context = EMPTY
     ) -> tuple[Tensor, LinearState]:
         """Feed the next tokens; the state has a fixed size."""
-        wide = (_widened(x) for x in (q, k, v))
+        wide = _widened(q), _widened(k), _widened(v)
         out, state = self._scan(*wide, None, ctx.rope, state)
         return out.to(v.dtype), state
 

@@ -88,9 +88,9 @@ class Attention(Heads):
             return able if self.projections is None else replace(able, dynamic=True)
 
         @property
-        def label(self) -> str:
+        def title(self) -> str:
             """The name of the core."""
-            return self.core.label
+            return self.core.title
 
         def inputs(self, site: Site) -> Mapping[str, Input]:
             """What the core asks for beside queries, keys and values, of the heads at a site.
@@ -104,7 +104,7 @@ class Attention(Heads):
             if grouped and not self.core.GROUPED:
                 able = ", ".join(e.name for e in core if getattr(e.config, "GROUPED", False))
                 raise CapabilityError(
-                    f"{site.path or 'attention'}: {self.label!r} has as many keys as values, and of "
+                    f"{site.path or 'attention'}: {self.title!r} has as many keys as values, and of "
                     f"the same width; qk_heads=None and value_dim=None, or choices: {able}"
                 )
             return self.core.inputs(width, values)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effformer.config import Config
+from effformer.nn.activations import ACTIVATIONS
 from effformer.nn.cut import cut_linear, put, twin
 
 __all__ = ["HeadOutput", "Input", "OutputGate", "cut_input", "make_input"]
@@ -133,8 +134,8 @@ class HeadOutput(nn.Module):
         if self.config.per == "none":
             return out
         gate = self.proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        act = {"sigmoid": torch.sigmoid, "silu": F.silu, "identity": lambda y: y}[self.config.act]
-        return out * act(gate)
+        act = self.config.act
+        return out * (torch.sigmoid(gate) if act == "sigmoid" else ACTIVATIONS[act](gate))
 
     def _normed(self, out: Tensor) -> Tensor:
         if self.config.norm == "none":

@@ -51,8 +51,9 @@ def over_heads(
     if size >= q.shape[1]:
         return function(q, k, v, slice(None))
     outputs = Rows(q.shape[1], dim=1)
-    for i, heads in enumerate(zip(*(x.split(size, dim=1) for x in (q, k, v)), strict=True)):
-        outputs.append(function(*heads, slice(i * size, (i + 1) * size)))
+    cut = (x.split(size, dim=1) for x in (q, k, v))
+    for i, (some_q, some_k, some_v) in enumerate(zip(*cut, strict=True)):
+        outputs.append(function(some_q, some_k, some_v, slice(i * size, (i + 1) * size)))
     return outputs.joined()
 
 

@@ -41,8 +41,9 @@ def check_layer(
     found = {kind: getattr(layer, kind) for kind in _SLOTS}
     slots = {kind: config for kind, config in found.items() if config is not None}
     every = (needs, *beside)
+    near = [replace(n, cross=False) for n in every]
     _check_mixer(
-        layer.attn, every, f"{where}.attn", slots, replace(site, memory_dim=None),
+        layer.attn, near, f"{where}.attn", slots, replace(site, memory_dim=None),
         scheduled=layer.scheduled,
     )  # fmt: skip
     if layer.ffn is not None:
@@ -114,12 +115,12 @@ def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: st
 def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
     """Why a block does not serve, None if it does."""
     if caps.multihead and not layer.attn.caps().multihead:
-        return f"needs queries, keys and values, which the token mixer {layer.attn.label!r} has not"
-    if layer.cross is not None and not caps.cross:
+        return f"needs queries, keys and values, which the token mixer {layer.attn.title!r} has not"
+    if needs.cross and not caps.cross:
         return "has no attention to a memory"
     if layer.ffn is None and not caps.mixer_only:
         return "cannot do without an FFN"
-    if needs.joint != caps.joint:
+    if needs.joint != caps.order_free:
         return "has one stream" if needs.joint else "has two streams, and this model one"
     if needs.joint and layer.block.parts("block"):
         return "has two streams, and the block around it one"
@@ -180,7 +181,7 @@ def _check_mixer(
         and not any(_mixer_reason(e.caps, n) for n in needs)
         and _can_stand(e.name, site, needs[0])
     )
-    raise CapabilityError(f"{where}: {config.label!r} {reason}; choices: {', '.join(able)}")
+    raise CapabilityError(f"{where}: {config.title!r} {reason}; choices: {', '.join(able)}")
 
 
 def _is_causal(config: Config) -> bool:

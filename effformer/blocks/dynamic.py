@@ -88,7 +88,7 @@ class DynamicWidth(WidthPart):
             mixer = getattr(layer, slot)
             if mixer is not None and (why := _joined(mixer)) is not None:
                 raise CapabilityError(
-                    f"{where}.width: 'dynamic' switches heads, but {slot} {mixer.label!r} {why}; "
+                    f"{where}.width: 'dynamic' switches heads, but {slot} {mixer.title!r} {why}; "
                     "choices: None"
                 )
         if layer.ffn is None:

@@ -108,7 +108,7 @@ class FlowTransformerDecoder(Block):
         a, f = below(site, "attn", memory_dim=site.dim), below(site, "ffn")
         if not isinstance(attn, Attention.Config):
             raise CapabilityError(
-                f"{a.path}: {attn.label!r} has no queries that the "
+                f"{a.path}: {attn.title!r} has no queries that the "
                 "flowtransformer-decoder block could take from other tokens; choices: "
                 + ", ".join(registry.core.names())
             )

@@ -90,7 +90,7 @@ class Joint(Block):
         if not isinstance(attn, Attention.Config):
             able = ", ".join(registry.core.names(order_free=True))
             raise CapabilityError(
-                f"{self.where}: {attn.label!r} has no queries, keys and values that two streams "
+                f"{self.where}: {attn.title!r} has no queries, keys and values that two streams "
                 f"could share; choices: {able}"
             )
         self.ends = config.ends and site.layer == site.depth - 1

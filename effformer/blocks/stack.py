@@ -118,6 +118,7 @@ def build_stack(
     if isinstance(site, Site):
         assert isinstance(config, BackboneConfig)
         site = [site] * config.depth
+    needs = replace(needs, cross=cross is not None)
     layers = resolve_layers(config, len(site), cross=cross, name=name)
     views = along_axes([layer.attn for layer in layers], config.axes, needs.axes, name)
     layers = [

@@ -190,7 +190,7 @@ class ToMe(TokenPart):
 
 def _reason(config: ToMe.Config, layer: Layer, needs: Needs) -> str | None:
     """Why merging cannot serve in a block, None if it can."""
-    name = layer.attn.label
+    name = layer.attn.title
     able = sorted(registry.core.names(order_free=True))
     if not layer.attn.caps().multihead:
         return f"compares keys, but attn {name!r} has none (attn: {', '.join(able)} would do)"

@@ -195,8 +195,8 @@ def run_demo(
 def _show_real(demo: Demo) -> None:
     import torch
 
-    rows = [torch.nonzero(demo.data.labels == c)[:10, 0] for c in range(len(demo.data.classes))]
-    images = demo.data.images[torch.stack(rows, dim=1).flatten()]
+    rows = [torch.nonzero(demo.data["y"] == c)[:10, 0] for c in range(len(demo.data.classes))]
+    images = demo.data["x"][torch.stack(rows, dim=1).flatten()]
     demo.picture("real", "Real digits", "UCI handwritten digits, 8 x 8", images.numpy())
 
 

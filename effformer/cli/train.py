@@ -112,8 +112,8 @@ def _fit(model: str, images: Any) -> dict[str, Any]:
     from ..registry import model as registry
 
     fitted = {
-        "input_size": images.images.shape[-1],
-        "channels": images.images.shape[1],
+        "input_size": images["x"].shape[-1],
+        "channels": images["x"].shape[1],
         "num_classes": len(images.classes),
         "learn_sigma": False,
     }

@@ -292,7 +292,7 @@ def sample(
         trajectory: keep the state after every step.
         progress: called with (steps done, steps in all or None) after every step.
         grad: keep the graph for backpropagation through the sampler.
-        cond: conditions, handed to the velocity.
+        cond: conditions, named tensors that are handed to the velocity (labels are ``y``).
 
     Returns:
         The samples, and the trajectory if asked for.

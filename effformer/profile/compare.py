@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from effformer import registry
+from effformer.calls import Inputs
 from effformer.checks import unknown
 
-from .fake import Inputs
 from .html import report_page
 from .latency import Latency, interleave
 from .plots import Pareto

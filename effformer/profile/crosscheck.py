@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from effformer.calls import Call
 from effformer.checks import need
 
 from .attribution import Costs
@@ -65,18 +66,15 @@ class Row:
         return "\n".join(lines)
 
 
-def compare_counters(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], costs: Costs
-) -> tuple[Row, ...]:
+def compare_counters(model: nn.Module, inputs: Call, costs: Costs) -> tuple[Row, ...]:
     """Rows for torch's ``FlopCounterMode`` and fvcore's ``FlopCountAnalysis``.
 
     Args:
         model: the module, in evaluation mode; fvcore really runs it.
-        args: positional inputs.
-        kwargs: keyword inputs.
+        inputs: its arguments.
         costs: our count of the same call.
     """
-    return _torch_row(model, args, kwargs, costs), _fvcore_row(model, args, kwargs, costs)
+    return _torch_row(model, inputs, costs), _fvcore_row(model, inputs, costs)
 
 
 def _row(counter: str, theirs: int, ours: int, reasons: Mapping[str, int]) -> Row:
@@ -93,13 +91,11 @@ def _formula_reasons(costs: Costs) -> dict[str, int]:
     }
 
 
-def _torch_row(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], costs: Costs
-) -> Row:
+def _torch_row(model: nn.Module, inputs: Call, costs: Costs) -> Row:
     name = "torch FlopCounterMode"
     theirs = FlopCounterMode(display=False)
     try:
-        with on_fake(model, args, kwargs) as run, torch.no_grad(), theirs:
+        with on_fake(model, inputs) as run, torch.no_grad(), theirs:
             run.call()
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return Row(name, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
@@ -111,16 +107,14 @@ def _torch_row(
     return _row(name, theirs.get_total_flops() // 2, costs.total, reasons)
 
 
-def _fvcore_row(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], costs: Costs
-) -> Row:
+def _fvcore_row(model: nn.Module, inputs: Call, costs: Costs) -> Row:
     name = "fvcore FlopCountAnalysis"
     if any(p.is_meta for p in model.parameters()):
         return Row(name, None, error="needs real parameters, the model is on the meta device")
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch.jit warns that it is old, and of every branch
-            theirs, reasons, missing = _fvcore_total(model, *on_real(model, args, kwargs).inputs)
+            theirs, reasons, missing = _fvcore_total(model, on_real(model, inputs).inputs)
     except (RuntimeError, NotImplementedError, TypeError, AssertionError, IndexError) as error:
         return Row(name, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
     for op, n in costs.by_op().items():
@@ -129,16 +123,15 @@ def _fvcore_row(
     return _row(name, theirs, costs.total, _formula_reasons(costs) | reasons)
 
 
-def _fvcore_total(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, dict[str, int], set[str]]:
+def _fvcore_total(model: nn.Module, inputs: Call) -> tuple[int, dict[str, int], set[str]]:
     """Its total, the differences that its trace explains, and the operators that it lacks."""
     reasons: dict[str, int] = {}
     handles = _fvcore_handles(reasons)
-    named = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-    fixed = {k: v for k, v in kwargs.items() if k not in named}
-    positional = _Positional(model, len(args), tuple(named), fixed)
-    analysis = need("fvcore.nn").FlopCountAnalysis(positional, (*args, *named.values()))
+    named = {k: v for k, v in inputs.kwargs.items() if isinstance(v, Tensor)}
+    fixed = {k: v for k, v in inputs.kwargs.items() if k not in named}
+    positional = _Positional(model, len(inputs.args), tuple(named), fixed)
+    given = (*inputs.args, *named.values())
+    analysis = need("fvcore.nn").FlopCountAnalysis(positional, given)
     analysis.set_op_handle(**handles)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return int(analysis.total()), reasons, set(analysis.unsupported_ops())

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fake import Inputs, bind_inputs, evaluating, on_real
+from effformer.calls import Inputs, bind, evaluating
+
+from .fake import on_real
 from .machine import Machine, machine
 
 __all__ = ["Latency", "SideBySide", "interleave", "latency"]
@@ -169,10 +171,9 @@ def _call(
         raise ValueError(
             f"latency: {name} is on the meta device; build it with real parameters to time it"
         )
-    run = on_real(candidate, *bind_inputs(candidate, inputs, "latency"))
-    args, kwargs = run.inputs
+    given = on_real(candidate, bind(candidate, inputs, where="latency")).inputs
     model: Callable[..., Any] = torch.compile(candidate) if compile else candidate
-    return lambda: model(*args, **kwargs)
+    return lambda: given(model)
 
 
 def _timed(call: Callable[[], Any]) -> float:

@@ -140,6 +140,21 @@ def _added_product(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) 
     return out.numel() * int(args[1].shape[-1])
 
 
+@register_formula("aten::linalg_solve_triangular")
+def _triangular_solve(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
+    """Half a product of the triangle (..., C, C) with the solution."""
+    return out.numel() * int(args[0].shape[-1]) // 2
+
+
+@register_formula("effformer::chunk_states", "effformer::chunk_states_backward")
+def _chunk_states(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
+    """Products of a (c Z, K, K) transition with states (c Z, K, V); a diagonal one is
+    elementwise.
+    """
+    transition = next(x for x in args[:2] if x.shape[0] < out.shape[0])
+    return 0 if transition.shape[-1] == 1 else transition.numel() * int(out.shape[-1])
+
+
 @register_formula("aten::addbmm")
 def _summed_product(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
     return out.numel() * int(args[1].shape[-1]) * int(args[1].shape[0])

@@ -44,7 +44,7 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("patch_embed", r"(^|\.)(patch\w*|x_embed\w*|conv_proj)(\.|$)|^pos_embed\.proj$"),
         (
             "qkv",
-            r"\.(qkv|kv|q|k|v|to_qkv|to_q|to_k|to_v|[qkv]_proj|query|key|value)(\.(fc[12]|gate)\..*)?$",
+            r"\.(qkvg?|qg|qk|kv|q|k|v|to_qkv|to_q|to_k|to_v|[qkv]_proj|query|key|value)(\.(fc[12]|gate)\..*)?$",
         ),
         (
             "proj",

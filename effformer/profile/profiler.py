@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from math import prod
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
+from effformer.calls import Call, Inputs, bind, evaluating, takes
 from effformer.context import Ledger
-from effformer.ledger import takes_ledger
 
 from .attribution import Costs
 from .counter import Counter
 from .crosscheck import Row, compare_counters
-from .fake import Inputs, Run, bind_inputs, evaluating, on_fake, on_real, visible_operators
+from .fake import Run, on_fake, on_real, visible_operators
 from .memory import Memory, MemoryTracker, activation_memory
 from .result import Profile
 
@@ -47,7 +45,7 @@ def profile(
 
     Args:
         model: any module.
-        inputs: keyword arguments (dict), positional ones (tuple), one tensor, or None for
+        inputs: named tensors (dict), positional arguments (tuple), one tensor, or None for
             ``model.example_inputs()``; batch as given.
         cross_check: compare with fvcore and torch's counter; fvcore really runs the model.
         memory: also measure activation memory.
@@ -60,23 +58,23 @@ def profile(
         >>> profile(torch.nn.Linear(8, 4), (torch.zeros(2, 8),)).total
         64
     """
-    args, kwargs = bind_inputs(model, inputs, "profile")
+    call = bind(model, inputs, where="profile")
     say = progress or _silent
     model = getattr(model, "_orig_mod", model)  # a compiled module hides its operators
     notes: list[str] = []
     with evaluating(model), visible_operators():
         say("counting operators")
-        counter, usage, ledger = _run(model, args, kwargs, memory, notes)
+        counter, usage, ledger = _run(model, call, memory, notes)
         costs = Costs(counter, _known(ledger, counter, notes))
-        executed = _executed(model, args, kwargs, costs, ledger, notes)
+        executed = _executed(model, call, costs, ledger, notes)
         rows: tuple[Row, ...] = ()
         if cross_check:
             say("comparing with other counters")
-            rows = compare_counters(model, args, kwargs, costs)
+            rows = compare_counters(model, call, costs)
     _note_corrections(counter, notes)
     return Profile(
         name=getattr(model, "name", type(model).__name__),
-        inputs=tuple(tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)),
+        inputs=tuple(tuple(x.shape) for x in call.leaves),
         total=costs.total,
         executed=executed,
         by_module=costs.by_module(),
@@ -105,24 +103,24 @@ def _silent(stage: str) -> None:
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], memory: bool, notes: list[str]
+    model: nn.Module, inputs: Call, memory: bool, notes: list[str]
 ) -> tuple[Counter, Memory | None, Ledger]:
     """Count on fake tensors if possible, else on real ones."""
     try:
-        with on_fake(model, args, kwargs) as run:
+        with on_fake(model, inputs) as run:
             return _watch(run, memory, "fake tensors (nothing was computed)")
     except _FAKE_FAILURES as error:
         if any(p.is_meta for p in model.parameters()):
             raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-    counted = _watch(on_real(model, args, kwargs), memory, "real tensors")
+    counted = _watch(on_real(model, inputs), memory, "real tensors")
     notes.append(f"counted on real tensors, because fake ones failed ({reason})")
     return counted
 
 
 def _watch(run: Run, memory: bool, method: str) -> tuple[Counter, Memory | None, Ledger]:
     ledger = Ledger()
-    more = {"ledger": ledger} if takes_ledger(run.model) else {}
+    more = {"ledger": ledger} if takes(run.model, "ledger") else {}
     tracker, counter = MemoryTracker(run.own), Counter(run.model)
     with torch.no_grad(), tracker if memory else nullcontext(), counter:
         run.call(**more)
@@ -144,8 +142,7 @@ def _known(ledger: Ledger, counter: Counter, notes: list[str]) -> dict[str, int 
 
 def _executed(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    inputs: Call,
     costs: Costs,
     ledger: Ledger,
     notes: list[str],
@@ -159,7 +156,7 @@ def _executed(
     if any(isinstance(f, FakeTensor) for f in ledger.executed.values()):
         ledger = Ledger()
         with torch.no_grad():
-            on_real(model, args, kwargs).call(ledger=ledger)
+            on_real(model, inputs).call(ledger=ledger)
     return costs.executed({path: float(f.double().mean()) for path, f in ledger.executed.items()})
 
 

@@ -2,7 +2,7 @@
 
 Example:
     >>> from effformer.train import load_data
-    >>> load_data("digits").images.shape
+    >>> load_data("digits")["x"].shape
     torch.Size([1797, 1, 8, 8])
 """
 

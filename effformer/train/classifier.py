@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..calls import device_of, evaluating, match
 from ..checks import check_shape
 from .datasets import Dataset, load_data
 from .loop import TrainConfig, train
@@ -24,18 +25,18 @@ def accuracy(model: nn.Module, data: Dataset, *, batch: int = 500) -> float:
     """Share of a data set that a classifier gets right, in [0, 1].
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes); used in evaluation mode.
-        data: images and labels.
-        batch: images per forward pass, about.
+        model: gives logits (B, classes); gets every tensor but the target that it takes by name,
+            ``x`` as its first argument. Used in evaluation mode.
+        data: named tensors with classes.
+        batch: samples per forward pass, about.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    with torch.inference_mode():
-        hits = 0
+    device, hits = device_of(model), 0
+    with evaluating(model), torch.inference_mode():
         for rows in torch.arange(len(data)).chunk(max(1, len(data) // batch)):
-            predicted = model(data.images[rows].to(device)).argmax(1).cpu()
-            hits += int((predicted == data.labels[rows]).sum())
-    model.train(training)
+            given = {name: x.to(device) for name, x in data.rows(rows).items()}
+            target = given.pop(data.target)
+            predicted = match(model, given, where="accuracy")(model).argmax(1)
+            hits += int((predicted == target).sum())
     return hits / len(data)
 
 
@@ -94,10 +95,9 @@ def train_classifier(
     learned, held_out = data.split(0.1, seed=seed)
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
-        network = _network(data.images.shape[1], len(data.classes))
-    train(
-        network, learned, Classification(smoothing=0.05), config.replace(seed=seed), progress=False
-    )
+        network = _network(data["x"].shape[1], len(data.classes))
+    objective = Classification(smoothing=0.05, target=data.target)
+    train(network, learned, objective, config.replace(seed=seed), progress=False)
     network.eval()
     return Classifier(network, accuracy(network, held_out))
 

@@ -1,4 +1,4 @@
-"""Labelled images in memory: the packaged digits, and data sets that are on the disk already.
+"""Named tensors in memory: the packaged digits, and images that are on the disk already.
 
 Nothing is ever downloaded.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -38,48 +38,80 @@ _TORCHVISION = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """Images with one label each.
+    """Named tensors whose first axis counts the samples.
+
+    The names are those of the arguments of the models that read them. Images with labels are
+    ``{"x": (N, C, H, W) float32 in [-1, 1], "y": (N,) int64}``; a text may be
+    ``{"tokens": (N, L), "mask": (N, L), "labels": (N,)}``.
 
     Attributes:
         name: how the data were named to `load_data`.
-        images: (N, C, H, W) float32 in [-1, 1].
-        labels: (N,) int64, an index into ``classes``.
-        classes: names of the classes.
+        tensors: name -> (N, ...).
+        classes: names of the classes, empty if there are none.
+        target: name of the tensor (N,) int64 that holds an index into ``classes``.
+
+    Raises:
+        TypeError: ``tensors`` is no mapping.
+        ValueError: no samples, lengths that differ, or targets that are no classes.
 
     Example:
         >>> from effformer.train import load_data
         >>> train, held_out = load_data("digits").split(0.1, seed=0)
-        >>> len(train), len(held_out)
-        (1617, 180)
+        >>> len(train), len(held_out), train["y"].shape
+        (1617, 180, torch.Size([1617]))
     """
 
     name: str
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    classes: tuple[str, ...] = ()
+    target: str = "y"
 
     def __post_init__(self) -> None:
         where = f"Dataset {self.name!r}"
-        if self.images.dim() != 4 or self.images.dtype != torch.float32:
-            given = f"{tuple(self.images.shape)} {self.images.dtype}"
-            raise ValueError(f"{where}: expected images (N, C, H, W) of float32, got {given}")
-        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
-            given = f"{tuple(self.labels.shape)} {self.labels.dtype}"
-            raise ValueError(f"{where}: expected {len(self.images)} labels of int64, got {given}")
-        if len(self.labels) == 0:
-            raise ValueError(f"{where}: there are no images")
-        low, high = int(self.labels.min()), int(self.labels.max())
+        if not isinstance(self.tensors, Mapping):
+            raise TypeError(
+                f"{where}: expected a dict of named tensors, such as {{'x': images, 'y': labels}}, "
+                f"got {type(self.tensors).__name__}"
+            )
+        shapes = {name: tuple(x.shape) for name, x in self.tensors.items()}
+        if not shapes or not all(shapes.values()) or len({s[0] for s in shapes.values()}) != 1:
+            raise ValueError(
+                f"{where}: expected named tensors with one row for every sample, got {shapes}"
+            )
+        if len(self) == 0:
+            raise ValueError(f"{where}: there are no samples")
+        if self.classes:
+            self._check_target(where)
+
+    def _check_target(self, where: str) -> None:
+        labels = self[self.target]
+        if labels.dim() != 1 or labels.dtype != torch.int64:
+            raise ValueError(
+                f"{where}: expected {self.target!r} ({len(self)},) of int64, got "
+                f"{tuple(labels.shape)} {labels.dtype}"
+            )
+        low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(self.classes):
             raise ValueError(
-                f"{where}: labels lie in {low}..{high}, but there are {len(self.classes)} classes"
+                f"{where}: {self.target!r} lies in {low}..{high}, but there are "
+                f"{len(self.classes)} classes"
             )
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise unknown("tensor", name, list(self.tensors), where=f"Dataset {self.name!r}")
+        return self.tensors[name]
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """A batch: the samples at ``index`` (K,) int64."""
+        return {name: x[index] for name, x in self.tensors.items()}
 
     def subset(self, index: Tensor) -> Dataset:
-        """The samples at ``index`` (K,) int64."""
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        """The data set of the samples at ``index`` (K,) int64."""
+        return replace(self, tensors=self.rows(index))
 
     def split(self, fraction: float = 0.1, *, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Shuffle and cut into (training, held-out).
@@ -101,17 +133,22 @@ class Dataset:
         return self.subset(order[held_out:]), self.subset(order[:held_out])
 
     def fingerprint(self) -> str:
-        """SHA-256 over images and labels: two data sets with the same one train the same."""
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        """SHA-256 over all tensors: two data sets with the same one train the same."""
+        first, *others = self.tensors
+        digest = hashlib.sha256(repr((tuple(self[first].shape), self.classes)).encode())
+        if (first, *others) != ("x", "y"):  # runs on labelled images keep the one that they have
+            facts = [(n, tuple(x.shape), str(x.dtype)) for n, x in self.tensors.items()]
+            digest.update(repr((facts, self.target)).encode())
+        for tensor in self.tensors.values():
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
 def load_data(
     source: str | os.PathLike[str], *, part: Part = "train", size: int | None = None
 ) -> Dataset:
-    """Load a data set by name, by ``name:path``, or by path.
+    """Load images ``x`` and their labels ``y`` by name, by ``name:path``, or by path.
 
     Pixel values 0..max become ``2 v / max - 1``, so all images lie in [-1, 1].
 
@@ -226,4 +263,4 @@ def _dataset(
     images = pixels.float().mul_(2 / peak).sub_(1).contiguous()
     if size is not None:
         images = resize(images, size)
-    return Dataset(name, images, labels.long(), tuple(classes))
+    return Dataset(name, {"x": images, "y": labels.long()}, tuple(classes))

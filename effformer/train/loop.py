@@ -25,7 +25,7 @@ from ..context import Ledger
 from .checkpoint import RunFolder, parts, read_checkpoint
 from .datasets import Dataset
 from .ema import EMA
-from .objectives import Batch, Objective
+from .objectives import Objective
 from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from .progress import progress_bar
 from .seeding import Order, isolated_randomness, seed_for
@@ -134,8 +134,8 @@ def train(
     holds both.
 
     Args:
-        model: trained where it is; images are moved to the device of its first parameter.
-        data: training samples.
+        model: trained where it is; batches are moved to the device of its first parameter.
+        data: training samples, named tensors.
         objective: the loss, see `Objective`.
         config: what decides the weights.
         out: folder of the run; None keeps everything in memory.
@@ -162,9 +162,9 @@ def train(
         if value < 1:
             raise ValueError(f"train: {name} must be at least 1, got {value}")
     classes = getattr(getattr(model, "config", None), "num_classes", None)
-    if classes and int(data.labels.max()) >= classes:
+    if classes and data.classes and (most := int(data[data.target].max())) >= classes:
         raise ValueError(
-            f"train: {data.name!r} has labels up to {int(data.labels.max())}, the model has "
+            f"train: {data.name!r} has labels up to {most}, the model has "
             f"{classes} classes; build it with num_classes={len(data.classes)}"
         )
     trainer = _Trainer(model, data, objective, config)
@@ -224,9 +224,7 @@ class _Trainer:
         self._seed()
         loss = torch.zeros((), device=self.device)
         for rows in self.order.rows(self.done).chunk(config.accumulate):
-            batch = Batch(
-                self.data.images[rows].to(self.device), self.data.labels[rows].to(self.device)
-            )
+            batch = {name: x.to(self.device) for name, x in self.data.rows(rows).items()}
             ledger = Ledger(step=self.done)
             value = self.objective(self.model, batch, self.generator, ledger) + ledger.total_loss()
             value = value / config.accumulate
@@ -345,6 +343,8 @@ def _describe(value: object) -> Any:
         return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         options = {f.name: _describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if options.get("target") == "y":  # runs from before targets had names go on
+            del options["target"]
         return {"class": type(value).__qualname__, **options}
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from effformer.ledger import takes_ledger
-
+from ..calls import accepted, match, takes
+from ..checks import CapabilityError, unknown
 from ..config import Config, part, resolve
 from ..context import Ledger
 from ..flow.losses import FlowMatching
@@ -17,17 +17,8 @@ from ..flow.losses import FlowMatching
 __all__ = ["Batch", "Classification", "Generation", "Objective"]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one forward pass sees.
-
-    Attributes:
-        x: (B, C, H, W) float32 images in [-1, 1].
-        y: (B,) int64 labels.
-    """
-
-    x: Tensor
-    y: Tensor
+Batch = dict[str, Tensor]
+"""What one forward pass sees: the named tensors of a `Dataset`, (B, ...) each."""
 
 
 class Objective(Protocol):
@@ -46,33 +37,46 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classification:
-    """Cross entropy of ``model(x)``, which returns logits (B, classes); a model that takes a ledger
-    gets it.
+    """Cross entropy of a model that returns logits (B, classes).
+
+    The model gets every other tensor of the batch that it takes by name, ``x`` as its first
+    argument whatever that is called, and the ledger if it takes one.
 
     Attributes:
         smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+        target: name of the classes (B,) int64 in the batch.
     """
 
     smoothing: float = 0.0
+    target: str = "y"
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
-        logits = model(batch.x, ledger=ledger) if takes_ledger(model) else model(batch.x)
-        return nn.functional.cross_entropy(logits, batch.y, label_smoothing=self.smoothing)
+        if self.target not in batch:
+            raise unknown("tensor", self.target, list(batch), where="Classification: target")
+        others = {name: x for name, x in batch.items() if name != self.target}
+        call = match(model, others, where="Classification")
+        logits = call(model, ledger=ledger) if takes(model, "ledger") else call(model)
+        return nn.functional.cross_entropy(
+            logits, batch[self.target], label_smoothing=self.smoothing
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation(Config):
-    """A class-conditional flow: a loss of `effformer.flow` with labels, some of which are
-    dropped.
+    """A conditional flow: a loss of `effformer.flow` on the data ``x`` of a batch. Every other tensor
+    that the model takes by name is a condition; ``noise``, if there is any, is what ``x`` was
+    generated from (reflow).
 
-    Calls ``model(x_t, t, y=labels, drop=dropped, ledger=ledger)``. Dropping labels in training is
-    what gives a model its unconditional prediction, which classifier-free guidance needs.
+    Calls ``model(x_t, t, y=labels, drop=dropped, ledger=ledger)`` of a model of classes, whose
+    labels are ``y``. Dropping labels in training is what gives a model its unconditional
+    prediction, which classifier-free guidance needs.
 
     Attributes:
         loss: a registered flow loss: name, dict or config.
-        label_drop: probability of replacing a label by the null class, in [0, 1).
+        label_drop: probability of replacing a label by the null class, in [0, 1); means nothing to
+            a model without labels.
 
     Reference: Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow,
     2022, arXiv 2209.03003; Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598.
@@ -89,11 +93,27 @@ class Generation(Config):
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
-        dropped = None
-        if self.label_drop > 0:
-            chance = torch.rand(len(batch.y), generator=generator, device=generator.device)
-            dropped = (chance < self.label_drop).to(batch.y.device)
-        flow = self.loss.build()
-        out = flow(model, batch.x, generator=generator, y=batch.y, drop=dropped, ledger=ledger)
-        loss: Tensor = out.loss
+        if "x" not in batch:
+            raise unknown("tensor", "x", list(batch), where="Generation: data")
+        data = batch["x"]
+        others = {name: x for name, x in batch.items() if name not in ("x", "noise")}
+        cond = accepted(model, {**others, "ledger": ledger})
+        dropped = self._dropped(len(data), generator, data.device) if "y" in cond else None
+        cond |= accepted(model, {"drop": dropped})
+        if dropped is not None and "drop" not in cond:
+            raise CapabilityError(
+                f"Generation: {type(model).__name__}.forward has no argument 'drop', so that no "
+                f"label can be dropped; choices: label_drop=0, not {self.label_drop}"
+            )
+        pairs = {"noise": batch["noise"]} if "noise" in batch else {}
+        loss: Tensor = self.loss.build()(model, data, generator=generator, **pairs, **cond).loss
         return loss
+
+    def _dropped(
+        self, samples: int, generator: torch.Generator, device: torch.device
+    ) -> Tensor | None:
+        """Whose labels are dropped, (B,) bool."""
+        if self.label_drop == 0:
+            return None
+        chance = torch.rand(samples, generator=generator, device=generator.device)
+        return (chance < self.label_drop).to(device)

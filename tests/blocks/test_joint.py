@@ -392,7 +392,9 @@ def test_models_and_blocks_agree_on_the_streams(
 
 def test_another_mixer_is_refused_alone() -> None:
     site = Site(dim=DIM, heads=HEADS, path="b")
-    with pytest.raises(CapabilityError, match=r"b: 'tdsm of softmax' has no queries.*choices: .*softmax"):
+    with pytest.raises(
+        CapabilityError, match=r"b: 'tdsm of softmax' has no queries.*choices: .*softmax"
+    ):
         Joint.Config().build(site, attn=resolve("attention", "tdsm"), ffn=None)
     plain = Joint.Config(ends=False).build(site, attn=Attention.Config(), ffn=None)
     x, y, _ = inputs()

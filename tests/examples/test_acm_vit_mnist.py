@@ -21,7 +21,7 @@ def test_pieces_fit_together(example: ModuleType) -> None:
     dense = example.build(data)
     model = example.finetune(example.adapt(dense, data, steps), data, 0.5, steps)
     assert 0 < example.executed_share(model, data) < 1
-    counts = example.learners_per_patch(model, data.images[:6])
+    counts = example.learners_per_patch(model, data["x"][:6])
     assert counts.shape == (6, 4, 4)
     assert 0 <= float(counts.min()) <= float(counts.max()) <= 4
     more = example.build(data)
@@ -40,7 +40,7 @@ def test_the_share_is_that_of_the_gates(example: ModuleType) -> None:
     share, ffn = example.executed_share(model, data), model.blocks[0].ffn.part
     own = ffn.learners.gate.macs(1)
     assert share == pytest.approx((own + 2 * ffn.learners.cost) / (own + 4 * ffn.learners.cost))
-    assert (example.learners_per_patch(model, data.images[:2]) == 2).all()
+    assert (example.learners_per_patch(model, data["x"][:2]) == 2).all()
 
 
 def test_a_quick_run_draws(example: ModuleType, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_clips_show_the_digits_where_they_are(example: ModuleType) -> None:
 
 
 def test_clips_depend_on_the_seed_only_and_repeating_a_frame_is_wrong(example: ModuleType) -> None:
-    images = example.read("digits")[1].images[:50]
+    images = example.read("digits")[1]["x"][:50]
     clips = example.make_clips(images, 10, rng())
     assert float(clips.min()) == 0
     assert float(clips.max()) == 1
@@ -83,13 +83,13 @@ def test_clips_depend_on_the_seed_only_and_repeating_a_frame_is_wrong(example: M
 def test_no_digit_is_both_learned_and_tested(example: ModuleType) -> None:
     learned, tested = example.read("digits")
     assert (len(learned), len(tested)) == (1438, 359)
-    known = {image.numpy().tobytes() for image in learned.images}
-    assert not any(image.numpy().tobytes() in known for image in tested.images)
+    known = {image.numpy().tobytes() for image in learned["x"]}
+    assert not any(image.numpy().tobytes() in known for image in tested["x"])
 
 
 def test_an_objective_that_a_perfect_model_satisfies(example: ModuleType) -> None:
-    batch = Batch(torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
-    clips = example.make_clips(batch.x, 10, rng(5))
+    batch = Batch(x=torch.rand(4, 1, 8, 8))
+    clips = example.make_clips(batch["x"], 10, rng(5))
 
     class Perfect(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_an_objective_that_a_perfect_model_satisfies(example: ModuleType) -> Non
 def test_the_model_sees_standardized_frames(example: ModuleType) -> None:
     learned, _ = example.read("digits")
     model = example.build(learned)
-    clips = example.make_clips(learned.images[:300], 10, rng())
+    clips = example.make_clips(learned["x"][:300], 10, rng())
     seen: list[torch.Tensor] = []
     hook = model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_the_model_sees_standardized_frames(example: ModuleType) -> None:
 def test_training_lowers_the_error(example: ModuleType, tmp_path: Path) -> None:
     learned, tested = example.read("digits")
     model = example.build(learned)
-    clips = example.make_clips(tested.images[:20], 15, rng())
+    clips = example.make_clips(tested["x"][:20], 15, rng())
 
     def error() -> float:
         predicted = example.predict(model, clips[:, :5], 10, batch=8)

@@ -16,18 +16,18 @@ def test_reads_held_out_digits(judge: Classifier) -> None:
     held_out = load_data("digits").split(0.1, seed=0)[1]
     assert judge.accuracy >= 0.98
     assert judge.accuracy == accuracy(judge.network, held_out)
-    assert judge.recognised(held_out.images, held_out.labels) == judge.accuracy
+    assert judge.recognised(held_out["x"], held_out["y"]) == judge.accuracy
 
 
 def test_wrong_labels_and_noise_are_not_recognised(judge: Classifier) -> None:
     data = load_data("digits")
-    assert judge.recognised(data.images, (data.labels + 1) % 10) < 0.02
+    assert judge.recognised(data["x"], (data["y"] + 1) % 10) < 0.02
     noise = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert judge.recognised(noise, torch.arange(1000) % 10) < 0.2
 
 
 def test_samples_are_clamped(judge: Classifier) -> None:
-    images = load_data("digits").images[:50]
+    images = load_data("digits")["x"][:50]
     beyond = torch.where(images == 1, 3.0, torch.where(images == -1, -3.0, images))
     assert torch.equal(judge.predict(beyond), judge.predict(images))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
@@ -14,22 +15,22 @@ from effformer.train import Dataset, load_data
 
 def test_digits_are_the_published_ones() -> None:
     data = load_data("digits")
-    assert data.images.shape == (1797, 1, 8, 8)
-    assert data.images.dtype == torch.float32
-    assert data.labels.dtype == torch.int64
+    assert data["x"].shape == (1797, 1, 8, 8)
+    assert data["x"].dtype == torch.float32
+    assert data["y"].dtype == torch.int64
     assert data.classes == tuple("0123456789")
     # counts of the test part as its description prints them
-    assert data.labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert sorted((data.images.unique() * 8 + 8).tolist()) == list(range(17))
-    first_row = ((data.images[0, 0, 0] + 1) * 8).tolist()
+    assert data["y"].bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert sorted((data["x"].unique() * 8 + 8).tolist()) == list(range(17))
+    first_row = ((data["x"][0, 0, 0] + 1) * 8).tolist()
     assert first_row == [0, 0, 5, 13, 9, 1, 0, 0]
 
 
 def test_digits_agree_with_scikit_learn() -> None:
     reference = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn").load_digits()
     data = load_data("digits")
-    np.testing.assert_array_equal(((data.images[:, 0] + 1) * 8).numpy(), reference.images)
-    np.testing.assert_array_equal(data.labels.numpy(), reference.target)
+    np.testing.assert_array_equal(((data["x"][:, 0] + 1) * 8).numpy(), reference.images)
+    np.testing.assert_array_equal(data["y"].numpy(), reference.target)
 
 
 def test_digits_carry_their_licence() -> None:
@@ -44,11 +45,11 @@ def test_split_is_a_seeded_partition() -> None:
     data = load_data("digits")
     train, held_out = data.split(0.1, seed=3)
     assert (len(train), len(held_out)) == (1617, 180)
-    together = torch.cat([train.images, held_out.images]).flatten(1)
-    assert torch.equal(together.sort(0).values, data.images.flatten(1).sort(0).values)
+    together = torch.cat([train["x"], held_out["x"]]).flatten(1)
+    assert torch.equal(together.sort(0).values, data["x"].flatten(1).sort(0).values)
     again = data.split(0.1, seed=3)[1]
-    assert torch.equal(again.images, held_out.images)
-    assert not torch.equal(data.split(0.1, seed=4)[1].images, held_out.images)
+    assert torch.equal(again["x"], held_out["x"])
+    assert not torch.equal(data.split(0.1, seed=4)[1]["x"], held_out["x"])
     assert held_out.fingerprint() == again.fingerprint() != train.fingerprint()
 
 
@@ -64,19 +65,61 @@ def test_split_needs_two() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
+    ("x", "y", "message"),
     [
-        (torch.zeros(2, 8, 8), torch.zeros(2).long(), r"\(N, C, H, W\)"),
-        (torch.zeros(2, 1, 8, 8).double(), torch.zeros(2).long(), "float64"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(3).long(), "expected 2 labels"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(2), "int64"),
-        (torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), r"0\.\.2, but there are 2 classes"),
-        (torch.zeros(0, 1, 8, 8), torch.zeros(0).long(), "no images"),
+        (torch.zeros(2, 8), torch.zeros(3).long(), r"one row for every sample.*\(2, 8\).*\(3,\)"),
+        (torch.zeros(2, 8), torch.tensor(1), "one row for every sample"),
+        (torch.zeros(2, 8), torch.zeros(2), "int64"),
+        (torch.zeros(2, 8), torch.zeros(2, 1).long(), r"expected 'y' \(2,\)"),
+        (torch.zeros(2, 8), torch.tensor([0, 2]), r"0\.\.2, but there are 2 classes"),
+        (torch.zeros(0, 8), torch.zeros(0).long(), "no samples"),
     ],
 )
-def test_dataset_refuses(images: torch.Tensor, labels: torch.Tensor, message: str) -> None:
+def test_dataset_refuses(x: torch.Tensor, y: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Dataset("made up", images, labels, ("a", "b"))
+        Dataset("made up", {"x": x, "y": y}, ("a", "b"))
+
+
+def test_any_named_tensors_make_a_data_set() -> None:
+    tokens = torch.arange(12).view(4, 3)
+    given = {"tokens": tokens, "mask": tokens > 2, "labels": torch.tensor([0, 1, 1, 0])}
+    data = Dataset("texts", given, ("a", "b"), target="labels")
+    assert len(data) == 4
+    rows = data.rows(torch.tensor([3, 1]))
+    assert {name: x.tolist() for name, x in rows.items()} == {
+        "tokens": [[9, 10, 11], [3, 4, 5]], "mask": [[True] * 3, [True] * 3], "labels": [0, 1],
+    }  # fmt: skip
+    learned, held_out = data.split(0.25)
+    assert sorted([*learned["tokens"][:, 0].tolist(), *held_out["tokens"][:, 0].tolist()]) == [
+        0, 3, 6, 9,
+    ]  # fmt: skip
+    assert Dataset("no classes", {"x": tokens}).classes == ()
+    with pytest.raises(ValueError, match=r"unknown tensor 'y'.*tokens, mask, labels"):
+        data["y"]
+    with pytest.raises(ValueError, match="unknown tensor 'y'"):
+        Dataset("texts", given, ("a", "b"))
+    with pytest.raises(ValueError, match="expected named tensors"):
+        Dataset("nothing", {})
+    with pytest.raises(TypeError, match=r"a dict of named tensors.*got Tensor"):
+        Dataset("one", tokens)  # type: ignore[arg-type]
+
+
+def test_fingerprints_tell_data_apart_and_images_keep_theirs() -> None:
+    x, y = torch.arange(8.0).view(2, 1, 2, 2), torch.tensor([0, 1])
+    digest = hashlib.sha256(repr((tuple(x.shape), ("a", "b"))).encode())
+    digest.update(x.numpy().tobytes())
+    digest.update(y.numpy().tobytes())
+    data = Dataset("images", {"x": x, "y": y}, ("a", "b"))
+    assert data.fingerprint() == digest.hexdigest()
+    others = [
+        Dataset("", {"x": x.view(2, 4), "y": y}, ("a", "b")),
+        Dataset("", {"x": x, "y": y}, ("a", "c")),
+        Dataset("", {"x": x, "y": 1 - y}, ("a", "b")),
+        Dataset("", {"x": x, "z": y}, ("a", "b"), target="z"),
+        Dataset("", {"x": x, "y": y, "mask": y.bool()}, ("a", "b")),
+        Dataset("", {"x": x, "y": y, "mask": ~y.bool()}, ("a", "b")),
+    ]
+    assert len({d.fingerprint() for d in (data, *others)}) == 7
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -92,9 +135,9 @@ def test_grey_folder(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     data = load_data(tmp_path)
     assert data.classes == ("cat", "dog")
-    assert data.images.shape == (3, 1, 4, 6)
-    assert data.labels.tolist() == [0, 1, 1]
-    torch.testing.assert_close(data.images[:, 0, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
+    assert data["x"].shape == (3, 1, 4, 6)
+    assert data["y"].tolist() == [0, 1, 1]
+    torch.testing.assert_close(data["x"][:, 0, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
 
 
 def test_colour_folder_and_resize(tmp_path: Path) -> None:
@@ -107,9 +150,9 @@ def test_colour_folder_and_resize(tmp_path: Path) -> None:
     ):
         load_data(tmp_path)
     data = load_data(tmp_path, size=4)
-    assert data.images.shape == (2, 3, 4, 4)
-    torch.testing.assert_close(data.images[1].mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
-    torch.testing.assert_close(data.images[0].mean((1, 2)), torch.full((3,), -0.2))
+    assert data["x"].shape == (2, 3, 4, 4)
+    torch.testing.assert_close(data["x"][1].mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
+    torch.testing.assert_close(data["x"][0].mean((1, 2)), torch.full((3,), -0.2))
 
 
 def test_torchvision_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +169,10 @@ def test_torchvision_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stored)
     data = load_data(f"cifar10:{tmp_path}")
-    assert data.images.shape == (3, 3, 4, 4)
-    torch.testing.assert_close(data.images[0, :, 0, 0], torch.tensor([1.0, -0.6, 1.0]))
+    assert data["x"].shape == (3, 3, 4, 4)
+    torch.testing.assert_close(data["x"][0, :, 0, 0], torch.tensor([1.0, -0.6, 1.0]))
     assert data.classes == ("plane", "car")
-    assert load_data(f"cifar10:{tmp_path}", part="test").images[0, 0, 0, 0] == -1
+    assert load_data(f"cifar10:{tmp_path}", part="test")["x"][0, 0, 0, 0] == -1
 
 
 def test_torchvision_split_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +186,7 @@ def test_torchvision_split_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torchvision.datasets, "SVHN", Stored)
     data = load_data(f"svhn:{tmp_path}", part="test", size=3)
-    assert data.images.shape == (2, 3, 3, 3)
+    assert data["x"].shape == (2, 3, 3, 3)
     assert data.classes == ("0", "1")
 
 
@@ -183,5 +226,5 @@ def test_options_are_checked(tmp_path: Path) -> None:
 
 def test_digits_can_be_resized() -> None:
     data = load_data("digits", size=16)
-    assert data.images.shape == (1797, 1, 16, 16)
-    assert data.images.abs().max() <= 1
+    assert data["x"].shape == (1797, 1, 16, 16)
+    assert data["x"].abs().max() <= 1

@@ -49,7 +49,7 @@ def test_learns_the_digits() -> None:
     result = train(model, learned, Classification(), config)
     assert result.steps == 300
     assert result.loss < 0.15
-    assert (model(held_out.images).argmax(1) == held_out.labels).double().mean() > 0.93
+    assert (model(held_out["x"]).argmax(1) == held_out["y"]).double().mean() > 0.93
 
 
 def test_same_seed_same_bits_other_seed_other_weights() -> None:
@@ -75,12 +75,12 @@ def test_equals_a_loop_written_out() -> None:
         steps=6, batch=8, warmup=2, lr=1e-2, weight_decay=0.1, clip=0.5, ema=0.5, betas=(0.8, 0.95)
     )
     ours, theirs = net().double(), net().double()
-    data_x, average = data.images.double(), [p.detach().clone() for p in theirs.parameters()]
+    data_x, average = data["x"].double(), [p.detach().clone() for p in theirs.parameters()]
 
     def objective(
         model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
-        return nn.functional.cross_entropy(model(batch.x.double()), batch.y)
+        return nn.functional.cross_entropy(model(batch["x"].double()), batch["y"])
 
     train(ours, data, objective, config)
     matrices = [p for p in theirs.parameters() if p.dim() == 2]
@@ -92,7 +92,7 @@ def test_equals_a_loop_written_out() -> None:
         for group in reference.param_groups:
             group["lr"] = rate
         reference.zero_grad()
-        nn.functional.cross_entropy(theirs(data_x), data.labels).backward()
+        nn.functional.cross_entropy(theirs(data_x), data["y"]).backward()
         nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
         reference.step()
         decay = min(0.5, (2 + step) / (11 + step))
@@ -108,8 +108,8 @@ def test_accumulation_changes_nothing_but_memory() -> None:
     def objective(
         model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
-        sizes.append(len(batch.y))
-        return nn.functional.cross_entropy(model(batch.x.double()), batch.y)
+        sizes.append(len(batch["y"]))
+        return nn.functional.cross_entropy(model(batch["x"].double()), batch["y"])
 
     whole, parts = net().double(), net().double()
     train(whole, toy(), objective, CONFIG)
@@ -125,7 +125,7 @@ def test_losses_of_the_ledger_count() -> None:
     ) -> Tensor:
         ledger.loss("budget", torch.tensor(2.0))
         ledger.loss("budget", torch.tensor(1.0))
-        return nn.functional.cross_entropy(model(batch.x), batch.y) * 0
+        return nn.functional.cross_entropy(model(batch["x"]), batch["y"]) * 0
 
     assert train(net(), toy(), objective, CONFIG).loss == 3.0
 
@@ -217,7 +217,7 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path: Path, wher
     ) -> Tensor:
         nonlocal calls
         calls += 1
-        loss = nn.functional.cross_entropy(model(batch.x), batch.y)
+        loss = nn.functional.cross_entropy(model(batch["x"]), batch["y"])
         if calls != 13:
             return loss
         # the square root has an infinite slope at 0

@@ -20,7 +20,7 @@ class Network(nn.Module):
 
 
 def batch(size: int = 4000) -> Batch:
-    return Batch(torch.full((size, 1, 2, 2), 0.5), torch.arange(size) % 10)
+    return Batch(x=torch.full((size, 1, 2, 2), 0.5), y=torch.arange(size) % 10)
 
 
 def test_generation_asks_for_velocities_at_random_times() -> None:
@@ -30,7 +30,7 @@ def test_generation_asks_for_velocities_at_random_times() -> None:
     assert given is ledger
     assert drop is not None
     assert drop.double().mean() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(y, batch().y)
+    assert torch.equal(y, batch()["y"])
     assert (t.min() >= 0, t.max() <= 1) == (True, True)
     # mean of (data - noise)^2 = 0.25 + 1 for zero predictions
     assert loss.item() == pytest.approx(1.25, abs=0.05)
@@ -87,7 +87,7 @@ def test_our_models_train_with_it(
     name: str, options: dict[str, object], objective: Generation | Classification
 ) -> None:
     model = effformer.build_model(name, channels=1, **options)
-    sample = Batch(torch.zeros(2, 1, 8, 8), torch.tensor([3, 4]))
+    sample = Batch(x=torch.zeros(2, 1, 8, 8), y=torch.tensor([3, 4]))
     objective(model, sample, torch.Generator(), Ledger()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -97,7 +97,7 @@ def test_classification_is_cross_entropy() -> None:
     sample = batch(8)
     for smoothing in (0.0, 0.1):
         loss = Classification(smoothing=smoothing)(model, sample, torch.Generator(), Ledger())
-        logp = model(sample.x).log_softmax(1)
-        true = -logp[torch.arange(8), sample.y]
+        logp = model(sample["x"]).log_softmax(1)
+        true = -logp[torch.arange(8), sample["y"]]
         expected = (1 - smoothing) * true - smoothing * logp.mean(1)
         torch.testing.assert_close(loss, expected.mean())

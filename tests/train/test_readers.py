@@ -41,10 +41,10 @@ def test_idx(tmp_path: Path, zipped: bool, place: str, source: str) -> None:
     write(tmp_path / place, idx(IMAGES), idx(LABELS), zipped=zipped)
     write(tmp_path / place, idx(IMAGES[:1]), idx(LABELS[:1]), part="t10k", zipped=zipped)
     data = load_data(source.format(tmp_path))
-    assert data.images.shape == (3, 1, 4, 5)
-    assert data.labels.tolist() == [2, 0, 1]
+    assert data["x"].shape == (3, 1, 4, 5)
+    assert data["y"].tolist() == [2, 0, 1]
     expected = torch.tensor(IMAGES[:, None] / 255 * 2 - 1, dtype=torch.float32)
-    torch.testing.assert_close(data.images, expected)
+    torch.testing.assert_close(data["x"], expected)
     assert len(load_data(source.format(tmp_path), part="test")) == 1
 
 
@@ -121,4 +121,4 @@ def test_rotation_of_cameras_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     Image.new("L", (6, 4)).save(tmp_path / "cat" / "a.jpg", exif=exif)
-    assert load_data(tmp_path).images.shape == (1, 1, 6, 4)
+    assert load_data(tmp_path)["x"].shape == (1, 1, 6, 4)

@@ -30,6 +30,6 @@ def test_samples_are_recognised(recipe: Recipe, least: float, attn: str) -> None
 
 def test_recipes_fit_their_data() -> None:
     data = load_data(DIGITS.data)
-    assert data.images.shape[1:] == (DIGITS.overrides["channels"], 8, 8)
+    assert data["x"].shape[1:] == (DIGITS.overrides["channels"], 8, 8)
     assert len(data.classes) == DIGITS.overrides["num_classes"]
     assert DIGITS_QUICK.config.steps < DIGITS.config.steps

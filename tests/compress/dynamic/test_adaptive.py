@@ -34,7 +34,7 @@ def teacher(name: str = "vit-nano", **options: Any) -> Any:
 
 def batch(model: Any) -> Batch:
     x = model.example_inputs(4)["x"]
-    return Batch(x, torch.arange(4))
+    return Batch(x=x, y=torch.arange(4))
 
 
 def loss_of(objective: Any, student: nn.Module, data: Batch) -> Tensor:
@@ -83,9 +83,9 @@ def test_a_student_cut_from_the_teacher_has_nothing_left_to_learn() -> None:
     data = batch(dense)
     full = type(dense)(student.config.replace(ffn={"fixed": K})).eval()
     full.load_state_dict(student.state_dict())
-    torch.testing.assert_close(full(data.x), dense(data.x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(full(data["x"]), dense(data["x"]), rtol=1e-4, atol=1e-5)
     tap = Tap(keep=("blocks.*.ffn",))
-    dense(data.x, tap=tap)
+    dense(data["x"], tap=tap)
     zero = torch.stack([y.square().mean() for y in tap.seen.values()]).mean()
     loss = loss_of(LearnerDistillation(teacher=dense, task=Classification()), student, data)
     assert 0 < loss < zero  # of K + 1 errors the last is 0, the first is the output itself
@@ -147,7 +147,7 @@ def test_a_taught_gate_gives_the_labels() -> None:
         lambda _, args, out: seen.append((args[0].detach(), out.detach()))
     )
     data = batch(dense)
-    dense(data.x)
+    dense(data["x"])
     hook.remove()
     x, y = seen[0]
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_the_budget_is_met_by_training() -> None:
     config = TrainConfig(steps=120, batch=32, lr=3e-3, warmup=0, ema=None)
     train(student, data, Budgeted(task=Classification(), target=0.4, budget=5.0), config)
     ledger = Ledger()
-    student.train()(data.images[:200], ledger=ledger)  # evaluation does not sample its choices
+    student.train()(data["x"][:200], ledger=ledger)  # evaluation does not sample its choices
     assert used_budget(ledger.choices).item() == pytest.approx(0.4, abs=0.05)
 
 

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from effformer.compress import Frugal
 from effformer.compress.dynamic.work import WorkTarget, executed_ratio
+from torch import Tensor, nn
 
 import effformer
 from effformer.checks import CapabilityError
 from effformer.context import Ledger
-from effformer.train import Batch, Generation, TrainConfig, load_data, train
+from effformer.train import Batch, Classification, Generation, TrainConfig, load_data, train
 
 SMALL: dict[str, Any] = {"input_size": 8, "num_classes": 10, "dim": 48, "heads": 4}
 
@@ -111,7 +113,7 @@ def _dynamic(bias: float = 2.0) -> Any:
 
 def _batch() -> Batch:
     data = load_data("digits")
-    return Batch(data.images[:16], data.labels[:16])
+    return data.rows(torch.arange(16))
 
 
 def test_training_reaches_the_wanted_work() -> None:
@@ -137,6 +139,31 @@ def test_the_complete_model_sees_the_same_samples_and_noise() -> None:
     assert not torch.as_tensor(ledger.total_loss()).any()
     later = Ledger(step=1)
     torch.testing.assert_close(both(model, batch, torch.Generator().manual_seed(3), later), value)
+
+
+def test_a_vit_with_dynamic_tokens_trains_complete_as_well() -> None:
+    torch.manual_seed(0)
+    gates = {"name": "dynamic", "bias": 2.0}
+    model = effformer.build_model("vit-nano", channels=1, num_classes=10, tokens=gates)
+    objective = Frugal(task=Classification(), target=0.5, complete=2)
+    config = TrainConfig(steps=3, batch=4, warmup=0)
+    assert math.isfinite(train(model, load_data("digits"), objective, config, progress=False).loss)
+
+
+def test_a_model_that_cannot_run_complete_is_refused() -> None:
+    class Partial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = _dynamic()
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor, *, ledger: Ledger) -> Tensor:
+            return self.inner(x, t, y, ledger=ledger)
+
+    task = Generation(label_drop=0.0)
+    given = (Partial(), _batch(), torch.Generator())
+    assert Frugal(task=task, target=0.5)(*given, Ledger()).isfinite()
+    with pytest.raises(CapabilityError, match=r"Partial.forward has no argument 'complete'.*=0"):
+        Frugal(task=task, target=0.5, complete=1)(*given, Ledger())
 
 
 def test_models_without_dynamic_parts_have_no_work_to_save() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from effformer.compress import (
     quantize_,
     replay,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import effformer
 from effformer.checks import FormatError
@@ -214,3 +216,51 @@ def test_a_quantized_model_trains_its_other_parameters() -> None:
     assert inputs["x"].grad is not None
     assert inputs["x"].grad.abs().sum() > 0
     assert small.blocks[0].attn.part.qkv.bias.grad is not None
+
+
+class _Answer(nn.Module):
+    """Wraps an output in containers of several kinds."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.net, self.wrap = plain_model(), wrap
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.wrap(self.net(tokens))
+
+
+@dataclass
+class _Fields:
+    logits: Tensor
+    ids: Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: {"logits": x, "ids": x.argmax(-1)},
+        lambda x: _Fields(x, x.argmax(-1)),
+        lambda x: (x.argmax(-1), [{"logits": _Fields(x, x.argmax(-1))}]),
+    ],
+    ids=["dict", "dataclass", "nested"],
+)
+def test_the_error_of_models_that_return_more_than_a_tensor(wrap: Any) -> None:
+    torch.manual_seed(0)
+    model = _Answer(wrap)
+    given = torch.randn(3, 64)
+    small, report = quantize(model, "nf4", inputs={"tokens": given})
+    with torch.no_grad():
+        expected = model.net(given)
+        error = (small.net(given) - expected).norm() / expected.norm()
+    assert report.output_error == pytest.approx(float(error), rel=1e-5)
+    assert report.output_error > 0.01
+    assert model.training
+
+
+def test_models_without_numbers_to_compare_are_refused() -> None:
+    model = _Answer(lambda x: {"ids": x.argmax(-1)})
+    with pytest.raises(TypeError, match=r"quantize: _Answer returns no floating-point tensor"):
+        quantize_(model, "nf4", inputs=torch.randn(3, 64))
+    assert isinstance(model.net[0], nn.Linear)
+    with pytest.raises(TypeError, match=r"quantize: inputs do not fit _Answer.forward\(tokens"):
+        quantize(model, "nf4", inputs={"x": torch.randn(3, 64)})

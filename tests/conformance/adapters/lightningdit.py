@@ -10,7 +10,7 @@ from harness import Golden
 
 import effformer
 from effformer.flow import FlowMatching, adapt, cosine_distance, forward_with_cfg
-from effformer.nn.rope import rotate
+from effformer.places import rotate
 
 
 def build(golden: Golden) -> LightningDiT:

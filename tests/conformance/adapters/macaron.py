@@ -83,8 +83,7 @@ def _build(golden: Golden, case: str) -> Block:
         dim=c["embed_dim"],
         heads=c["heads"],
         memory_dim=c["embed_dim"] if decoder else None,
-        norm=NormRule(eps=c["layer_norm_eps"]),
-        norm_affine=c["layer_norm_affine"],
+        norm=NormRule(eps=c["layer_norm_eps"], affine=c["layer_norm_affine"]),
     )
     ffn = {"hidden": c["ffn_dim"], "act": golden.activation(c["second_ffn_activation"])}
     parts: dict[str, Any] = {

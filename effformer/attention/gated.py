@@ -1,0 +1,187 @@
+"""What the cores over `gated_scan` share: masks, directions, streaming."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effformer.context import EMPTY, Context
+from effformer.nn.cut import put, twin
+from effformer.registry import Caps
+from effformer.site import Site
+
+from .base import Core, CoreConfig
+from .gated_scan import gated_scan, gated_scan_macs
+
+__all__ = ["GATED_CAPS", "GatedConfig", "GatedCore", "Terms", "unit_length"]
+
+GATED_CAPS = Caps(causal="optional", mask="key", packed=True, streaming=True, width=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedConfig(CoreConfig):
+    """Knobs shared by the cores with one matrix of memory per head.
+
+    Attributes:
+        direction: of a core that is not causal: "both" adds a scan from either side; "alternate"
+            turns the order round in every second layer, and swaps rows and columns of a grid in
+            every second pair of layers.
+        chunk: tokens per chunk; changes speed, not results.
+    """
+
+    GROUPED: ClassVar[bool] = True
+    direction: Literal["both", "alternate"] = "both"
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"gated scan: chunk must be at least 1, got {self.chunk}")
+
+
+class Terms(NamedTuple):
+    """What the recurrence runs on, see `gated_scan`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None = None
+    beta: Tensor | None = None
+
+
+class GatedCore(Core):
+    """A core that keeps one matrix S (K, V) of memory per head, see `gated_scan`.
+
+    It is causal; in a model that attends both ways it scans in two directions. Padded tokens write
+    nothing and let nothing decay.
+
+    Args:
+        config: the knobs.
+        site: the place in the model; ``site.heads`` heads of values, ``site.out_dim`` wide together.
+
+    Attributes:
+        DELTA: the delta rule: a token overwrites what the memory holds under its key.
+        PER_CHANNEL: every key channel has a decay of its own.
+        PER_HEAD: parameters and buffers with one row for every head.
+        scale: factor of the queries, None for K^-1/2.
+    """
+
+    DELTA: ClassVar[bool] = False
+    PER_CHANNEL: ClassVar[bool] = False
+    PER_HEAD: ClassVar[tuple[str, ...]] = ()
+    scale: float | None = None
+
+    def __init__(self, config: GatedConfig, site: Site) -> None:
+        super().__init__(config, site)
+        self.value_dim = (site.out_dim or site.dim) // site.heads
+
+    @abstractmethod
+    def terms(self, q: Tensor, k: Tensor, v: Tensor, **further: Tensor) -> Terms:
+        """Decays and gates of every token, in float32 at least."""
+
+    def leave(self, out: Tensor, v: Tensor) -> Tensor:
+        """The output (B, H, N, V) of the recurrence on values v, of which a part may go on as it is."""
+        return out
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY, **further: Tensor
+    ) -> Tensor:
+        terms = _masked(self.terms(q, k, v, **further), ctx.mask)
+        if self.config.causal:
+            return self.leave(self._scan(terms, None)[0], v)
+        if self.config.direction == "both":
+            back = self._scan(_each(terms, lambda x: x.flip(2)), None)[0].flip(2)
+            return self.leave(self._scan(terms, None)[0] + back, v)
+        order = self._order(q.shape[2], ctx.grid, q.device)
+        if order is None:
+            return self.leave(self._scan(terms, None)[0], v)
+        out = self._scan(_each(terms, lambda x: x.index_select(2, order)), None)[0]
+        return self.leave(out.index_select(2, order.argsort()), v)
+
+    def _scan(self, terms: Terms, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return gated_scan(
+            *terms, state, delta=self.DELTA, scale=self.scale, chunk=self.config.chunk
+        )
+
+    def _order(self, n: int, grid: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+        """The order in which this layer reads the tokens, None for the present one."""
+        places, layer = torch.arange(n, device=device), self.site.layer
+        if grid is not None and len(grid) > 1 and (layer // 2) % 2:
+            front, cells = places.split([n - prod(grid), prod(grid)])
+            places = torch.cat([front, cells.unflatten(0, grid).transpose(-1, -2).flatten()])
+        elif layer % 2 == 0:
+            return None
+        return places.flip(0) if layer % 2 else places
+
+    def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
+        once = gated_scan_macs(
+            n, self.config.chunk, heads=heads, key_dim=head_dim, value_dim=self.value_dim,
+            delta=self.DELTA, per_channel=self.PER_CHANNEL,
+        )  # fmt: skip
+        both = not self.config.causal and self.config.direction == "both"
+        return 2 * once if both else once
+
+    def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> Tensor:
+        """Empty memory (B, H, K, V), in float32 at least."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return like.new_zeros(batch, heads, head_dim, self.value_dim, dtype=wide)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, ctx: Context = EMPTY,
+        **further: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Feed the next tokens; the memory has a fixed size."""
+        out, state = self._scan(self.terms(q, k, v, **further), state)
+        return self.leave(out, v), state
+
+    def select(self, heads: Tensor) -> Core:
+        small: Any = twin(self)
+        for name in self.PER_HEAD:
+            value = getattr(self, name)
+            if isinstance(value, nn.Parameter):
+                put(small, name, value.index_select(0, heads))
+            else:
+                small._buffers[name] = value.index_select(0, heads)
+        return small  # type: ignore[no-any-return]
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """``x (sum x^2 + 1e-6)^-1/2`` over the last dimension, in float32 at least."""
+    x = full(x)
+    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def full(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wide(x: Tensor) -> Tensor:
+    """A gate (B, H, N, 1) as (B, H, N), in float32 at least."""
+    return full(x.squeeze(-1))
+
+
+def _each(terms: Terms, change: Any) -> Terms:
+    """Change what goes along the tokens; constant decays do not."""
+    return Terms(*(x if x is None or x.dim() < 3 else change(x) for x in terms))
+
+
+def _masked(terms: Terms, mask: Tensor | None) -> Terms:
+    """Padded tokens (False in mask (B, N)) write nothing and let nothing decay."""
+    if mask is None:
+        return terms
+    q, k, v, decay, beta = terms
+    real = mask[:, None]
+    v = v * real[..., None].to(v.dtype)
+    if beta is not None:
+        beta = beta * real.to(beta.dtype)
+    if decay is not None:
+        if decay.dim() == 1:
+            decay = decay[:, None].expand(-1, v.shape[2])[None]
+        decay = decay.masked_fill(~(real if decay.dim() == 3 else real[..., None]), 0.0)
+        decay = decay.expand(v.shape[0], *decay.shape[1:])
+    return Terms(q, k, v, decay, beta)

@@ -1,0 +1,245 @@
+"""The named inputs of any module: bound to its arguments, run, and evaluated in one place.
+
+One shape serves everywhere. A mapping of named tensors is what `Model.example_inputs` returns, a
+batch of training, the data of a calibration, the conditions of a sampler and the inputs of an
+exported graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from inspect import Parameter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "Call", "Inputs", "Named", "accepted", "bind", "device_of", "evaluating", "match", "outputs", "run", "takes",
+]  # fmt: skip
+
+Named = Mapping[str, Tensor]
+"""Tensors by the names of the arguments that take them."""
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""Arguments of forward: one tensor, positional ones, or named ones."""
+
+_PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Arguments of one call of a module, each under the name that the module gives it.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments, in the order of the signature.
+        names: names of ``args``; the third of ``*args`` is "args[2]".
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    names: tuple[str, ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by name, in the order of the signature."""
+        return dict(zip(self.names, self.args, strict=True)) | self.kwargs
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are tensors."""
+        return {name: x for name, x in self.arguments.items() if isinstance(x, Tensor)}
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Every tensor, nested ones included."""
+        found = pytree.tree_leaves((self.args, self.kwargs))
+        return [x for x in found if isinstance(x, Tensor)]
+
+    def __call__(self, model: Callable[..., Any], **more: Any) -> Any:
+        """Call a model, with further keywords."""
+        return model(*self.args, **self.kwargs, **more)
+
+    def run(self, model: nn.Module) -> list[Tensor]:
+        """The tensors of the model's output, see `outputs`, without gradients."""
+        with torch.no_grad():
+            return outputs(self(model))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with every tensor changed, nested ones included."""
+        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def with_tensors(self, new: Named) -> Call:
+        """The same call with some tensors replaced, by name."""
+        args = tuple(new.get(name, a) for name, a in zip(self.names, self.args, strict=True))
+        kwargs = {name: new.get(name, value) for name, value in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs)
+
+
+def bind(
+    model: Callable[..., Any], inputs: Inputs | None = None, *, where: str, batch: int = 1
+) -> Call:
+    """Bind inputs to the arguments of a module.
+
+    Args:
+        model: the module.
+        inputs: named arguments as a dict, positional ones as a tuple or list, a single tensor, or
+            None for the model's own ``example_inputs``, which are the same in every call.
+        where: the public entry point, for messages.
+        batch: number of samples if the model gives its examples.
+
+    Raises:
+        TypeError: inputs of another kind, none for a model without ``example_inputs``, or arguments
+            that the module does not take.
+
+    Example:
+        >>> import torch
+        >>> from effformer.calls import bind
+        >>> call = bind(torch.nn.Linear(4, 2), torch.ones(1, 4), where="here")
+        >>> call.tensors, call.run(torch.nn.Identity())[0].shape
+        ({'input': tensor([[1., 1., 1., 1.]])}, torch.Size([1, 4]))
+    """
+    if inputs is None:
+        inputs = _examples(model, batch, where)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Tensor):
+        args = (inputs,)
+    elif isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        args = tuple(inputs)
+    else:
+        raise TypeError(
+            f"{where}: inputs must be a tensor, a tuple, a dict of named tensors or None, "
+            f"got {type(inputs).__name__}"
+        )
+    return _bound(model, args, kwargs, where)
+
+
+def match(model: Callable[..., Any], named: Mapping[str, Any], *, where: str) -> Call:
+    """The call that hands a module those of the named tensors that it takes.
+
+    ``x`` is the first argument, whatever a module calls that. Names that it does not know are left
+    out: a data set may hold more than one model reads.
+
+    Raises:
+        TypeError: an argument that the module needs is not among them.
+    """
+    own = _parameters(model)
+    kwargs = accepted(model, named)
+    first = next(iter(own), "x")
+    if "x" in named and "x" not in own and first not in named:
+        kwargs.pop("x", None)
+        return _bound(model, (named["x"],), kwargs, where)
+    return _bound(model, (), kwargs, where)
+
+
+def run(model: nn.Module, inputs: Inputs | None = None, *, where: str) -> list[Tensor]:
+    """The tensors of a model's output in evaluation mode, without gradients; see `bind` and
+    `outputs`.
+    """
+    call = bind(model, inputs, where=where)
+    with evaluating(model):
+        return call.run(model)
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """Every tensor in what a model returns, in order: a tensor, or tuples, lists, mappings and
+    dataclasses of such, nested at will.
+    """
+    found = []
+    for leaf in pytree.tree_leaves(value, is_leaf=_is_record):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += outputs(list(leaf.values()))
+        elif _is_record(leaf):
+            found += outputs([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def takes(model: Callable[..., Any], name: str) -> bool:
+    """True if a module has an argument of this name; ``**kwargs`` is no name."""
+    found = _parameters(model).get(name)
+    return found is not None and found.kind in _NAMED
+
+
+def accepted(model: Callable[..., Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a module takes by name: all of them if it has ``**kwargs``."""
+    if any(p.kind == Parameter.VAR_KEYWORD for p in _parameters(model).values()):
+        return dict(named)
+    return {name: value for name, value in named.items() if takes(model, name)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter; the CPU for a module without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _examples(model: Any, batch: int, where: str) -> Inputs:
+    examples = getattr(model, "example_inputs", None)
+    if examples is None:
+        raise TypeError(
+            f"{where}: {type(model).__name__} has no example_inputs(); give inputs: a tensor, a "
+            "tuple such as (torch.randn(1, 3, 224, 224),) or a dict of named tensors"
+        )
+    device = device_of(model)
+    seeded = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+    made: Inputs = examples(**accepted(examples, {"batch": batch, "generator": seeded}))
+    return made
+
+
+def _bound(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+) -> Call:
+    signature = _signature(model)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{where}: inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    own = signature.parameters
+    names = [name for name in bound.arguments if own[name].kind in _PLACED][: len(args)]
+    spread = next((n for n, p in own.items() if p.kind == Parameter.VAR_POSITIONAL), "")
+    names += [f"{spread}[{i}]" for i in range(len(args) - len(names))]
+    ordered = [name for name in bound.arguments if name in kwargs]
+    ordered += [name for name in kwargs if name not in ordered]
+    return Call(args, {name: kwargs[name] for name in ordered}, tuple(names))
+
+
+def _signature(model: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(getattr(model, "forward", model))
+
+
+def _parameters(model: Callable[..., Any]) -> Mapping[str, Parameter]:
+    return _signature(model).parameters
+
+
+def _is_record(value: Any) -> bool:
+    """Containers that torch does not open: dataclasses, and mappings of other kinds than its."""
+    if isinstance(value, Mapping):
+        return type(value) not in (dict, OrderedDict, defaultdict)
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)

@@ -1,0 +1,398 @@
+"""Sample from an edge bundle. Needs numpy and onnxruntime, nothing else; this file also lies in
+every bundle.
+
+    python -m effformer.export.run DIR --labels 0,1,2 --out samples.png
+    python DIR/run.py --labels 0,1,2 --out samples.png
+
+The graph of a bundle computes the velocity ``dx/dt = v(x, t, y)`` with t = 0 noise and t = 1 data,
+whatever its network was trained to predict, so that sampling is integration from 0 to 1 with
+classifier-free guidance ``v_null + g (v_cond - v_null)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["SAMPLERS", "Bundle", "BundleError", "main", "parse_labels", "write_image"]
+
+FORMAT = 1
+MOST = 10_000  # pictures at once: a mistyped range must not fill the memory
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Butcher tableaus: rows of the stages after the first, weights of the result, times of the stages.
+SAMPLERS: dict[str, tuple[list[list[float]], list[float], list[float]]] = {
+    "euler": ([], [1.0], []),
+    "midpoint": ([[1 / 2]], [0.0, 1.0], [1 / 2]),
+    "heun": ([[1.0]], [1 / 2, 1 / 2], [1.0]),
+    "rk4": (
+        [[1 / 2], [0.0, 1 / 2], [0.0, 0.0, 1.0]],
+        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
+        [1 / 2, 1 / 2, 1.0],
+    ),
+}
+
+
+class BundleError(ValueError):
+    """A bundle or a request that cannot be served; the message is one sentence for the user."""
+
+
+class Bundle:
+    """An opened bundle.
+
+    Args:
+        folder: the folder, as written by ``effformer.export.export_bundle``.
+        threads: threads of ONNX Runtime, None leaves it the choice.
+
+    Attributes:
+        facts: the content of ``bundle.json``.
+        shape: (C, H, W) of a sample.
+
+    Raises:
+        BundleError: no bundle, an incomplete or damaged one, or one of a newer format.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.facts = _read_facts(self.folder)
+        for name, record in self.facts["files"].items():
+            _check_file(self.folder / name, record["sha256"])
+        self.shape: tuple[int, int, int] = tuple(self.facts["shape"])
+        self._threads = threads
+        self._velocity = self._open(self.facts["graphs"]["velocity"])
+        decoder = self.facts["graphs"].get("decoder")
+        self._decoder = self._open(decoder) if decoder else None
+
+    def velocity(self, x: Array, t: float, labels: Array) -> Array:
+        """The velocity (B, C, H, W) at x and t in [0, 1] for class ids (B,)."""
+        times = np.full(x.shape[0], t, dtype=np.float32)
+        feed = {"x": x.astype(np.float32), "t": times, "y": labels.astype(np.int64)}
+        out: Array = self._velocity.run(None, feed)[0]
+        return out
+
+    def guided(self, x: Array, t: float, labels: Array, scale: float) -> Array:
+        """``v_null + scale (v_cond - v_null)``, both from one evaluation of 2B samples."""
+        if scale == 1.0:
+            return self.velocity(x, t, labels)
+        null = np.full_like(labels, self.facts["null_label"])
+        both = self.velocity(np.concatenate([x, x]), t, np.concatenate([labels, null]))
+        cond, without = np.split(both, 2)
+        channels = self.facts["sampler"]["guidance_channels"] or self.shape[0]
+        mixed = without + np.float32(scale) * (cond - without)
+        return np.concatenate([mixed[:, :channels], cond[:, channels:]], axis=1)
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        noise: Array | None = None,
+    ) -> Array:
+        """Samples (B, C, H, W) float32, one for each label.
+
+        Args:
+            labels: class ids.
+            steps: number of equal steps; like guidance and sampler, the bundle's own if None.
+            guidance: scale of classifier-free guidance; 1 is the plain conditional field.
+            sampler: one of `SAMPLERS`.
+            seed: of the noise.
+            noise: standard normal noise to start from instead.
+
+        Raises:
+            BundleError: a label, sampler, number or shape that does not fit the bundle.
+        """
+        own = self.facts["sampler"]
+        ids = self._labels(labels)
+        count = own["steps"] if steps is None else steps
+        scale = own["guidance"] if guidance is None else guidance
+        name = own["name"] if sampler is None else sampler
+        if count < 1:
+            raise BundleError(f"steps must be at least 1, got {count}")
+        if not math.isfinite(scale):
+            raise BundleError(f"guidance must be a finite number, got {scale}")
+        if name not in SAMPLERS:
+            raise BundleError(f"unknown sampler {name!r}; choices: {', '.join(SAMPLERS)}")
+        if scale != 1.0 and self.facts["null_label"] is None:
+            raise BundleError(
+                f"guidance {scale} needs a null class, which this model has not; use --guidance 1"
+            )
+        x = self._start(len(ids), seed, noise)
+        field = lambda x, t: self.guided(x, t, ids, scale)  # noqa: E731
+        for i in range(count):
+            x = _step(field, x, i / count, 1 / count, name)
+        if not np.isfinite(x).all():
+            raise BundleError(
+                f"samples are not finite ({name}, {count} steps, guidance {scale}); use more steps"
+            )
+        return x
+
+    def images(self, samples: Array) -> Array:
+        """Pixels (B, H, W, c) uint8 of samples, through the decoder if the bundle has one.
+
+        Raises:
+            BundleError: the samples are latents and there is no decoder.
+        """
+        x = samples if self._decoder is None else self._decoder.run(None, {"x": samples})[0]
+        if x.shape[1] not in (1, 3):
+            raise BundleError(
+                f"samples have {x.shape[1]} channels, a picture has 1 or 3; write a .npy file"
+            )
+        low, high = self.facts["value_range"]
+        scaled = np.clip((x - low) / (high - low), 0.0, 1.0) * 255.0
+        return scaled.round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+    def self_test(self) -> float:
+        """Relative difference between this machine's velocity and the recorded one.
+
+        Raises:
+            BundleError: it is above the recorded tolerance.
+        """
+        test = self.facts["self_test"]
+        expected = np.load(self.folder / test["file"], allow_pickle=False)
+        labels = np.asarray(test["labels"], dtype=np.int64)
+        actual = self.velocity(self._start(len(labels), test["seed"], None), test["t"], labels)
+        error = float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+        if not error <= test["tolerance"]:
+            raise BundleError(
+                f"{self.folder}: this machine's velocity differs by {error:.1e} from the recorded "
+                f"one (allowed {test['tolerance']:.0e})"
+            )
+        return error
+
+    def _open(self, name: str) -> Any:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise BundleError(
+                f"onnxruntime cannot be imported ({error}); pip install onnxruntime"
+            ) from error
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads or 0
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
+        try:
+            return ort.InferenceSession(str(self.folder / name), options, providers=providers)
+        except Exception as error:  # its exceptions share no base class of their own
+            raise BundleError(
+                f"{self.folder / name}: onnxruntime {ort.__version__} cannot load it ({error})"
+            ) from error
+
+    def _labels(self, labels: Sequence[int]) -> Array:
+        classes = self.facts["num_classes"]
+        if not len(labels):
+            raise BundleError("no labels given; use for instance --labels 0,1,2")
+        if wrong := [i for i in labels if not 0 <= i < classes]:
+            raise BundleError(
+                f"label {wrong[0]} is not one of the classes 0..{classes - 1} of this bundle"
+            )
+        return np.asarray(labels, dtype=np.int64)
+
+    def _start(self, count: int, seed: int, noise: Array | None) -> Array:
+        shape = (count, *self.shape)
+        if seed < 0:
+            raise BundleError(f"seed must be at least 0, got {seed}")
+        if noise is None:
+            return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        if noise.shape != shape:
+            raise BundleError(f"noise must have shape {shape}, got {noise.shape}")
+        return noise.astype(np.float32)
+
+
+def _step(
+    field: Callable[[Array, float], Array], x: Array, t: float, dt: float, name: str
+) -> Array:
+    rows, weights, times = SAMPLERS[name]
+    stages = [field(x, t)]
+    for row, c in zip(rows, times, strict=True):
+        stages.append(field(_combine(x, stages, row, dt), t + c * dt))
+    return _combine(x, stages, weights, dt)
+
+
+def _combine(x: Array, stages: list[Array], weights: list[float], dt: float) -> Array:
+    for k, weight in zip(stages, weights, strict=True):
+        if weight:
+            x = x + np.float32(weight * dt) * k
+    return x
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / "bundle.json"
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise BundleError(
+            f"{folder}: holds no bundle.json, so it is not a bundle or was not written to the end"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: is not readable JSON ({error})") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+        raise BundleError(f"{path}: is not the description of a bundle")
+    if facts["format"] > FORMAT:
+        raise BundleError(
+            f"{path}: has format {facts['format']}, this runner reads up to {FORMAT}; "
+            "use the run.py inside the bundle or a newer effformer"
+        )
+    kinds = {
+        "files": dict, "graphs": dict, "sampler": dict, "self_test": dict, "shape": list,
+        "value_range": list, "num_classes": int, "null_label": int | None,
+    }  # fmt: skip
+    if missing := sorted(kinds.keys() - facts.keys()):
+        raise BundleError(f"{path}: lacks {', '.join(missing)}")
+    if wrong := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]:
+        raise BundleError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r}; copy the folder again")
+    return facts
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path}: is missing from the bundle; copy the folder again")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise BundleError(f"{path}: is damaged (its checksum differs); copy the folder again")
+
+
+def write_image(path: str | Path, pixels: Array, zoom: int | None = None) -> None:
+    """Write pictures (B, H, W, c) uint8, c = 1 or 3, as one grid into a PNG file.
+
+    Args:
+        path: the file; written under a temporary name and renamed.
+        pixels: the pictures.
+        zoom: every pixel becomes a square of this side; None makes the pictures at least 64 pixels
+            wide.
+    """
+    count, height, width, channels = pixels.shape
+    side = zoom or max(1, 64 // width)
+    tiles = pixels.repeat(side, axis=1).repeat(side, axis=2)
+    height, width = height * side, width * side
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = np.full(
+        (rows * (height + 2) + 2, columns * (width + 2) + 2, channels), 255, dtype=np.uint8
+    )
+    for i, tile in enumerate(tiles):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        grid[top : top + height, left : left + width] = tile
+    lines = np.concatenate(
+        [np.zeros((len(grid), 1), np.uint8), grid.reshape(len(grid), -1)], axis=1
+    )
+    kind = 0 if channels == 1 else 2
+    header = struct.pack(">IIBBBBB", grid.shape[1], grid.shape[0], 8, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
+    body = b"".join(
+        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+        for tag, data in chunks
+    )
+    _write(path, b"\x89PNG\r\n\x1a\n" + body)
+
+
+def _write(path: str | Path, data: bytes) -> None:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save(path: Path, bundle: Bundle, samples: Array) -> None:
+    if path.suffix == ".npy":
+        import io
+
+        buffer = io.BytesIO()
+        np.save(buffer, samples, allow_pickle=False)
+        _write(path, buffer.getvalue())
+    elif path.suffix == ".png":
+        write_image(path, bundle.images(samples))
+    else:
+        raise BundleError(
+            f"{path}: samples are written as .png or .npy, not as {path.suffix or 'this'}"
+        )
+
+
+def parse_labels(text: str) -> list[int]:
+    """Class ids from ``0,1,2``, ``0-9`` or a mixture.
+
+    Raises:
+        BundleError: something else.
+    """
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise BundleError(f"--labels {text!r}: expected class ids such as 0,1,2 or 0-9")
+        if int(last or first) - int(first) >= MOST:
+            raise BundleError(f"--labels {text!r}: at most {MOST} pictures at once")
+        labels += range(int(first), int(last or first) + 1)
+    if not labels:
+        raise BundleError(f"--labels {text!r}: the range is empty")
+    return labels
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code, 2 for a bundle or request that cannot be served."""
+    here = Path(__file__).resolve().parent
+    inside = (here / "bundle.json").is_file()
+    parser = argparse.ArgumentParser(
+        description="Sample from an edge bundle (numpy and onnxruntime only)."
+    )
+    parser.add_argument(
+        "folder", nargs="?" if inside else None, default=here, type=Path, help="the bundle"
+    )
+    parser.add_argument("--labels", default="", help="class ids: 0,1,2 or 0-9")
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples.png"), help="samples.png or samples.npy"
+    )
+    parser.add_argument("--steps", type=int, help="number of steps")
+    parser.add_argument(
+        "--guidance", type=float, help="scale of classifier-free guidance; 1 is none"
+    )
+    parser.add_argument("--sampler", help=", ".join(SAMPLERS))
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--threads", type=int, help="threads of onnxruntime")
+    parser.add_argument(
+        "--self-test", action="store_true", help="compare with the recorded velocity and stop"
+    )
+    given = parser.parse_args(argv)
+    try:
+        if given.threads is not None and not 1 <= given.threads <= 1024:
+            raise BundleError(f"--threads must lie in 1..1024, got {given.threads}")
+        bundle = Bundle(given.folder, given.threads)
+        if given.self_test:
+            print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
+            return 0
+        options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
+        labels = parse_labels(given.labels) if given.labels else []
+        _save(given.out, bundle, bundle.sample(labels, **options))
+    except BundleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
