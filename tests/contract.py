@@ -21,6 +21,7 @@ DIM, HEADS = 24, 3
 MIXERS = [name for name in list_attention() if name != "multihead"]
 FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
+JOINT = registry.block.names(joint=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "linformer": {"tokens": 130, "projected": 5},
     "longformer": {"window": 4, "global_tokens": 1},
@@ -83,7 +84,8 @@ def make_block(
     entry = registry.block.get(name)
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
-    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130)
+    depth = 2 if entry.caps.joint else 1  # the second stream may end in the last block
+    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, depth=depth)
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
@@ -91,7 +93,40 @@ def make_block(
     block = entry.build(config, site, **parts)
     slots = {"width": width, "tokens": tokens}
     block.attach(**{k: resolve(k, v) for k, v in slots.items() if v is not None})
-    return _random(block)
+    return _random(TwoStreams(block) if entry.caps.joint else block)
+
+
+class TwoStreams(nn.Module):
+    """A block of two streams seen as one of a single stream, whose first tokens are the second."""
+
+    FIRST = 2
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.site, self.caps = block, block.site, block.caps
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        first = self.FIRST
+        return torch.cat(self.block(x[:, first:], x[:, :first], ctx, ctx)[::-1], dim=1)
+
+    def macs(self, n: int) -> int:
+        return self.block.macs(n - self.FIRST, self.FIRST)
+
+    @property
+    def width(self) -> nn.Module | None:
+        return self.block.x.width
+
+    @width.setter
+    def width(self, part: None) -> None:
+        self.block.x.width = self.block.y.width = part
+
+    @property
+    def tokens(self) -> nn.Module | None:
+        return self.block.x.tokens
+
+    @tokens.setter
+    def tokens(self, part: None) -> None:
+        self.block.x.tokens = self.block.y.tokens = part
 
 
 def default_config(kind: str, name: str) -> Config:

@@ -144,6 +144,7 @@ class Heads(Mixer):
         site: the place in the model.
         inputs: further inputs of the core.
         both: the core looks both ways along the tokens, and so does the convolution.
+        closes: False: the tokens end here. Others look at them, and nothing is projected back.
 
     Raises:
         ValueError: the width is not divisible by the heads, or these not by those that they share.
@@ -158,8 +159,10 @@ class Heads(Mixer):
         inputs: Mapping[str, Input] | None = None,
         *,
         both: bool = False,
+        closes: bool = True,
     ) -> None:
         super().__init__(config, site)
+        self.closes = closes
         if config.head_dim is None and site.dim % site.heads:
             raise ValueError(
                 f"{self.where}: width {site.dim} is not divisible by {site.heads} heads; "
@@ -198,7 +201,7 @@ class Heads(Mixer):
         )
         gate = config.gate
         self.output: nn.Module | None = None
-        if isinstance(gate, OutputGate):
+        if isinstance(gate, OutputGate) and closes:
             self.output = HeadOutput(gate, site.dim, self.heads, self.value_dim)
         self.drop = nn.Dropout(site.dropout)
 
@@ -218,13 +221,16 @@ class Heads(Mixer):
         if adaptive is not None:
             self.q = adaptive.build(site.dim, q)
             self.k, self.v = adaptive.build(source, k), adaptive.build(source, v)
-            self.proj = adaptive.build(inner, out)
+            self.proj = adaptive.build(inner, out) if self.closes else nn.Identity()
             return
         if self.cross:
             self.q = nn.Linear(site.dim, q, bias=config.qkv_bias)
             self.kv = nn.Linear(source, k + v, bias=config.qkv_bias)
         else:
             self.qkv = nn.Linear(site.dim, q + k + v, bias=config.qkv_bias)
+        if not self.closes:
+            self.proj = nn.Identity()
+            return
         if not config.proj and inner != out:
             raise ValueError(
                 f"{self.where}: proj=False needs heads that are together as wide as the output, but "
@@ -362,12 +368,13 @@ class Heads(Mixer):
         """Dense multiply-adds of both ends for one sample."""
         keys = n if m is None else m
         if self.config.projections is not None:
-            parts = ((self.q, n), (self.k, keys), (self.v, keys), (self.proj, n))
+            parts = [(self.q, n), (self.k, keys), (self.v, keys)]
+            parts += [(self.proj, n)] if self.closes else []
             return sum(part.macs(count) for part, count in parts)  # type: ignore[operator]
         q, k, v = self._widths()
         dim, source = self.site.dim, self.site.memory_dim or self.site.dim
         total = n * dim * q + keys * source * (k + v)
-        if self.config.proj:
+        if self.config.proj and self.closes:
             total += n * self.heads * self.value_dim * (self.site.out_dim or dim)
         if self.config.conv:
             total += self.conv.macs(n)
@@ -383,16 +390,18 @@ class Heads(Mixer):
     @property
     def cut(self) -> tuple[nn.Module, ...]:
         """The projections."""
-        return (self.q, self.kv, self.proj) if self.cross else (self.qkv, self.proj)
+        ends = (self.proj,) if self.closes else ()
+        return (self.q, self.kv, *ends) if self.cross else (self.qkv, *ends)
 
     def magnitudes(self) -> Tensor:
         """Norm of each head's rows in the input projections and columns in ``proj``, (heads,)."""
         weight = torch.cat([self.q.weight, self.kv.weight]) if self.cross else self.qkv.weight  # type: ignore[list-item]
         rows = weight.split(self._widths())
         parts = [*(r.unflatten(0, (self.heads, -1)).square().sum(dim=(1, 2)) for r in rows)]
-        columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]
-        total: Tensor = torch.stack([*parts, columns.square().sum(dim=(0, 2))]).sum(dim=0)
-        return total.sqrt()
+        if self.closes:
+            columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]
+            parts.append(columns.square().sum(dim=(0, 2)))
+        return torch.stack(parts).sum(dim=0).sqrt()
 
     def select(self, units: Tensor) -> Self:
         """The same with some of the heads: rows of the input projections, columns of ``proj``.
@@ -423,7 +432,8 @@ class Heads(Mixer):
                 small.inputs[name] = cut_input(part, own)
         if isinstance(self.output, HeadOutput):
             small.output = self.output.select(units, self.value_dim)
-        small.proj = cut_linear(self.proj, columns=values)  # type: ignore[arg-type]
+        if self.closes:
+            small.proj = cut_linear(self.proj, columns=values)  # type: ignore[arg-type]
         return small
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from effformer.site import Site
 
 from .base import Core, CoreConfig
 from .heads import Heads, HeadsConfig, Opened
+from .outputs import Input
 from .projections import Work
 from .softmax import Softmax
 
@@ -90,30 +92,40 @@ class Attention(Heads):
             """The name of the core."""
             return self.core.title
 
+        def inputs(self, site: Site) -> Mapping[str, Input]:
+            """What the core asks for beside queries, keys and values, of the heads at a site.
+
+            Raises:
+                CapabilityError: the core cannot work with these heads.
+            """
+            width = self.head_width(site.dim, site.heads)
+            values = self.value_dim or width
+            grouped = self.qk_heads not in (None, site.heads) or values != width
+            if grouped and not self.core.GROUPED:
+                able = ", ".join(e.name for e in core if getattr(e.config, "GROUPED", False))
+                raise CapabilityError(
+                    f"{site.path or 'attention'}: {self.title!r} has as many keys as values, and of "
+                    f"the same width; qk_heads=None and value_dim=None, or choices: {able}"
+                )
+            return self.core.inputs(width, values)
+
+        def build_core(self, site: Site) -> Core:
+            """The core alone, between heads at a site."""
+            width = self.head_width(site.dim, site.heads)
+            values = self.value_dim or width
+            inside = replace(site, dim=site.heads * width, out_dim=site.heads * values)
+            made: Core = self.core.build(inside)
+            return made
+
     def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
-        width = config.head_width(site.dim, site.heads)
-        values = config.value_dim or width
-        grouped = config.qk_heads not in (None, site.heads) or values != width
-        if grouped and not config.core.GROUPED:
-            able = ", ".join(e.name for e in core if getattr(e.config, "GROUPED", False))
-            raise CapabilityError(
-                f"{site.path or 'attention'}: {config.title!r} has as many keys as values, and of the "
-                f"same width; qk_heads=None and value_dim=None, or choices: {able}"
-            )
         if config.conv and site.memory_dim is not None and not aligned:
             raise CapabilityError(
                 f"{site.path or 'attention'}: the convolution (conv={config.conv}) reads queries, keys "
                 "and values of the same tokens, but this attention looks at a memory; conv=0 would do"
             )
-        super().__init__(
-            config, site, config.core.inputs(width, values), both=not config.core.causal
-        )
+        super().__init__(config, site, config.inputs(site), both=not config.core.causal)
         self.aligned = aligned
-        there = None if aligned else site.memory_dim
-        inside = replace(
-            site, dim=site.heads * width, out_dim=site.heads * values, memory_dim=there
-        )
-        self.core: Core = config.core.build(inside)
+        self.core = config.build_core(replace(site, memory_dim=None) if aligned else site)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         given, ctx = ctx, replace(ctx, memory=None) if self.aligned else ctx

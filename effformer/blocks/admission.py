@@ -122,6 +122,8 @@ def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
         return "cannot do without an FFN"
     if needs.joint != caps.order_free:
         return "has one stream" if needs.joint else "has two streams, and this model one"
+    if needs.joint and layer.block.parts("block"):
+        return "has two streams, and the block around it one"
     if caps.cond == "always" and not needs.cond:
         return "needs a conditioning vector, which this model has not"
     if caps.cond == "never" and needs.cond:

@@ -195,8 +195,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        mods = None if self.site.cond_dim is None else self.modulations(ctx)
-        for i, name in enumerate(self.order):
+        return self.walk(x, ctx, None if self.site.cond_dim is None else self.modulations(ctx))
+
+    def walk(
+        self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None, *, start: int = 0
+    ) -> Tensor:
+        """Run the branches from the one at ``start`` on; mods are those of all branches."""
+        for i, name in list(enumerate(self.order))[start:]:
             branch, own = getattr(self, name), None if mods is None else mods[3 * i : 3 * i + 3]
             view = self.narrowed(name, x, branch.view(ctx) if self.far else ctx)
             if self.tokens is None:
