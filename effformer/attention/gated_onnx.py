@@ -66,7 +66,9 @@ def linear_scan_onnx(
     Returns:
         The sums (B, H, N, V) and (B, H, N, 1), and the new state (B, H, K, V + 1).
     """
-    out, last = _node(q, k, F.pad(v, (0, 1), value=1.0), state, None, None, rule="linear", scale=1.0)
+    out, last = _node(
+        q, k, F.pad(v, (0, 1), value=1.0), state, None, None, rule="linear", scale=1.0
+    )
     return out[..., :-1].to(v.dtype), out[..., -1:].to(v.dtype), last
 
 
@@ -87,7 +89,7 @@ def _node(
     state = None if state is None else state.to(torch.float32)
     out, last = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
-        (q, k, v, state, decay, beta),  # type: ignore[arg-type]
+        (q, k, v, state, decay, beta),
         {
             "q_num_heads": q.shape[-1] // width, "kv_num_heads": heads, "update_rule": rule,
             "scale": scale,

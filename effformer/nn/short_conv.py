@@ -90,7 +90,7 @@ class ShortConv(nn.Module):
         x, state = x.mT, state.mT
         y, last = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::CausalConvWithState",
-            (x, self.weight, self.bias, state),  # type: ignore[arg-type]
+            (x, self.weight, self.bias, state),
             {"activation": "silu" if self.activation == "silu" else "none"},
             dtypes=(x.dtype, x.dtype),
             shapes=(tuple(x.shape), tuple(state.shape)),
