@@ -226,8 +226,9 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
     nothing decays. So a graph for any length takes one chunk more than it needs, because tracers
     would take one chunk alone for a constant.
     """
-    spare = 0 if _known_length(x) else chunk
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk + spare)).unflatten(2, (-1, chunk))
+    n = x.shape[2]
+    count = (n + chunk - 1) // chunk + (0 if _known_length(x) else 1)
+    x = F.pad(x, (0, 0, 0, count * chunk - n)).unflatten(2, (count, chunk))
     return x.movedim(2, 0).flatten(0, 2)
 
 
