@@ -228,17 +228,21 @@ def test_no_angle_is_no_rotation(name: str) -> None:
     still = tables(11, front=11)
     close(part(x, Context(rope=still)), part(x))
     moved = part(x, Context(rope=tables(11)))
-    assert float((moved - part(x)).abs().max()) > 1e-4
+    assert not torch.allclose(moved, part(x), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ROTARY)
+RELATIVE = [n for n in ROTARY if n != "performer"]
+"""Of random features only the expectation depends on differences alone."""
+
+
+@pytest.mark.parametrize("name", RELATIVE)
 def test_only_differences_of_places_count(name: str) -> None:
     part, x = build(name), torch.randn(2, 11, HEADS * WIDTH, dtype=torch.float64)
     found = part(x, Context(rope=tables(11, start=1000.0)))
     close(found, part(x, Context(rope=tables(11))), 1e-10)
 
 
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("name", RELATIVE)
 def test_two_axes_shift_one_by_one(name: str) -> None:
     part, x = build(name), torch.randn(1, 12, HEADS * WIDTH, dtype=torch.float64)
 
@@ -292,12 +296,12 @@ def test_the_normaliser_is_that_of_the_plain_core(name: str) -> None:
     """Outputs of unit vectors are the weights: rotary ones are plain ones times a quotient of
     products.
     """
-    part, (q, k, _) = build(name), qkv(8)
+    part, (q, k, _) = build(name), [x.detach() for x in qkv(8)]
     if name == "sana":
         q, k = q.abs(), k.abs()
     unit = torch.eye(8, dtype=torch.float64).expand(2, HEADS, 8, 8)
     plain, rotary = mixed(part, q, k, unit, None), mixed(part, q, k, unit, tables(8))
-    assert float(plain.min()) > 0
+    assert bool((plain > 0).all())
     if name == "efficient":
         a, b = q.softmax(dim=-1), k.softmax(dim=2)
     else:
@@ -325,13 +329,14 @@ def test_performer_estimates_softmax_with_the_same_positions() -> None:
     rope = tables(24)
     exact = F.scaled_dot_product_attention(rope.query(q), rope.key(k), v)
     errors = []
-    for features in (16, 256, 4096):
-        config = {"name": "performer", "features": features}
+    for features in (64, 512, 4096):
+        config = {"name": "performer", "features": features, "eps": 1e-12}
         part = resolve("attention", config).build(Site(dim=HEADS * WIDTH, heads=HEADS)).double()
         error = (mixed(part, q, k, v, rope) - exact).square().mean().sqrt()
         errors.append(float(error / exact.square().mean().sqrt()))
     assert errors[1] < errors[0] / 2
     assert errors[2] < errors[1] / 2
+    assert errors[2] < 0.1
 
 
 def test_forms_that_see_everything_are_softmax_with_rotary_positions() -> None:
