@@ -245,8 +245,10 @@ def _returned(core: Config, base: Config) -> dict[str, Any]:
 
 
 def _changed(base: Config, options: dict[str, Any], where: str) -> Config:
-    """A config with changed options; those that it has not go to the core that it holds."""
+    """A config with changed options; those of the core that it holds go there."""
     own = {f.name for f in dataclasses.fields(base)}
+    if "core" in own:
+        own -= _fields_of_core(options.get("core"), base, where)
     if "core" not in own or own >= set(options):
         return base.replace(where=where, **options)
     outer = {k: v for k, v in options.items() if k in own}
@@ -260,6 +262,16 @@ def _changed(base: Config, options: dict[str, Any], where: str) -> Config:
         core = {**core, **inner}
     core = resolve("core", core, base.core, where=where)  # type: ignore[attr-defined]
     return base.replace(where=where, core=core, **outer)
+
+
+def _fields_of_core(spec: Any, base: Config, where: str) -> set[str]:
+    """Options that a core has, and the heads around it by the same name."""
+    if isinstance(spec, Mapping):
+        spec = spec.get("name")
+    if isinstance(spec, str):
+        spec = registry.core.get(spec, where=where).config
+    spec = base.core if spec is None else spec  # type: ignore[attr-defined]
+    return {f.name for f in dataclasses.fields(spec)}
 
 
 @contextmanager

@@ -92,6 +92,16 @@ class Rope:
         """The tables of some tokens (a slice, or int64 indices), queries and keys alike."""
         return self._mapped(lambda table: table[..., rows, :])
 
+    def at(self, places: Tensor) -> Rope:
+        """The tables of the tokens at some places of every sample: (B, G) -> (B, 1 or H, G, K)."""
+
+        def pick(table: Tensor) -> Tensor:
+            table = table[(None,) * (4 - table.dim())].expand(places.shape[0], -1, -1, -1)
+            index = places[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+            return table.gather(2, index)
+
+        return self._mapped(pick)
+
     def heads(self, some: slice) -> Rope:
         """The tables of some heads."""
         alone = self.cos.dim() < 3 or self.cos.shape[-3] == 1

@@ -345,7 +345,7 @@ class Heads(Mixer):
         if ctx.packing is None:
             joined, state = self.conv(joined, past)
         else:
-            joined = over_sequences(lambda one: self.conv(one)[0], joined, ctx.packing)
+            joined = over_sequences(lambda one, _: self.conv(one)[0], joined, ctx)
             state = None
         q, k, v = joined.split(self._widths(), dim=-1)
         return q, k, v, state

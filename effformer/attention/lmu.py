@@ -103,9 +103,8 @@ class LMU(Mixer):
             return self.drop(self.proj(self._mix(x, ctx.mask)))
         if ctx.mask is not None:
             raise CapabilityError(f"{self.where}: packing goes with no mask; unpack first")
-        return self.drop(
-            self.proj(over_sequences(lambda one: self._mix(one, None), x, ctx.packing))
-        )
+        mixed = over_sequences(lambda one, _: self._mix(one, None), x, ctx)
+        return self.drop(self.proj(mixed))
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)

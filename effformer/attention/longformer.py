@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, Rope, check_context
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
@@ -21,7 +21,7 @@ from .slices import Rows, over_sequences
 __all__ = ["Longformer"]
 
 _CHUNK, _BLOCK = 32, 64
-_CAPS = Caps(causal="optional", mask="key", packed=True, cost="n")
+_CAPS = Caps(causal="optional", mask="key", rope=True, packed=True, cost="n")
 
 
 @attention.register("longformer", caps=_CAPS, paper="2004.05150")
@@ -36,7 +36,8 @@ class Longformer(Mixer):
     Global are the first ``global_tokens`` valid tokens (class token, registers), or with ``marked``
     those that the caller marks in every sample. The causal form sees the left half of the window,
     and global tokens neither see nor show what comes later. Masked tokens yield zeros before the
-    output projection.
+    output projection. Rotary positions turn queries and keys of both projections, each by the place
+    of its token.
 
     Differs from the paper: no dilation.
 
@@ -107,24 +108,32 @@ class Longformer(Mixer):
         if marks is not None:
             check_shape(marks, "(B, N)", tuple(x.shape[:2]), where=f"{where}: marks")
         if ctx.packing is None:
-            return self.drop(self.proj(self._mix(x, ctx, ctx.mask, marks)))
+            return self.drop(self.proj(self._mix(x, ctx, ctx.mask, marks, ctx.rope)))
         if ctx.mask is not None or marks is not None or ctx.tap is not None:
             raise CapabilityError(
                 f"{where}: packing goes with neither mask nor marks nor tap; unpack first"
             )
-        mixed = over_sequences(lambda one: self._mix(one, ctx, None, None), x, ctx.packing)
+        mixed = over_sequences(lambda one, rope: self._mix(one, ctx, None, None, rope), x, ctx)
         return self.drop(self.proj(mixed))
 
-    def _mix(self, x: Tensor, ctx: Context, mask: Tensor | None, marks: Tensor | None) -> Tensor:
+    def _mix(
+        self,
+        x: Tensor,
+        ctx: Context,
+        mask: Tensor | None,
+        marks: Tensor | None,
+        rope: Rope | None,
+    ) -> Tensor:
         """Everything between input and output projection."""
         q, k, v = self._heads(self.qkv(x), 3)
+        if rope is not None:
+            q, k = rope.query(q), rope.key(k)
         if ctx.tap is not None:
             place = self.site.path
             q, k, v = (
                 ctx.tap(f"{place}.{name}", x) for name, x in zip("qkv", (q, k, v), strict=True)
             )
         places, real = self._globals(x, mask, marks)
-
         near = self._near(x, mask, places, real)
         if torch.compiler.is_exporting():
             out = self._window(q, k, v, near, places, real)
@@ -132,7 +141,7 @@ class Longformer(Mixer):
             out = self._blocks(q, k, v, near, places, real)
         out = out.transpose(1, 2).flatten(2)
         if places.shape[1]:
-            rows = self._global_rows(x, mask, places)
+            rows = self._global_rows(x, mask, places, rope)
             spare = torch.where(real, places, x.shape[1])  # rows of no token go to a spare row
             index = spare[..., None].expand_as(rows)
             out = F.pad(out, (0, 0, 0, 1)).scatter(1, index, rows)[:, :-1]
@@ -275,11 +284,15 @@ class Longformer(Mixer):
         band = distance.abs() <= self.reach
         return band & (distance <= 0) if self.config.causal else band
 
-    def _global_rows(self, x: Tensor, mask: Tensor | None, places: Tensor) -> Tensor:
+    def _global_rows(
+        self, x: Tensor, mask: Tensor | None, places: Tensor, rope: Rope | None
+    ) -> Tensor:
         """What the global tokens (B, G) attend to everything with, (B, G, D)."""
         chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
         (q,) = self._heads(self.q_global(chosen), 1)
         k, v = self._heads(self.kv_global(x), 2)
+        if rope is not None:
+            q, k = rope.at(places).query(q), rope.key(k)
         allowed = None if mask is None else mask[:, None, None]
         if self.config.causal:
             past = places[:, None, :, None] >= torch.arange(x.shape[1], device=x.device)

@@ -102,7 +102,7 @@ class SpikingLMU(Mixer):
         if ctx.packing is None:
             h, _ = self._run(x, None)
         else:
-            h = over_sequences(lambda one: self._run(one, None)[0], x, ctx.packing)
+            h = over_sequences(lambda one, _: self._run(one, None)[0], x, ctx)
         return self.drop(self.proj(h))
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
