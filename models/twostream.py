@@ -25,7 +25,7 @@ from effformer.nn.rope import GridRope
 from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
-from .dit import FinalLayer
+from .diffusion_parts import FinalLayer
 
 __all__ = ["PRESETS", "JointDiT"]
 

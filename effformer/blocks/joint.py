@@ -198,7 +198,7 @@ class Joint(Block):
         ]
         back = torch.cat(groups).argsort()
         return [
-            None if some[0] is None else torch.cat(some).index_select(0, back)  # type: ignore[arg-type]
+            None if some[0] is None else torch.cat(some).index_select(0, back)
             for some in zip(*pieces, strict=True)
         ]
 
@@ -254,7 +254,7 @@ class Joint(Block):
         for name in ("x", "y"):
             stream = twin(getattr(self, name))
             attn = twin(stream.branches[0])
-            attn.part, attn.forms = attn.part.select(units), Forms()  # type: ignore[operator]
+            attn.part, attn.forms = attn.part.select(units), Forms()
             setattr(stream, "attn", attn)  # noqa: B010  # a child of the twin
             setattr(small, name, stream)
         small.core = self.core.select(units)

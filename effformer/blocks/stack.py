@@ -264,8 +264,8 @@ def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config | No
 
 def _block_path(path: str) -> tuple[str, str, str]:
     """``blocks.3.ffn.ratio`` as the block, its part, and the path in there."""
-    _, key, *rest = path.split(".", 3)
-    return key, *(*rest, "", "")[:2]
+    _, key, slot, rest = (*path.split(".", 3), "", "")[:4]
+    return key, slot, rest
 
 
 def _slice(key: str, where: str) -> slice:

@@ -100,7 +100,7 @@ class ToMe(TokenPart):
             raise CapabilityError(f"{where}.tokens: 'tome' {reason}; choices: None")
 
     @classmethod
-    def admits(cls, kind: str, caps: Caps) -> bool:
+    def admits(cls, config: BaseConfig, kind: str, caps: Caps) -> bool:
         return kind != "block" or not caps.joint
 
     def forward(
