@@ -233,7 +233,7 @@ def _around(
     given = options | {
         "core": {"name": core.name, **chosen} if isinstance(chosen, Mapping) else chosen
     }
-    return _changed(base.replace(where=where, **outer), given, where)
+    return _changed(base.replace(where=where, **outer) if outer else base, given, where)
 
 
 def _returned(core: Config, base: Config) -> dict[str, Any]:
@@ -304,7 +304,9 @@ def _convert(
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = _hints(cls)  # type: ignore[arg-type]
     kinds = {f.metadata["kind"] for f in fields.values() if f.name == f.metadata.get("kind")}
-    given, out = read_changes(given, kinds, base, where), {}
+    if not {"block", "ffn", "layers"}.isdisjoint(given):
+        given = read_changes(given, kinds, base, where)
+    out = {}
     for key, value in given.items():
         if key not in fields:
             raise unknown("option", key, sorted(fields), where=where)
