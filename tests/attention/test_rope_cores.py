@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import make_mixer, mixers
+from contract import mixers
 from effformer.export import export_onnx
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -8,7 +8,8 @@ import torch
 from harness import Golden
 from torch import Tensor
 
-from effformer.context import Context, Rope, Site
+from effformer.context import Context, Rope
+from effformer.site import Site
 
 
 def site(c: dict[str, Any]) -> Site:

@@ -9,7 +9,8 @@ from harness import Golden
 
 import effformer
 from effformer.attention import Attention, Sana
-from effformer.context import Context, Rope, Site
+from effformer.context import Context, Rope
+from effformer.site import NormRule, Site
 
 
 def check(golden: Golden) -> None:
@@ -41,7 +42,7 @@ def _build(golden: Golden, case: str, c: dict[str, Any]) -> Attention:
         head_dim=c["head_dim"],
     )
     dim = golden.tensor(f"in.{case}.x").shape[-1]
-    site = Site(dim=dim, heads=c["heads"], norm="rms", norm_eps=c["norm_eps"])
+    site = Site(dim=dim, heads=c["heads"], norm=NormRule(kind="rms", eps=c["norm_eps"]))
     mixer = Attention(config, site).eval()
     effformer.load_weights(mixer, golden.weights(f"{case}."), ATTENTION)
     return mixer
