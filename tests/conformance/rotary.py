@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ def context(golden: Golden, case: str, c: dict[str, Any], rows: slice = slice(No
 
 
 def check_core(golden: Golden, case: str, c: dict[str, Any], core: Any) -> None:
-    """Values and gradients of a core that rotates by itself."""
+    """Values and gradients of a core that rotates by itself, or that is given rotated vectors."""
     inputs = [golden.tensor(f"in.{case}.{x}").clone().requires_grad_() for x in "qkv"]
-    out = core(*inputs, context(golden, case, c))
+    ctx, (q, k, v) = context(golden, case, c), inputs
+    if core.rotates == "qk":
+        assert ctx.rope is not None
+        q, k, ctx = ctx.rope.query(q), ctx.rope.key(k), replace(ctx, rope=None)
+    out = core(q, k, v, ctx)
     golden.assert_close(out, f"out.{case}")
     grads = torch.autograd.grad(out, inputs, golden.tensor(f"in.{case}.cotangent"))
     for name, grad in zip("qkv", grads, strict=True):

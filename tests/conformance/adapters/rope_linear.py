@@ -38,7 +38,7 @@ def _build(golden: Golden, case: str, c: dict[str, Any]) -> Any:
     if c["kind"] == "favor-before":
         golden.only("causal", False, why="the set has no sums of features", among=c)
         golden.only("eps", 0.0, why="the normaliser has none beside that of the features", among=c)
-        options = {"features": c["features"], "rope": "before"}
+        options = {"features": c["features"]}
         core = _WholeExponent(Performer.Config.from_dict(options), site(c))
         core.projection.copy_(golden.tensor(f"in.{case}.projection"))
         return core
