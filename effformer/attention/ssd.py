@@ -13,7 +13,7 @@ from effformer.registry import core
 from effformer.site import Site
 
 from .decays import start_bias, start_rates
-from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, wide
+from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, full, wide
 from .outputs import Input
 
 __all__ = ["SSD"]
@@ -69,7 +69,7 @@ class SSD(GatedCore):
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, time: Tensor) -> Terms:  # type: ignore[override]
         d = F.softplus(wide(time) + self.bias[:, None]).clamp(self.config.least, self.config.most)
-        return Terms(q, k, v * d[..., None], -self.rate.exp()[:, None] * d)
+        return Terms(q, k, full(v) * d[..., None], -full(self.rate).exp()[:, None] * d)
 
     def leave(self, out: Tensor, v: Tensor) -> Tensor:
-        return out + self.skip[:, None, None] * v
+        return (out + full(self.skip)[:, None, None] * v).to(v.dtype)
