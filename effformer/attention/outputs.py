@@ -142,12 +142,12 @@ class HeadOutput(nn.Module):
     def _normed(self, out: Tensor) -> Tensor:
         if self.config.norm == "none":
             return out
-        eps, width = self.config.eps, out.shape[-1]
+        eps, width, weight = self.config.eps, out.shape[-1], self.weight.to(out.dtype)
         if self.config.norm == "head":
-            return F.rms_norm(out, (width,), self.weight, eps)
+            return F.rms_norm(out, (width,), weight, eps)
         groups = self.config.groups
         joined = out.transpose(1, 2).unflatten(2, (groups, -1)).flatten(3)
-        joined = F.rms_norm(joined, (joined.shape[-1],), None, eps).flatten(2) * self.weight
+        joined = F.rms_norm(joined, (joined.shape[-1],), None, eps).flatten(2) * weight
         return joined.unflatten(-1, (self.heads, width)).transpose(1, 2)
 
     def select(self, heads: Tensor, width: int) -> HeadOutput:

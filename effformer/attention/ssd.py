@@ -58,6 +58,11 @@ class SSD(GatedCore):
         least: float = 0.0
         most: float | None = None
 
+        def __post_init__(self) -> None:
+            GatedConfig.__post_init__(self)
+            if self.most is not None and not self.least < self.most:
+                raise ValueError(f"ssd: least={self.least} is not below most={self.most}")
+
         def inputs(self, head_dim: int, value_dim: int) -> Mapping[str, Input]:
             return {"time": Input()}
 
