@@ -20,7 +20,7 @@ __all__ = ["KDA", "Delta", "GatedDelta"]
 
 _PLAIN = {"qkv_bias": False, "proj_bias": False, "conv": 4}
 _GATED = _PLAIN | {"gate": {"act": "silu", "norm": "head"}}
-_SIGMOID = _PLAIN | {"gate": {"act": "sigmoid", "norm": "head", "bias": True}}
+_SIGMOID = _PLAIN | {"gate": {"act": "sigmoid", "norm": "head", "rank": "head", "bias": True}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,15 +29,21 @@ class DeltaConfig(GatedConfig):
 
     Attributes:
         negative: b lies in (0, 2), so that the memory may also be turned round.
+        eps: added to the squared lengths of queries and keys.
     """
 
     negative: bool = False
+    eps: float = 1e-6
 
 
 class DeltaCore(GatedCore):
     """What the delta rules share: keys and queries of unit length, ``b = sigmoid(w . x)``."""
 
     DELTA: ClassVar[bool] = True
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Queries or keys of unit length."""
+        return unit_length(x, self.config.eps)
 
     def written(self, beta: Tensor) -> Tensor:
         """How much of its key a token overwrites, (B, H, N)."""
@@ -75,7 +81,7 @@ class Delta(DeltaCore):
             return {"beta": Input()}
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, beta: Tensor) -> Terms:  # type: ignore[override]
-        return Terms(unit_length(q), unit_length(k), v, None, self.written(beta))
+        return Terms(self.unit(q), self.unit(k), v, None, self.written(beta))
 
 
 @core.register("gated-delta", caps=GATED_CAPS, paper="2412.06464", heads=_GATED)
@@ -111,8 +117,8 @@ class GatedDelta(DeltaCore):
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, beta: Tensor) -> Terms:  # type: ignore[override]
         time = F.softplus(wide(decay) + self.bias[:, None])
-        fade = -self.rate.exp()[:, None] * time
-        return Terms(unit_length(q), unit_length(k), v, fade, self.written(beta))
+        fade = -full(self.rate).exp()[:, None] * time
+        return Terms(self.unit(q), self.unit(k), v, fade, self.written(beta))
 
 
 @core.register("kda", caps=GATED_CAPS, paper="2510.26692", heads=_SIGMOID)
@@ -122,8 +128,7 @@ class KDA(DeltaCore):
 
     The heads around it have short convolutions, a norm of each head's output and a sigmoid gate.
 
-    Differs from the paper: the gate's projection is one matrix unless ``gate`` has a rank; two
-    directions in models that attend both ways.
+    Differs from the paper: two directions in models that attend both ways.
 
     Args:
         config: the knobs.
@@ -161,10 +166,10 @@ class KDA(DeltaCore):
         self.bias = nn.Parameter(start_bias(site.heads * width).view(site.heads, width))
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, beta: Tensor) -> Terms:  # type: ignore[override]
-        rate = self.rate.exp()[:, None, None]
+        rate = full(self.rate).exp()[:, None, None]
         raw = full(decay) + self.bias[:, None]
         if self.config.bound is None:
             fade = -rate * F.softplus(raw)
         else:
             fade = self.config.bound * (rate * raw).sigmoid()
-        return Terms(unit_length(q), unit_length(k), v, fade, self.written(beta))
+        return Terms(self.unit(q), self.unit(k), v, fade, self.written(beta))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ class GatedConfig(CoreConfig):
     """Knobs shared by the cores with one matrix of memory per head.
 
     Attributes:
-        direction: of a core that is not causal: "both" adds a scan from either side; "alternate"
-            turns the order round in every second layer, and swaps rows and columns of a grid in
-            every second pair of layers.
+        direction: of a core that is not causal: "both" adds a scan from either side, so that a token
+            meets itself twice; "alternate" turns the order round in every second layer, and swaps
+            rows and columns of a grid in every second pair of layers.
         chunk: tokens per chunk; changes speed, not results.
     """
 
@@ -138,21 +139,21 @@ class GatedCore(Core):
         out, state = self._scan(self.terms(q, k, v, **further), state)
         return self.leave(out, v), state
 
-    def select(self, heads: Tensor) -> Core:
-        small: Any = twin(self)
+    def select(self, heads: Tensor) -> GatedCore:
+        small = twin(self)
         for name in self.PER_HEAD:
             value = getattr(self, name)
             if isinstance(value, nn.Parameter):
                 put(small, name, value.index_select(0, heads))
             else:
                 small._buffers[name] = value.index_select(0, heads)
-        return small  # type: ignore[no-any-return]
+        return small
 
 
-def unit_length(x: Tensor) -> Tensor:
-    """``x (sum x^2 + 1e-6)^-1/2`` over the last dimension, in float32 at least."""
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """``x (sum x^2 + eps)^-1/2`` over the last dimension, in float32 at least."""
     x = full(x)
-    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+    return x * (x.square().sum(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def full(x: Tensor) -> Tensor:
@@ -165,9 +166,12 @@ def wide(x: Tensor) -> Tensor:
     return full(x.squeeze(-1))
 
 
-def _each(terms: Terms, change: Any) -> Terms:
+def _each(terms: Terms, change: Callable[[Tensor], Tensor]) -> Terms:
     """Change what goes along the tokens; constant decays do not."""
-    return Terms(*(x if x is None or x.dim() < 3 else change(x) for x in terms))
+    q, k, v, decay, beta = terms
+    if decay is not None and decay.dim() > 1:
+        decay = change(decay)
+    return Terms(change(q), change(k), change(v), decay, None if beta is None else change(beta))
 
 
 def _masked(terms: Terms, mask: Tensor | None) -> Terms:

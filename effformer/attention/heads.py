@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,7 @@ class HeadsConfig(Config):
     projections: AdaptiveProjections | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.gate, str):
-            object.__setattr__(self, "gate", OutputGate(per=self.gate))
+        object.__setattr__(self, "gate", _gate(self.gate))
         for name in ("head_dim", "value_dim", "kv_heads", "qk_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -148,6 +147,7 @@ class Heads(Mixer):
 
     Raises:
         ValueError: the width is not divisible by the heads, or these not by those that they share.
+        CapabilityError: a convolution over queries and the keys of a memory.
 
     Reference: Attention Is All You Need, 2017, arXiv 1706.03762.
     """
@@ -181,6 +181,11 @@ class Heads(Mixer):
                     "and qk_heads must divide heads"
                 )
         self.cross = site.memory_dim is not None
+        if self.cross and config.conv:
+            raise CapabilityError(
+                f"{self.where}: the convolution (conv={config.conv}) reads queries, keys and values "
+                "of the same tokens, but these keys are those of a memory; conv=0 would do"
+            )
         self._build_projections(config)
         if config.qk_norm:
             eps = site.norm.eps if config.qk_norm_eps is None else config.qk_norm_eps
@@ -435,6 +440,13 @@ class Heads(Mixer):
         if self.closes:
             small.proj = cut_linear(self.proj, columns=values)  # type: ignore[arg-type]
         return small
+
+
+def _gate(given: Any) -> OutputGate | None:
+    """A gate by its short name, as a dict or as it is."""
+    if isinstance(given, str):
+        return OutputGate.from_dict({"per": given}, where="gate")
+    return OutputGate.from_dict(given, where="gate") if isinstance(given, Mapping) else given
 
 
 def _spread_width(width: Tensor, ctx: Context) -> Tensor:

@@ -68,7 +68,8 @@ class OutputGate(Config):
     Attributes:
         per: a gate for every "element" of the heads' outputs, one for every "head", or "none".
         act: of the gate.
-        rank: width of a bottleneck in the gate's projection, None for one matrix.
+        rank: width of a bottleneck in the gate's projection, "head" for that of a head's output;
+            None for one matrix.
         bias: the gate's projection has a bias.
         norm: RMS norm over each "head" (one weight for all of them), over "groups" of heads, or
             "none".
@@ -79,7 +80,7 @@ class OutputGate(Config):
 
     per: Literal["element", "head", "none"] = "element"
     act: Literal["sigmoid", "silu", "identity"] = "sigmoid"
-    rank: int | None = None
+    rank: int | Literal["head"] | None = None
     bias: bool = False
     norm: Literal["head", "groups", "none"] = "none"
     groups: int = 1
@@ -89,7 +90,7 @@ class OutputGate(Config):
     def __post_init__(self) -> None:
         for name in ("rank", "groups"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"gate: {name} must be at least 1, got {value}")
 
 
@@ -118,7 +119,8 @@ class HeadOutput(nn.Module):
             raise ValueError(f"gate: {heads} heads do not divide into {config.groups} groups")
         if config.per != "none":
             out = heads * (width if config.per == "element" else 1)
-            self.proj = make_input(dim, out, rank=config.rank, bias=config.bias)
+            rank = width if config.rank == "head" else config.rank
+            self.proj = make_input(dim, out, rank=rank, bias=config.bias)
         if config.norm != "none":
             self.weight = nn.Parameter(
                 torch.ones(width * (heads if config.norm == "groups" else 1))
@@ -140,12 +142,12 @@ class HeadOutput(nn.Module):
     def _normed(self, out: Tensor) -> Tensor:
         if self.config.norm == "none":
             return out
-        eps, width = self.config.eps, out.shape[-1]
+        eps, width, weight = self.config.eps, out.shape[-1], self.weight.to(out.dtype)
         if self.config.norm == "head":
-            return F.rms_norm(out, (width,), self.weight, eps)
+            return F.rms_norm(out, (width,), weight, eps)
         groups = self.config.groups
         joined = out.transpose(1, 2).unflatten(2, (groups, -1)).flatten(3)
-        joined = F.rms_norm(joined, (joined.shape[-1],), None, eps).flatten(2) * self.weight
+        joined = F.rms_norm(joined, (joined.shape[-1],), None, eps).flatten(2) * weight
         return joined.unflatten(-1, (self.heads, width)).transpose(1, 2)
 
     def select(self, heads: Tensor, width: int) -> HeadOutput:

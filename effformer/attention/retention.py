@@ -12,21 +12,12 @@ from effformer.registry import core
 from effformer.site import Site
 
 from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms
-from .gated_scan import retention_decay
 
 __all__ = ["Lightning", "Retention"]
 
 _HEADS = {
     "qkv_bias": False, "proj_bias": False, "gate": {"act": "silu", "norm": "head"},
 }  # fmt: skip
-
-
-def fades(kind: str, site: Site) -> Tensor:
-    """Log decays of the heads, (H,)."""
-    if kind == "retnet":
-        return retention_decay(site.heads).float()
-    rate = 8 / site.heads * (1 - site.layer / max(site.depth, 1))
-    return -rate * torch.arange(site.heads, dtype=torch.float32)
 
 
 @core.register(
@@ -52,8 +43,8 @@ class Retention(GatedCore):
     2307.08621.
     """
 
-    PER_HEAD = ("decay",)
-    decay: Tensor
+    PER_HEAD = ("head",)
+    head: Tensor
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(GatedConfig):
@@ -67,10 +58,14 @@ class Retention(GatedCore):
 
     def __init__(self, config: Retention.Config, site: Site) -> None:
         super().__init__(config, site)
-        self.register_buffer("decay", fades(config.rates, site), persistent=False)
+        # whole numbers stay exact in a model of half precision
+        self.register_buffer("head", torch.arange(site.heads), persistent=False)
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, **further: Tensor) -> Terms:
-        return Terms(q, k, v, self.decay)
+        head, site = self.head.to(torch.promote_types(v.dtype, torch.float32)), self.site
+        if self.config.rates == "retnet":
+            return Terms(q, k, v, torch.log1p(-(2.0 ** (-5.0 - head))))
+        return Terms(q, k, v, -8 / site.heads * (1 - site.layer / max(site.depth, 1)) * head)
 
 
 @core.register("lightning", caps=GATED_CAPS, paper="2401.04658", heads=_HEADS)

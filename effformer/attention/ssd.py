@@ -13,7 +13,7 @@ from effformer.registry import core
 from effformer.site import Site
 
 from .decays import start_bias, start_rates
-from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, wide
+from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, full, wide
 from .outputs import Input
 
 __all__ = ["SSD"]
@@ -58,6 +58,11 @@ class SSD(GatedCore):
         least: float = 0.0
         most: float | None = None
 
+        def __post_init__(self) -> None:
+            GatedConfig.__post_init__(self)
+            if self.most is not None and not self.least < self.most:
+                raise ValueError(f"ssd: least={self.least} is not below most={self.most}")
+
         def inputs(self, head_dim: int, value_dim: int) -> Mapping[str, Input]:
             return {"time": Input()}
 
@@ -69,7 +74,7 @@ class SSD(GatedCore):
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, time: Tensor) -> Terms:  # type: ignore[override]
         d = F.softplus(wide(time) + self.bias[:, None]).clamp(self.config.least, self.config.most)
-        return Terms(q, k, v * d[..., None], -self.rate.exp()[:, None] * d)
+        return Terms(q, k, full(v) * d[..., None], -full(self.rate).exp()[:, None] * d)
 
     def leave(self, out: Tensor, v: Tensor) -> Tensor:
-        return out + self.skip[:, None, None] * v
+        return (out + full(self.skip)[:, None, None] * v).to(v.dtype)
