@@ -71,7 +71,8 @@ class Performer(Core):
     the parallel form gives on tokens <= i. It exports for a fixed number of tokens.
 
     Differs from the paper: the published causal form takes c over all keys, so that eps lets the
-    future through (``stabilizer="global"`` reproduces it); masked keys leave the normaliser too.
+    future through (``stabilizer="global"`` reproduces it); masked keys leave the normaliser too; the
+    published code draws rows of a biased distribution (signs of the QR decomposition).
 
     Args:
         config: the knobs.
@@ -130,7 +131,7 @@ class Performer(Core):
         def draw(count: int) -> Tensor:
             return torch.randn(count, width, generator=generator, device="cpu")
 
-        blocks = [orthogonal_rows(draw(width)) for _ in range(-(-rows // width))]
+        blocks = [_uniform_rows(draw(width)) for _ in range(-(-rows // width))]
         if self.config.lengths == "gaussian":
             lengths = draw(rows).norm(dim=1, keepdim=True)
         else:
@@ -314,6 +315,14 @@ class Performer(Core):
 def orthogonal_rows(gaussian: Tensor) -> Tensor:
     """Orthonormal rows (K, K) from a Gaussian (K, K): the transposed Q of its QR decomposition."""
     return torch.linalg.qr(gaussian).Q.mT
+
+
+def _uniform_rows(gaussian: Tensor) -> Tensor:
+    """`orthogonal_rows` with the signs that the process of Gram and Schmidt gives them. Those of the
+    library favour one side of the space, a bias that no number of features would mend.
+    """
+    rows = orthogonal_rows(gaussian)
+    return rows * (rows * gaussian.mT).sum(dim=1, keepdim=True).sign()
 
 
 def _lowest(x: Tensor) -> float:

@@ -328,7 +328,7 @@ def test_the_first_token_of_a_causal_row_is_whole() -> None:
 
 def test_performer_estimates_softmax_with_the_same_positions() -> None:
     q, k, v = (x.detach() for x in qkv(24, batch=4))
-    rope = tables(24)
+    q, k, rope = q / 4, k / 4, tables(24)
     exact = F.scaled_dot_product_attention(rope.query(q), rope.key(k), v)
     errors = []
     for features in (64, 512, 4096):
@@ -338,7 +338,7 @@ def test_performer_estimates_softmax_with_the_same_positions() -> None:
         errors.append(float(error / exact.square().mean().sqrt()))
     assert errors[1] < errors[0] / 2
     assert errors[2] < errors[1] / 2
-    assert errors[2] < 0.1
+    assert errors[2] < 0.01
 
 
 def test_forms_that_see_everything_are_softmax_with_rotary_positions() -> None:
@@ -399,7 +399,7 @@ def test_half_precision_is_wide_inside() -> None:
 
 def test_performer_is_the_same_object_of_estimates() -> None:
     """Turned vectors have the length of plain ones, so that the stabilizers do not move much."""
-    part, (q, k, _) = build("performer"), qkv(8)
+    part, (q, k, _) = build("performer"), [x.detach() for x in qkv(8)]
     assert isinstance(part.core, Performer)
     rope = tables(8)
     close(rope.query(q).norm(dim=-1), q.norm(dim=-1))
