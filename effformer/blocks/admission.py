@@ -120,7 +120,7 @@ def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
         return "has no attention to a memory"
     if layer.ffn is None and not caps.mixer_only:
         return "cannot do without an FFN"
-    if needs.joint != caps.order_free:
+    if needs.joint != caps.joint:
         return "has one stream" if needs.joint else "has two streams, and this model one"
     if needs.joint and layer.block.parts("block"):
         return "has two streams, and the block around it one"

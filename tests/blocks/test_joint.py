@@ -202,17 +202,21 @@ def test_tables_of_one_stream_are_those_of_both_with_still_tokens(core: str) -> 
     b = block(x, y, replace(ctx, rope=table(N)), replace(ctx, rope=still))
     torch.testing.assert_close(a, b)
     assert not torch.allclose(a[0], block(x, y, ctx, ctx)[0])
-    # places of every token, as FLUX has them: a shift of all of them means nothing
-    both = table(N + M)
-    shifted = both.tokens(slice(1, None))
-    c, d = (
-        block(
-            x[:, :-1], y,
-            replace(ctx, rope=r.tokens(slice(M, M + N - 1))), replace(ctx, rope=r.tokens(slice(M))),
-        )
-        for r in (both, shifted)
-    )  # fmt: skip
-    torch.testing.assert_close(c, d, rtol=1e-4, atol=1e-5)  # angles are float32
+
+
+@pytest.mark.parametrize("core", ["softmax", "flow", "linear"])
+def test_every_token_may_have_a_place(core: str) -> None:
+    """As FLUX has them: a shift of all places means nothing, one of a single stream does."""
+    block, both = build(core), table(N + M + 1)
+    x, y, ctx = inputs()
+
+    def run(start: int, far: int) -> Any:
+        x_rope, y_rope = both.tokens(slice(start, start + N)), both.tokens(slice(far, far + M))
+        return block(x, y, replace(ctx, rope=x_rope), replace(ctx, rope=y_rope))
+
+    out = run(M, 0)
+    torch.testing.assert_close(run(M + 1, 1), out, rtol=1e-4, atol=1e-5)  # angles are float32
+    assert not torch.allclose(run(M + 1, 0)[0], out[0])
 
 
 def test_text_tokens_are_a_set() -> None:
