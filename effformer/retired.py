@@ -44,11 +44,13 @@ def _dynamic(spec: Any, named: bool) -> Any:
 
 
 def _dydit(options: dict[str, Any], named: bool) -> dict[str, Any]:
-    found = {slot: options.pop(slot) for slot in ("width", "tokens") if slot in options}
-    empty: dict[str, Any] = {"width": {}, "tokens": {}} if named else {}
-    given = empty | found
+    found: dict[str, Any] = {
+        slot: options.pop(slot) for slot in ("width", "tokens") if slot in options
+    }
+    if named:
+        found = dict[str, Any](width={}, tokens={}) | found
     block = {"block": {"name": "adaln-zero"} | options if named else options}
-    return (block if named or options else {}) | {k: _dynamic(v, named) for k, v in given.items()}
+    return (block if named or options else {}) | {k: _dynamic(v, named) for k, v in found.items()}
 
 
 _GATES = {"groups": "groups", "start": "bias", "tau": "tau", "threshold": "threshold"}
