@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effformer.context import Context, Packing, Rope
+from effformer.context import Context, Ledger, Packing, Rope
 
 from .base import Core
 from .heads import Heads, Opened
@@ -58,6 +58,22 @@ class Meeting(NamedTuple):
                 done = torch.stack(work.executed).sum(0)
                 ctx.ledger.work(heads.site.path, done / heads.macs(x.shape[1]))
         return closed
+
+    def report(
+        self, ledger: Ledger, tokens: Sequence[Tensor], ctxs: Sequence[Context], share: Tensor
+    ) -> None:
+        """Write into the ledger that this share (B,) of the heads runs, in every stream; costs are
+        those of one sample, or of all in a packed row.
+        """
+        count = 1 if all(ctx.packing is None for ctx in ctxs) else len(share)
+        lengths = [
+            (x.shape[1],) * count if ctx.packing is None else ctx.packing.lengths
+            for x, ctx in zip(tokens, ctxs, strict=True)
+        ]
+        for heads, own in zip(self.heads, lengths, strict=True):
+            ledger.work(heads.site.path, share, heads.macs(sum(own)))
+        core = sum(self.core_macs(sum(both)) for both in zip(*lengths, strict=True))
+        ledger.work(self.core.site.path, share, core)
 
     def core_macs(self, n: int) -> int:
         """Dense multiply-adds of the core on n tokens, those of all streams."""

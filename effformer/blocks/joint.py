@@ -87,13 +87,13 @@ class Joint(Block):
         super().__init__({}, replace(site, cond_dim=None))  # branches and modulation: the streams'
         self.site, self.config = site, config
         self.where = site.path or "joint"
+        self.ends = config.ends and site.layer == site.depth - 1
         if not isinstance(attn, Attention.Config):
             able = ", ".join(registry.core.names(order_free=True))
             raise CapabilityError(
                 f"{self.where}: {attn.title!r} has no queries, keys and values that two streams "
                 f"could share; choices: {able}"
             )
-        self.ends = config.ends and site.layer == site.depth - 1
         self.x = self._stream("x", attn, ffn)
         self.y = self._stream("y", attn, ffn, ends=self.ends)
         self.core = attn.build_core(below(site, "core", memory_dim=None))
@@ -122,10 +122,10 @@ class Joint(Block):
     def attach(self, *, width: BaseConfig | None = None, tokens: BaseConfig | None = None) -> None:
         """Fill the slots of both streams; None leaves a slot as it is."""
         self.x.attach(width=width, tokens=tokens)
-        own = dict(zip(self.y.order[1:], self.y.branches[1:], strict=True))
-        for kind, config in (("width", width), ("tokens", tokens)):
-            if config is not None:
-                setattr(self.y, kind, config.build(below(self.y.site, kind), own))
+        self.y.attach(tokens=tokens)
+        if width is not None:  # that of x has the gates of the heads
+            own = dict(zip(self.y.order[1:], self.y.branches[1:], strict=True))
+            self.y.width = width.build(below(self.y.site, "width"), own)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, y: Tensor, ctx: Context = EMPTY, y_ctx: Context = EMPTY
@@ -133,10 +133,8 @@ class Joint(Block):
         """(B, N, D) and (B, M, D) -> the same; in a packed row N or M counts all tokens."""
         streams, ctxs, tokens = (self.y, self.x), (y_ctx, ctx), (y, x)
         self._check(ctxs)
-        mods = [
-            None if self.site.cond_dim is None else stream.modulations(c)
-            for stream, c in zip(streams, ctxs, strict=True)
-        ]
+        modulated = self.site.cond_dim is not None
+        mods = [s.modulations(c) if modulated else None for s, c in zip(streams, ctxs, strict=True)]
         attns = [stream.branches[0] for stream in streams]
         opened = [a.enter(t, m) for a, t, m in zip(attns, tokens, mods, strict=True)]
         made = []
@@ -158,17 +156,15 @@ class Joint(Block):
                 if getattr(c, name) is not None:
                     raise CapabilityError(f"{self.where}: two streams do not take ctx.{name}")
             if c.mask is not None and c.mask.dim() != 2:
+                shape = tuple(c.mask.shape)
                 raise CapabilityError(
-                    f"{self.where}: the mask of a stream is one of its keys, (B, N), got "
-                    f"{tuple(c.mask.shape)}"
+                    f"{self.where}: a stream takes a key mask (B, N), got {shape}"
                 )
             if c.mask is not None and packed:
                 raise CapabilityError(
-                    f"{self.where}: a packed stream goes with no mask, neither its own nor that of "
-                    "the other; pack both"
+                    f"{self.where}: a packed stream goes with no mask, in either stream; pack both"
                 )
-            caps = self.x.branches[0].part.config.caps()
-            check_context(c, caps, "attention", self.where)
+            check_context(c, self.meeting.heads[0].config.caps(), "attention", self.where)
 
     def _narrowed(self, hs: list[Tensor], ctxs: Sequence[Context]) -> list[Tensor | None]:
         """The attention with the heads that are switched on: by multiplying in training and in
@@ -180,7 +176,8 @@ class Joint(Block):
             width = self.x.width("attn", ctxs[1])
         if width is None:
             return whole.mix(hs, ctxs)
-        self._report(hs, ctxs, width.mean(dim=1))
+        if ctxs[1].ledger is not None:
+            whole.report(ctxs[1].ledger, hs, ctxs, width.mean(dim=1))
         gated = [replace(c, width=width) for c in ctxs]
         if self.training or ctxs[1].tap is not None or not values_known(width) or not whole.plain:
             return whole.mix(hs, gated)
@@ -189,13 +186,10 @@ class Joint(Block):
             return self._some(patterns[0]).mix(hs, ctxs)
         if any(c.packing is not None for c in ctxs):  # one row cannot be taken apart by samples
             return whole.mix(hs, gated)
-        groups = [(which == i).nonzero().flatten() for i in range(len(patterns))]
-        pieces = [
-            self._some(pattern).mix(
-                [h.index_select(0, rows) for h in hs], [c.rows(rows) for c in ctxs]
-            )
-            for pattern, rows in zip(patterns, groups, strict=True)
-        ]
+        groups, pieces = [(which == i).nonzero().flatten() for i in range(len(patterns))], []
+        for pattern, rows in zip(patterns, groups, strict=True):
+            own = [h.index_select(0, rows) for h in hs]
+            pieces.append(self._some(pattern).mix(own, [c.rows(rows) for c in ctxs]))
         back = torch.cat(groups).argsort()
         return [
             None if some[0] is None else torch.cat(some).index_select(0, back)
@@ -213,16 +207,6 @@ class Joint(Block):
         heads = tuple(attn.forms.form(attn.part, active) for attn in attns)
         return Meeting(heads, self.core.select(active.nonzero().flatten()))  # type: ignore[arg-type]
 
-    def _report(self, hs: Sequence[Tensor], ctxs: Sequence[Context], share: Tensor) -> None:
-        """Write into the ledger that this share (B,) of the heads runs, in both streams."""
-        ledger = ctxs[1].ledger
-        if ledger is None:
-            return
-        meeting, lengths = self.meeting, [h.shape[1] for h in hs]
-        for heads, n in zip(meeting.heads, lengths, strict=True):
-            ledger.work(heads.site.path, share, heads.macs(n))
-        ledger.work(self.core.site.path, share, meeting.core_macs(sum(lengths)))
-
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         """Dense multiply-adds of one sample with n tokens in x and m in y (None: n)."""
         m = n if m is None else m
@@ -231,12 +215,11 @@ class Joint(Block):
     @property
     def units(self) -> int:
         """Number of heads."""
-        return self.x.branches[0].part.units  # type: ignore[return-value]
+        return self.meeting.heads[0].units
 
     def magnitudes(self) -> Tensor:
         """Norm of the weights of each head in both streams, (heads,)."""
-        attns = (self.x.branches[0].part, self.y.branches[0].part)
-        parts = torch.stack([part.magnitudes() for part in attns])  # type: ignore[operator]
+        parts = torch.stack([heads.magnitudes() for heads in self.meeting.heads])
         return parts.square().sum(dim=0).sqrt()
 
     def select(self, units: Tensor) -> Joint:

@@ -301,6 +301,11 @@ def test_gated_work_is_reported_for_heads_and_core() -> None:
     modulation = 2 * 6 * DIM * DIM
     total = sum(share.cost for share in ledger.shares.values())
     assert total + gates + modulation == block.macs(N, M)
+    row = replace(given, packing=Packing.from_mask(torch.ones(2, M, dtype=torch.bool)))
+    packed = Ledger()
+    block(x, y.flatten(0, 1)[None], replace(given, ledger=packed), replace(row, ledger=packed))
+    for path in ("b.x.attn", "b.y.attn", "b.core"):
+        assert packed.shares[path].cost == 2 * ledger.shares[path].cost
     complete = replace(given, ledger=(silent := Ledger()), complete=True)
     block(x, y, complete, complete)
     assert not silent.executed
@@ -334,7 +339,7 @@ def test_taps_see_both_streams() -> None:
     [
         ({"merging": Merging(tokens=N)}, "ctx.merging"),
         ({"stream": Stream({})}, "ctx.stream"),
-        ({"mask": torch.ones(2, 1, N, N, dtype=torch.bool)}, r"one of its keys, \(B, N\)"),
+        ({"mask": torch.ones(2, 1, N, N, dtype=torch.bool)}, r"takes a key mask \(B, N\)"),
         ({"memory": torch.zeros(2, 3, DIM)}, "built for self-attention"),
     ],
 )
