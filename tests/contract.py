@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,9 +57,15 @@ def mixers_without(**caps: object) -> list[str]:
     return [name for name in MIXERS if not caps_of(name).satisfies(**caps)]
 
 
-def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Module:
+def make_mixer(
+    name: str,
+    *,
+    causal: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+    **site: Any,
+) -> nn.Module:
     """A mixer by name; causal None means the part's own default form."""
-    config = resolve("attention", {"name": name, **OPTIONS.get(name, {})})
+    config = resolve("attention", {"name": name, **OPTIONS.get(name, {}), **(options or {})})
     if causal:
         config = with_causal(config, True)
     return _random(config.build(Site(**{"dim": DIM, "heads": HEADS, **site})))
