@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import DIM, HEADS, OPTIONS, caps_of, context_for, make_mixer
+from contract import DIM, HEADS, caps_of, context_for, make_mixer
 from torch import Tensor
 
 from effformer.checks import CapabilityError
@@ -136,7 +136,7 @@ def causal_width(name: str, **more: Any) -> None:
 
 def causal_sizes(name: str, **more: Any) -> None:
     part = part_of(name, True, **more)
-    _counted(part, last=True)
+    _counted(part)
 
 
 def causal_axes(name: str, **more: Any) -> None:
@@ -177,15 +177,8 @@ def cross_rope(name: str, **more: Any) -> None:
         same(out(5, 5), out(0, 0))
     other(out(0, 5), out(0, 0))
     other(out(5, 0), out(0, 0))
-    same(out(0, 0)[:, :1], part(x[:, :1], Context(memory=memory, rope=_first(4, N)))) if (
-        not part.core.competes
-    ) else None
     with pytest.raises(CapabilityError, match="turn one side only"):
         part(x, Context(memory=memory, rope=tables(torch.arange(4))))
-
-
-def _first(n: int, m: int) -> Rope:
-    return with_keys(tables(torch.arange(n)[:1]), tables(1.5 * torch.arange(m)))
 
 
 def cross_width(name: str, **more: Any) -> None:
@@ -255,16 +248,15 @@ def rope_streaming(name: str, **more: Any) -> None:
 
 def rope_width(name: str, **more: Any) -> None:
     part, x = part_of(name, **more), draw()
-    _cut(part, x, rope=tables(torch.arange(N)))
-    each = tables(torch.arange(N))
-    scale = torch.arange(1, HEADS + 1).double()[:, None, None]
-    angles = torch.arange(N).double()[:, None] * FREQUENCIES.repeat_interleave(2) * scale
-    if part.site.memory_dim is None:  # tables of every head
-        _cut(part, x, rope=Rope(angles.cos(), angles.sin(), interleaved=each.interleaved))
+    other(_cut(part, x, rope=tables(torch.arange(N))), _cut(part, x))
+    scale = torch.arange(1, HEADS + 1)[:, None, None]  # every head has tables of its own
+    angles = torch.arange(N)[:, None] * FREQUENCIES.repeat_interleave(2) * scale
+    _cut(part, x, rope=Rope(angles.cos(), angles.sin(), interleaved=True))
 
 
 def rope_sizes(name: str, **more: Any) -> None:
-    _counted(part_of(name, **more), rope=tables(torch.arange(5)))
+    part, rope = part_of(name, **more), tables(torch.arange(5))
+    other(_counted(part, rope=rope), _counted(part))
 
 
 def axes_rope(name: str, **more: Any) -> None:
@@ -364,7 +356,7 @@ def _cut(part: Any, x: Tensor, **fields: Any) -> Tensor:
     return out
 
 
-def _counted(part: Any, *, last: bool = False, **fields: Any) -> None:
+def _counted(part: Any, **fields: Any) -> Tensor:
     """Tokens that stand for several are as many equal tokens."""
     x, count = draw(5), torch.tensor([1, 3, 2, 1, 4])
     every = torch.arange(5).repeat_interleave(count)
@@ -379,6 +371,7 @@ def _counted(part: Any, *, last: bool = False, **fields: Any) -> None:
     ends = count.cumsum(0) - 1
     same(found, whole[:, ends])
     other(found, part(x, Context(**fields)))
+    return found
 
 
 FIELDS = ("axes", "causal", "cross", "mask", "packed", "rope", "sizes", "streaming", "width")
@@ -418,6 +411,3 @@ PAIRS = {
     ("sizes", "width"): sizes_width,
     ("streaming", "width"): streaming_width,
 }
-
-_LINE = {"factorized-chained", "factorized-parallel"}  # noqa: F841
-_ = OPTIONS
