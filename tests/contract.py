@@ -86,16 +86,27 @@ def make_block(
     tokens: str | None = None,
     attn: str = "softmax",
     ffn: str = "mlp",
+    causal: bool = False,
+    cross: str | None = None,
 ) -> nn.Module:
-    """A block by name, with parts in its slots; a conditioned one has a time embedding, too."""
+    """A block by name, with parts in its slots; a conditioned one has a time embedding, too. With
+    ``cross`` it has a branch to a memory of the tokens' width.
+    """
     entry = registry.block.get(name)
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
-    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130)
+    memory = None if cross is None else DIM
+    site = Site(
+        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, memory_dim=memory
+    )
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
     }
+    if causal:
+        parts["attn"] = with_causal(parts["attn"], True)
+    if cross is not None:
+        parts["cross"] = resolve("attention", cross)
     block = entry.build(config, site, **parts)
     slots = {"width": width, "tokens": tokens}
     block.attach(**{k: resolve(k, v) for k, v in slots.items() if v is not None})

@@ -269,7 +269,7 @@ class Attention(Heads):
 
 def steady() -> list[str]:
     """Names of cores whose queries look at a memory one by one."""
-    return [e.name for e in core if e.caps.cross and not e.build.competes]  # type: ignore[attr-defined]
+    return sorted(e.name for e in core if e.caps.cross and not e.build.competes)  # type: ignore[attr-defined]
 
 
 def _add_attention(entry: Entry) -> None:
