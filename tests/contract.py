@@ -45,8 +45,7 @@ BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
 
 def caps_of(name: str) -> Caps:
     """Capabilities of a name accepted by ``attn=``."""
-    kind = registry.core if name in registry.core else registry.attention
-    return kind.get(name).caps
+    return registry.attention.get(name).caps
 
 
 def mixers(**caps: object) -> list[str]:

@@ -221,7 +221,14 @@ def test_linear_streaming_has_a_state_of_constant_size(name: str) -> None:
     x = tokens(8)
     state = part.init_state(2, like=x)
     _, after = part.step(x, state)
-    assert [s.shape for s in state] == [s.shape for s in after]
+    assert _shapes(state) == _shapes(after)
+
+
+def _shapes(state: Any) -> list[torch.Size]:
+    """Of all tensors of a state, which may hold others."""
+    if isinstance(state, torch.Tensor):
+        return [state.shape]
+    return [] if state is None else [shape for one in state for shape in _shapes(one)]
 
 
 @pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6], [11]])
@@ -273,8 +280,8 @@ def test_linear_cost_is_linear(name: str) -> None:
     assert part.macs(2048) <= 2.1 * part.macs(1024)
 
 
-@pytest.mark.parametrize("name", mixers(rope=True))
-def test_rope_is_relative(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in mixers(rope=True) if n != "performer"])
+def test_rope_is_relative(name: str) -> None:  # of random features it is the expectation
     part = make_mixer(name)
     angles = torch.randn(4)
     x = tokens(6)
@@ -323,7 +330,9 @@ def test_taps_read_and_replace(name: str) -> None:
     assert tap.seen["here.v"].shape == (2, HEADS, 11, DIM // HEADS)
     zero = Tap(edit=lambda place, value: torch.zeros_like(value), at=("here.v",))
     out = part(x, context_for(part, x, tap=zero))
-    torch.testing.assert_close(out, part.proj.bias.expand_as(x))
+    bias = part.proj.bias
+    expected = torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize(("name", "cond"), BLOCK_FORMS)
