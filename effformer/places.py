@@ -57,6 +57,10 @@ class Rope:
             return self._turn(x, self.cos, self.sin)
         return self._turn(x, self.key_cos, self.key_sin)
 
+    def own(self) -> Rope:
+        """The tables of the tokens alone, without those of a memory."""
+        return Rope(self.cos, self.sin, interleaved=self.interleaved)
+
     @staticmethod
     def joined(
         pieces: Sequence[Rope | None], counts: Sequence[int], *, like: Tensor
@@ -102,8 +106,8 @@ class Rope:
 
         return self._mapped(pick)
 
-    def heads(self, some: slice) -> Rope:
-        """The tables of some heads."""
+    def heads(self, some: slice | Tensor) -> Rope:
+        """The tables of some heads, a slice of them or int64 indices."""
         alone = self.cos.dim() < 3 or self.cos.shape[-3] == 1
         return self if alone else self._mapped(lambda table: table[..., some, :, :])
 

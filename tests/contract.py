@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,9 +56,15 @@ def mixers_without(**caps: object) -> list[str]:
     return [name for name in MIXERS if not caps_of(name).satisfies(**caps)]
 
 
-def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Module:
+def make_mixer(
+    name: str,
+    *,
+    causal: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+    **site: Any,
+) -> nn.Module:
     """A mixer by name; causal None means the part's own default form."""
-    config = resolve("attention", {"name": name, **OPTIONS.get(name, {})})
+    config = resolve("attention", {"name": name, **OPTIONS.get(name, {}), **(options or {})})
     if causal:
         config = with_causal(config, True)
     return _random(config.build(Site(**{"dim": DIM, "heads": HEADS, **site})))
@@ -78,17 +85,29 @@ def make_block(
     tokens: str | None = None,
     attn: str = "softmax",
     ffn: str = "mlp",
+    causal: bool = False,
+    cross: str | None = None,
 ) -> nn.Module:
-    """A block by name, with parts in its slots; a conditioned one has a time embedding, too."""
+    """A block by name, with parts in its slots; a conditioned one has a time embedding, too. With
+    ``cross`` it has a branch to a memory of the tokens' width.
+    """
     entry = registry.block.get(name)
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
+    memory = None if cross is None else DIM
     depth = 2 if entry.caps.joint else 1  # the second stream may end in the last block
-    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, depth=depth)
+    site = Site(
+        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, memory_dim=memory,
+        depth=depth,
+    )  # fmt: skip
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
     }
+    if causal:
+        parts["attn"] = with_causal(parts["attn"], True)
+    if cross is not None:
+        parts["cross"] = resolve("attention", cross)
     block = entry.build(config, site, **parts)
     slots = {"width": width, "tokens": tokens}
     block.attach(**{k: resolve(k, v) for k, v in slots.items() if v is not None})

@@ -281,8 +281,8 @@ def test_linear_cost_is_linear(name: str) -> None:
     assert part.macs(2048) <= 2.1 * part.macs(1024)
 
 
-@pytest.mark.parametrize("name", mixers(rope=True))
-def test_rope_is_relative(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in mixers(rope=True) if n != "performer"])
+def test_rope_is_relative(name: str) -> None:  # of random features it is the expectation
     part = make_mixer(name)
     angles = torch.randn(4)
     x = tokens(6)

@@ -193,6 +193,11 @@ class Heads(Mixer):
             together = config.qk_norm == "across-heads"
             counts = (self.q_heads, self.k_heads) if together else (1, 1)
             self.q_norm, self.k_norm = (make_norm(place, n * self.head_dim) for n in counts)
+        if config.conv and self.cross:
+            raise CapabilityError(
+                f"{self.where}: the convolution (conv={config.conv}) reads queries, keys and values of "
+                "the same tokens, and a memory has others; conv=0 would do"
+            )
         if config.conv:
             channels = (self.q_heads + self.k_heads) * self.head_dim
             channels += self.v_heads * self.value_dim
@@ -344,6 +349,11 @@ class Heads(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The short convolution; padding reads as nothing, packed sequences do not meet."""
+        if ctx.mask is not None and ctx.mask.dim() != 2:
+            raise CapabilityError(
+                f"{self.where}: a mask over pairs says nothing about the taps of the convolution "
+                f"(conv={self.config.conv}); a mask (B, N), or conv=0 would do"
+            )
         joined = torch.cat([q, k, v], dim=-1)
         if ctx.mask is not None:
             joined = joined * ctx.mask[..., None].to(joined.dtype)

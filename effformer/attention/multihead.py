@@ -12,11 +12,11 @@ from torch import Tensor
 from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import part
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, Rope, check_context
 from effformer.registry import Caps, Entry, attention, core
 from effformer.site import Site
 
-from .base import Core, CoreConfig
+from .base import Core, CoreConfig, check_streamed
 from .heads import Heads, HeadsConfig, Opened
 from .outputs import Input
 from .projections import Work
@@ -85,6 +85,9 @@ class Attention(Heads):
         def caps(self) -> Caps:
             """What the core can do; learners skip work."""
             able = replace(self.core.caps(), multihead=True)
+            if self.conv:  # reads neighbours of the same tokens
+                mask = "none" if able.mask == "none" else "key"
+                able = replace(able, cross=False, order_free=False, sizes=False, mask=mask)  # type: ignore[arg-type]
             return able if self.projections is None else replace(able, dynamic=True)
 
         @property
@@ -123,9 +126,15 @@ class Attention(Heads):
                 f"{site.path or 'attention'}: the convolution (conv={config.conv}) reads queries, keys "
                 "and values of the same tokens, but this attention looks at a memory; conv=0 would do"
             )
+        if site.memory_dim is not None and not aligned and config.core.causal:
+            raise CapabilityError(
+                f"{site.path or 'attention'}: {config.title!r} has causal=True, but tokens and memory "
+                "have no order in common; causal=False would do"
+            )
         super().__init__(config, site, config.inputs(site), both=not config.core.causal)
         self.aligned = aligned
         self.core = config.build_core(replace(site, memory_dim=None) if aligned else site)
+        self.kept: Tensor | None = None  # heads of the whole attention that a form of it has
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         given, ctx = ctx, replace(ctx, memory=None) if self.aligned else ctx
@@ -148,8 +157,9 @@ class Attention(Heads):
 
     def _turned(self, opened: Opened, ctx: Context) -> Opened:
         """The core's inputs with rotary angles where it wants them, and with shared keys."""
-        if ctx.rope is not None and self.core.rotates == "qk":
-            q, k = ctx.rope.query(opened.q), ctx.rope.key(opened.k)
+        rope = self._rope(ctx)
+        if rope is not None and self.core.rotates == "qk":
+            q, k = rope.query(opened.q), rope.key(opened.k)
             opened = opened._replace(q=q, k=k)
         if ctx.merging is not None and not self.cross:
             ctx.merging.keys = opened.k.mean(dim=1)
@@ -157,9 +167,15 @@ class Attention(Heads):
 
     def _inside(self, ctx: Context) -> Context:
         """The context of the core: rotary tables only if it turns by itself, the mask of its keys."""
-        if self.core.rotates == "qk" and ctx.rope is not None:
-            ctx = replace(ctx, rope=None)
+        if ctx.rope is not None:
+            ctx = replace(ctx, rope=None if self.core.rotates == "qk" else self._rope(ctx))
         return ctx.far() if self.cross and not self.aligned else ctx
+
+    def _rope(self, ctx: Context) -> Rope | None:
+        """The tables of the heads that are left."""
+        if ctx.rope is None or self.kept is None:
+            return ctx.rope
+        return ctx.rope.heads(self.kept)
 
     def _check(self, ctx: Context) -> None:
         """Refuse what the core cannot honour, and masks of the wrong tokens."""
@@ -214,6 +230,7 @@ class Attention(Heads):
         """
         small = super().select(units)
         small.core = self.core.select(units)
+        small.kept = units if self.kept is None else self.kept.index_select(0, units)
         return small
 
     def init_state(self, batch: int, *, like: Tensor) -> AttentionState:
@@ -239,13 +256,15 @@ class Attention(Heads):
             CapabilityError: the core has no streaming form, or the context carries a mask of the
                 tokens or factors on heads.
         """
-        if ctx.mask is not None or ctx.width is not None:
-            raise CapabilityError(
-                f"{self.where}: streaming takes no mask and no width; feed real tokens only"
-            )
+        check_streamed(ctx, self.where)
         self._check(ctx)
         work = Work(None, self.site.path)
         if self.cross and not self.aligned:
+            if self.core.competes:
+                raise CapabilityError(
+                    f"{self.where}: queries of {self.config.title!r} compete for the memory, so that "
+                    f"later ones would change what was said; choices: {', '.join(steady())}"
+                )
             seen = self._remembered(x, state, ctx, work)
             return self.close(self.mix(seen, ctx), x, ctx, work), AttentionState(tuple(seen[1:]))
         self._check_streaming()
@@ -267,6 +286,11 @@ class Attention(Heads):
                 f"{self.where}: streaming needs a causal core with a step; "
                 f"choices, with causal=True: {able}"
             )
+
+
+def steady() -> list[str]:
+    """Names of cores whose queries look at a memory one by one."""
+    return sorted(e.name for e in core if e.caps.cross and not e.build.competes)  # type: ignore[attr-defined]
 
 
 def _add_attention(entry: Entry) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from effformer import registry
 from effformer.attention import View
+from effformer.attention.multihead import steady
 from effformer.checks import CapabilityError
 from effformer.config import Config, resolve
 from effformer.registry import Caps
@@ -51,6 +52,12 @@ def check_layer(
     if layer.cross is not None:
         far = Needs(mask=needs.mask, cross=True)
         _check_mixer(layer.cross, (far,), f"{where}.cross", slots, site)
+        inner = layer.cross.parts("core").get("core")
+        if needs.causal and inner is not None and inner.entry.build.competes:  # type: ignore[attr-defined]
+            raise CapabilityError(
+                f"{where}.cross: queries of {layer.cross.title!r} compete for the memory, but this "
+                f"model must not see later tokens; choices: {', '.join(steady())}"
+            )
 
     def block_reason(caps: Caps, needs: Needs) -> str | None:
         return _block_reason(caps, layer, needs)

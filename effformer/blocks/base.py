@@ -65,11 +65,15 @@ class Branch(nn.Module):
 
     def view(self, ctx: Context) -> Context:
         """What concerns this branch: its own tokens, or the memory."""
+        rope = ctx.rope
         if self.far:
-            return replace(ctx, mask=None, rope=None)
+            turns = None if rope is None or rope.key_cos is None else rope
+            return replace(ctx, mask=None, rope=turns)
         if ctx.memory is None and ctx.memory_mask is None:
             return ctx
-        return replace(ctx, memory=None, memory_mask=None)
+        return replace(
+            ctx, memory=None, memory_mask=None, rope=None if rope is None else rope.own()
+        )
 
     def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
         """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each, or (1, T, D)
