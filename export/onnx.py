@@ -142,7 +142,7 @@ def export_onnx(
     call = traceable(call, axes)
     nbits = accuracy_level if "com.microsoft" in runtime.domains else None
     with evaluating(model):
-        # inputs that do not fit fail with their own message; caches hold real tensors
+        # inputs that do not fit fail with their own message
         call.run(model)
         with capturing_for(runtime.domains):
             program, ranges = _trace(model, call, axes, version, nbits)
