@@ -107,6 +107,10 @@ class Core(nn.Module, ABC):
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         """Dense multiply-adds of one sample with n queries and m keys (None: n)."""
 
+    def turns(self) -> tuple[int, ...]:
+        """Numbers of tokens at which the form changes, beyond which a graph is verified."""
+        return _turns(self.config)
+
     def select(self, heads: Tensor) -> Core:
         """The core for some heads (int64 indices); cores that hold values per head override it."""
         return self
@@ -144,6 +148,16 @@ class Mixer(nn.Module, ABC):
         """Dense multiply-adds of one sample with n tokens (m in the memory); ``grid`` is their
         layout, for mixers whose work depends on it.
         """
+
+    def turns(self) -> tuple[int, ...]:
+        """As `Core.turns`."""
+        return _turns(self.config)
+
+
+def _turns(config: object) -> tuple[int, ...]:
+    """Chunks, windows, landmarks and kept keys that a config names."""
+    values = (getattr(config, name, None) for name in ("chunk", "window", "landmarks", "keep"))
+    return tuple(value for value in values if isinstance(value, int))
 
 
 def check_streamed(ctx: Context, where: str) -> None:

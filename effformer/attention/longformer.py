@@ -16,7 +16,7 @@ from effformer.site import Site
 
 from .backends import attend
 from .base import Mixer
-from .slices import Rows, over_sequences
+from .slices import Rows, known_length, over_sequences
 
 __all__ = ["Longformer"]
 
@@ -247,11 +247,12 @@ class Longformer(Mixer):
         the global ones.
         """
         n, (c, pieces) = q.shape[2], self._chunks()
+        pad = -n % c + (0 if known_length(q) else c)
         if near is None:
             near = torch.ones(1, n, dtype=torch.bool, device=q.device)
-        q = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, (-n) % c)).unflatten(2, (-1, c))
-        keys, values = (_pieces(x, c, pieces) for x in (k, v))
-        valid = _pieces(near[:, None, :, None], c, pieces).mT & self._band(
+        q = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, pad)).unflatten(2, (-1, c))
+        keys, values = (_pieces(x, pad, c, pieces) for x in (k, v))
+        valid = _pieces(near[:, None, :, None], pad, c, pieces).mT & self._band(
             c, pieces * c, c, device=q.device
         )
         scores = (q @ keys.mT).masked_fill(~valid, torch.finfo(q.dtype).min)
@@ -261,7 +262,7 @@ class Longformer(Mixer):
         far = real[:, None, None]
         if self.config.causal:
             far = far & (places[:, None, None] <= torch.arange(n, device=q.device)[:, None])
-            far = F.pad(far, (0, 0, 0, (-n) % c)).unflatten(2, (-1, c))
+            far = F.pad(far, (0, 0, 0, pad)).unflatten(2, (-1, c))
         else:
             far = far[:, :, None]
         distant = q.flatten(2, 3) @ far_keys.mT
@@ -314,9 +315,11 @@ class Longformer(Mixer):
         return total
 
 
-def _pieces(x: Tensor, c: int, pieces: int) -> Tensor:
-    """(B, H, N, K) -> (B, H, N / c, pieces c, K): chunks with their neighbours, zeros outside."""
-    x = F.pad(x, (0, 0, 0, (-x.shape[2]) % c)).unflatten(2, (-1, c))
+def _pieces(x: Tensor, pad: int, c: int, pieces: int) -> Tensor:
+    """(B, H, N, K) -> (B, H, (N + pad) / c, pieces c, K): chunks with their neighbours, zeros
+    outside.
+    """
+    x = F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, c))
     around = F.pad(x, (0, 0, 0, 0, 1, pieces - 2))
     last = x.shape[2]
     return torch.cat([around[:, :, i : i + last] for i in range(pieces)], dim=3)

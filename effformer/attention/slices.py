@@ -12,6 +12,7 @@ from effformer.context import Context, Rope
 __all__ = [
     "Rows",
     "capturing",
+    "known_length",
     "over_heads",
     "over_sequences",
     "pieces",
@@ -27,6 +28,18 @@ def capturing() -> bool:
     every turn of a loop.
     """
     return torch.compiler.is_exporting() or torch.compiler.is_compiling()
+
+
+def known_length(x: Tensor) -> bool:
+    """The number of tokens of x (B, H, N, K) may decide what runs; an exported graph serves every
+    length.
+
+    A form for unknown lengths must never have one chunk alone: tracers take a length of 1 for a
+    constant. So it pads to one chunk more than it needs.
+    """
+    if not torch.compiler.is_exporting():
+        return True
+    return type(x.shape[2]) is int and not torch.compiler.is_dynamo_compiling()
 
 
 def over_heads(
