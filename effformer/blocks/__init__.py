@@ -17,7 +17,14 @@ from .postnorm import PostNorm
 from .prenorm import PreNorm
 from .respost import ResPost
 from .slots import TokenPart, WidthPart
-from .stack import BackboneConfig, StackConfig, build_stack, head_width, resolve_layers
+from .stack import (
+    BackboneConfig,
+    StackConfig,
+    build_stack,
+    head_width,
+    layer_pattern,
+    resolve_layers,
+)
 from .tome import ToMe
 
 __all__ = [
@@ -48,5 +55,6 @@ __all__ = [
     "build_stack",
     "head_width",
     "init_states",
+    "layer_pattern",
     "resolve_layers",
 ]
