@@ -311,6 +311,9 @@ def _convert(
         if key not in fields:
             raise unknown("option", key, sorted(fields), where=where)
         field, path = fields[key], f"{where}.{key}"
+        if isinstance(value, str) and "short" in field.metadata:
+            with _named(path):
+                value = field.metadata["short"](value)
         if "kind" in field.metadata:
             if base is not None:
                 present = getattr(base, key)

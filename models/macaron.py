@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.attention import Attention
-from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
+from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack, layer_pattern
 from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import Context, Ledger, Tap
@@ -120,7 +120,9 @@ class MacaronNet(Model):
         dropout: float = 0.1
         decoder_depth: int | None = None
         decoder_heads: int | None = None
-        decoder_layers: Mapping[str, Any] = field(default_factory=dict)
+        decoder_layers: Mapping[str, Any] = field(
+            default_factory=dict, metadata={"short": layer_pattern}
+        )
         final_norm: bool = True
         decoder_final_norm: bool | None = None
         vocab: int = 32768

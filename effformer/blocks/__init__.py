@@ -18,7 +18,14 @@ from .postnorm import PostNorm
 from .prenorm import PreNorm
 from .respost import ResPost
 from .slots import TokenPart, WidthPart
-from .stack import BackboneConfig, StackConfig, build_stack, head_width, resolve_layers
+from .stack import (
+    BackboneConfig,
+    StackConfig,
+    build_stack,
+    head_width,
+    layer_pattern,
+    resolve_layers,
+)
 from .tome import ToMe
 
 __all__ = [
@@ -50,5 +57,6 @@ __all__ = [
     "build_stack",
     "head_width",
     "init_states",
+    "layer_pattern",
     "resolve_layers",
 ]

@@ -26,9 +26,37 @@ __all__ = [
     "StackConfig",
     "build_stack",
     "head_width",
+    "layer_pattern",
     "resolve_layers",
     "with_causal",
 ]
+
+
+_RATIO = r"([1-9]\d*):([1-9]\d*)(?:\s+(\S+))?"
+
+
+def layer_pattern(given: Any) -> Any:
+    """``layers`` in short, as the slices that it stands for: "3:1" is three blocks as they are, then
+    one with softmax attention, and so on; "3:1 flow" takes another token mixer than softmax.
+
+    Raises:
+        ValueError: no such pattern.
+
+    Example:
+        >>> layer_pattern("3:1")
+        {'3::4': {'attn': 'softmax'}}
+    """
+    if not isinstance(given, str):
+        return given
+    if (found := re.fullmatch(_RATIO, given.strip())) is None:
+        raise ValueError(
+            f"unknown pattern {given!r}; a ratio such as '3:1' (three blocks as they are, then one of "
+            "softmax attention), one with the name of another token mixer, '3:1 flow', or a dict such "
+            "as {'3::4': {'attn': 'softmax'}} works"
+        )
+    own, others = int(found[1]), int(found[2])
+    mixer = found[3] or "softmax"
+    return {f"{i}::{own + others}": {"attn": mixer} for i in range(own, own + others)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +70,7 @@ class StackConfig(Config):
         width: which heads and channels of every block run, or None for all.
         tokens: on which tokens every block works, or None for all.
         layers: changes for some blocks, slice -> parts: ``{"0:4": {"attn": "softmax"}, "3::4":
-            {...}, "-1": {...}}``; later entries win.
+            {...}, "-1": {...}}``; later entries win. In short "3:1", see `layer_pattern`.
         axes: axes of the grid along which the token mixer of each block acts, one letter a block,
             repeated to the depth: "t", "h", "w", "s" (space: all axes but t) or "f" (the full
             grid). Empty means the full grid everywhere. A block whose mixer already is an axis
@@ -57,13 +85,14 @@ class StackConfig(Config):
     block: Config = part("block", PreNorm.Config())
     width: Config | None = part("width", optional=True)
     tokens: Config | None = part("tokens", optional=True)
-    layers: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict, metadata={"short": layer_pattern})
     axes: str = ""
     dropout: float = 0.0
     drop_path: float = 0.0
     drop_path_rule: Literal["linear", "uniform"] = "linear"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layer_pattern(self.layers))
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

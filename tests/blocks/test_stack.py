@@ -35,6 +35,45 @@ def test_later_entries_win() -> None:
     assert cores(layers=layers) == ["flow", "flow", "linear", "softmax"]
 
 
+@pytest.mark.parametrize(("pattern", "names"), [
+    ("3:1", ["linear"] * 3 + ["softmax"] + ["linear"] * 3 + ["softmax"]),
+    ("1:1", ["linear", "softmax"] * 4),
+    ("2:2", ["linear", "linear", "softmax", "softmax"] * 2),
+    ("3:1 flow", ["linear"] * 3 + ["flow"] + ["linear"] * 3 + ["flow"]),
+    ("4:1", ["linear"] * 4 + ["softmax"] + ["linear"] * 3),
+])  # fmt: skip
+def test_hybrids_are_named_by_their_ratio(pattern: str, names: list[str]) -> None:
+    assert cores(attn="linear", depth=8, layers=pattern) == names
+
+
+def test_a_ratio_is_a_short_word_for_slices() -> None:
+    config = BackboneConfig.from_dict(BASE | {"attn": "gated-delta", "layers": "3:1"})
+    assert config.to_dict()["layers"] == {"3::4": {"attn": "softmax"}}
+    assert BackboneConfig.from_dict(config.to_dict()) == config
+    assert BackboneConfig(**BASE, attn=config.attn, layers="3:1") == config  # type: ignore[arg-type]
+    assert config.replace(layers="1:1").layers == {"1::2": {"attn": "softmax"}}
+
+
+def test_the_other_blocks_of_a_hybrid_lose_what_the_core_brought_along() -> None:
+    config = BackboneConfig.from_dict(BASE | {"attn": "gated-delta", "layers": "3:1"})
+    blocks = build_stack(config, SITE, Needs(causal=True), name="toy")
+    configs = [block.attn.part.config for block in blocks]
+    assert [c.conv for c in configs] == [4, 4, 4, 0]
+    assert [c.gate is None for c in configs] == [False, False, False, True]
+    assert all(c.core.causal for c in configs)
+
+
+@pytest.mark.parametrize(("pattern", "message"), [
+    ("3-1", r"layers: unknown pattern '3-1'; a ratio such as '3:1' .*'3:1 flow'.*works"),
+    ("0:1", "unknown pattern '0:1'"), ("3:1 flow linear", "unknown pattern"),
+    ("3:1 flwo", r"layers\['3::4'\].*'flwo'; did you mean 'flow'"),
+    ("7:1", r"toy layers\['7::8'\]: selects none of the 4 blocks"),
+])  # fmt: skip
+def test_bad_ratios(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cores(layers=pattern)
+
+
 def test_paths_layers_and_drop_path() -> None:
     config = BackboneConfig.from_dict(BASE | {"drop_path": 0.3, "dropout": 0.1})
     blocks = build_stack(config, Site(dim=12, heads=3, path="encoder"), Needs(), name="toy")

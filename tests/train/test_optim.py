@@ -26,6 +26,18 @@ def test_norm_weights_do_not_decay() -> None:
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0]
 
 
+@pytest.mark.parametrize(("name", "kept"), [
+    ("gated-delta", {"rate", "bias"}), ("kda", {"rate", "bias"}), ("ssd", {"rate", "bias", "skip"}),
+])  # fmt: skip
+def test_rates_of_forgetting_do_not_decay(name: str, kept: set[str]) -> None:
+    model = effformer.build_model("dit-nano", attn=name, depth=1)
+    optimizer = adamw(model, weight_decay=0.1, betas=(0.9, 0.999))
+    names = {id(p): n for n, p in model.named_parameters()}
+    plain = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
+    assert {f"blocks.0.attn.part.core.{n}" for n in kept} <= plain
+    assert "blocks.0.attn.part.output.weight" in plain
+
+
 def test_learning_rate() -> None:
     def rates(cosine: bool) -> list[float]:
         return [learning_rate(s, peak=2.0, warmup=4, steps=10, cosine=cosine) for s in range(10)]
