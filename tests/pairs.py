@@ -324,7 +324,7 @@ def packed_width(name: str, **more: Any) -> None:
         width = torch.rand(5, HEADS, generator=torch.Generator().manual_seed(2)).double()
         width[1, 0] = 0
         out = part(PACKING.pack(x), Context(packing=PACKING, width=width))
-        same(out, looped(part, x, lambda i, n: {"width": width[i : i + 1]}))
+        same(out, looped(part, x, lambda i, n, width=width: {"width": width[i : i + 1]}))
 
 
 def mask_sizes(name: str, **more: Any) -> None:

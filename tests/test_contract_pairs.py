@@ -59,7 +59,7 @@ def test_every_pair_is_proved_or_refused() -> None:
 HEADS = {
     "gate": {"gate": "element"},
     "gate-head": {"gate": {"per": "head", "norm": "head", "first": True}},
-    "conv": {"conv": 3},
+    "conv": {"short_conv": 3},
     "norm": {"qk_norm": True},
     "values": {"kv_heads": 1},
 }
@@ -89,9 +89,12 @@ def test_options_of_heads_keep_it_so(option: str, pair: tuple[str, str], name: s
 
 
 def test_a_convolution_takes_no_memory_no_pairs_and_no_merged_tokens() -> None:
-    with pytest.raises(CapabilityError, match="a memory has others; conv=0 would do"):
-        part_of("softmax", options={"conv": 3}, memory_dim=DIM)
-    part, pairs = part_of("softmax", options={"conv": 3}), torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    with pytest.raises(CapabilityError, match="looks at a memory; short_conv=0 would do"):
+        part_of("softmax", options={"short_conv": 3}, memory_dim=DIM)
+    part, pairs = (
+        part_of("softmax", options={"short_conv": 3}),
+        torch.ones(2, 1, 9, 9, dtype=torch.bool),
+    )
     with pytest.raises(CapabilityError, match="cannot honour mask=full"):
         part(draw(), Context(mask=pairs))
     assert not part.caps.order_free

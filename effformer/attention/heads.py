@@ -52,9 +52,9 @@ class HeadsConfig(Config):
         qk_heads: number of query and key heads, each shared by heads / qk_heads value heads
             (grouped values), for cores that keep a state for every value head; None means one per
             value head.
-        conv: taps of a causal depth-wise convolution with SiLU over queries, keys and values; 0 for
+        short_conv: taps of a causal depth-wise convolution with SiLU over queries, keys and values; 0 for
             none.
-        conv_bias: the convolution has a bias.
+        short_conv_bias: the convolution has a bias.
         gate: what becomes of the heads' outputs before the output projection: "head" or "element"
             for sigmoid gates, an `OutputGate`, or None for nothing.
         projections: learners in place of the projections' matrices, which then have the biases of
@@ -70,8 +70,8 @@ class HeadsConfig(Config):
     value_dim: int | None = None
     kv_heads: int | None = None
     qk_heads: int | None = None
-    conv: int = 0
-    conv_bias: bool = False
+    short_conv: int = 0
+    short_conv_bias: bool = False
     gate: OutputGate | Literal["head", "element"] | None = None
     projections: AdaptiveProjections | None = None
 
@@ -81,14 +81,14 @@ class HeadsConfig(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"attention: {name} must be at least 1, got {value}")
-        if self.conv < 0:
-            raise ValueError(f"attention: conv must not be negative, got {self.conv}")
+        if self.short_conv < 0:
+            raise ValueError(f"attention: short_conv must not be negative, got {self.short_conv}")
         if self.kv_heads is not None and self.qk_heads is not None:
             raise ValueError("attention: give kv_heads or qk_heads, not both")
         if self.projections is not None and not self.proj:
             raise ValueError("attention: projections has an output projection; proj must be True")
-        if self.projections is not None and (self.conv or self.qk_heads is not None):
-            raise ValueError("attention: projections goes with neither conv nor qk_heads")
+        if self.projections is not None and (self.short_conv or self.qk_heads is not None):
+            raise ValueError("attention: projections goes with neither short_conv nor qk_heads")
 
     @property
     def joined(self) -> str | None:
@@ -181,11 +181,6 @@ class Heads(Mixer):
                     "and qk_heads must divide heads"
                 )
         self.cross = site.memory_dim is not None
-        if self.cross and config.conv:
-            raise CapabilityError(
-                f"{self.where}: the convolution (conv={config.conv}) reads queries, keys and values "
-                "of the same tokens, but these keys are those of a memory; conv=0 would do"
-            )
         self._build_projections(config)
         if config.qk_norm:
             eps = site.norm.eps if config.qk_norm_eps is None else config.qk_norm_eps
@@ -193,15 +188,12 @@ class Heads(Mixer):
             together = config.qk_norm == "across-heads"
             counts = (self.q_heads, self.k_heads) if together else (1, 1)
             self.q_norm, self.k_norm = (make_norm(place, n * self.head_dim) for n in counts)
-        if config.conv and self.cross:
-            raise CapabilityError(
-                f"{self.where}: the convolution (conv={config.conv}) reads queries, keys and values of "
-                "the same tokens, and a memory has others; conv=0 would do"
-            )
-        if config.conv:
+        if config.short_conv:
             channels = (self.q_heads + self.k_heads) * self.head_dim
             channels += self.v_heads * self.value_dim
-            self.conv = ShortConv(channels, config.conv, bias=config.conv_bias, both=both)
+            self.conv = ShortConv(
+                channels, config.short_conv, bias=config.short_conv_bias, both=both
+            )
         source = site.dim if site.memory_dim is None else site.memory_dim
         self.inputs = nn.ModuleDict(
             {
@@ -273,7 +265,7 @@ class Heads(Mixer):
         source = self._source(x, ctx)
         q, k, v = self._projected(x, source, work)
         state = None
-        if self.config.conv:
+        if self.config.short_conv:
             q, k, v, state = self._convolved(q, k, v, ctx, past)
         further = {
             name: p(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -352,7 +344,7 @@ class Heads(Mixer):
         if ctx.mask is not None and ctx.mask.dim() != 2:
             raise CapabilityError(
                 f"{self.where}: a mask over pairs says nothing about the taps of the convolution "
-                f"(conv={self.config.conv}); a mask (B, N), or conv=0 would do"
+                f"(short_conv={self.config.short_conv}); a mask (B, N), or short_conv=0 would do"
             )
         joined = torch.cat([q, k, v], dim=-1)
         if ctx.mask is not None:
@@ -391,7 +383,7 @@ class Heads(Mixer):
         total = n * dim * q + keys * source * (k + v)
         if self.config.proj and self.closes:
             total += n * self.heads * self.value_dim * (self.site.out_dim or dim)
-        if self.config.conv:
+        if self.config.short_conv:
             total += self.conv.macs(n)
         if self.output is not None:
             total += self.output.macs(n)  # type: ignore[operator]
@@ -437,7 +429,7 @@ class Heads(Mixer):
         else:
             rows = torch.cat([keys, keys + q, values + q + k])
             small.qkv = cut_linear(self.qkv, rows=rows)
-            if self.config.conv:
+            if self.config.short_conv:
                 small.conv = self.conv.select(rows)
         if self.inputs:
             small.inputs = twin(self.inputs)

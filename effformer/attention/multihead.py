@@ -85,7 +85,7 @@ class Attention(Heads):
         def caps(self) -> Caps:
             """What the core can do; learners skip work."""
             able = replace(self.core.caps(), multihead=True)
-            if self.conv:  # reads neighbours of the same tokens
+            if self.short_conv:  # reads neighbours of the same tokens
                 mask = "none" if able.mask == "none" else "key"
                 able = replace(able, cross=False, order_free=False, sizes=False, mask=mask)  # type: ignore[arg-type]
             return able if self.projections is None else replace(able, dynamic=True)
@@ -121,10 +121,10 @@ class Attention(Heads):
             return made
 
     def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
-        if config.conv and site.memory_dim is not None and not aligned:
+        if config.short_conv and site.memory_dim is not None and not aligned:
             raise CapabilityError(
-                f"{site.path or 'attention'}: the convolution (conv={config.conv}) reads queries, keys "
-                "and values of the same tokens, but this attention looks at a memory; conv=0 would do"
+                f"{site.path or 'attention'}: the convolution (short_conv={config.short_conv}) reads queries, keys "
+                "and values of the same tokens, but this attention looks at a memory; short_conv=0 would do"
             )
         if site.memory_dim is not None and not aligned and config.core.causal:
             raise CapabilityError(
@@ -244,7 +244,7 @@ class Attention(Heads):
         self._check_streaming()
         state = self.core.init_state(batch, heads=self.heads, head_dim=self.head_dim, like=like)
         return AttentionState(
-            state, self.conv.init_state(batch, like=like) if self.config.conv else None
+            state, self.conv.init_state(batch, like=like) if self.config.short_conv else None
         )
 
     def step(

@@ -88,7 +88,7 @@ class Joint(Block):
         self.site, self.config = site, config
         self.where = site.path or "joint"
         self.ends = config.ends and site.layer == site.depth - 1
-        if not isinstance(attn, Attention.Config):
+        if not attn.caps().multihead:
             able = ", ".join(registry.core.names(order_free=True))
             raise CapabilityError(
                 f"{self.where}: {attn.title!r} has no queries, keys and values that two streams "
