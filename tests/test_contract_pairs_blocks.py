@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BLOCKS, make_block
+from contract import BLOCKS, JOINT, make_block
 from pairs import MASK, PACKING, PLACES, N, draw, other, same, tables, with_keys
 from torch import Tensor
 
@@ -120,7 +120,9 @@ REFUSED = {
     ("packed", "spiking-lmu"): "cannot honour packing",
 }
 """By mode and extra, or mode and block."""
-CASES = [(m, b, e) for m in MODES for b in BLOCKS for e in EXTRAS if takes(b, e)]
+ALONE = [b for b in BLOCKS if b not in JOINT]
+"""Of two streams each has its masks, rows and places; tests/blocks/test_joint.py pairs those."""
+CASES = [(m, b, e) for m in MODES for b in ALONE for e in EXTRAS if takes(b, e)]
 
 
 @pytest.mark.parametrize(("mode", "block", "extra"), CASES, ids=["-".join(c) for c in CASES])
@@ -134,7 +136,7 @@ def test_both_hold_together(mode: str, block: str, extra: str) -> None:
         MODES[mode](block, extra)
 
 
-@pytest.mark.parametrize("name", [b for b in BLOCKS if takes(b, "cond")])
+@pytest.mark.parametrize("name", [b for b in ALONE if takes(b, "cond")])
 @torch.no_grad()
 def test_conditioning_on_a_grid(name: str) -> None:
     for attn in ("axes", "agent"):

@@ -145,16 +145,19 @@ def test_every_order_free_core_mixes_both_streams(core: str) -> None:
 
 
 @pytest.mark.parametrize("core", CORES)
-def test_padding_of_either_stream_changes_nothing(core: str) -> None:
-    block = build(core)
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_padding_of_either_stream_changes_nothing(core: str, placed: bool, gated: bool) -> None:
+    block = _gated(attn=core) if gated else build(core)
     x, y, ctx = inputs(1)
-    a, b = block(x, y, ctx, ctx)
+    places = {n: replace(ctx, rope=table(n) if placed else None) for n in (N, N + 3)}
+    a, b = block(x, y, places[N], ctx)
     more = [F.pad(s, (0, 0, 0, 3), value=5.0) for s in (x, y)]
     masks = [torch.arange(s.shape[1])[None] < n for s, n in zip(more, (N, M), strict=True)]
-    far = [replace(ctx, mask=mask) for mask in masks]
+    far = [replace(c, mask=m) for c, m in zip((places[N + 3], ctx), masks, strict=True)]
     c, d = block(*more, *far)
     torch.testing.assert_close((c[:, :N], d[:, :M]), (a, b), rtol=1e-6, atol=1e-7)
-    e, f = block(x, more[1], ctx, far[1])
+    e, f = block(x, more[1], places[N], far[1])
     torch.testing.assert_close((e, f[:, :M]), (a, b), rtol=1e-6, atol=1e-7)
 
 
@@ -164,9 +167,9 @@ LENGTHS = {"x": [7, 3, 7, 1], "y": [4, 4, 0, 2]}
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("which", ["x", "y", "xy"])
 @pytest.mark.parametrize("placed", [False, True])
-@pytest.mark.parametrize("slots", [{}, {"width": "dynamic", "tokens": "dynamic"}])
-def test_packed_equals_looped(core: str, which: str, placed: bool, slots: dict[str, str]) -> None:
-    block = build(core, **slots)
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_equals_looped(core: str, which: str, placed: bool, gated: bool) -> None:
+    block = _gated(attn=core) if gated else build(core)
     x, y, ctx = inputs(4)
     given, ctxs, real = {"x": x, "y": y}, {}, {}
     for name, s in given.items():
@@ -265,9 +268,9 @@ def test_heads_that_cannot_be_cut_say_so() -> None:
         gated.select(torch.tensor([0]))
 
 
-def _gated(seed: int = 0) -> Joint:
+def _gated(seed: int = 0, *, attn: str = "softmax") -> Joint:
     """Some gates open, some closed."""
-    block = build(width="dynamic", tokens="dynamic")
+    block = build(attn, width="dynamic", tokens="dynamic")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in block.named_parameters():
