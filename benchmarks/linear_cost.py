@@ -30,7 +30,7 @@ def forms() -> list[tuple[str, bool]]:
     """Names with a claim, in every form that they have."""
     found = []
     for name in list_attention():
-        caps = (registry.core if name in registry.core else registry.attention).get(name).caps
+        caps = registry.attention.get(name).caps
         if caps.cost in CLAIMS:
             found += [(name, c) for c in (False, True) if caps.satisfies(causal=c)]
     return found
@@ -57,7 +57,11 @@ def call(mixer: nn.Module, tokens: int) -> Callable[[], Tensor]:
         return lambda: mixer(x, context)
     x = torch.randn(1, tokens, 3, HEADS, WIDTH, generator=generator)
     q, k, v = x.permute(2, 0, 3, 1, 4).unbind(0)  # as a fused projection leaves them
-    return lambda: mixer.core(q, k, v, context)
+    further = {
+        name: torch.randn(1, HEADS, tokens, i.width, generator=generator)
+        for name, i in mixer.config.core.inputs(WIDTH, WIDTH).items()
+    }
+    return lambda: mixer.core(q, k, v, context, **further)
 
 
 def growth(name: str, causal: bool, sizes: tuple[int, int], runs: int) -> Turns:
@@ -82,9 +86,8 @@ def main(*, small: bool = False, only: str = "") -> None:
     for name, causal in forms():
         if only and name != only:
             continue
-        kind = registry.core if name in registry.core else registry.attention
         found = growth(name, causal, sizes, runs)
-        rows.append(row(name, causal, kind.get(name).caps.cost, found))
+        rows.append(row(name, causal, registry.attention.get(name).caps.cost, found))
     notes = [
         f"{HEADS} heads of {WIDTH}, batch 1, float32, eager, no gradients; ratio: time with "
         f"{FACTOR} times the tokens over time, in the same round",

@@ -92,14 +92,17 @@ class Efficient(Core):
         the tokens before.
         """
         dtype = torch.promote_types(k.dtype, torch.float32)
-        k, v = k.to(dtype), v.to(dtype)
+        k, v = k.to(dtype) * _LOG2_E, v.to(dtype)
         if mask is not None:
             real = mask[:, None, :, None]
             k, v = k.masked_fill(~real, torch.finfo(dtype).min / 4), v * real
-        total, slices, products = k.logsumexp(dim=2, keepdim=True), slices_of(k), []
-        for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
-            weights = rope.tokens(rows).key((keys - total).exp())
-            products.append(weights.mT @ values)
+        top, slices = k.amax(dim=2, keepdim=True).detach(), slices_of(k)
+        weights = [(keys - top).exp2() for keys in pieces(k, slices)]
+        share = 1 / reduce(torch.add, [some.sum(dim=2, keepdim=True) for some in weights])
+        products = [
+            rope.tokens(rows).key(some * share).mT @ values
+            for rows, some, values in zip(slices, weights, pieces(v, slices), strict=True)
+        ]
         return reduce(torch.add, products)
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
