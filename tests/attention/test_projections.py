@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from effformer.compress.dynamic.adaptive_losses import acm_losses
 from effformer.export import export_onnx
 from torch import Tensor, nn
@@ -45,13 +46,13 @@ def test_fixed_projections_are_matrices_of_low_rank(k: int) -> None:
         plain.proj.weight.copy_(products["proj"])
     assert torch.linalg.matrix_rank(plain.proj.weight) == min(5 * k, DIM)
     x = torch.randn(2, 7, DIM)
-    torch.testing.assert_close(part(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert_close(part(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 def test_learners_may_have_an_activation() -> None:
     part, x = make(projections={"fixed": 2, "act": "relu"}), torch.randn(2, 7, DIM)
     query = sum(b(a(x).clamp(min=0)) for a, b in zip(part.q.fc1[:2], part.q.fc2[:2], strict=True))
-    torch.testing.assert_close(part.q(x).out, query, rtol=1e-4, atol=1e-5)
+    assert_close(part.q(x).out, query, rtol=1e-4, atol=1e-5)
     assert part.config.to_dict()["projections"]["act"] == "relu"
 
 
@@ -68,7 +69,7 @@ def test_equals_the_outputs_of_every_projection_at_the_chosen_numbers() -> None:
 
     heads = [chosen(n, x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for n in "qkv"]
     mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(out, chosen("proj", mixed), rtol=1e-4, atol=1e-4)
+    assert_close(out, chosen("proj", mixed), rtol=1e-4, atol=1e-5)
 
 
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -120,12 +121,12 @@ def test_samples_and_sequences_stay_apart() -> None:
     part, x = make(), torch.randn(3, 8, DIM)
     whole = part(x)
     for i in range(3):
-        torch.testing.assert_close(part(x[i : i + 1]), whole[i : i + 1], rtol=1e-4, atol=1e-5)
+        assert_close(part(x[i : i + 1]), whole[i : i + 1], rtol=1e-4, atol=1e-5)
     packing = Packing.from_mask(torch.arange(8) < torch.tensor([[8], [3], [1]]))
     ledger = Ledger()
     packed = packing.unpack(part(packing.pack(x), Context(packing=packing, ledger=ledger)))
     for i, n in enumerate(packing.lengths):
-        torch.testing.assert_close(packed[i, :n], part(x[i : i + 1, :n])[0], rtol=1e-4, atol=1e-5)
+        assert_close(packed[i, :n], part(x[i : i + 1, :n])[0], rtol=1e-4, atol=1e-5)
     assert 0 < ledger.executed["here"].item() < 1
 
 
@@ -136,14 +137,14 @@ def test_streaming_equals_the_whole() -> None:
     for piece in x.split([3, 1, 3], dim=1):
         out, state = part.step(piece, state)
         outputs.append(out)
-    torch.testing.assert_close(torch.cat(outputs, 1), part(x), rtol=1e-4, atol=1e-5)
+    assert_close(torch.cat(outputs, 1), part(x), rtol=1e-4, atol=1e-5)
 
 
 def test_captured_graphs_run_the_masked_form(tmp_path: Path) -> None:
     part, x = make(), torch.randn(2, 6, DIM)
     torch.compiler.reset()
     compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), part(x), rtol=1e-4, atol=1e-5)
+    assert_close(compiled(x), part(x), rtol=1e-4, atol=1e-5)
     axes = {"x": {0: "batch", 1: "tokens"}}
     report = export_onnx(part, tmp_path / "part.onnx", (x,), dynamic=axes)
     assert report.parity is not None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from effformer.compress.quant import QuantLinear, make_scheme
 from effformer.compress.quant import blockwise as bw
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ def test_bitsandbytes_dynamic(functional: Any, n: int, block: int) -> None:
     assert torch.equal(codes, theirs)
     assert torch.equal(absmax, state.absmax)
     decoded = bw.dequantize_flat(torch.tensor(bw.DYNAMIC)[codes.int()], absmax, block)
-    assert torch.equal(decoded, functional.dequantize_blockwise(theirs, state))
+    # the package makes its table by torch.linspace, whose last bit depends on the instruction set
+    assert_close(decoded, functional.dequantize_blockwise(theirs, state), rtol=3e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize(("k", "n"), [(64, 24), (70, 10), (33, 7), (768, 40), (1000, 64), (16, 3)])
@@ -118,4 +120,4 @@ def test_matmul_nbits_computes_what_the_layer_computes(
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = heavy((5, k), seed=1)
     (y,) = session.run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), layer(x).detach(), rtol=1e-4, atol=1e-4)
+    assert_close(torch.from_numpy(y), layer(x).detach(), rtol=1e-4, atol=1e-5)
