@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,8 +81,13 @@ class Attention(Heads):
         core: CoreConfig = part("core", Softmax.Config())
 
         def caps(self) -> Caps:
-            """What the core can do; learners skip work."""
+            """What the core can do; learners skip work. A convolution reads neighbours, which must be
+            tokens of one sequence in their order.
+            """
             able = replace(self.core.caps(), multihead=True)
+            if self.conv:
+                mask: Literal["none", "key"] = "none" if able.mask == "none" else "key"
+                able = replace(able, mask=mask, cross=False, order_free=False, sizes=False)
             return able if self.projections is None else replace(able, dynamic=True)
 
         @property
