@@ -41,11 +41,13 @@ class Turns:
         return f"{1e3 * cuts[0]:.4g} to {1e3 * cuts[-1]:.4g}"
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], *, runs: int) -> Turns:
-    """Time a b c a b c ... without gradients on one thread, after one call of each."""
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], *, runs: int, gradients: bool = False
+) -> Turns:
+    """Time a b c a b c ... on one thread, after one call of each."""
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
+    with torch.inference_mode(not gradients):
         for call in calls.values():
             call()
         for _ in range(runs):

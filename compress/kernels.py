@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from effformer.blocks import Block, Branch
 from effformer.checks import CapabilityError
-from effformer.ffn import MLP, DynamicMLP
+from effformer.ffn import MLP
 from effformer.nn.cut import Forms
 
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
@@ -155,9 +155,9 @@ def _narrow(model: nn.Module) -> Iterator[tuple[Forms, nn.Module]]:
     """Parts of dynamic width: they stay as they are, and each of their forms is made ready."""
     for module in model.modules():
         if isinstance(module, Block) and module.width is not None:
-            yield from ((branch.forms, branch.part) for branch in module.branches)
-        elif isinstance(module, DynamicMLP):
-            yield module.forms, module.mlp
+            for name, branch in zip(module.order, module.branches, strict=True):
+                if module.width.narrows(name):
+                    yield branch.forms, branch.part
 
 
 def _optimize_form(rows: int, chosen: dict[tuple[int, ...], _Form], form: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from . import registry
 from .checks import unknown
+from .retired import read_changes
 
 __all__ = ["Config", "Spec", "part", "resolve"]
 
@@ -232,7 +233,7 @@ def _around(
     given = options | {
         "core": {"name": core.name, **chosen} if isinstance(chosen, Mapping) else chosen
     }
-    return _changed(base.replace(where=where, **outer), given, where)
+    return _changed(base.replace(where=where, **outer) if outer else base, given, where)
 
 
 def _returned(core: Config, base: Config) -> dict[str, Any]:
@@ -244,8 +245,10 @@ def _returned(core: Config, base: Config) -> dict[str, Any]:
 
 
 def _changed(base: Config, options: dict[str, Any], where: str) -> Config:
-    """A config with changed options; those that it has not go to the core that it holds."""
+    """A config with changed options; those of the core that it holds go there."""
     own = {f.name for f in dataclasses.fields(base)}
+    if "core" in own:
+        own -= _fields_of_core(options.get("core"), base, where)
     if "core" not in own or own >= set(options):
         return base.replace(where=where, **options)
     outer = {k: v for k, v in options.items() if k in own}
@@ -259,6 +262,16 @@ def _changed(base: Config, options: dict[str, Any], where: str) -> Config:
         core = {**core, **inner}
     core = resolve("core", core, base.core, where=where)  # type: ignore[attr-defined]
     return base.replace(where=where, core=core, **outer)
+
+
+def _fields_of_core(spec: Any, base: Config, where: str) -> set[str]:
+    """Options that a core has, and the heads around it by the same name."""
+    if isinstance(spec, Mapping):
+        spec = spec.get("name")
+    if isinstance(spec, str):
+        spec = registry.core.get(spec, where=where).config
+    spec = base.core if spec is None else spec  # type: ignore[attr-defined]
+    return {f.name for f in dataclasses.fields(spec)}
 
 
 @contextmanager
@@ -290,6 +303,9 @@ def _convert(
 ) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = _hints(cls)  # type: ignore[arg-type]
+    kinds = {f.metadata["kind"] for f in fields.values() if f.name == f.metadata.get("kind")}
+    if not {"block", "ffn", "layers"}.isdisjoint(given):
+        given = read_changes(given, kinds, base, where)
     out = {}
     for key, value in given.items():
         if key not in fields:

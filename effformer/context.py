@@ -133,8 +133,10 @@ class Context:
         return replace(self, rope=rope, merging=merging, **chosen)
 
     def far(self) -> Context:
-        """What a core sees of it that attends to the memory: its mask is that of the memory."""
-        return replace(self, mask=self.memory_mask, memory_mask=None)
+        """What a core sees of it that attends to the memory: its mask is that of the memory, whose
+        tokens were not merged.
+        """
+        return replace(self, mask=self.memory_mask, memory_mask=None, merging=None)
 
 
 EMPTY = Context()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import registry
+from . import registry, retired
 from .checks import FormatError, unknown
 from .files import atomic_folder, atomic_path, read_json, write_json
 from .layout import Layout, StateDict
@@ -108,9 +108,18 @@ def load_model(folder: str | Path) -> Model:
     config = type(entry.preset).from_dict(facts["config"], where=str(folder / _CONFIG))
     model: Model = entry.build(config, name=facts["name"])
     for record in facts["transforms"]:
-        model = replay(model, record)
+        model = replay(model, _renewed(model, record))
     load_weights(model, folder / _WEIGHTS, layout="effformer")
     return model.eval()
+
+
+def _renewed(model: nn.Module, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record with the present paths of the layers that it names."""
+    layers = record.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(path, str) for path in layers):
+        return record
+    new = retired.rename(layers, {path for path, _ in model.named_modules()})
+    return {**record, "layers": [new.get(path, path) for path in layers]}
 
 
 def _check_facts(facts: Any, path: Path) -> None:
@@ -224,6 +233,8 @@ def load_weights(
         ValueError: unknown layout.
     """
     state = read_weights(source)
+    new = retired.rename(state, model.state_dict().keys())
+    state = {new.get(key, key): value for key, value in state.items()}
     where = "state dict" if isinstance(source, Mapping) else str(source)
     chosen = _choose_layout(model, state, layout, where)
     if chosen is not None:

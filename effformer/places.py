@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -57,12 +57,57 @@ class Rope:
             return self._turn(x, self.cos, self.sin)
         return self._turn(x, self.key_cos, self.key_sin)
 
-    def tokens(self, rows: slice) -> Rope:
-        """The tables of some tokens, queries and keys alike."""
+    def own(self) -> Rope:
+        """The tables of the tokens alone, without those of a memory."""
+        return Rope(self.cos, self.sin, interleaved=self.interleaved)
+
+    @staticmethod
+    def joined(
+        pieces: Sequence[Rope | None], counts: Sequence[int], *, like: Tensor
+    ) -> Rope | None:
+        """The tables of tokens that stand one behind the other; a piece without any has no places.
+
+        Args:
+            pieces: tables, queries and keys alike.
+            counts: number of tokens of each piece.
+            like: tensor whose device and dtype tables without places get; its last dimension is K.
+
+        Raises:
+            ValueError: pairs that lie next to each other in one piece, and apart in another.
+        """
+        kinds = {rope.interleaved for rope in pieces if rope is not None}
+        if not kinds:
+            return None
+        if len(kinds) > 1:
+            raise ValueError("rope: interleaved pairs and halves do not mix")
+        cos, sin = [], []
+        for rope, count in zip(pieces, counts, strict=True):
+            still = like.new_ones(count, like.shape[-1])
+            cos.append(still if rope is None else rope.cos)
+            sin.append(torch.zeros_like(still) if rope is None else rope.sin)
+        front = torch.broadcast_shapes(*(table.shape[:-2] for table in cos))
+        cosines, sines = (
+            torch.cat([t.expand(*front, *t.shape[-2:]) for t in tables], dim=-2)
+            for tables in (cos, sin)
+        )
+        return Rope(cosines, sines, interleaved=kinds.pop())
+
+    def tokens(self, rows: slice | Tensor) -> Rope:
+        """The tables of some tokens (a slice, or int64 indices), queries and keys alike."""
         return self._mapped(lambda table: table[..., rows, :])
 
-    def heads(self, some: slice) -> Rope:
-        """The tables of some heads."""
+    def at(self, places: Tensor) -> Rope:
+        """The tables of the tokens at some places of every sample: (B, G) -> (B, 1 or H, G, K)."""
+
+        def pick(table: Tensor) -> Tensor:
+            table = table[(None,) * (4 - table.dim())].expand(places.shape[0], -1, -1, -1)
+            index = places[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+            return table.gather(2, index)
+
+        return self._mapped(pick)
+
+    def heads(self, some: slice | Tensor) -> Rope:
+        """The tables of some heads, a slice of them or int64 indices."""
         alone = self.cos.dim() < 3 or self.cos.shape[-3] == 1
         return self if alone else self._mapped(lambda table: table[..., some, :, :])
 
@@ -92,6 +137,15 @@ class Rope:
             return row.unflatten(1, (count, -1)).transpose(0, 1)
 
         return self._mapped(fold)
+
+    def row(self, count: int) -> Rope:
+        """Tables of ``count`` samples that stand in one row, sample behind sample."""
+
+        def flat(table: Tensor) -> Tensor:
+            table = table[(None,) * (4 - table.dim())].expand(count, -1, -1, -1)
+            return table.transpose(0, 1).flatten(1, 2)
+
+        return self._mapped(flat)
 
     def samples(self, index: Tensor) -> Rope:
         """The tables of some samples: ``index`` (B',) picks from the batch, with repetition."""
@@ -139,6 +193,29 @@ class Packing:
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         indices = mask.bool().flatten().nonzero().flatten()
         return cls(indices, offsets, tuple(lengths.tolist()), mask.shape[1])
+
+    @classmethod
+    def joined(cls, first: Packing, second: Packing) -> tuple[Packing, Tensor]:
+        """Rows of two packings as one: behind the tokens of ``first`` each sample has those of
+        ``second``.
+
+        Returns:
+            The packing, and where its tokens stand in ``cat([first row, second row])``, (T,) int64.
+
+        Raises:
+            ValueError: other numbers of samples.
+        """
+        if len(first.lengths) != len(second.lengths):
+            raise ValueError(
+                f"Packing.joined: {len(first.lengths)} and {len(second.lengths)} samples"
+            )
+        padded = first.padded + second.padded
+        samples = torch.cat([first.samples, second.samples])
+        places = torch.cat([first.positions, first.padded + second.positions])
+        order = samples.argsort(stable=True)
+        lengths = tuple(a + b for a, b in zip(first.lengths, second.lengths, strict=True))
+        indices = (samples * padded + places).index_select(0, order)
+        return cls(indices, first.offsets + second.offsets, lengths, padded), order
 
     @property
     def longest(self) -> int:

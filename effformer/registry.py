@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from .checks import unknown
+from .retired import became
 
 __all__ = [
     "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "loss", "model", "plugins", "quantizer",
@@ -209,6 +210,8 @@ class Registry:
             raise TypeError(f"{self.kind} names are strings, got {type(name).__name__}")
         self._load()
         if name.lower() not in self._aliases:
+            if words := became(self.kind, name):
+                raise ValueError(f"{where}: {words}" if where else words)
             hint = f"{len(self._entries)} known: effformer list {self.kind}"
             raise unknown(self.kind, name, list(self._aliases), where=where, hint=hint)
         return self._entries[self._aliases[name.lower()]]

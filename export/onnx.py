@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effformer.build import list_attention
 from effformer.calls import Call, Inputs, evaluating
@@ -23,9 +24,10 @@ from effformer.version import VERSION
 
 from .graph import GraphFacts, read_graph, write_graph
 from .inputs import Axes, graph_call, resolve_axes, sizes, traceable
+from .lengths import Ranges
 from .packed import decodes_codes, kernels_for, translations
 from .targets import get_target
-from .verify import TRACED, VerifyReport, check_tolerance, verify_onnx
+from .verify import RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
 
 _ANY = Caps()
+_CONSTANT = re.compile(
+    r"marked L\['(\w+)'\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a "
+    r"constant \((\d+)\)"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -49,12 +55,15 @@ class ExportReport:
         graph: its facts.
         parity: the comparison with torch, None if it was not wanted.
         seconds: time that it took.
+        ranges: symbol -> least and largest length that the tracer holds the graph for, where it
+            does not hold it for all (None: any).
     """
 
     path: Path
     graph: GraphFacts
     parity: VerifyReport | None
     seconds: float
+    ranges: Ranges = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -62,6 +71,7 @@ class ExportReport:
             "path": str(self.path), "seconds": round(self.seconds, 3),
             "graph": self.graph.to_dict(),
             "parity": None if self.parity is None else self.parity.to_dict(),
+            "ranges": {s: list(r) for s, r in self.ranges.items()},
         }  # fmt: skip
 
 
@@ -96,7 +106,7 @@ def export_onnx(
             lengths.
         opset: version of the standard operators, None for the target's (20 on CPUs).
         target: name of a registered target.
-        verify: compare ONNX Runtime with torch at three other shapes.
+        verify: compare ONNX Runtime with torch at three other shapes, see `verify_onnx`.
         tolerance: largest accepted relative difference.
         accuracy_level: of MatMulNBits: 0 computes in float32; 4 rounds activations to 8 bits, which
             is faster with kernels for it and outside the default tolerance.
@@ -132,12 +142,13 @@ def export_onnx(
     call = traceable(call, axes)
     nbits = accuracy_level if "com.microsoft" in runtime.domains else None
     with evaluating(model):
-        # inputs that do not fit fail with their own message; caches hold real tensors
+        # inputs that do not fit fail with their own message
         call.run(model)
         with capturing_for(runtime.domains):
-            program = _trace(model, call, axes, version, nbits)
+            program, ranges = _trace(model, call, axes, version, nbits)
     _name(program, call, axes, output_names)
     _stamp(program.model, model, call, axes)
+    program.model.metadata_props[RANGES] = json.dumps(ranges)
 
     def check(file: Path) -> VerifyReport | None:
         if problems := runtime.problems(read_graph(file)):
@@ -151,7 +162,9 @@ def export_onnx(
     if parity is not None and parity.constant:
         _log.warning("%s: the model's output is constant, so its agreement proves little", path)
     seconds = time.perf_counter() - started
-    return ExportReport(path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds)
+    return ExportReport(
+        path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds, ranges=ranges
+    )
 
 
 def _check_parts(model: nn.Module) -> None:
@@ -172,7 +185,8 @@ def _check_parts(model: nn.Module) -> None:
 
 def _trace(
     model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
-) -> torch.onnx.ONNXProgram:
+) -> tuple[torch.onnx.ONNXProgram, Ranges]:
+    """The graph, and where the tracer holds it."""
     need("onnxscript")
     dim = torch.export.Dim
     given = tuple(call.arguments)
@@ -183,7 +197,8 @@ def _trace(
         try:
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes)
         except Exception as error:
-            raise ExportError(f"export_onnx: {name} cannot be traced: {_reason(error)}") from error
+            why = _frozen(error, axes) or _reason(error)
+            raise ExportError(f"export_onnx: {name} cannot be traced: {why}") from error
         try:
             made = torch.onnx.export(
                 program, opset_version=opset, dynamo=True, verbose=False,
@@ -196,7 +211,44 @@ def _trace(
         assert made is not None
         if packed:
             need("onnxscript.optimizer").optimize_ir(made.model, should_fold=decodes_codes)
-    return made
+    return made, _ranges(program, call, axes)
+
+
+def _ranges(program: torch.export.ExportedProgram, call: Call, axes: Axes) -> Ranges:
+    """Where the tracer holds a graph: symbol -> least and largest length, None for any. A bound of 2
+    stands for none: tracers set 1 apart whatever the graph does.
+    """
+    given = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    values = [given[name] for name in program.graph_signature.user_inputs if name in given]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    found: dict[str, tuple[int, int | None]] = {}
+    for value, name in zip(tensors, call.tensors, strict=True):
+        for axis, symbol in axes.get(name, {}).items():
+            size: Any = value.shape[axis]
+            bounds = (
+                program.range_constraints.get(size.node.expr) if type(size) is not int else None
+            )
+            if bounds is None:
+                continue
+            least = int(bounds.lower)
+            most = int(bounds.upper) if bounds.upper.is_Integer else None
+            if least > 2 or most is not None:
+                old = found.get(symbol, (1, None))
+                ends = [end for end in (old[1], most) if end is not None]
+                found[symbol] = (max(least, old[0]), min(ends, default=None))
+    return found
+
+
+def _frozen(error: BaseException, axes: Axes) -> str:
+    """What would work where the trace made a constant of a length, "" for other errors."""
+    found = _CONSTANT.search(str(error))
+    symbol = axes.get(found[1], {}).get(int(found[2])) if found else None
+    if found is None or symbol is None:
+        return ""
+    return (
+        f"its graph serves {found[3]} {symbol!r} only (axis {found[2]} of {found[1]!r}); choices: "
+        f"leave that axis out of 'dynamic', and export one graph for every number of {symbol!r}"
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -52,8 +52,8 @@ class Session:
             raise FormatError(f"{path}: no such file")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3  # its warnings are about its own optimisations
-        errors = ort.capi.onnxruntime_pybind11_state
+        options.log_severity_level = 4  # warnings are about its own optimisations, errors raised
+        self._errors = errors = ort.capi.onnxruntime_pybind11_state
         try:
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
         except (
@@ -76,13 +76,19 @@ class Session:
 
         Raises:
             ValueError: an input is missing.
+            RuntimeError: the graph does not run on them.
         """
         if missing := [name for name in self.inputs if name not in feed]:
             raise ValueError(
                 f"session: input {missing[0]!r} is missing; inputs: {', '.join(self.inputs)}"
             )
         arrays = {name: _array(feed[name]) for name in self.inputs}
-        return dict(zip(self.outputs, self._session.run(None, arrays), strict=True))
+        failures = (self._errors.Fail, self._errors.InvalidArgument, self._errors.RuntimeException)
+        try:
+            values = self._session.run(None, arrays)
+        except failures as error:
+            raise RuntimeError(f"session: ONNX Runtime: {error}") from error
+        return dict(zip(self.outputs, values, strict=True))
 
 
 def _array(value: Any) -> Any:

@@ -4,10 +4,9 @@ compared.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from effformer.calls import Call, Inputs, evaluating
 
 from .graph import GraphFacts, read_graph
 from .inputs import Axes, graph_call, resized, sizes
+from .lengths import Lengths, Ranges, candidates, farther
 from .session import Session
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Case", "OutputError", "VerificationError", "VerifyReport", "verify_onnx"]
 
-TRACED = "effformer.traced"
+TRACED, RANGES = "effformer.traced", "effformer.ranges"
 _BATCHES = (1, 3, 2)
-_FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+_REFUSALS = (ValueError, RuntimeError, AssertionError, IndexError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +69,16 @@ class VerifyReport:
         path: the file.
         tolerance: largest accepted ``max_rel``.
         cases: the comparisons.
+        lengths: the lengths of every symbol, case by case.
+        ranges: symbol -> least and largest length that the tracer holds the graph for, where it
+            does not hold it for all (None: any).
     """
 
     path: Path
     tolerance: float
     cases: tuple[Case, ...]
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ranges: Ranges = field(default_factory=dict)
 
     @property
     def max_abs(self) -> float:
@@ -115,6 +120,8 @@ class VerifyReport:
         return {
             "path": str(self.path), "tolerance": self.tolerance, "passed": self.passed,
             "max_abs": self.max_abs, "max_rel": self.max_rel, "constant": self.constant,
+            "lengths": {s: list(n) for s, n in self.lengths.items()},
+            "ranges": {s: list(r) for s, r in self.ranges.items()},
             "cases": cases,
         }  # fmt: skip
 
@@ -143,10 +150,12 @@ def verify_onnx(
 ) -> VerifyReport:
     """Compare an ONNX file with the module it was exported from.
 
-    The symbols of the graph's inputs tell what may vary: the first one (batch) takes 1, 3 and 5,
-    the others half, one and a half times, twice, ... their length in ``inputs``; sizes that the
-    model itself refuses are passed over. A graph without symbols is compared at its one shape with
-    other values.
+    The symbols of the graph's inputs tell what may vary. The first one (batch) takes 1, 3, 2, 4,
+    ... The others go, in this order, far: four times their length in ``inputs``, and beyond twice
+    every chunk, window or number of landmarks of the model (`effformer.attention.Core.turns`), and
+    past the end of the range that the tracer gave; to 1, or 2; to one and a half times, half, ...
+    their length. Sizes that the model itself refuses are passed over. A graph without symbols is
+    compared at its one shape with other values.
 
     Args:
         path: the file.
@@ -168,14 +177,28 @@ def verify_onnx(
     call = graph_call(model, inputs, where="verify")
     axes = _axes(graph, call)
     draws = torch.Generator().manual_seed(0) if generator is None else generator
-    traced = json.loads(graph.metadata.get(TRACED, "{}"))
+    found, lengths = [], []
+    ranges = read_ranges(graph)
     with evaluating(model):
-        runs = itertools.islice(_other_runs(model, call, axes, traced, draws), cases)
-        found = tuple(_compare(session, other, expected) for other, expected in runs)
-    report = VerifyReport(path=Path(path), tolerance=tolerance, cases=found)
+        runs = _other_runs(model, call, axes, graph, draws)
+        for (some, other, expected), _ in zip(runs, range(cases), strict=False):
+            found.append(_compare(session, other, expected, _beyond(some, ranges)))
+            lengths.append(some)
+    report = VerifyReport(
+        path=Path(path), tolerance=tolerance, cases=tuple(found), ranges=ranges,
+        lengths={symbol: tuple(some[symbol] for some in lengths) for symbol in lengths[0]},
+    )  # fmt: skip
     if not report.passed:
         raise VerificationError(_explain(report), report)
     return report
+
+
+def read_ranges(graph: GraphFacts) -> dict[str, tuple[int, int | None]]:
+    """Where the tracer holds a graph that `export_onnx` wrote; symbols without a bound are left
+    out.
+    """
+    given = json.loads(graph.metadata.get(RANGES, "{}"))
+    return {symbol: (least, most) for symbol, (least, most) in given.items()}
 
 
 def check_tolerance(tolerance: float, where: str) -> None:
@@ -211,39 +234,64 @@ def _axes(graph: GraphFacts, call: Call) -> Axes:
 
 
 def _other_runs(
-    model: nn.Module, call: Call, axes: Axes, traced: Mapping[str, int], draws: torch.Generator
-) -> Iterator[tuple[Call, list[Tensor]]]:
+    model: nn.Module, call: Call, axes: Axes, graph: GraphFacts, draws: torch.Generator
+) -> Iterator[tuple[Lengths, Call, list[Tensor]]]:
     """Calls at lengths other than the traced ones, with torch's outputs."""
     base = sizes(call, axes)
     while not base:
         other = resized(call, axes, base, draws)
-        yield other, other.run(model)
+        yield {}, other, other.run(model)
     batches = {by[0] for by in axes.values() if 0 in by}
+    traced = json.loads(graph.metadata.get(TRACED, "{}"))
     seen, error = [base | dict(traced)], None
-    for attempt in range(len(_BATCHES) * len(_FACTORS)):
-        lengths = dict.fromkeys(batches, _BATCHES[(len(seen) - 1) % len(_BATCHES)])
-        for i, symbol in enumerate(s for s in base if s not in batches):
-            lengths[symbol] = int(base[symbol] * _FACTORS[(attempt + i) % len(_FACTORS)])
-        if lengths in seen:
-            lengths |= dict.fromkeys(batches, max(max(s.values()) for s in seen) + 1)
-        if lengths in seen or not all(lengths.values()):
-            continue
-        other = resized(call, axes, lengths, draws)
-        try:
-            expected = other.run(model)
-        except (ValueError, RuntimeError, AssertionError, IndexError) as refused:
-            error = refused
-            continue
-        seen.append(lengths)
-        yield other, expected
+    factor = farther(model, call)
+    for choices in candidates(call, axes, batches, factor=factor, ranges=read_ranges(graph)):
+        for choice in choices:
+            batch = _BATCHES[(len(seen) - 1) % len(_BATCHES)]
+            lengths = choice | dict.fromkeys(batches, batch)
+            if lengths in seen:
+                most = max((s[b] for s in seen for b in batches), default=0)
+                lengths |= dict.fromkeys(batches, most + 1)
+            if lengths in seen:
+                continue
+            other = resized(call, axes, lengths, draws)
+            try:
+                expected = other.run(model)
+            except _REFUSALS as refused:
+                error = refused
+                continue
+            seen.append(lengths)
+            yield lengths, other, expected
+            break
     raise VerificationError(
         f"verify: {type(model).__name__} itself runs at only {len(seen) - 1} other lengths of "
         f"{', '.join(base)}, which the graph declares dynamic; the last error: {error}"
     ) from error
 
 
-def _compare(session: Session, call: Call, expected: list[Tensor]) -> Case:
-    actual = session.run(call.tensors)
+def _beyond(lengths: Lengths, ranges: Ranges) -> str:
+    """What to add to a difference at lengths outside of the range of the trace."""
+    for symbol, n in lengths.items():
+        least, most = ranges.get(symbol, (1, None))
+        if n < least or (most is not None and n > most):
+            end = "on" if most is None else f"to {most}"
+            return (
+                f"; the trace holds from {least} {end} {symbol!r} only, because the example lies on "
+                "one side of a length at which a part changes its form: give another example, or "
+                "leave this axis out of 'dynamic'"
+            )
+    return ""
+
+
+def _compare(session: Session, call: Call, expected: list[Tensor], beyond: str) -> Case:
+    shapes = {n: tuple(x.shape) for n, x in call.tensors.items()}
+    try:
+        actual = session.run(call.tensors)
+    except RuntimeError as error:
+        shown = ", ".join(f"{n} {s}" for n, s in shapes.items())
+        raise VerificationError(
+            f"verify: the model runs at {shown}, the graph does not{beyond} ({error})"
+        ) from error
     if len(expected) != len(actual):
         raise VerificationError(
             f"verify: the model returns {len(expected)} tensors, the graph {len(actual)}"
@@ -251,7 +299,7 @@ def _compare(session: Session, call: Call, expected: list[Tensor]) -> Case:
     outputs = tuple(
         _difference(n, a, e) for (n, a), e in zip(actual.items(), expected, strict=True)
     )
-    return Case(shapes={n: tuple(x.shape) for n, x in call.tensors.items()}, outputs=outputs)
+    return Case(shapes=shapes, outputs=outputs)
 
 
 def _difference(name: str, array: np.ndarray[Any, Any], expected: Tensor) -> OutputError:
@@ -271,13 +319,15 @@ def _difference(name: str, array: np.ndarray[Any, Any], expected: Tensor) -> Out
 
 
 def _explain(report: VerifyReport) -> str:
-    case, output = max(
-        ((c, o) for c in report.cases for o in c.outputs), key=lambda pair: pair[1].max_rel
+    place, output = max(
+        ((i, o) for i, c in enumerate(report.cases) for o in c.outputs),
+        key=lambda pair: pair[1].max_rel,
     )
-    shapes = ", ".join(f"{n} {s}" for n, s in case.shapes.items())
+    shapes = ", ".join(f"{n} {s}" for n, s in report.cases[place].shapes.items())
+    beyond = _beyond({s: n[place] for s, n in report.lengths.items()}, report.ranges)
     if output.max_rel == float("inf"):
         what = "differs in shape or type from torch's, or is not finite"
     else:
         what = f"differs from torch's by {output.max_rel:.2e} of its largest value"
         what += f" (allowed {report.tolerance:.0e})"
-    return f"verify: output {output.name!r} {what}, at {shapes}"
+    return f"verify: output {output.name!r} {what}, at {shapes}{beyond}"

@@ -24,6 +24,7 @@ from .predformer import PredFormer
 from .relactrl import RelaCtrl
 from .sit import SiT
 from .timm import vit_config_from_timm
+from .twostream import JointDiT
 from .vit import ViT
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "FlowformerSeries",
     "FlowformerVision",
     "IFactFormer",
+    "JointDiT",
     "LMUFormer",
     "LMUSequence",
     "LightningDiT",

@@ -33,12 +33,15 @@ class Model(nn.Module, ABC):
         CONVENTION: name in `effformer.flow.CONVENTIONS` of how a generator counts time and what it
             predicts, None for our own convention and for models that generate nothing.
         LAYOUTS: published key layouts that `effformer.load_weights` understands, beside our own.
+        ROLES: child -> part of a transformer, for the profiler; children that name their own need
+            not stand here.
         transforms: JSON-able records of structural changes since the build (quantization), in
             order; `load_model` replays them.
     """
 
     FAMILY: ClassVar[str]
     CONVENTION: ClassVar[str | None] = None
+    ROLES: ClassVar[Mapping[str, str]] = {}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = ()
 
     def __init__(self, config: Config, name: str | None = None) -> None:

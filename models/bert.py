@@ -7,6 +7,7 @@ Inputs, 2022, arXiv 2210.03052.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -69,6 +70,7 @@ class Bert(Model):
     """
 
     FAMILY: ClassVar[str] = "bert"
+    ROLES: ClassVar[Mapping[str, str]] = {"pooler": "head"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (HUGGINGFACE,)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

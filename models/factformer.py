@@ -7,7 +7,7 @@ References: Implicit factorized transformer approach to fast prediction of turbu
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -89,6 +89,15 @@ class GridOperator(Model):
         config: the config.
         name: preset name.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {
+        "lift": "patch_embed",
+        "frames": "patch_embed",
+        "positions": "patch_embed",
+        "expand": "head",
+        "mlp": "head",
+        "head": "head",
+    }
 
     def __init__(self, config: GridOperatorConfig, name: str | None = None) -> None:
         super().__init__(config, name)

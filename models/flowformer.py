@@ -5,6 +5,7 @@ Reference: Flowformer: Linearizing Transformers with Conservation Flows, 2022, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -65,6 +66,7 @@ class FlowformerGPT(Model):
     """
 
     FAMILY: ClassVar[str] = "flowformer-gpt"
+    ROLES: ClassVar[Mapping[str, str]] = {"head": "head"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (GPT,)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ Reference: Flowformer: Linearizing Transformers with Conservation Flows, 2022, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -45,6 +46,7 @@ class FlowformerSeries(Model):
     """
 
     FAMILY: ClassVar[str] = "flowformer-series"
+    ROLES: ClassVar[Mapping[str, str]] = {"embed": "patch_embed", "head": "head"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BackboneConfig):

@@ -5,6 +5,7 @@ Reference: Flowformer: Linearizing Transformers with Conservation Flows, 2022, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +47,7 @@ class FlowformerVision(Model):
     """
 
     FAMILY: ClassVar[str] = "flowformer-vision"
+    ROLES: ClassVar[Mapping[str, str]] = {"patch_embed": "patch_embed", "head": "head"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (VISION,)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

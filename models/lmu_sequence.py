@@ -6,6 +6,7 @@ arXiv 2402.04882.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -58,6 +59,7 @@ class LMUSequence(Model):
     """
 
     FAMILY: ClassVar[str] = "lmu-sequence"
+    ROLES: ClassVar[Mapping[str, str]] = {"front": "patch_embed", "head": "head"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):

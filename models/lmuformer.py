@@ -6,6 +6,7 @@ arXiv 2402.04882.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -81,6 +82,7 @@ class LMUFormer(Model):
     """
 
     FAMILY: ClassVar[str] = "lmuformer"
+    ROLES: ClassVar[Mapping[str, str]] = {"embed": "patch_embed", "head": "head"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (DENSE,)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

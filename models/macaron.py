@@ -86,6 +86,7 @@ class MacaronNet(Model):
     """
 
     FAMILY: ClassVar[str] = "macaron"
+    ROLES: ClassVar[Mapping[str, str]] = {"head": "head"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (TRANSLATION,)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

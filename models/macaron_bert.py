@@ -6,6 +6,7 @@ View, 2019, arXiv 1906.02762.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -74,6 +75,7 @@ class MacaronBert(Model):
     """
 
     FAMILY: ClassVar[str] = "macaron-bert"
+    ROLES: ClassVar[Mapping[str, str]] = {"mlm": "head", "head": "head", "nsp": "head"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (BERT,)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ Reference: PredFormer: Transformers Are Effective Spatial-Temporal Predictive Le
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +62,7 @@ class PredFormer(Model):
     """
 
     FAMILY: ClassVar[str] = "predformer"
+    ROLES: ClassVar[Mapping[str, str]] = {"head": "head"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (OFFICIAL, FACTORIZED)
     positions: Tensor
 

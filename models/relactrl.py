@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from effformer.nn.norms import Modulation
 from effformer.site import Site
 
 from .base import Model, Preset, register_presets
-from .dit import DiT
+from .diffusion_parts import LatentTransformer
 
 __all__ = ["PRESETS", "ControlBlock", "ControlBranch", "RelaCtrl", "relevance_scores"]
 
@@ -83,6 +83,8 @@ class ControlBlock(nn.Module):
     Reference: RelaCtrl: Relevance-Guided Efficient Control for Diffusion Transformers, 2025, arXiv
     2502.14377.
     """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"before": "projections", "after": "projections"}
 
     def __init__(self, config: TDSM.Config, site: Site, *, first: bool) -> None:
         super().__init__()
@@ -166,7 +168,7 @@ class RelaCtrl(Model):
         name: preset name.
 
     Raises:
-        CapabilityError: the backbone is no DiT.
+        CapabilityError: the backbone does not let others run its blocks.
         ValueError: positions and groups do not fit the backbone.
 
     Example:
@@ -182,6 +184,7 @@ class RelaCtrl(Model):
     """
 
     FAMILY: ClassVar[str] = "relactrl"
+    ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_blocks"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):
@@ -284,19 +287,22 @@ class RelaCtrl(Model):
         return {**given, "condition": condition}
 
 
-def _backbone(config: RelaCtrl.Config, where: str) -> DiT:
+def _backbone(config: RelaCtrl.Config, where: str) -> LatentTransformer:
     entry = registry.model.get(config.backbone)
-    if not (isinstance(entry.build, type) and issubclass(entry.build, DiT)):
-        able = ", ".join(
-            e.name for e in registry.model if isinstance(e.build, type) and issubclass(e.build, DiT)
-        )
+    if not _open(entry):
+        able = ", ".join(e.name for e in registry.model if _open(e))
         raise CapabilityError(
             f"{where}: {entry.name!r} has no blocks for control to enter; choices: {able}"
         )
-    backbone: DiT = entry.build(
+    backbone: Model = entry.build(
         entry.preset.replace(where=f"{where} backbone", **config.changes), name=entry.name
     )
-    return backbone.requires_grad_(False)
+    return cast(LatentTransformer, backbone.requires_grad_(False))
+
+
+def _open(entry: registry.Entry) -> bool:
+    """Others may run the blocks of a model: it offers what `LatentTransformer` does."""
+    return all(hasattr(entry.build, name) for name in ("context", "embed", "head"))
 
 
 PRESETS = {

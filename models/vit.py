@@ -6,9 +6,9 @@ Reference: An Image is Worth 16x16 Words: Transformers for Image Recognition at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,8 @@ class Classifier(nn.Module):
         num_classes: outputs of the linear map; 0 leaves it out.
     """
 
+    ROLES: ClassVar[Mapping[str, str]] = {"": "head"}
+
     def __init__(self, config: Head, site: Site, *, front: int, num_classes: int) -> None:
         super().__init__()
         self.config = config
@@ -184,6 +186,7 @@ class ViT(Model):
     """
 
     FAMILY: ClassVar[str] = "vit"
+    ROLES: ClassVar[Mapping[str, str]] = {"stem": "patch_embed"}
     LAYOUTS: ClassVar[tuple[Layout, ...]] = LAYOUTS
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +377,7 @@ class ViT(Model):
                 (quantized): resize first.
         """
         if self.transforms:
-            done = self.transforms[0].get("name")
+            done = _verb(self.transforms[0])
             raise ValueError(f"{self.name}: was changed by {done!r}; resize before that, not after")
         config = self.config.replace(where=self.name, image_size=image_size)
         model = ViT(config, name=self.name)
@@ -439,6 +442,12 @@ class ViT(Model):
             raise ValueError(
                 f"{self.name}: {tuple(x.shape[2:])} is not divisible by {config.stride}"
             )
+
+
+def _verb(record: Mapping[str, Any]) -> str:
+    """What a record of a structural change says, "quantize (int8)"."""
+    scheme = record.get("scheme")
+    return f"{record['kind']} ({scheme['name']})" if isinstance(scheme, Mapping) else record["kind"]
 
 
 _SIZES: dict[str, tuple[str, int, int, int, int | None]] = {

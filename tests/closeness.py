@@ -27,13 +27,16 @@ def assert_close(
     on the next.
 
     Args:
-        actual: a tensor, or a sequence or mapping of them.
+        actual: a tensor, None, or a sequence or mapping of them; integers and booleans must be equal.
         expected: the same kind; each tensor has its own largest value.
         rtol: relative to each element.
         atol: relative to the largest element.
         scale: a size that the tolerance does not fall below, for values that cancel to zero.
         what: begins the message.
     """
+    if expected is None:
+        assert actual is None, what
+        return
     if isinstance(expected, Mapping):
         assert actual.keys() == expected.keys(), what
         for key in expected:
@@ -45,10 +48,11 @@ def assert_close(
         for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
             assert_close(one, other, rtol=rtol, atol=atol, scale=scale, what=f"{what}[{i}]: ")
         return
+    exact = not (expected.is_floating_point() or expected.is_complex())
     torch.testing.assert_close(
         actual,
         expected,
-        rtol=rtol,
-        atol=atol * max(largest(expected), scale),
+        rtol=0 if exact else rtol,
+        atol=0 if exact else atol * max(largest(expected), scale),
         msg=lambda text: f"{what}{text}",
     )

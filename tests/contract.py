@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ DIM, HEADS = 24, 3
 MIXERS = [name for name in list_attention() if name != "multihead"]
 FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
+JOINT = registry.block.names(joint=True)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "dynamic-mlp": {"groups": 4},
     "linformer": {"tokens": 130, "projected": 5},
     "longformer": {"window": 4, "global_tokens": 1},
     "moe": {"experts": 3},
@@ -55,9 +56,15 @@ def mixers_without(**caps: object) -> list[str]:
     return [name for name in MIXERS if not caps_of(name).satisfies(**caps)]
 
 
-def make_mixer(name: str, *, causal: bool | None = None, **site: Any) -> nn.Module:
+def make_mixer(
+    name: str,
+    *,
+    causal: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+    **site: Any,
+) -> nn.Module:
     """A mixer by name; causal None means the part's own default form."""
-    config = resolve("attention", {"name": name, **OPTIONS.get(name, {})})
+    config = resolve("attention", {"name": name, **OPTIONS.get(name, {}), **(options or {})})
     if causal:
         config = with_causal(config, True)
     return _random(config.build(Site(**{"dim": DIM, "heads": HEADS, **site})))
@@ -78,20 +85,66 @@ def make_block(
     tokens: str | None = None,
     attn: str = "softmax",
     ffn: str = "mlp",
+    causal: bool = False,
+    cross: str | None = None,
 ) -> nn.Module:
-    """A block by name, with parts in its slots; a conditioned one has a time embedding, too."""
+    """A block by name, with parts in its slots; a conditioned one has a time embedding, too. With
+    ``cross`` it has a branch to a memory of the tokens' width.
+    """
     entry = registry.block.get(name)
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
-    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130)
+    memory = None if cross is None else DIM
+    depth = 2 if entry.caps.joint else 1  # the second stream may end in the last block
+    site = Site(
+        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, memory_dim=memory,
+        depth=depth,
+    )  # fmt: skip
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
     }
+    if causal:
+        parts["attn"] = with_causal(parts["attn"], True)
+    if cross is not None:
+        parts["cross"] = resolve("attention", cross)
     block = entry.build(config, site, **parts)
     slots = {"width": width, "tokens": tokens}
     block.attach(**{k: resolve(k, v) for k, v in slots.items() if v is not None})
-    return _random(block)
+    return _random(TwoStreams(block) if entry.caps.joint else block)
+
+
+class TwoStreams(nn.Module):
+    """A block of two streams seen as one of a single stream, whose first tokens are the second."""
+
+    FIRST = 2
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.site, self.caps = block, block.site, block.caps
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        first = self.FIRST
+        return torch.cat(self.block(x[:, first:], x[:, :first], ctx, ctx)[::-1], dim=1)
+
+    def macs(self, n: int) -> int:
+        return self.block.macs(n - self.FIRST, self.FIRST)
+
+    @property
+    def width(self) -> nn.Module | None:
+        return self.block.x.width
+
+    @width.setter
+    def width(self, part: None) -> None:
+        self.block.x.width = self.block.y.width = part
+
+    @property
+    def tokens(self) -> nn.Module | None:
+        return self.block.x.tokens
+
+    @tokens.setter
+    def tokens(self, part: None) -> None:
+        self.block.x.tokens = self.block.y.tokens = part
 
 
 def default_config(kind: str, name: str) -> Config:

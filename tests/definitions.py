@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from effformer.attention import Core
@@ -35,11 +36,11 @@ def assert_same(core: Core, one: Callable[..., Tensor], n: int = 13, m: int | No
     inputs = qkv(n, m)
     memory = None if m is None else torch.empty(2, m, HEADS * WIDTH)
     fast, slow = core(*inputs, Context(memory=memory)), each_head(one, *inputs)
-    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    assert_close(fast, slow, rtol=1e-10, atol=1e-11)
     cotangent = torch.randn_like(fast)
     ours = torch.autograd.grad((fast * cotangent).sum(), inputs)
     theirs = torch.autograd.grad((slow * cotangent).sum(), inputs)
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 def assert_counted(core: Core, n: int = 13, m: int | None = None) -> None:

@@ -53,7 +53,7 @@ def obvious(part: Attention, x: Tensor, rope: Rope | None = None) -> Tensor:
     """The causal layer, one token at a time in float64."""
     weights, core = dict(part.named_parameters()), part.core.config
     joined = x @ weights["qkv.weight"].T
-    if part.config.conv:
+    if part.config.short_conv:
         joined = _convolved(joined, weights["conv.weight"], weights.get("conv.bias"))
     groups = part.config.qk_heads or HEADS
     width, values = part.head_dim, part.value_dim

@@ -11,7 +11,7 @@ from effformer.models import DiT, ViT
 from effformer.models.vit import Prefix
 
 from effformer import registry
-from effformer.attention import Attention, Flow, Linear, Softmax
+from effformer.attention import Attention, Flow, HeadsConfig, Linear, Softmax
 from effformer.blocks import AdaLNZero
 from effformer.config import Config, part, resolve
 from effformer.ffn import MLP, SwiGLU
@@ -148,3 +148,12 @@ def test_messages_name_the_place() -> None:
     config = DiT.Config(dim=8, depth=1, heads=1)
     with pytest.raises(ValueError, match=r"my-model.attn: unknown option 'epsilon'"):
         config.replace(where="my-model", attn={"name": "flow", "epsilon": 1})
+
+
+def test_no_core_has_an_option_of_the_heads_around_it() -> None:
+    """``attn={"name": "core", "option": 1}`` means one of the two."""
+    heads = {f.name for f in dataclasses.fields(HeadsConfig)}
+    for entry in registry.core:
+        assert entry.config is not None
+        own = {f.name for f in dataclasses.fields(entry.config)}
+        assert own.isdisjoint(heads), entry.name

@@ -8,7 +8,9 @@ import pytest
 import torch
 from contract import (
     BLOCKS,
+    DIM,
     FFNS,
+    HEADS,
     MIXERS,
     caps_of,
     context_for,
@@ -17,14 +19,18 @@ from contract import (
     make_mixer,
     mixers,
 )
-from effformer.export import ExportError, export_onnx
+from effformer.export import ExportError, Session, export_onnx
 from torch import Tensor, nn
 
 from effformer import registry
+from effformer.config import resolve
+from effformer.site import Site
 
 CONDS = {"never": [False], "optional": [False, True], "always": [True]}
 FORMS = [(n, False) for n in MIXERS if caps_of(n).onnx]
 FORMS += [(n, True) for n in mixers(causal=True, onnx=True)]
+PLAIN = ("linear", "performer")
+"""Causal forms whose chunks do not become nodes of ONNX Runtime, or not in all graphs."""
 BLOCK_FORMS = [(n, c) for n in BLOCKS for c in CONDS[registry.block.get(n).caps.cond]]
 
 
@@ -39,9 +45,11 @@ class _Alone(nn.Module):
         return self.part(x, context_for(self.part, x))
 
 
-# the running stabilizer of causal Performer walks over chunks: its graph serves one length
-# TDSM's permutations are constants of one number of tokens
-ONE_LENGTH = {("performer", True), ("tdsm", False)}
+FIXED = {"tdsm"}
+"""Mixers whose graphs serve one number of tokens: permutations are constants."""
+
+LENGTHS = (1, 7, 33, 150, 300)
+"""Below and above every default chunk; 7 is that of the trace."""
 
 
 def _exports(part: nn.Module, folder: Path, *, fixed: bool = False) -> None:
@@ -54,15 +62,46 @@ def _exports(part: nn.Module, folder: Path, *, fixed: bool = False) -> None:
     assert report.parity.passed
 
 
-@pytest.mark.parametrize(("name", "causal"), FORMS)
-def test_mixers(name: str, causal: bool, tmp_path: Path) -> None:
-    _exports(make_mixer(name, causal=causal), tmp_path, fixed=(name, causal) in ONE_LENGTH)
+def _serves_every_length(part: nn.Module, folder: Path, target: str = "onnx-cpu") -> None:
+    """One graph, traced with few tokens, gives what the part gives at any number of them."""
+    alone, axes = _Alone(part), {"x": {0: "batch", 1: "tokens"}}
+    inputs, path = torch.randn(2, 7, part.site.dim), folder / "part.onnx"
+    export_onnx(alone, path, inputs, dynamic=axes, target=target, verify=False)
+    session = Session(path, threads=1)
+    most = getattr(getattr(part, "core", None), "tokens", max(LENGTHS))
+    for n in (n for n in LENGTHS if n <= most):
+        x = torch.randn(3 if n > 7 else 1, n, part.site.dim)
+        with torch.no_grad():
+            expected = alone(x)
+        found = torch.from_numpy(session.run({"x": x})["output"])
+        assert found.shape == expected.shape == (len(x), n, part.site.dim)
+        atol = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
 
 
-@pytest.mark.parametrize(("name", "causal"), sorted(ONE_LENGTH))
-def test_a_fixed_length_is_named_as_the_reason(name: str, causal: bool, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="specialized it to be a constant"):
-        _exports(make_mixer(name, causal=causal), tmp_path)
+@pytest.mark.parametrize(("name", "causal"), [form for form in FORMS if form[0] not in FIXED])
+def test_mixers_serve_every_length(name: str, causal: bool, tmp_path: Path) -> None:
+    _serves_every_length(make_mixer(name, causal=causal), tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(n for n, c in FORMS if c and n in PLAIN))
+def test_so_do_graphs_of_standard_operators(name: str, tmp_path: Path) -> None:
+    _serves_every_length(make_mixer(name, causal=True), tmp_path, target="onnx")
+
+
+@pytest.mark.parametrize("name", ["longformer", "nystrom", "topk"])
+def test_so_do_wide_windows(name: str, tmp_path: Path) -> None:
+    config = resolve("attention", name)
+    part = config.build(Site(dim=DIM, heads=HEADS)).eval()
+    _serves_every_length(part, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(FIXED))
+def test_a_fixed_length_is_exported_or_named_as_the_reason(name: str, tmp_path: Path) -> None:
+    part = make_mixer(name)
+    _exports(part, tmp_path, fixed=True)
+    with pytest.raises(ExportError, match="none for any number of tokens; choices: a fixed number"):
+        _exports(part, tmp_path)
 
 
 @pytest.mark.parametrize("name", FFNS)

@@ -11,6 +11,7 @@ from contract import (
     DIM,
     FFNS,
     HEADS,
+    JOINT,
     MIXERS,
     caps_of,
     context_for,
@@ -205,8 +206,9 @@ def test_packed_equals_looped(name: str, causal: bool) -> None:
 @pytest.mark.parametrize("name", mixers(streaming=True))
 @pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6], [11]])
 def test_streaming_equals_the_whole(name: str, pieces: list[int]) -> None:
-    part = make_mixer(name, causal=True)
-    x = tokens(11)
+    # in double precision no spike or choice turns on a rounding error
+    part = make_mixer(name, causal=True).double()
+    x = tokens(11, dtype=torch.float64)
     state = part.init_state(2, like=x)
     outputs = []
     for piece in x.split(pieces, dim=1):
@@ -233,7 +235,7 @@ def test_linear_streaming_has_a_state_of_constant_size(name: str) -> None:
 @pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6], [11]])
 @pytest.mark.parametrize("name", registry.ffn.names(streaming=True))
 def test_streaming_ffns_equal_the_whole(name: str, pieces: list[int]) -> None:
-    part, x, outputs = make_ffn(name), tokens(11), []
+    part, x, outputs = make_ffn(name).double(), tokens(11, dtype=torch.float64), []
     state = part.init_state(2, like=x)
     for piece in x.split(pieces, dim=1):
         out, state = part.step(piece, state)
@@ -279,8 +281,8 @@ def test_linear_cost_is_linear(name: str) -> None:
     assert part.macs(2048) <= 2.1 * part.macs(1024)
 
 
-@pytest.mark.parametrize("name", mixers(rope=True))
-def test_rope_is_relative(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in mixers(rope=True) if n != "performer"])
+def test_rope_is_relative(name: str) -> None:  # of random features it is the expectation
     part = make_mixer(name)
     angles = torch.randn(4)
     x = tokens(6)
@@ -333,7 +335,7 @@ def test_taps_read_and_replace(name: str) -> None:
     torch.testing.assert_close(out, bias.expand_as(x))
 
 
-@pytest.mark.parametrize(("name", "cond"), BLOCK_FORMS)
+@pytest.mark.parametrize(("name", "cond"), [form for form in BLOCK_FORMS if form[0] not in JOINT])
 def test_macs_of_a_block_add_up(name: str, cond: bool) -> None:
     block = make_block(name, cond=cond)
     parts = [b.part.macs(11) for b in block.branches]

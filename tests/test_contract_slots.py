@@ -46,6 +46,8 @@ def _forms() -> list[tuple[str, str, str, bool]]:
             caps = registry.block.get(block).caps
             if slot == "tokens" and not caps.sequential:
                 continue
+            if not registry.KINDS[slot].get(name).build.admits("block", caps):
+                continue
             for cond in CONDS[caps.cond]:
                 if cond or not (registry.KINDS[slot].get(name).caps.time or caps.time):
                     forms.append((slot, name, block, cond))
@@ -274,7 +276,7 @@ def _stack(
     return build_stack(config, site, needs, name="toy")
 
 
-@pytest.mark.parametrize("name", registry.block.names(sequential=True))
+@pytest.mark.parametrize("name", registry.block.names(sequential=True, joint=False))
 def test_a_branch_is_what_enters_runs_and_leaves(name: str) -> None:
     """Parts in the slot "tokens" may act between these three."""
     for cond in CONDS[registry.block.get(name).caps.cond]:

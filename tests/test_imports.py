@@ -15,7 +15,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {
-    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "site", "version",
+    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "version",
 }  # fmt: skip
 TOP = BASE | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}

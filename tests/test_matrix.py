@@ -39,8 +39,10 @@ CELLS = [
     for slot, kind in slots(column).items()
     for name in names(kind)
 ]
-MASKED = {"bert", "flowformer-series", "macaron-bert"}
-"""Families whose parts must honour key masks: they get a ragged batch."""
+MASKED = {
+    "bert": "mask", "flowformer-series": "mask", "macaron-bert": "mask", "joint-dit": "text_mask",
+}  # fmt: skip
+"""Families whose parts must honour key masks, and the name of the mask: they get a ragged batch."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,7 +112,8 @@ def test_packed_rows_run_or_are_refused_with_choices(column: Column, slot: str) 
             refused[name] = str(error).rpartition("choices that can: ")[2].split(", ")
             continue
         able.add(name)
-        _agree(model(**inputs), packed, inputs["mask"])
+        mask = inputs[MASKED.get(model.FAMILY, "mask")]
+        _agree(model(**inputs), packed, mask)
     if not refused and able == {"multihead"}:
         pytest.skip("no part for this slot can be built into this model")
     assert able > {"multihead"}
@@ -143,10 +146,11 @@ def _inputs(model: Any, column: Column) -> dict[str, Tensor]:
     """Two samples; where the model masks, one of them is padded."""
     inputs = model.example_inputs(2, generator=torch.Generator().manual_seed(0))
     if model.FAMILY in MASKED:
-        assert "mask" in inspect.signature(model.forward).parameters
-        first = next(iter(inputs.values()))
-        inputs["mask"] = torch.ones(first.shape[:2], dtype=torch.bool)
-        inputs["mask"][0, -5:] = False
+        name = MASKED[model.FAMILY]
+        assert name in inspect.signature(model.forward).parameters
+        masked = inputs["text"] if name == "text_mask" else next(iter(inputs.values()))
+        inputs[name] = torch.ones(masked.shape[:2], dtype=torch.bool)
+        inputs[name][0, -5:] = False
     if model.FAMILY == "macaron":
         inputs["source"][0, :5] = model.config.pad
     return inputs

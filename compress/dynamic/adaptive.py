@@ -151,7 +151,7 @@ def _adaptive_config(model: nn.Module, scheme: AdaptiveScheme) -> Config:
         changes["ffn"] = _adaptive_ffn(config, scheme, name)
     if scheme.projections:
         attn = config.attn
-        if not isinstance(attn, Attention.Config) or attn.projections is not None:
+        if not attn.caps().multihead or attn.at("projections") is not None:
             raise CapabilityError(
                 f"acmize: {name}: this attention has no plain projections; give projections=False"
             )
@@ -165,7 +165,7 @@ def _adaptive_config(model: nn.Module, scheme: AdaptiveScheme) -> Config:
 
 def _adaptive_ffn(config: BackboneConfig, scheme: AdaptiveScheme, name: str) -> ACM.Config:
     old = config.ffn
-    if not isinstance(old, FFNConfig) or isinstance(old, ACM.Config):
+    if not isinstance(old, FFNConfig) or old.entry.name == "acm":
         found = None if old is None else old.to_dict().get("name")
         raise CapabilityError(f"acmize: {name}: {found!r} is not a plain FFN; give ffn=False")
     width = max(1, round(scheme.size * old.width(config.dim) / scheme.learners))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effformer.blocks import Block, Branch
+from effformer.blocks import Block, Branch, Joint
 from effformer.calls import evaluating, takes
 from effformer.checks import CapabilityError, check_shape
 from effformer.context import Context, Ledger
@@ -102,6 +102,8 @@ def prepare_widths(model: nn.Module, times: Tensor) -> GateTable:
     table = gate_tables(model, times)
     for block, name in _narrowed(model):
         branch: Branch = getattr(block, name)
+        if branch.site.path not in table.active:
+            continue
         patterns = table.active[branch.site.path].unique(dim=0)
         branch.forms.limit = max(branch.forms.limit, len(patterns))
         for pattern in patterns:
@@ -186,10 +188,10 @@ def sort_by_magnitude(model: nn.Module) -> None:
         the released code leaves this step out.
     """
     for module in model.modules():
-        if not isinstance(module, Branch) or not module.part.caps.width:  # type: ignore[union-attr]
+        part: Any = module.part if isinstance(module, Branch) else module
+        if not isinstance(module, (Branch, Joint)) or not part.caps.width:
             continue
-        part: Any = module.part
-        if getattr(part.config, "joined", None) is not None:
+        if getattr(part, "joined", None) or getattr(part.config, "joined", None):
             continue
         order = part.magnitudes().argsort(descending=True, stable=True)
         moved = part.select(order)

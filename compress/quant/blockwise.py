@@ -63,11 +63,16 @@ _SMALLEST = 1e-38  # absmax is raised to this before division, so that 1 / absma
 
 
 def _dynamic_map() -> tuple[float, ...]:
-    # Decade i of 7 has 2^i fractions, the centres of 2^i equal parts of [0.1, 1]; float32
-    # throughout, because the format is defined by the rounded values.
+    # Decade i of 7 has 2^i fractions, the centres of 2^i equal parts of [0.1, 1]; rounded to float32
+    # where the package rounds, because the format is defined by the rounded values. torch.linspace
+    # rounds as its instruction set does, so its products are fused here in float64.
     values = [torch.tensor([0.0, 1.0])]
+    start, end = torch.tensor([0.1, 1.0]).double()
     for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
+        step = ((end - start).float() / 2**i).double()
+        place = torch.arange(2**i + 1, dtype=torch.float64, device="cpu")
+        rising, falling = start + step * place, end - step * (2**i - place)
+        edges = torch.where(place < (2**i + 1) // 2, rising, falling).float()
         centres = (edges[:-1] + edges[1:]) / 2.0
         values += [10 ** (i - 6) * centres, -(10 ** (i - 6)) * centres]
     return tuple(torch.cat(values).sort().values.tolist())

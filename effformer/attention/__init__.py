@@ -17,6 +17,7 @@ from .linear import Linear, Sana
 from .linformer import Linformer
 from .lmu import LMU
 from .longformer import Longformer
+from .meeting import Meeting
 from .mlla import MLLA
 from .multihead import Attention
 from .nystrom import Nystrom
@@ -64,6 +65,7 @@ __all__ = [
     "Lines",
     "Linformer",
     "Longformer",
+    "Meeting",
     "Mixer",
     "Nystrom",
     "Opened",

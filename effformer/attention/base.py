@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import EMPTY, Context
 from effformer.registry import Caps
@@ -20,7 +21,7 @@ from effformer.site import Needs, Site
 
 from .outputs import Input
 
-__all__ = ["Core", "CoreConfig", "Mixer", "Streaming", "View"]
+__all__ = ["Core", "CoreConfig", "Mixer", "Streaming", "View", "check_streamed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +58,15 @@ class Core(nn.Module, ABC):
     Attributes:
         rotates: what rotary tables turn: "qk", queries and keys, before the core sees them; or
             "inside": the core finds the tables in its context and turns its features.
+        competes: queries compete for the keys, so that an output depends on all queries; over a
+            memory the core then cannot serve tokens that must not see later ones.
         ROLES: child -> part of a transformer, for the profiler; ``""``: everything else in it.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {"": "attn"}
 
     rotates: str = "qk"
+    competes: ClassVar[bool] = False
     forward: Callable[..., Tensor]
     init_state: Callable[..., Any]
     step: Callable[..., tuple[Tensor, Any]]
@@ -103,6 +107,10 @@ class Core(nn.Module, ABC):
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         """Dense multiply-adds of one sample with n queries and m keys (None: n)."""
 
+    def turns(self) -> tuple[int, ...]:
+        """Numbers of tokens at which the form changes, beyond which a graph is verified."""
+        return _turns(self.config)
+
     def select(self, heads: Tensor) -> Core:
         """The core for some heads (int64 indices); cores that hold values per head override it."""
         return self
@@ -140,6 +148,30 @@ class Mixer(nn.Module, ABC):
         """Dense multiply-adds of one sample with n tokens (m in the memory); ``grid`` is their
         layout, for mixers whose work depends on it.
         """
+
+    def turns(self) -> tuple[int, ...]:
+        """As `Core.turns`."""
+        return _turns(self.config)
+
+
+def _turns(config: object) -> tuple[int, ...]:
+    """Chunks, windows, landmarks and kept keys that a config names."""
+    values = (getattr(config, name, None) for name in ("chunk", "window", "landmarks", "keep"))
+    return tuple(value for value in values if isinstance(value, int))
+
+
+def check_streamed(ctx: Context, where: str) -> None:
+    """Refuse what the tokens of a stream cannot have.
+
+    Raises:
+        CapabilityError: the context says it.
+    """
+    for name in ("mask", "width", "packing", "merging"):
+        if getattr(ctx, name) is not None:
+            raise CapabilityError(
+                f"{where}: streaming takes no {name}; feed real tokens only, to all heads, one "
+                "sequence a sample"
+            )
 
 
 @runtime_checkable

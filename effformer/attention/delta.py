@@ -18,7 +18,7 @@ from .outputs import Input
 
 __all__ = ["KDA", "Delta", "GatedDelta"]
 
-_PLAIN = {"qkv_bias": False, "proj_bias": False, "conv": 4}
+_PLAIN = {"qkv_bias": False, "proj_bias": False, "short_conv": 4}
 _GATED = _PLAIN | {"gate": {"act": "silu", "norm": "head"}}
 _SIGMOID = _PLAIN | {"gate": {"act": "sigmoid", "norm": "head", "rank": "head", "bias": True}}
 

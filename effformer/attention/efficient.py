@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -49,7 +50,10 @@ class Efficient(Core):
     rotates = "inside"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        summaries = self._summaries(k, v, ctx.mask, ctx.rope).to(q.dtype)
+        if ctx.rope is None:
+            summaries = self._summaries(k, v, ctx.mask).to(q.dtype)
+        else:
+            summaries = self._turned(k, v, ctx.mask, ctx.rope).to(q.dtype)
         slices = slices_of(q)
         outputs = Rows(q.shape[2])
         for rows, some in zip(slices, pieces(q, slices), strict=True):
@@ -59,7 +63,7 @@ class Efficient(Core):
             outputs.append(weights @ summaries)
         return outputs.joined()
 
-    def _summaries(self, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
+    def _summaries(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """``softmax_tokens(k)^T v``, (B, H, K, V), a few tokens at a time.
 
         The sums are scaled by the largest key so far. The exponentials have base 2, which is several
@@ -77,12 +81,26 @@ class Efficient(Core):
                 keys, values = keys.masked_fill(~real, lowest), values * real
             largest = torch.maximum(top, keys.amax(dim=2, keepdim=True)).detach()
             weights, fade = (keys - largest).exp2(), (top - largest).exp2()
-            turned = weights if rope is None else rope.tokens(rows).key(weights)
-            product = turned.mT @ values
+            product = weights.mT @ values
             sums = product if sums is None else sums * fade.mT + product
             total, top = total * fade + weights.sum(dim=2, keepdim=True), largest
         assert sums is not None
         return sums / total.mT
+
+    def _turned(self, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
+        """The same with turned weights. Channels of a pair mix, so that each must have its sum over
+        the tokens before.
+        """
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        k, v = k.to(dtype), v.to(dtype)
+        if mask is not None:
+            real = mask[:, None, :, None]
+            k, v = k.masked_fill(~real, torch.finfo(dtype).min / 4), v * real
+        total, slices, products = k.logsumexp(dim=2, keepdim=True), slices_of(k), []
+        for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
+            weights = rope.tokens(rows).key((keys - total).exp())
+            products.append(weights.mT @ values)
+        return reduce(torch.add, products)
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         return heads * (n + (n if m is None else m)) * head_dim**2

@@ -98,9 +98,9 @@ class Flow(Core):
     With a key mask, padded tokens carry no flow and N, M count valid tokens per sample; in
     self-attention the mask stands for the queries too, because sums over sinks enter every source.
 
-    Differs from the paper: masks and rotary positions (not in the paper); prefix sums in chunks, so that the causal form
-    needs memory linear in tokens; ``(q + eps) . s`` is evaluated as ``q . s + eps sum(s)``, which
-    is the same number.
+    Differs from the paper: masks and rotary positions (not in the paper); prefix sums in chunks, so
+    that the causal form needs memory linear in tokens; ``(q + eps) . s`` is evaluated as ``q . s +
+    eps sum(s)``, which is the same number.
 
     Args:
         config: the knobs.
@@ -135,6 +135,7 @@ class Flow(Core):
                 raise ValueError(f"flow: chunk must be at least 1, got {self.chunk}")
 
     rotates = "inside"
+    competes = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         dtype = v.dtype

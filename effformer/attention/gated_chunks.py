@@ -35,9 +35,8 @@ def decays(g: Tensor) -> tuple[Decays, Tensor]:
     j <= i, else 0, (..., C, C).
     """
     size = g.shape[-1]
-    later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
-    sums = g.unsqueeze(-1).expand(*g.shape, size).masked_fill(~later, 0.0).cumsum(dim=-2)
-    weights = sums.masked_fill(later.mT, -torch.inf).exp()
+    sums = g.unsqueeze(-1).expand(*g.shape, size).tril(-1).cumsum(dim=-2)
+    weights = sums.exp().tril()  # above the diagonal: exp(0), then 0
     before = (sums[..., 0] + g[..., :1]).exp()
     return Decays(before.unsqueeze(-1), weights[..., -1, :, None], before[..., -1:]), weights
 

@@ -14,7 +14,7 @@ from effformer.nn.onnx_nodes import MICROSOFT, node_domains
 
 from .gated_chunks import chunk_states, decayed_scores, decays, unit_lower_inverse
 from .gated_onnx import gated_scan_onnx
-from .slices import Rows, token_slices
+from .slices import Rows, known_length, token_slices
 
 __all__ = ["gated_scan", "gated_scan_macs", "retention_decay"]
 
@@ -86,7 +86,7 @@ def gated_scan(
     """
     _check(q, k, v, decay, beta, state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    few = _known_length(q) and q.shape[2] <= _FEW
+    few = known_length(q) and q.shape[2] <= _FEW
     domains = node_domains()
     if domains is not None and MICROSOFT in domains:
         return gated_scan_onnx(q, k, v, decay, beta, state, delta=delta, scale=scale)
@@ -122,7 +122,7 @@ def _in_slices(
 ) -> tuple[Tensor, Tensor]:
     """Slices of tokens that stay in cache, each in whole chunks."""
     n = q.shape[2]
-    chunk = 1 << ((min(chunk, n) if _known_length(q) else chunk) - 1).bit_length()
+    chunk = 1 << ((min(chunk, n) if known_length(q) else chunk) - 1).bit_length()
     width = v.shape[0] * v.shape[1] * max(k.shape[-1], v.shape[-1])
     slices, outputs = token_slices(n, _TEMPORARIES * width, least=chunk), Rows(n)
     lengths = [rows.stop - rows.start for rows in slices] if len(slices) > 1 else None
@@ -226,23 +226,15 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
     nothing decays. So a graph for any length takes one chunk more than it needs, because tracers
     would take one chunk alone for a constant.
     """
-    spare = 0 if _known_length(x) else chunk
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk + spare)).unflatten(2, (-1, chunk))
+    n = x.shape[2]
+    count = (n + chunk - 1) // chunk + (0 if known_length(x) else 1)
+    x = F.pad(x, (0, 0, 0, count * chunk - n)).unflatten(2, (count, chunk))
     return x.movedim(2, 0).flatten(0, 2)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
     """Repeat the heads of x (B, H, N, K) for their value heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _known_length(x: Tensor) -> bool:
-    """The number of tokens of x (B, H, N, K) may decide what runs; an exported graph serves every
-    length.
-    """
-    if not torch.compiler.is_exporting():
-        return True
-    return type(x.shape[2]) is int and not torch.compiler.is_dynamo_compiling()
 
 
 def _exactly(x: Tensor) -> AbstractContextManager[object]:

@@ -52,9 +52,9 @@ class HeadsConfig(Config):
         qk_heads: number of query and key heads, each shared by heads / qk_heads value heads
             (grouped values), for cores that keep a state for every value head; None means one per
             value head.
-        conv: taps of a causal depth-wise convolution with SiLU over queries, keys and values; 0 for
+        short_conv: taps of a causal depth-wise convolution with SiLU over queries, keys and values; 0 for
             none.
-        conv_bias: the convolution has a bias.
+        short_conv_bias: the convolution has a bias.
         gate: what becomes of the heads' outputs before the output projection: "head" or "element"
             for sigmoid gates, an `OutputGate`, or None for nothing.
         projections: learners in place of the projections' matrices, which then have the biases of
@@ -70,8 +70,8 @@ class HeadsConfig(Config):
     value_dim: int | None = None
     kv_heads: int | None = None
     qk_heads: int | None = None
-    conv: int = 0
-    conv_bias: bool = False
+    short_conv: int = 0
+    short_conv_bias: bool = False
     gate: OutputGate | Literal["head", "element"] | None = None
     projections: AdaptiveProjections | None = None
 
@@ -81,14 +81,14 @@ class HeadsConfig(Config):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"attention: {name} must be at least 1, got {value}")
-        if self.conv < 0:
-            raise ValueError(f"attention: conv must not be negative, got {self.conv}")
+        if self.short_conv < 0:
+            raise ValueError(f"attention: short_conv must not be negative, got {self.short_conv}")
         if self.kv_heads is not None and self.qk_heads is not None:
             raise ValueError("attention: give kv_heads or qk_heads, not both")
         if self.projections is not None and not self.proj:
             raise ValueError("attention: projections has an output projection; proj must be True")
-        if self.projections is not None and (self.conv or self.qk_heads is not None):
-            raise ValueError("attention: projections goes with neither conv nor qk_heads")
+        if self.projections is not None and (self.short_conv or self.qk_heads is not None):
+            raise ValueError("attention: projections goes with neither short_conv nor qk_heads")
 
     @property
     def joined(self) -> str | None:
@@ -143,6 +143,7 @@ class Heads(Mixer):
         site: the place in the model.
         inputs: further inputs of the core.
         both: the core looks both ways along the tokens, and so does the convolution.
+        closes: False: the tokens end here. Others look at them, and nothing is projected back.
 
     Raises:
         ValueError: the width is not divisible by the heads, or these not by those that they share.
@@ -158,8 +159,10 @@ class Heads(Mixer):
         inputs: Mapping[str, Input] | None = None,
         *,
         both: bool = False,
+        closes: bool = True,
     ) -> None:
         super().__init__(config, site)
+        self.closes = closes
         if config.head_dim is None and site.dim % site.heads:
             raise ValueError(
                 f"{self.where}: width {site.dim} is not divisible by {site.heads} heads; "
@@ -178,11 +181,6 @@ class Heads(Mixer):
                     "and qk_heads must divide heads"
                 )
         self.cross = site.memory_dim is not None
-        if self.cross and config.conv:
-            raise CapabilityError(
-                f"{self.where}: the convolution (conv={config.conv}) reads queries, keys and values "
-                "of the same tokens, but these keys are those of a memory; conv=0 would do"
-            )
         self._build_projections(config)
         if config.qk_norm:
             eps = site.norm.eps if config.qk_norm_eps is None else config.qk_norm_eps
@@ -190,10 +188,12 @@ class Heads(Mixer):
             together = config.qk_norm == "across-heads"
             counts = (self.q_heads, self.k_heads) if together else (1, 1)
             self.q_norm, self.k_norm = (make_norm(place, n * self.head_dim) for n in counts)
-        if config.conv:
+        if config.short_conv:
             channels = (self.q_heads + self.k_heads) * self.head_dim
             channels += self.v_heads * self.value_dim
-            self.conv = ShortConv(channels, config.conv, bias=config.conv_bias, both=both)
+            self.conv = ShortConv(
+                channels, config.short_conv, bias=config.short_conv_bias, both=both
+            )
         source = site.dim if site.memory_dim is None else site.memory_dim
         self.inputs = nn.ModuleDict(
             {
@@ -203,7 +203,7 @@ class Heads(Mixer):
         )
         gate = config.gate
         self.output: nn.Module | None = None
-        if isinstance(gate, OutputGate):
+        if isinstance(gate, OutputGate) and closes:
             self.output = HeadOutput(gate, site.dim, self.heads, self.value_dim)
         self.drop = nn.Dropout(site.dropout)
 
@@ -223,13 +223,16 @@ class Heads(Mixer):
         if adaptive is not None:
             self.q = adaptive.build(site.dim, q)
             self.k, self.v = adaptive.build(source, k), adaptive.build(source, v)
-            self.proj = adaptive.build(inner, out)
+            self.proj = adaptive.build(inner, out) if self.closes else nn.Identity()
             return
         if self.cross:
             self.q = nn.Linear(site.dim, q, bias=config.qkv_bias)
             self.kv = nn.Linear(source, k + v, bias=config.qkv_bias)
         else:
             self.qkv = nn.Linear(site.dim, q + k + v, bias=config.qkv_bias)
+        if not self.closes:
+            self.proj = nn.Identity()
+            return
         if not config.proj and inner != out:
             raise ValueError(
                 f"{self.where}: proj=False needs heads that are together as wide as the output, but "
@@ -262,7 +265,7 @@ class Heads(Mixer):
         source = self._source(x, ctx)
         q, k, v = self._projected(x, source, work)
         state = None
-        if self.config.conv:
+        if self.config.short_conv:
             q, k, v, state = self._convolved(q, k, v, ctx, past)
         further = {
             name: p(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -296,7 +299,10 @@ class Heads(Mixer):
             out = self.output(out, x)
         if ctx.width is not None:
             out = out * _spread_width(ctx.width, ctx)[..., None].to(out.dtype)
-        return self.drop(project(self.proj, out.transpose(1, 2).flatten(2), "proj", work))
+        out = out.transpose(1, 2).flatten(2)
+        if self.config.projections is None:
+            return self.drop(self.proj(out))
+        return self.drop(project(self.proj, out, "proj", work))
 
     def _source(self, x: Tensor, ctx: Context) -> Tensor:
         """Where keys and values come from."""
@@ -335,13 +341,18 @@ class Heads(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The short convolution; padding reads as nothing, packed sequences do not meet."""
+        if ctx.mask is not None and ctx.mask.dim() != 2:
+            raise CapabilityError(
+                f"{self.where}: a mask over pairs says nothing about the taps of the convolution "
+                f"(short_conv={self.config.short_conv}); a mask (B, N), or short_conv=0 would do"
+            )
         joined = torch.cat([q, k, v], dim=-1)
         if ctx.mask is not None:
             joined = joined * ctx.mask[..., None].to(joined.dtype)
         if ctx.packing is None:
             joined, state = self.conv(joined, past)
         else:
-            joined = over_sequences(lambda one: self.conv(one)[0], joined, ctx.packing)
+            joined = over_sequences(lambda one, _: self.conv(one)[0], joined, ctx)
             state = None
         q, k, v = joined.split(self._widths(), dim=-1)
         return q, k, v, state
@@ -364,14 +375,15 @@ class Heads(Mixer):
         """Dense multiply-adds of both ends for one sample."""
         keys = n if m is None else m
         if self.config.projections is not None:
-            parts = ((self.q, n), (self.k, keys), (self.v, keys), (self.proj, n))
+            parts = [(self.q, n), (self.k, keys), (self.v, keys)]
+            parts += [(self.proj, n)] if self.closes else []
             return sum(part.macs(count) for part, count in parts)  # type: ignore[operator]
         q, k, v = self._widths()
         dim, source = self.site.dim, self.site.memory_dim or self.site.dim
         total = n * dim * q + keys * source * (k + v)
-        if self.config.proj:
+        if self.config.proj and self.closes:
             total += n * self.heads * self.value_dim * (self.site.out_dim or dim)
-        if self.config.conv:
+        if self.config.short_conv:
             total += self.conv.macs(n)
         if self.output is not None:
             total += self.output.macs(n)  # type: ignore[operator]
@@ -385,16 +397,18 @@ class Heads(Mixer):
     @property
     def cut(self) -> tuple[nn.Module, ...]:
         """The projections."""
-        return (self.q, self.kv, self.proj) if self.cross else (self.qkv, self.proj)
+        ends = (self.proj,) if self.closes else ()
+        return (self.q, self.kv, *ends) if self.cross else (self.qkv, *ends)
 
     def magnitudes(self) -> Tensor:
         """Norm of each head's rows in the input projections and columns in ``proj``, (heads,)."""
         weight = torch.cat([self.q.weight, self.kv.weight]) if self.cross else self.qkv.weight  # type: ignore[list-item]
         rows = weight.split(self._widths())
         parts = [*(r.unflatten(0, (self.heads, -1)).square().sum(dim=(1, 2)) for r in rows)]
-        columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]
-        total: Tensor = torch.stack([*parts, columns.square().sum(dim=(0, 2))]).sum(dim=0)
-        return total.sqrt()
+        if self.closes:
+            columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]
+            parts.append(columns.square().sum(dim=(0, 2)))
+        return torch.stack(parts).sum(dim=0).sqrt()
 
     def select(self, units: Tensor) -> Self:
         """The same with some of the heads: rows of the input projections, columns of ``proj``.
@@ -415,7 +429,7 @@ class Heads(Mixer):
         else:
             rows = torch.cat([keys, keys + q, values + q + k])
             small.qkv = cut_linear(self.qkv, rows=rows)
-            if self.config.conv:
+            if self.config.short_conv:
                 small.conv = self.conv.select(rows)
         if self.inputs:
             small.inputs = twin(self.inputs)
@@ -425,7 +439,8 @@ class Heads(Mixer):
                 small.inputs[name] = cut_input(part, own)
         if isinstance(self.output, HeadOutput):
             small.output = self.output.select(units, self.value_dim)
-        small.proj = cut_linear(self.proj, columns=values)  # type: ignore[arg-type]
+        if self.closes:
+            small.proj = cut_linear(self.proj, columns=values)  # type: ignore[arg-type]
         return small
 
 

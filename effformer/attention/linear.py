@@ -14,7 +14,14 @@ from effformer.context import EMPTY, Context, Rope
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .scan import causal_product, causal_product_macs, running_sum, scan_slices
+from .gated_onnx import linear_scan_onnx
+from .scan import (
+    causal_product,
+    causal_product_macs,
+    running_sum,
+    scan_slices,
+    takes_scan_node,
+)
 from .slices import Rows, pieces, slices_of
 
 __all__ = ["Linear", "LinearState", "Sana"]
@@ -125,6 +132,8 @@ class Linear(Core):
         state: LinearState | None,
     ) -> tuple[Tensor, LinearState]:
         """The causal form on the next tokens, from the sums of the past (None: none)."""
+        if rope is None and takes_scan_node():
+            return self._one_node(self.phi(q), self._masked_phi(k, mask, slice(None)), v, state)
         outputs, slices = Rows(q.shape[2]), scan_slices(q, chunk=self.config.chunk)
         parts = (pieces(x, slices) for x in (q, k, v))
         for rows, some_q, some_k, some_v in zip(slices, *parts, strict=True):
@@ -140,6 +149,14 @@ class Linear(Core):
             state = LinearState(sums[:, :, -1], kv)
         assert state is not None
         return outputs.joined(), state
+
+    def _one_node(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None
+    ) -> tuple[Tensor, LinearState]:
+        """The causal form on features, numerator and normaliser from one node of the graph."""
+        past = None if state is None else torch.cat([state.kv, state.k.unsqueeze(-1)], dim=-1)
+        out, normaliser, last = linear_scan_onnx(q, k, v, past)
+        return out / self.guarded(normaliser), LinearState(last[..., -1], last[..., :-1])
 
     def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
         if self.config.causal:

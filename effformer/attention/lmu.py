@@ -15,7 +15,7 @@ from effformer.nn.legendre import LegendreMemory
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
-from .base import Mixer
+from .base import Mixer, check_streamed
 from .slices import over_sequences
 
 __all__ = ["LMU", "LMUState"]
@@ -103,9 +103,8 @@ class LMU(Mixer):
             return self.drop(self.proj(self._mix(x, ctx.mask)))
         if ctx.mask is not None:
             raise CapabilityError(f"{self.where}: packing goes with no mask; unpack first")
-        return self.drop(
-            self.proj(over_sequences(lambda one: self._mix(one, None), x, ctx.packing))
-        )
+        mixed = over_sequences(lambda one, _: self._mix(one, None), x, ctx)
+        return self.drop(self.proj(mixed))
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
@@ -118,10 +117,10 @@ class LMU(Mixer):
         """Feed the next tokens x (B, n, D).
 
         Raises:
-            CapabilityError: the context carries a mask.
+            CapabilityError: the context carries what cannot be honoured.
         """
-        if ctx.mask is not None:
-            raise CapabilityError(f"{self.where}: streaming takes no mask; feed real tokens only")
+        check_streamed(ctx, self.where)
+        check_context(ctx, _CAPS, "attention", self.where)
         m, memory = self.memory.step(self._write(x, None), state.memory)
         return self.proj(self._read(m, x)), LMUState(memory)
 

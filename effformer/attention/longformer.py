@@ -10,18 +10,18 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, Rope, check_context
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
 from .backends import attend
 from .base import Mixer
-from .slices import Rows, over_sequences
+from .slices import Rows, known_length, over_sequences
 
 __all__ = ["Longformer"]
 
 _CHUNK, _BLOCK = 32, 64
-_CAPS = Caps(causal="optional", mask="key", packed=True, cost="n")
+_CAPS = Caps(causal="optional", mask="key", rope=True, packed=True, cost="n")
 
 
 @attention.register("longformer", caps=_CAPS, paper="2004.05150")
@@ -36,7 +36,8 @@ class Longformer(Mixer):
     Global are the first ``global_tokens`` valid tokens (class token, registers), or with ``marked``
     those that the caller marks in every sample. The causal form sees the left half of the window,
     and global tokens neither see nor show what comes later. Masked tokens yield zeros before the
-    output projection.
+    output projection. Rotary positions turn queries and keys of both projections, each by the place
+    of its token.
 
     Differs from the paper: no dilation.
 
@@ -107,24 +108,32 @@ class Longformer(Mixer):
         if marks is not None:
             check_shape(marks, "(B, N)", tuple(x.shape[:2]), where=f"{where}: marks")
         if ctx.packing is None:
-            return self.drop(self.proj(self._mix(x, ctx, ctx.mask, marks)))
+            return self.drop(self.proj(self._mix(x, ctx, ctx.mask, marks, ctx.rope)))
         if ctx.mask is not None or marks is not None or ctx.tap is not None:
             raise CapabilityError(
                 f"{where}: packing goes with neither mask nor marks nor tap; unpack first"
             )
-        mixed = over_sequences(lambda one: self._mix(one, ctx, None, None), x, ctx.packing)
+        mixed = over_sequences(lambda one, rope: self._mix(one, ctx, None, None, rope), x, ctx)
         return self.drop(self.proj(mixed))
 
-    def _mix(self, x: Tensor, ctx: Context, mask: Tensor | None, marks: Tensor | None) -> Tensor:
+    def _mix(
+        self,
+        x: Tensor,
+        ctx: Context,
+        mask: Tensor | None,
+        marks: Tensor | None,
+        rope: Rope | None,
+    ) -> Tensor:
         """Everything between input and output projection."""
         q, k, v = self._heads(self.qkv(x), 3)
+        if rope is not None:
+            q, k = rope.query(q), rope.key(k)
         if ctx.tap is not None:
             place = self.site.path
             q, k, v = (
                 ctx.tap(f"{place}.{name}", x) for name, x in zip("qkv", (q, k, v), strict=True)
             )
         places, real = self._globals(x, mask, marks)
-
         near = self._near(x, mask, places, real)
         if torch.compiler.is_exporting():
             out = self._window(q, k, v, near, places, real)
@@ -132,7 +141,7 @@ class Longformer(Mixer):
             out = self._blocks(q, k, v, near, places, real)
         out = out.transpose(1, 2).flatten(2)
         if places.shape[1]:
-            rows = self._global_rows(x, mask, places)
+            rows = self._global_rows(x, mask, places, rope)
             spare = torch.where(real, places, x.shape[1])  # rows of no token go to a spare row
             index = spare[..., None].expand_as(rows)
             out = F.pad(out, (0, 0, 0, 1)).scatter(1, index, rows)[:, :-1]
@@ -238,11 +247,12 @@ class Longformer(Mixer):
         the global ones.
         """
         n, (c, pieces) = q.shape[2], self._chunks()
+        pad = -n % c + (0 if known_length(q) else c)
         if near is None:
             near = torch.ones(1, n, dtype=torch.bool, device=q.device)
-        q = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, (-n) % c)).unflatten(2, (-1, c))
-        keys, values = (_pieces(x, c, pieces) for x in (k, v))
-        valid = _pieces(near[:, None, :, None], c, pieces).mT & self._band(
+        q = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, pad)).unflatten(2, (-1, c))
+        keys, values = (_pieces(x, pad, c, pieces) for x in (k, v))
+        valid = _pieces(near[:, None, :, None], pad, c, pieces).mT & self._band(
             c, pieces * c, c, device=q.device
         )
         scores = (q @ keys.mT).masked_fill(~valid, torch.finfo(q.dtype).min)
@@ -252,7 +262,7 @@ class Longformer(Mixer):
         far = real[:, None, None]
         if self.config.causal:
             far = far & (places[:, None, None] <= torch.arange(n, device=q.device)[:, None])
-            far = F.pad(far, (0, 0, 0, (-n) % c)).unflatten(2, (-1, c))
+            far = F.pad(far, (0, 0, 0, pad)).unflatten(2, (-1, c))
         else:
             far = far[:, :, None]
         distant = q.flatten(2, 3) @ far_keys.mT
@@ -275,11 +285,15 @@ class Longformer(Mixer):
         band = distance.abs() <= self.reach
         return band & (distance <= 0) if self.config.causal else band
 
-    def _global_rows(self, x: Tensor, mask: Tensor | None, places: Tensor) -> Tensor:
+    def _global_rows(
+        self, x: Tensor, mask: Tensor | None, places: Tensor, rope: Rope | None
+    ) -> Tensor:
         """What the global tokens (B, G) attend to everything with, (B, G, D)."""
         chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
         (q,) = self._heads(self.q_global(chosen), 1)
         k, v = self._heads(self.kv_global(x), 2)
+        if rope is not None:
+            q, k = rope.at(places).query(q), rope.key(k)
         allowed = None if mask is None else mask[:, None, None]
         if self.config.causal:
             past = places[:, None, :, None] >= torch.arange(x.shape[1], device=x.device)
@@ -301,9 +315,11 @@ class Longformer(Mixer):
         return total
 
 
-def _pieces(x: Tensor, c: int, pieces: int) -> Tensor:
-    """(B, H, N, K) -> (B, H, N / c, pieces c, K): chunks with their neighbours, zeros outside."""
-    x = F.pad(x, (0, 0, 0, (-x.shape[2]) % c)).unflatten(2, (-1, c))
+def _pieces(x: Tensor, pad: int, c: int, pieces: int) -> Tensor:
+    """(B, H, N, K) -> (B, H, (N + pad) / c, pieces c, K): chunks with their neighbours, zeros
+    outside.
+    """
+    x = F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, c))
     around = F.pad(x, (0, 0, 0, 0, 1, pieces - 2))
     last = x.shape[2]
     return torch.cat([around[:, :, i : i + last] for i in range(pieces)], dim=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import part
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, Rope, check_context
 from effformer.registry import Caps, Entry, attention, core
 from effformer.site import Site
 
-from .base import Core, CoreConfig
+from .base import Core, CoreConfig, check_streamed
 from .heads import Heads, HeadsConfig, Opened
+from .outputs import Input
 from .projections import Work
 from .softmax import Softmax
 
@@ -85,7 +87,7 @@ class Attention(Heads):
             tokens of one sequence in their order.
             """
             able = replace(self.core.caps(), multihead=True)
-            if self.conv:
+            if self.short_conv:
                 mask: Literal["none", "key"] = "none" if able.mask == "none" else "key"
                 able = replace(able, mask=mask, cross=False, order_free=False, sizes=False)
             return able if self.projections is None else replace(able, dynamic=True)
@@ -95,25 +97,46 @@ class Attention(Heads):
             """The name of the core."""
             return self.core.title
 
+        def inputs(self, site: Site) -> Mapping[str, Input]:
+            """What the core asks for beside queries, keys and values, of the heads at a site.
+
+            Raises:
+                CapabilityError: the core cannot work with these heads.
+            """
+            width = self.head_width(site.dim, site.heads)
+            values = self.value_dim or width
+            grouped = self.qk_heads not in (None, site.heads) or values != width
+            if grouped and not self.core.GROUPED:
+                able = ", ".join(e.name for e in core if getattr(e.config, "GROUPED", False))
+                raise CapabilityError(
+                    f"{site.path or 'attention'}: {self.title!r} has as many keys as values, and of "
+                    f"the same width; qk_heads=None and value_dim=None, or choices: {able}"
+                )
+            return self.core.inputs(width, values)
+
+        def build_core(self, site: Site) -> Core:
+            """The core alone, between heads at a site."""
+            width = self.head_width(site.dim, site.heads)
+            values = self.value_dim or width
+            inside = replace(site, dim=site.heads * width, out_dim=site.heads * values)
+            made: Core = self.core.build(inside)
+            return made
+
     def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
-        width = config.head_width(site.dim, site.heads)
-        values = config.value_dim or width
-        grouped = config.qk_heads not in (None, site.heads) or values != width
-        if grouped and not config.core.GROUPED:
-            able = ", ".join(e.name for e in core if getattr(e.config, "GROUPED", False))
+        if config.short_conv and site.memory_dim is not None and not aligned:
             raise CapabilityError(
-                f"{site.path or 'attention'}: {config.title!r} has as many keys as values, and of the "
-                f"same width; qk_heads=None and value_dim=None, or choices: {able}"
+                f"{site.path or 'attention'}: the convolution (short_conv={config.short_conv}) reads queries, keys "
+                "and values of the same tokens, but this attention looks at a memory; short_conv=0 would do"
             )
-        super().__init__(
-            config, site, config.core.inputs(width, values), both=not config.core.causal
-        )
+        if site.memory_dim is not None and not aligned and config.core.causal:
+            raise CapabilityError(
+                f"{site.path or 'attention'}: {config.title!r} has causal=True, but tokens and memory "
+                "have no order in common; causal=False would do"
+            )
+        super().__init__(config, site, config.inputs(site), both=not config.core.causal)
         self.aligned = aligned
-        there = None if aligned else site.memory_dim
-        inside = replace(
-            site, dim=site.heads * width, out_dim=site.heads * values, memory_dim=there
-        )
-        self.core: Core = config.core.build(inside)
+        self.core = config.build_core(replace(site, memory_dim=None) if aligned else site)
+        self.kept: Tensor | None = None  # heads of the whole attention that a form of it has
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         given, ctx = ctx, replace(ctx, memory=None) if self.aligned else ctx
@@ -136,8 +159,9 @@ class Attention(Heads):
 
     def _turned(self, opened: Opened, ctx: Context) -> Opened:
         """The core's inputs with rotary angles where it wants them, and with shared keys."""
-        if ctx.rope is not None and self.core.rotates == "qk":
-            q, k = ctx.rope.query(opened.q), ctx.rope.key(opened.k)
+        rope = self._rope(ctx)
+        if rope is not None and self.core.rotates == "qk":
+            q, k = rope.query(opened.q), rope.key(opened.k)
             opened = opened._replace(q=q, k=k)
         if ctx.merging is not None and not self.cross:
             ctx.merging.keys = opened.k.mean(dim=1)
@@ -145,12 +169,22 @@ class Attention(Heads):
 
     def _inside(self, ctx: Context) -> Context:
         """The context of the core: rotary tables only if it turns by itself, the mask of its keys."""
-        if self.core.rotates == "qk" and ctx.rope is not None:
-            ctx = replace(ctx, rope=None)
+        if ctx.rope is not None:
+            ctx = replace(ctx, rope=None if self.core.rotates == "qk" else self._rope(ctx))
         return ctx.far() if self.cross and not self.aligned else ctx
+
+    def _rope(self, ctx: Context) -> Rope | None:
+        """The tables of the heads that are left."""
+        if ctx.rope is None or self.kept is None:
+            return ctx.rope
+        return ctx.rope.heads(self.kept)
 
     def _check(self, ctx: Context) -> None:
         """Refuse what the core cannot honour, and masks of the wrong tokens."""
+        if all(
+            x is None for x in (ctx.mask, ctx.memory_mask, ctx.memory, ctx.rope, ctx.width)
+        ) and (ctx.packing is None and ctx.merging is None):
+            return
         far = self.cross and not self.aligned
         if far and ctx.mask is not None:
             raise CapabilityError(
@@ -198,6 +232,7 @@ class Attention(Heads):
         """
         small = super().select(units)
         small.core = self.core.select(units)
+        small.kept = units if self.kept is None else self.kept.index_select(0, units)
         return small
 
     def init_state(self, batch: int, *, like: Tensor) -> AttentionState:
@@ -211,7 +246,7 @@ class Attention(Heads):
         self._check_streaming()
         state = self.core.init_state(batch, heads=self.heads, head_dim=self.head_dim, like=like)
         return AttentionState(
-            state, self.conv.init_state(batch, like=like) if self.config.conv else None
+            state, self.conv.init_state(batch, like=like) if self.config.short_conv else None
         )
 
     def step(
@@ -223,13 +258,15 @@ class Attention(Heads):
             CapabilityError: the core has no streaming form, or the context carries a mask of the
                 tokens or factors on heads.
         """
-        if ctx.mask is not None or ctx.width is not None:
-            raise CapabilityError(
-                f"{self.where}: streaming takes no mask and no width; feed real tokens only"
-            )
+        check_streamed(ctx, self.where)
         self._check(ctx)
         work = Work(None, self.site.path)
         if self.cross and not self.aligned:
+            if self.core.competes:
+                raise CapabilityError(
+                    f"{self.where}: queries of {self.config.title!r} compete for the memory, so that "
+                    f"later ones would change what was said; choices: {', '.join(steady())}"
+                )
             seen = self._remembered(x, state, ctx, work)
             return self.close(self.mix(seen, ctx), x, ctx, work), AttentionState(tuple(seen[1:]))
         self._check_streaming()
@@ -251,6 +288,11 @@ class Attention(Heads):
                 f"{self.where}: streaming needs a causal core with a step; "
                 f"choices, with causal=True: {able}"
             )
+
+
+def steady() -> list[str]:
+    """Names of cores whose queries look at a memory one by one."""
+    return sorted(e.name for e in core if e.caps.cross and not e.build.competes)  # type: ignore[attr-defined]
 
 
 def _add_attention(entry: Entry) -> None:

@@ -16,7 +16,7 @@ from effformer.registry import Caps, core
 from effformer.site import Site
 
 from .base import Core, CoreConfig
-from .slices import Rows, pieces, token_slices
+from .slices import Rows, known_length, pieces, token_slices
 
 __all__ = ["Performer", "PerformerState", "orthogonal_rows"]
 
@@ -68,10 +68,12 @@ class Performer(Core):
     attention with the same positions.
 
     The causal form takes c over the keys so far and rescales its sums when c grows: row i is what
-    the parallel form gives on tokens <= i. It exports for a fixed number of tokens.
+    the parallel form gives on tokens <= i. A graph for any number of tokens holds all chunks side by
+    side and sums their states by a matrix, (N / chunk)^2 K R multiply-adds per head more.
 
     Differs from the paper: the published causal form takes c over all keys, so that eps lets the
-    future through (``stabilizer="global"`` reproduces it); masked keys leave the normaliser too.
+    future through (``stabilizer="global"`` reproduces it); masked keys leave the normaliser too; the
+    published code draws rows of a biased distribution (signs of the QR decomposition).
 
     Args:
         config: the knobs.
@@ -130,7 +132,7 @@ class Performer(Core):
         def draw(count: int) -> Tensor:
             return torch.randn(count, width, generator=generator, device="cpu")
 
-        blocks = [orthogonal_rows(draw(width)) for _ in range(-(-rows // width))]
+        blocks = [_uniform_rows(draw(width)) for _ in range(-(-rows // width))]
         if self.config.lengths == "gaussian":
             lengths = draw(rows).norm(dim=1, keepdim=True)
         else:
@@ -229,21 +231,84 @@ class Performer(Core):
         top = self._largest(k, mask) if self.config.stabilizer == "global" else None
         if state is None:
             state = _empty(v.shape[0], v.shape[1], self.features, v.shape[-1], v)
+        if not known_length(q):
+            return self._side_by_side(q, k, v, mask, top, state)
         outputs = Rows(q.shape[2])
         for start in range(0, q.shape[2], self.config.chunk):
             rows = slice(start, start + self.config.chunk)
             real = None if mask is None else mask[:, :, rows]
-            weights, (h, tops) = self.query_features(q[:, :, rows]), self._exponents(k[:, :, rows])
-            if real is not None:
-                tops = tops.masked_fill(~real, _lowest(tops))
-                h = h.masked_fill(~real[..., None], -torch.inf)
-            if not self.softmax:
-                h, tops = h.relu() + self.eps, torch.zeros_like(tops)
-            elif top is not None:
-                tops = top.expand_as(tops)
-            out, state = self._chunk(weights, h, tops, v[:, :, rows], real, state)
+            keys = self._keys(k[:, :, rows], real, top)
+            weights = self.query_features(q[:, :, rows])
+            out, state = self._chunk(weights, *keys, v[:, :, rows], real, state)
             outputs.append(out)
         return outputs.joined(), state
+
+    def _keys(self, k: Tensor, mask: Tensor | None, top: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Exponents of keys (B, H, n, R), or their features ("relu"), and the scale of each; ``top``
+        is the same for all.
+        """
+        h, tops = self._exponents(k)
+        if mask is not None:
+            tops = tops.masked_fill(~mask, _lowest(tops))
+            h = h.masked_fill(~mask[..., None], -torch.inf)
+        if not self.softmax:
+            return h.relu() + self.eps, torch.zeros_like(tops)
+        return h, tops if top is None else top.expand_as(tops)
+
+    def _side_by_side(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        top: Tensor | None,
+        state: PerformerState,
+    ) -> tuple[Tensor, PerformerState]:
+        """All chunks at once, as heads of their own, for graphs of any number of tokens."""
+        (batch, heads, n), chunk = q.shape[:3], self.config.chunk
+        pad = -n % chunk + chunk
+        real = torch.ones_like(q[:, :1, :, 0], dtype=torch.bool) if mask is None else mask
+        real = F.pad(real, (0, pad))
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+
+        def cut(x: Tensor) -> Tensor:
+            return x.unflatten(2, (-1, chunk)).flatten(1, 2)
+
+        h, tops = map(cut, self._keys(k, real, top))
+        rows = cut(real.expand(batch, heads, -1))
+        before, last = self._states(h, tops, cut(v), rows, state)
+        out, _ = self._chunk(cut(self.query_features(q)), h, tops, cut(v), rows, before)
+        return out.unflatten(1, (heads, -1)).flatten(2, 3)[:, :, :n], last
+
+    def _states(
+        self, h: Tensor, top: Tensor, v: Tensor, mask: Tensor, start: PerformerState
+    ) -> tuple[PerformerState, PerformerState]:
+        """The states before the chunks, (B, H c, ...) as they are, and the one after the last."""
+        heads = start.top.shape[1]
+        most, ones = top.amax(dim=-1, keepdim=True), mask.to(v.dtype)[..., None]
+        k = ((h - most[..., None]).exp() if self.softmax else h) * ones
+        v, most = v * ones, most.squeeze(-1).unflatten(1, (heads, -1))
+        place = torch.arange(most.shape[2], device=v.device)
+        earlier = F.pad(place + 1, (1, 0))[:, None] > place  # (c + 1, c)
+        tops = most[:, :, None].masked_fill(~earlier, _lowest(top)).amax(dim=-1)
+        tops = torch.maximum(tops, start.top)
+        share = (most[:, :, None] - tops[..., None]).masked_fill(~earlier, -torch.inf).exp()
+        fade = (start.top - tops).exp()[..., None]
+
+        def summed(weights: Tensor, x: Tensor) -> Tensor:
+            return weights @ x.flatten(2).unflatten(1, (heads, -1))
+
+        count = earlier.to(v.dtype)
+        kv = summed(share, k.mT @ v) + fade * start.kv.flatten(2)[:, :, None]
+        states = (
+            tops[..., None],
+            summed(share, k.sum(dim=2)) + fade * start.k[:, :, None],
+            kv.unflatten(3, (-1, v.shape[-1])),
+            summed(count, ones.sum(dim=2)) + start.tokens[:, :, None],
+            summed(count, v.sum(dim=2)) + start.v[:, :, None],
+        )
+        before = PerformerState(*(x[:, :, :-1].flatten(1, 2) for x in states))
+        return before, PerformerState(*(x[:, :, -1] for x in states))
 
     def _chunk(
         self,
@@ -314,6 +379,14 @@ class Performer(Core):
 def orthogonal_rows(gaussian: Tensor) -> Tensor:
     """Orthonormal rows (K, K) from a Gaussian (K, K): the transposed Q of its QR decomposition."""
     return torch.linalg.qr(gaussian).Q.mT
+
+
+def _uniform_rows(gaussian: Tensor) -> Tensor:
+    """`orthogonal_rows` with the signs that the process of Gram and Schmidt gives them. Those of the
+    library favour one side of the space, a bias that no number of features would mend.
+    """
+    rows = orthogonal_rows(gaussian)
+    return rows * (rows * gaussian.mT).sum(dim=1, keepdim=True).sign()
 
 
 def _lowest(x: Tensor) -> float:

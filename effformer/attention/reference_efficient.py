@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .performer import Performer
+from .reference import turned
 from .tdsm import Shuffle
 
 __all__ = [
@@ -85,11 +86,13 @@ def _random_features(x: Tensor, rows: Tensor, config: Performer.Config) -> Tenso
     return ((h - top).exp() + eps) / rows.shape[0] ** 0.5
 
 
-def efficient_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Efficient attention, one channel of the keys at a time."""
-    maps = [k[:, c].exp() / k[:, c].exp().sum() for c in range(k.shape[1])]
-    summaries = torch.stack([(one[:, None] * v).sum(0) for one in maps])
-    return torch.stack([(row.exp() / row.exp().sum()) @ summaries for row in q])
+def efficient_reference(q: Tensor, k: Tensor, v: Tensor, turns: Tensor | None = None) -> Tensor:
+    """Efficient attention, one channel of the keys at a time; turns (N, K, K) of both softmaxes."""
+    maps = torch.stack([k[:, c].exp() / k[:, c].exp().sum() for c in range(k.shape[1])], dim=1)
+    maps = turned(maps, turns)
+    summaries = torch.stack([(one[:, None] * v).sum(0) for one in maps.unbind(1)])
+    rows = turned(torch.stack([row.exp() / row.exp().sum() for row in q]), turns)
+    return torch.stack([row @ summaries for row in rows])
 
 
 def linformer_reference(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -120,13 +123,22 @@ def longformer_reference(
 
 
 def reformer_reference(
-    q: Tensor, v: Tensor, rotations: Tensor, *, chunk: int, causal: bool = False
+    q: Tensor,
+    v: Tensor,
+    rotations: Tensor,
+    *,
+    chunk: int,
+    causal: bool = False,
+    turns: Tensor | None = None,
 ) -> Tensor:
-    """LSH attention of one head: shared q (N, K), v (N, V), rotations (K, rounds, buckets / 2)."""
+    """LSH attention of one head: shared q (N, K), v (N, V), rotations (K, rounds, buckets / 2);
+    turns (N, K, K) of what is scored.
+    """
     n, outputs, normalisers = len(q), [], []
     keys = torch.stack([x / (x.square().mean() + 1e-6).sqrt() / len(x) ** 0.5 for x in q])
+    hashed, q, keys = q.detach(), turned(q, turns), turned(keys, turns)
     for r in range(rotations.shape[1]):
-        rotated = q.detach() @ rotations[:, r]
+        rotated = hashed @ rotations[:, r]
         bucket = torch.cat([rotated, -rotated], dim=1).argmax(dim=1).tolist()
         order = sorted(range(n), key=lambda i: (bucket[i], i))
         slot = {i: order.index(i) for i in range(n)}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, Rope, check_context
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
@@ -21,7 +21,7 @@ from .slices import over_sequences, token_slices
 
 __all__ = ["Reformer"]
 
-_CAPS = Caps(causal="optional", mask="key", packed=True, onnx=False, cost="n log n")
+_CAPS = Caps(causal="optional", mask="key", rope=True, packed=True, onnx=False, cost="n log n")
 _NEVER = -1e9
 
 
@@ -38,6 +38,9 @@ class Reformer(Mixer):
     Rotations are the buffer ``rotations`` (H, K, rounds, buckets / 2), drawn from ``seed`` and the
     layer's index and saved with the weights. Masked tokens have a bucket of their own, behind all
     others, and any number of tokens is padded to whole chunks with such tokens.
+
+    Rotary positions turn queries and keys of the scores, ``R_i q_i . R_j q_j / |q_j|``, and not what
+    is hashed: buckets go by content.
 
     The causal form attends to the ``chunk`` latest tokens of the same bucket. Where chunks are cut
     depends on later tokens, so that masking later keys alone would let the future through.
@@ -95,6 +98,10 @@ class Reformer(Mixer):
             if self.causal and self.once and self.compat == "none":
                 raise ValueError("reformer: once is not offered for the causal form")
 
+        def head_width(self, dim: int, heads: int) -> int:
+            """Width K of a head."""
+            return self.head_dim or dim // heads
+
     rotations: Tensor
 
     def __init__(self, config: Reformer.Config, site: Site) -> None:
@@ -106,7 +113,7 @@ class Reformer(Mixer):
             )
         self.strict = config.causal and config.compat == "none"
         self.own = -5e4 if config.compat == "reformer-pytorch" else -1e5
-        self.heads, self.head_dim = site.heads, config.head_dim or site.dim // site.heads
+        self.heads, self.head_dim = site.heads, config.head_width(site.dim, site.heads)
         inner = self.heads * self.head_dim
         self.qk = nn.Linear(site.dim, inner, bias=False)
         self.v = nn.Linear(site.dim, inner, bias=False)
@@ -126,36 +133,40 @@ class Reformer(Mixer):
         where = self.site.path or "reformer"
         check_context(ctx, _CAPS, "attention", where)
         if ctx.packing is None:
-            return self.drop(self.proj(self._mix(x, ctx, ctx.mask)))
+            return self.drop(self.proj(self._mix(x, ctx, ctx.mask, ctx.rope)))
         if ctx.mask is not None or ctx.tap is not None:
             raise CapabilityError(f"{where}: packing goes with neither mask nor tap; unpack first")
-        mixed = over_sequences(lambda one: self._mix(one, ctx, None), x, ctx.packing)
+        mixed = over_sequences(lambda one, rope: self._mix(one, ctx, None, rope), x, ctx)
         return self.drop(self.proj(mixed))
 
-    def _mix(self, x: Tensor, ctx: Context, mask: Tensor | None) -> Tensor:
+    def _mix(self, x: Tensor, ctx: Context, mask: Tensor | None, rope: Rope | None) -> Tensor:
         """Everything between input and output projection."""
         heads = (self.heads, self.head_dim)
         q, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in (self.qk, self.v))
         if ctx.tap is not None:
             q, v = (ctx.tap(f"{self.site.path}.{name}", y) for name, y in (("q", q), ("v", v)))
-        return self.attend(q, v, mask).transpose(1, 2).flatten(2)
+        return self.attend(q, v, mask, rope).transpose(1, 2).flatten(2)
 
-    def attend(self, q: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, v: Tensor, mask: Tensor | None = None, rope: Rope | None = None
+    ) -> Tensor:
         """LSH attention of q (B, H, N, K), which are the keys, too, and v (B, H, N, V)."""
         n, chunk = q.shape[2], self.config.chunk
+        turned = q if rope is None else rope.query(q)
         if n <= chunk and not self.strict and not torch.compiler.is_exporting():
-            return self._plain(q, v, mask)
+            return self._plain(turned, v, mask)
         pad = (-n) % chunk
         if pad:
             mask = q.new_ones(q.shape[0], n, dtype=torch.bool) if mask is None else mask
-            q, v, mask = F.pad(q, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad)), F.pad(mask, (0, pad))
+            q, turned, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, turned, v))
+            mask = F.pad(mask, (0, pad))
         hashes = self.hash(q, mask)
         rounds, total = hashes.shape[2:]
         if self.config.compat != "none":  # all rounds are one list
             hashes = hashes.flatten(2)[:, :, None]
         place = torch.arange(hashes.shape[-1], device=q.device)
         order = (hashes * hashes.shape[-1] + place).argsort(dim=-1)
-        out, normaliser = self._chunks(q, v, hashes, order, mask)
+        out, normaliser = self._chunks(turned, v, hashes, order, mask)
         back = torch.zeros_like(order).scatter(3, order, place.expand_as(order))
         lists = torch.arange(back.shape[2], device=q.device)[:, None] * back.shape[3]
         out = _rows(out.flatten(2, 3), (back + lists).flatten(2)).unflatten(2, (rounds, total))

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .slices import token_slices
+from effformer.nn.onnx_nodes import MICROSOFT, node_domains
 
-__all__ = ["causal_product", "causal_product_macs", "running_sum", "scan_slices"]
+from .gated_onnx import gated_scan_onnx
+from .slices import known_length, token_slices
+
+__all__ = ["causal_product", "causal_product_macs", "running_sum", "scan_slices", "takes_scan_node"]
 
 _TEMPORARIES = 2
 """Arrays as large as the queries that a causal form keeps at work at once. Measured: 2^17 elements
@@ -31,6 +34,12 @@ def running_sum(x: Tensor, start: Tensor | None = None) -> Tensor:
     return total if start is None else total + start.unsqueeze(2)
 
 
+def takes_scan_node() -> bool:
+    """The graph that is captured may hold the node of ONNX Runtime for causal sums."""
+    domains = node_domains()
+    return domains is not None and MICROSOFT in domains
+
+
 def causal_product(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, *, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +47,7 @@ def causal_product(
 
     Inside a chunk the masked product of scores, between chunks the carried (K, V) matrix: O(N
     chunk) work and O(N / chunk) matrices, never an N x N tensor. The result does not depend on
-    ``chunk``.
+    ``chunk``. Graphs for ONNX Runtime hold one node instead.
 
     Args:
         q: (B, H, N, K).
@@ -50,10 +59,12 @@ def causal_product(
     Returns:
         out (B, H, N, V) and the sum after the last token (B, H, K, V).
     """
-    n = q.shape[2]
-    if not torch.compiler.is_exporting():  # an exported graph serves every length
-        chunk = min(chunk, n)
-    pad = (-n) % chunk
+    n, spare = q.shape[2], chunk
+    if takes_scan_node():
+        return gated_scan_onnx(q, k, v, None, None, start, delta=False, scale=1.0)
+    if known_length(q):
+        chunk, spare = min(chunk, n), 0
+    pad = -n % chunk + spare
     q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for x in (q, k, v))
     sums = k.transpose(-2, -1) @ v
     before = sums.cumsum(dim=2) - sums

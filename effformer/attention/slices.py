@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effformer.context import Packing
+from effformer.context import Context, Rope
 
 __all__ = [
     "Rows",
     "capturing",
+    "known_length",
     "over_heads",
     "over_sequences",
     "pieces",
@@ -27,6 +28,18 @@ def capturing() -> bool:
     every turn of a loop.
     """
     return torch.compiler.is_exporting() or torch.compiler.is_compiling()
+
+
+def known_length(x: Tensor) -> bool:
+    """The number of tokens of x (B, H, N, K) may decide what runs; an exported graph serves every
+    length.
+
+    A form for unknown lengths must never have one chunk alone: tracers take a length of 1 for a
+    constant. So it pads to one chunk more than it needs.
+    """
+    if not torch.compiler.is_exporting():
+        return True
+    return type(x.shape[2]) is int and not torch.compiler.is_dynamo_compiling()
 
 
 def over_heads(
@@ -125,18 +138,24 @@ class Rows:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=self.dim)
 
 
-def over_sequences(function: Callable[[Tensor], Tensor], x: Tensor, packing: Packing) -> Tensor:
-    """``function`` on each sequence of a packed row x (1, T, D), joined again.
+def over_sequences(
+    function: Callable[[Tensor, Rope | None], Tensor], x: Tensor, ctx: Context
+) -> Tensor:
+    """``function(one, rope)`` on each sequence of a packed row x (1, T, D), joined again; ``rope``
+    are the rotary tables of its tokens.
 
     Neighbours of equal length run as one batch.
 
     Raises:
         ValueError: x is not one row of all real tokens.
     """
+    packing = ctx.packing
+    assert packing is not None
     packing.check_row(x)
     outputs, start = [], 0
     for count, length in packing.runs:
-        batch = x[0, start : start + count * length].unflatten(0, (count, length))
-        outputs.append(function(batch).flatten(0, 1))
-        start += count * length
+        rows = slice(start, start + count * length)
+        turns = None if ctx.rope is None else ctx.rope.tokens(rows).batch(count)
+        outputs.append(function(x[0, rows].unflatten(0, (count, length)), turns).flatten(0, 1))
+        start = rows.stop
     return torch.cat(outputs)[None] if outputs else x

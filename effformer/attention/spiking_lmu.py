@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context, check_context
 from effformer.nn.legendre import LegendreMemory
 from effformer.nn.lif import LIF
@@ -16,7 +15,7 @@ from effformer.nn.norms import TokenBatchNorm
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
-from .base import Mixer
+from .base import Mixer, check_streamed
 from .lmu import LMU, lmu_maps, lmu_widths
 from .slices import over_sequences
 
@@ -102,7 +101,7 @@ class SpikingLMU(Mixer):
         if ctx.packing is None:
             h, _ = self._run(x, None)
         else:
-            h = over_sequences(lambda one: self._run(one, None)[0], x, ctx.packing)
+            h = over_sequences(lambda one, _: self._run(one, None)[0], x, ctx)
         return self.drop(self.proj(h))
 
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
@@ -123,10 +122,10 @@ class SpikingLMU(Mixer):
         """Feed the next tokens x (B, n, D).
 
         Raises:
-            CapabilityError: the context carries a mask.
+            CapabilityError: the context carries what cannot be honoured.
         """
-        if ctx.mask is not None:
-            raise CapabilityError(f"{self.where}: streaming takes no mask; feed real tokens only")
+        check_streamed(ctx, self.where)
+        check_context(ctx, _CAPS, "attention", self.where)
         h, after = self._run(x, state)
         return self.proj(h), after
 

@@ -19,7 +19,7 @@ from .outputs import Input
 __all__ = ["SSD"]
 
 _HEADS = {
-    "qkv_bias": False, "proj_bias": False, "conv": 4, "conv_bias": True,
+    "qkv_bias": False, "proj_bias": False, "short_conv": 4, "short_conv_bias": True,
     "gate": {"act": "silu", "norm": "groups", "first": True},
 }  # fmt: skip
 

@@ -247,9 +247,11 @@ class TDSM(Mixer):
         if self.order is not None and self.inverse is not None and self.length == n:
             return self.order.to(device), self.inverse.to(device)
         if torch.compiler.is_compiling():
+            number = f"{n}" if type(n) is int else "any number of"
+            work = f"build it with tokens={n}" if type(n) is int else "choices: a fixed number"
             raise ValueError(
                 f"{self.where}: a compiled or exported graph holds the permutations as constants, "
-                f"and there are none for {n} tokens; build it with tokens={n}"
+                f"and there are none for {number} tokens; {work}"
             )
         order = self.drawn(n).order(self.widths)
         return order.to(device), _inverse(order).to(device)

@@ -10,6 +10,7 @@ from .dynamic import DynamicTokens, DynamicWidth
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
 from .gated import Gated
 from .iterate import Iterate
+from .joint import Joint
 from .lmu import LMUBlock, SpikingLMUBlock
 from .macaron import Macaron
 from .parallel import Parallel, ParallelBranches
@@ -38,6 +39,7 @@ __all__ = [
     "FlowTransformerEncoder",
     "Gated",
     "Iterate",
+    "Joint",
     "LMUBlock",
     "Layer",
     "Macaron",

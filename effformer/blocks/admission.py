@@ -12,6 +12,7 @@ import torch
 
 from effformer import registry
 from effformer.attention import View
+from effformer.attention.multihead import steady
 from effformer.checks import CapabilityError
 from effformer.config import Config, resolve
 from effformer.registry import Caps
@@ -51,6 +52,12 @@ def check_layer(
     if layer.cross is not None:
         far = Needs(mask=needs.mask, cross=True)
         _check_mixer(layer.cross, (far,), f"{where}.cross", slots, site)
+        inner = layer.cross.parts("core").get("core")
+        if needs.causal and inner is not None and inner.entry.build.competes:  # type: ignore[attr-defined]
+            raise CapabilityError(
+                f"{where}.cross: queries of {layer.cross.title!r} compete for the memory, but this "
+                f"model must not see later tokens; choices: {', '.join(steady())}"
+            )
 
     def block_reason(caps: Caps, needs: Needs) -> str | None:
         return _block_reason(caps, layer, needs)
@@ -69,7 +76,7 @@ def _admitted(entry: registry.Entry, slots: Mapping[str, Config]) -> bool:
     """The parts in the slots of a block can work with this part, too."""
     if entry.kind == "block" and "tokens" in slots and not entry.caps.sequential:
         return False
-    return all(config.entry.build.admits(entry.kind, entry.caps) for config in slots.values())  # type: ignore[attr-defined]
+    return all(c.entry.build.admits(c, entry.kind, entry.caps) for c in slots.values())  # type: ignore[attr-defined]
 
 
 def _check_part(
@@ -120,8 +127,10 @@ def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
         return "has no attention to a memory"
     if layer.ffn is None and not caps.mixer_only:
         return "cannot do without an FFN"
-    if needs.joint != caps.order_free:
+    if needs.joint != caps.joint:
         return "has one stream" if needs.joint else "has two streams, and this model one"
+    if needs.joint and layer.block.parts("block"):
+        return "has two streams, and the block around it one"
     if caps.cond == "always" and not needs.cond:
         return "needs a conditioning vector, which this model has not"
     if caps.cond == "never" and needs.cond:
@@ -206,6 +215,8 @@ def _can_stand(name: str, site: Site, needs: Needs) -> bool:
     cut, or that is fixed at all.
     """
     config = resolve("attention", name)
+    if needs.rope is not None and hasattr(config, "head_dim"):
+        config = config.replace(head_dim=needs.rope)  # a name alone keeps the heads of the model
     if _rope_reason(config, needs, site) is not None:
         return False
     try:

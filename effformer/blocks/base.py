@@ -65,11 +65,15 @@ class Branch(nn.Module):
 
     def view(self, ctx: Context) -> Context:
         """What concerns this branch: its own tokens, or the memory."""
+        rope = ctx.rope
         if self.far:
-            return replace(ctx, mask=None, rope=None)
+            turns = None if rope is None or rope.key_cos is None else rope
+            return replace(ctx, mask=None, rope=turns)
         if ctx.memory is None and ctx.memory_mask is None:
             return ctx
-        return replace(ctx, memory=None, memory_mask=None)
+        return replace(
+            ctx, memory=None, memory_mask=None, rope=None if rope is None else rope.own()
+        )
 
     def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
         """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each, or (1, T, D)
@@ -96,7 +100,7 @@ class Branch(nn.Module):
         if ctx.stream is not None and isinstance(self.part, (Mixer, Streaming)):
             h = self._continue(h, ctx, ctx.stream)
         else:
-            h = self.forms.run(self.part, h, ctx)
+            h = self.part(h, ctx) if ctx.width is None else self.forms.run(self.part, h, ctx)
         if ctx.tap is not None:
             h = ctx.tap(self.site.path, h)
         return h if self.factor == 1.0 else h * self.factor
@@ -149,17 +153,25 @@ class Block(nn.Module):
         site: the place of the block in the model.
         shift: the modulation shifts.
 
+    Raises:
+        CapabilityError: norms before FFNs have an epsilon of their own (`NormRule`), and this block
+            no norm that could follow it.
+
     Attributes:
         ROLES: child -> part of a transformer, for the profiler.
+        SHARED_NORM: why an FFN has no norm with an epsilon of its own, empty if it has.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_blocks"}
+    SHARED_NORM: ClassVar[str] = ""
 
     def __init__(self, branches: Mapping[str, Branch], site: Site, *, shift: bool = True) -> None:
         super().__init__()
+        self._check_norms(site)
         self.site = site
         self.shift = shift
         self.order = tuple(branches)
+        self.far = any(branch.far for branch in branches.values())
         self.width: WidthPart | None = None
         self.tokens: TokenPart | None = None
         for name, branch in branches.items():
@@ -168,6 +180,18 @@ class Block(nn.Module):
             each = 3 if shift else 2
             self.modulation = Modulation(site.cond_dim, site.dim, each * len(branches))
 
+    def _check_norms(self, site: Site) -> None:
+        rule = site.norm
+        if not self.SHARED_NORM or rule.ffn_eps in (None, rule.eps):
+            return
+        able = [e for e in registry.block if e.caps.satisfies(cond=site.cond_dim is not None)]
+        apart = ", ".join(sorted(e.name for e in able if not getattr(e.build, "SHARED_NORM", "")))
+        raise CapabilityError(
+            f"{site.path or 'block'}: {type(self).Config.ENTRY.name!r} {self.SHARED_NORM}, and the "  # type: ignore[attr-defined]
+            f"epsilon before FFNs is {rule.ffn_eps:g} instead of {rule.eps:g} ({rule.eps:g} would "
+            f"do); choices: {apart}"
+        )
+
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches in execution order."""
@@ -175,11 +199,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        mods = None if self.site.cond_dim is None else self.modulations(ctx)
-        far = any(branch.far for branch in self.branches)
-        for i, name in enumerate(self.order):
+        return self.walk(x, ctx, None if self.site.cond_dim is None else self.modulations(ctx))
+
+    def walk(
+        self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None, *, start: int = 0
+    ) -> Tensor:
+        """Run the branches from the one at ``start`` on; mods are those of all branches."""
+        for i, name in list(enumerate(self.order))[start:]:
             branch, own = getattr(self, name), None if mods is None else mods[3 * i : 3 * i + 3]
-            view = self.narrowed(name, x, branch.view(ctx) if far else ctx)
+            view = self.narrowed(name, x, branch.view(ctx) if self.far else ctx)
             if self.tokens is None:
                 x = branch(x, view, own)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ __all__ = ["DynamicTokens", "DynamicWidth"]
 @width.register("dynamic", caps=Caps(time=True, dynamic=True), paper="2410.03456")
 class DynamicWidth(WidthPart):
     """Timestep-wise width: heads of every mixer and channel groups of every FFN are switched by the
-    time alone.
+    time alone, with ``over="ffn"`` those of the FFNs.
 
     ``g = [1, G(W e_t + b)]`` for each branch, see `Switch`; e_t is the embedding of the time,
     without the label. Outputs of heads are multiplied by g before the output projection; groups of
@@ -54,12 +55,15 @@ class DynamicWidth(WidthPart):
         """Knobs of `DynamicWidth`.
 
         Attributes:
+            over: "all" branches, or the "ffn" alone, for mixers that stay whole or have no heads that
+                could be taken apart.
             groups: channel groups of an FFN; None means as many as heads.
             bias: initial bias of the routers: everything starts switched on.
             tau: temperature of the samples in training.
             threshold: of the gates, in (0, 1).
         """
 
+        over: Literal["all", "ffn"] = "all"
         groups: int | None = None
         bias: float = 15.0
         tau: float = 5.0
@@ -78,21 +82,29 @@ class DynamicWidth(WidthPart):
             raise ValueError(f"{site.path}: the site has no time_dim")
         self.gates = nn.ModuleDict()
         for name, branch in branches.items():
+            if config.over == "ffn" and not isinstance(branch.part, FFN):
+                continue
             units = self._units(branch.part)
             switch = _switch(config, site, name)
             self.gates[name] = TimeRouter(site.time_dim, units, switch, bias=config.bias)
 
     @classmethod
     def check(cls, config: BaseConfig, layer: Layer, needs: Needs, where: str) -> None:
-        for slot in ("attn", "cross"):
+        assert isinstance(config, DynamicWidth.Config)
+        for slot in ("attn", "cross") if config.over == "all" else ():
             mixer = getattr(layer, slot)
             if mixer is not None and (why := _joined(mixer)) is not None:
                 raise CapabilityError(
-                    f"{where}.width: 'dynamic' switches heads, but {slot} {mixer.title!r} {why}; "
-                    "choices: None"
+                    f"{where}.width: 'dynamic' switches heads, but {slot} {mixer.title!r} {why}, "
+                    "or over='ffn'; choices: None"
                 )
         if layer.ffn is None:
-            return
+            if config.over == "all":
+                return
+            raise CapabilityError(
+                f"{where}.width: 'dynamic' with over='ffn' switches hidden channels, but the block "
+                "has no FFN; choices: None"
+            )
         entry = layer.ffn.entry
         if not entry.caps.width:
             able = ", ".join(registry.ffn.names(width=True))
@@ -102,12 +114,16 @@ class DynamicWidth(WidthPart):
             )
 
     @classmethod
-    def admits(cls, kind: str, caps: Caps) -> bool:
-        return caps.width or kind == "block"
+    def admits(cls, config: BaseConfig, kind: str, caps: Caps) -> bool:
+        assert isinstance(config, DynamicWidth.Config)
+        met = kind == "ffn" or (config.over == "all" and kind != "block")
+        return caps.width or not met
 
-    def forward(self, name: str, ctx: Context) -> Tensor:
-        gate: Tensor = self.gates[name](ctx)
-        return gate
+    def narrows(self, name: str) -> bool:
+        return name in self.gates
+
+    def forward(self, name: str, ctx: Context) -> Tensor | None:
+        return self.gates[name](ctx) if name in self.gates else None
 
     def macs(self) -> int:
         return sum(gate.macs() for gate in self.gates.values())  # type: ignore[operator]
@@ -185,18 +201,18 @@ class DynamicTokens(TokenPart):
                 "choices: None"
             )
         entry = layer.ffn.entry
-        if not cls.admits("ffn", entry.caps):
+        if not cls.admits(config, "ffn", entry.caps):
             why = "mixes tokens"
             if entry.caps.dynamic:
                 why = "chooses its work for every token itself"
-            able = ", ".join(e.name for e in registry.ffn if cls.admits("ffn", e.caps))
+            able = ", ".join(e.name for e in registry.ffn if cls.admits(config, "ffn", e.caps))
             raise CapabilityError(
                 f"{where}.tokens: 'dynamic' lets tokens pass the FFN by, but ffn {entry.name!r} {why} "
                 f"(ffn: {able} would do); choices: None"
             )
 
     @classmethod
-    def admits(cls, kind: str, caps: Caps) -> bool:
+    def admits(cls, config: BaseConfig, kind: str, caps: Caps) -> bool:
         alone = not caps.axes and not caps.dynamic and caps.causal == "never"
         return kind != "ffn" or alone
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from effformer import registry
-from effformer.attention import Attention
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context
@@ -93,6 +93,8 @@ class FlowTransformerDecoder(Block):
     Systems, 2023, arXiv 2304.14746.
     """
 
+    SHARED_NORM: ClassVar[str] = "has one norm behind its second attention and the FFN"
+
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):
         """`FlowTransformerDecoder` has no knobs."""
@@ -106,14 +108,14 @@ class FlowTransformerDecoder(Block):
         ffn: BaseConfig,
     ) -> None:
         a, f = below(site, "attn", memory_dim=site.dim), below(site, "ffn")
-        if not isinstance(attn, Attention.Config):
+        if not attn.caps().multihead:
             raise CapabilityError(
                 f"{a.path}: {attn.title!r} has no queries that the "
                 "flowtransformer-decoder block could take from other tokens; choices: "
                 + ", ".join(registry.core.names())
             )
         branches = {
-            "attn": Branch(Attention(attn, a, aligned=True), a, post_norm=True),
+            "attn": Branch(attn.build(a, aligned=True), a, post_norm=True),
             "ffn": Branch(make_ffn(ffn, f), f, post_norm=True),
         }
         super().__init__(branches, site)

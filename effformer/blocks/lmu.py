@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ from effformer.site import Site
 from .base import Block, Branch, below, make_ffn, make_mixer
 
 __all__ = ["LMUBlock", "SpikingLMUBlock"]
+
+_BATCH_NORMS = "has batch norms, whose epsilon is their own"
 
 
 class _ClosedBranch(Branch):
@@ -89,6 +91,8 @@ class LMUBlock(Block):
     2024, arXiv 2402.04882.
     """
 
+    SHARED_NORM: ClassVar[str] = _BATCH_NORMS
+
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):
         """`LMUBlock` has no knobs."""
@@ -123,6 +127,8 @@ class SpikingLMUBlock(Block):
     Reference: LMUFormer: Low Complexity Yet Powerful Spiking Model With Legendre Memory Units,
     2024, arXiv 2402.04882.
     """
+
+    SHARED_NORM: ClassVar[str] = _BATCH_NORMS
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):

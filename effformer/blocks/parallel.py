@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class Parallel(Block):
 
     Reference: Scaling Vision Transformers to 22 Billion Parameters, 2023, arXiv 2302.05442.
     """
+
+    SHARED_NORM: ClassVar[str] = "has one norm for attention and FFN"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):

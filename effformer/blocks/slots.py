@@ -56,13 +56,17 @@ class _SlotPart(nn.Module, ABC):
         return config
 
     @classmethod
-    def admits(cls, kind: str, caps: Caps) -> bool:
+    def admits(cls, config: Config, kind: str, caps: Caps) -> bool:
         """False for parts of a kind ("attention", "core", "ffn", "block") that `check` refuses."""
         return True
 
 
 class WidthPart(_SlotPart):
     """Kind "width": how many heads and channels of each branch run, for every sample."""
+
+    def narrows(self, name: str) -> bool:
+        """The branch called ``name`` may run in part."""
+        return True
 
     @abstractmethod
     def forward(self, name: str, ctx: Context) -> Tensor | None:

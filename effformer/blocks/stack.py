@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import nn
 
@@ -116,6 +117,42 @@ class BackboneConfig(StackConfig):
         for name in ("dim", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def at(self, path: str) -> Any:
+        """The value at a dotted path, also of a block: ``config.at("blocks.3.ffn")``.
+
+        Raises:
+            ValueError: there is nothing at the path.
+        """
+        if not path.startswith("blocks."):
+            return Config.at(self, path)
+        key, slot, rest = _block_path(path)
+        where = path if ":" not in key else f"{path}, one block"
+        layers = resolve_layers(self, self.depth, name=type(self).__qualname__)
+        chosen = layers[_slice(key, where)]
+        if len(chosen) != 1 or slot not in {f.name for f in dataclasses.fields(Layer)}:
+            raise ValueError(f"{path}: names no part of one of the {self.depth} blocks")
+        part = getattr(chosen[0], slot)
+        return part if not rest else part.at(rest)
+
+    def put(self, path: str, value: Any) -> Self:
+        """A copy with another value at a dotted path, also of a block or of a slice of them:
+        ``config.put("blocks.3.ffn", "swiglu")``, ``config.put("blocks.0:4.attn.eps", 1e-5)``.
+
+        Raises:
+            ValueError: there is nothing at the path, or the value does not fit.
+            TypeError: a value of the wrong type.
+        """
+        if not path.startswith("blocks."):
+            return Config.put(self, path, value)
+        key, slot, rest = _block_path(path)
+        layers = {k: dict(v) for k, v in self.layers.items()}
+        for i in range(self.depth)[_slice(key, path)]:
+            part = value if not rest else self.at(f"blocks.{i}.{slot}").put(rest, value)
+            layers[str(i)] = layers.pop(str(i), {}) | {slot: part}
+        changed = self.replace(where=path, layers=layers)
+        resolve_layers(changed, self.depth, name=path)
+        return changed
 
 
 def build_stack(
@@ -252,6 +289,12 @@ def _resolve_part(slot: str, spec: Any, layer: Layer, where: str) -> Config | No
     if spec is None and slot in ("ffn", "width", "tokens"):
         return None
     return resolve(kinds[slot], spec, getattr(layer, slot), where=f"{where}.{slot}")
+
+
+def _block_path(path: str) -> tuple[str, str, str]:
+    """``blocks.3.ffn.ratio`` as the block, its part, and the path in there."""
+    _, key, slot, rest = (*path.split(".", 3), "", "")[:4]
+    return key, slot, rest
 
 
 def _slice(key: str, where: str) -> slice:

@@ -99,6 +99,10 @@ class ToMe(TokenPart):
         if reason is not None:
             raise CapabilityError(f"{where}.tokens: 'tome' {reason}; choices: None")
 
+    @classmethod
+    def admits(cls, config: BaseConfig, kind: str, caps: Caps) -> bool:
+        return kind != "block" or not caps.joint
+
     def forward(
         self,
         name: str,
@@ -205,6 +209,7 @@ def _reason(config: ToMe.Config, layer: Layer, needs: Needs) -> str | None:
     if config.restore is False and not needs.shrinks:
         return "has restore=False, but this model needs all of its tokens (restore=True would do)"
     for missing, why in (
+        (needs.joint, "merges around a token mixer, but here two streams share one"),
         (needs.causal, "mixes later tokens into earlier ones, but this model must not see them"),
         (
             needs.rope is not None,

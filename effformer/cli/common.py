@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 import typer
 
 from ..checks import MissingExtra
+from ..retired import RetiredWarning
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -67,7 +69,8 @@ def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
     @functools.wraps(verb)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            verb(*args, **kwargs)
+            with _noted():
+                verb(*args, **kwargs)
         except BrokenPipeError:
             raise
         except USER_ERRORS as error:
@@ -82,6 +85,25 @@ def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
             _fail(f"interrupted; {intact}", 130)
 
     return guarded
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Show what is said about old spellings as notes, each once."""
+    said = set[str]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RetiredWarning)
+        show = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, RetiredWarning):
+                show(message, category, *rest, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                note(str(message))
+
+        warnings.showwarning = shown
+        yield
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -72,14 +72,19 @@ def export(
             data, size = _onnx(network, place, quantize, options, batch)
     parity = data["parity"]
     lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]
-    lines.append(
-        f"verified: relative difference {parity['max_rel']:.1e}" if parity else "not verified"
-    )
+    lines.append(_verified(parity) if parity else "not verified")
     if packed := data.get("quantized"):
         lines.append(
             f"quantized by ONNX Runtime: {packed['quantized']} products, {packed['ratio']:.2f}x"
         )
     emit(data, "\n".join(lines), as_json)
+
+
+def _verified(parity: dict[str, Any]) -> str:
+    lengths = ", ".join(f"{s} {'/'.join(map(str, n))}" for s, n in parity["lengths"].items())
+    return f"verified: relative difference {parity['max_rel']:.1e}" + (
+        f" at {lengths}" if lengths else ""
+    )
 
 
 def _bundle(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from .acm import ACM
 from .base import FFN, FFNConfig, InnerConfig
 from .conv_channel import ConvChannel, SpikingConvChannel
-from .dynamic import DynamicMLP
 from .gated import GEGLU, SwiGLU
 from .glumbconv import GLUMBConv
 from .mlp import MLP
@@ -17,7 +16,6 @@ __all__ = [
     "GEGLU",
     "MLP",
     "ConvChannel",
-    "DynamicMLP",
     "FFNConfig",
     "GLUMBConv",
     "InnerConfig",

@@ -111,8 +111,7 @@ class FFN(nn.Module, ABC):
 
 def switched(hidden: Tensor, ctx: Context) -> Tensor:
     """Hidden channels (B, N, M) times their groups' factors ``ctx.width`` (B, U) of their samples."""
-    if ctx.width is None:
-        return hidden
+    assert ctx.width is not None
     width = ctx.width[:, None] if ctx.packing is None else ctx.packing.spread(ctx.width)
     width = width.to(hidden.dtype)[..., None]
     return (hidden.unflatten(-1, (width.shape[2], -1)) * width).flatten(-2)

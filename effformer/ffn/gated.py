@@ -31,7 +31,10 @@ class _Gated(FFN):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.drop(self.fc2(self.drop(switched(self.act(gate) * value, ctx))))
+        hidden = self.act(gate) * value
+        if ctx.width is not None:
+            hidden = switched(hidden, ctx)
+        return self.drop(self.fc2(self.drop(hidden)))
 
     @property
     def cut(self) -> tuple[nn.Module, ...]:

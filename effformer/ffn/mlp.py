@@ -36,7 +36,10 @@ class MLP(FFN):
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(switched(self.fc1(x), ctx)))))
+        hidden = self.fc1(x)
+        if ctx.width is not None:
+            hidden = switched(hidden, ctx)
+        return self.drop(self.fc2(self.drop(self.act(hidden))))
 
     @property
     def cut(self) -> tuple[nn.Module, ...]:

@@ -70,8 +70,7 @@ class Forms:
 
     def run(self, part: nn.Module, x: Tensor, ctx: Context) -> Tensor:
         """The part on x (B, N, D)."""
-        if ctx.width is None:
-            return part(x, ctx)
+        assert ctx.width is not None
         if part.training or ctx.tap is not None or not values_known(ctx.width):
             return part(x, ctx)
         if not all(type(layer) is nn.Linear for layer in part.cut):  # type: ignore[union-attr]

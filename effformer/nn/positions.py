@@ -22,7 +22,7 @@ def grid_positions(axes: Sequence[Tensor], *, front: int = 0) -> Tensor:
     Returns:
         (1, front + prod(n), axes).
     """
-    sizes = [len(axis) for axis in axes]
+    sizes = [axis.shape[0] for axis in axes]  # len() would fix a size that a graph leaves open
     places = [
         axis.view([-1 if i == j else 1 for j in range(len(axes))]).expand(sizes).flatten()
         for i, axis in enumerate(axes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import FormatError, unknown
+from ..retired import rename
 
 __all__ = ["RunFolder", "load_checkpoint", "read_checkpoint", "read_metrics"]
 
@@ -37,6 +38,7 @@ class RunFolder:
         identity: everything that decides the weights, as JSON values. A run is only resumed under
             the same.
         resume: continue the run that the folder holds, if any.
+        renew: brings what an older version wrote about a run up to date; it may raise ValueError.
 
     Raises:
         ValueError: the folder cannot be written, holds a run and ``resume`` is False, or holds a
@@ -44,14 +46,21 @@ class RunFolder:
         FormatError: the folder holds something else, or a run of a newer version.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        renew: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
         self.path = path
         self.metrics = path / _METRICS
         identity = {"format": FORMAT, **json.loads(json.dumps(identity))}
         try:
             present = self._read_identity()
             if present is not None:
-                self._check(present, identity, resume)
+                self._check(present if renew is None else renew(present), identity, resume)
             path.mkdir(parents=True, exist_ok=True)
             if present is None:
                 _write_text(path / _RUN, json.dumps(identity, indent=1) + "\n")
@@ -222,6 +231,7 @@ def load_checkpoint(
     raw, averaged = parts(tensors, "model"), parts(tensors, "ema")
     if weights == "ema" and not averaged:
         raise ValueError(f"load_checkpoint: {source} has no averaged weights; load weights='raw'")
+    raw, averaged = (_renewed(found, model) for found in (raw, averaged))
     try:
         model.load_state_dict(raw)
     except RuntimeError as error:
@@ -275,3 +285,9 @@ def _sync(path: Path) -> None:
     """Force a file to the disk before it is renamed: a power cut cannot leave an empty one."""
     with contextlib.closing(path.open("rb+")) as file:
         os.fsync(file.fileno())
+
+
+def _renewed(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under the names that the model has for them now."""
+    new = rename(tensors, model.state_dict().keys())
+    return {new.get(key, key): tensor for key, tensor in tensors.items()}

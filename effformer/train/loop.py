@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +172,8 @@ def train(
     trainer = _Trainer(model, data, objective, config)
     folder = None
     if out is not None:
-        folder = RunFolder(Path(out), _identity(model, data, objective, config), resume=resume)
+        identity = _identity(model, data, objective, config)
+        folder = RunFolder(Path(out), identity, resume=resume, renew=partial(_renewed, model))
         if (newest := folder.newest()) is not None:
             trainer.restore(newest)
     resumed, training = trainer.done, model.training
@@ -336,6 +339,18 @@ def _identity(
         },
         "data": {"samples": len(data), "sha256": data.fingerprint()},
     }
+
+
+def _renewed(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
+    """What an older version wrote about a run, with the options that came since at their defaults."""
+    own, there = getattr(model, "config", None), dict(found.get("model", {}))
+    if not isinstance(own, Config) or not isinstance(there.get("config"), dict):
+        return found
+    try:
+        there["config"] = json.loads(json.dumps(type(own).from_dict(there["config"]).to_dict()))
+    except (TypeError, ValueError):  # another model, which the comparison names
+        return found
+    return {**found, "model": there}
 
 
 def _describe(value: object) -> Any:

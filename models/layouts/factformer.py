@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 
 from effformer.attention.factorized import ROPE_BASE, FactorizedConfig
-from effformer.blocks import Iterate
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
 
 __all__ = ["IFACTFORMER", "block_layout"]
@@ -110,7 +109,7 @@ _IS_OPERATOR = has_keys("to_in.2.weight", "encoder.layers.0.0.0._B", "simple_to_
 
 
 def _iterated(config: Any) -> bool:
-    return isinstance(config.block, Iterate.Config)
+    return bool(config.block.entry.name == "iterate")
 
 
 def _operator(config: Any) -> Layout:

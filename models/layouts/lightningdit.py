@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from effformer.blocks import head_width
 from effformer.checks import FormatError
-from effformer.ffn import SwiGLU
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.rope import GridRope
 
@@ -31,16 +31,15 @@ _TABLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 
 
 def _names(config: Any) -> Layout:
-    return _SWIGLU if isinstance(config.ffn, SwiGLU.Config) else _PLAIN
+    return _SWIGLU if config.ffn.entry.name == "swiglu" else _PLAIN
 
 
 def _tables(config: Any) -> StateDict:
     """The rotary tables (N, K), which official checkpoints carry as buffers."""
     if config.rope is None:
         return {}
-    side = config.input_size // config.patch
-    rope = GridRope(config.rope, config.dim // config.heads, heads=config.heads, depth=config.depth)
-    (table,) = rope(side, side, like=torch.empty(0))
+    rope = GridRope(config.rope, head_width(config), heads=config.heads, depth=config.depth)
+    (table,) = rope(rope.positions(config.grid), like=torch.empty(0))
     return dict(zip(_TABLES, (table.cos, table.sin), strict=True))
 
 

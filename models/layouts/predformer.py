@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from effformer.blocks import Gated
 from effformer.blocks.schedule import axes_of
 from effformer.checks import FormatError
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
@@ -53,7 +52,7 @@ def _units(config: Any) -> list[tuple[str, int]]:
     Raises:
         FormatError: the official code has no such blocks.
     """
-    if not isinstance(config.block, Gated.Config):
+    if config.block.entry.name != "gated":
         raise FormatError(
             "predformer: official keys are those of gated blocks; keep this model in our layout"
         )

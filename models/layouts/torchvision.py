@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from effformer.blocks import PreNorm, resolve_layers
+from effformer.blocks import resolve_layers
 from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 
@@ -68,7 +68,7 @@ def _to_ours(state: StateDict, config: Any) -> StateDict:
 
 
 def _from_ours(state: StateDict, config: Any) -> StateDict:
-    if not isinstance(config.block, PreNorm.Config) or "class_token" not in state:
+    if config.block.entry.name != "prenorm" or "class_token" not in state:
         raise FormatError(
             "torchvision's vision transformers have pre-norm blocks and a class token; "
             "layout='effformer' writes any model"

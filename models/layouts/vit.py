@@ -98,7 +98,7 @@ def _to_timm(state: StateDict, config: Any) -> StateDict:
             "layout='effformer' writes any model"
         )
     out = (_WRITE if config.positions.rope is None else _WRITE_EVA).from_ours(state, config)
-    if isinstance(config.block, Parallel.Config):
+    if config.block.entry.name == "parallel":
         for i in range(config.depth):
             _join_parallel(out, f"blocks.{i}")
     return out

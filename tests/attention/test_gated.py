@@ -22,8 +22,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("retention", {"value_dim": 6}),
     ("gla", {"head_dim": 2, "rank": 3, "slowness": 4.0}),
     ("delta", {"negative": True, "gate": {"per": "element"}}),
-    ("gated-delta", {"qk_heads": 2, "value_dim": 3, "conv_bias": True}),
-    ("gated-delta", {"eps": 0.3, "conv": 2, "gate": {"act": "sigmoid", "per": "head"}}),
+    ("gated-delta", {"qk_heads": 2, "value_dim": 3, "short_conv_bias": True}),
+    ("gated-delta", {"eps": 0.3, "short_conv": 2, "gate": {"act": "sigmoid", "per": "head"}}),
     ("kda", {"bound": -5.0, "qk_heads": 1}),
     ("ssd", {"qk_heads": 1, "head_dim": 6}),
     ("ssd", {"qk_heads": 2, "gate": {"groups": 2}}),
@@ -81,7 +81,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_on_either_side_is_as_if_it_were_not_there(name: str, form: str) -> None:
-    part = make(name, chunk=4, **{"conv_bias": True, **FORMS[form]})
+    part = make(name, chunk=4, **{"short_conv_bias": True, **FORMS[form]})
     x, filled = tokens(7), 100 * torch.randn(2, 4, DIM, dtype=torch.float64)
     expected = part(x)
     for before in (0, 1, 4):
@@ -275,7 +275,7 @@ def test_rates_begin_as_published() -> None:
     ("retention", {"chunk": 0}, "chunk must be at least 1"),
     ("ssd", {"least": 1.0, "most": 0.5}, "least=1.0 is not below most=0.5"),
     ("gla", {"gate": {"rank": 0}}, "rank must be at least 1"),
-    ("gated-delta", {"conv": 1}, "conv"),
+    ("gated-delta", {"short_conv": 1}, "conv"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -284,14 +284,14 @@ def test_impossible_options_are_refused(name: str, options: dict[str, Any], mess
 
 def test_a_convolution_wants_one_sequence_in_its_order() -> None:
     """Around any core: no full masks, no two streams that meet, no merged tokens."""
-    part, x = make("softmax", conv=3), tokens(7)
+    part, x = make("softmax", short_conv=3), tokens(7)
     assert (part.caps.mask, part.caps.order_free, part.caps.sizes) == ("key", False, False)
     same(part(x)[:, :4], part(x[:, :4]))
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
     with pytest.raises(CapabilityError, match="mask"):
         part(x, Context(mask=mask))
     with pytest.raises(CapabilityError, match="softmax"):
-        build_model("vit-nano", tokens="tome", attn={"name": "softmax", "conv": 3})
+        build_model("vit-nano", tokens="tome", attn={"name": "softmax", "short_conv": 3})
 
 
 def test_a_convolution_and_a_memory_are_refused() -> None:

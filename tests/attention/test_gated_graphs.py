@@ -93,35 +93,35 @@ def test_one_graph_trains(rule: str) -> None:
         assert_same(a, e, 1e-5)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("state", [True, False])
-def test_one_node_whole(rule: str, state: bool, tmp_path: Path) -> None:
-    report = exported(rule, tmp_path / "m.onnx", state=state)
+def assert_one_node(report: ExportReport) -> None:
     assert report.graph.operators["com.microsoft::LinearAttention"] == 1
     assert "MatMul" not in report.graph.operators
     assert report.parity is not None
     assert report.parity.max_rel <= 1e-5
-    session = Session(tmp_path / "m.onnx")
-    for tokens in (1, 33, 200):
-        other = given(rule, tokens, 3, state=state)
-        found = session.run(other)
-        for name, expected in zip(("out", "last"), Scan(rule)(**other), strict=True):
-            assert_same(torch.from_numpy(found[name]), expected, 1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_token_by_token_the_graph_gives_the_whole(rule: str, tmp_path: Path) -> None:
-    exported(rule, tmp_path / "m.onnx")
-    session, inputs = Session(tmp_path / "m.onnx"), given(rule, 12)
-    whole = session.run(inputs)
+def test_one_node_whole_and_token_by_token(rule: str, tmp_path: Path) -> None:
+    assert_one_node(exported(rule, tmp_path / "m.onnx"))
+    session = Session(tmp_path / "m.onnx")
+    for tokens in (1, 33, 200):
+        inputs = given(rule, tokens, 3)
+        whole = {n: torch.from_numpy(x) for n, x in session.run(inputs).items()}
+        for name, expected in zip(("out", "last"), Scan(rule)(**inputs), strict=True):
+            assert_same(whole[name], expected, 1e-5)
     state, outputs = inputs["state"], []
-    for t in range(12):
+    for t in range(200):
         token = {n: x[:, :, t : t + 1].contiguous() for n, x in inputs.items() if n != "state"}
         found = session.run(token | {"state": state})
         outputs.append(torch.from_numpy(found["out"]))
         state = torch.from_numpy(found["last"])
-    assert_same(torch.cat(outputs, dim=2), torch.from_numpy(whole["out"]), 1e-5)
-    assert_same(state, torch.from_numpy(whole["last"]), 1e-5)
+    assert_same(torch.cat(outputs, dim=2), whole["out"], 1e-5)
+    assert_same(state, whole["last"], 1e-5)
+
+
+@pytest.mark.parametrize("rule", ["retention", "kda"])
+def test_one_node_without_a_past(rule: str, tmp_path: Path) -> None:
+    assert_one_node(exported(rule, tmp_path / "m.onnx", state=False))
 
 
 def test_other_runtimes_take_one_token_in_standard_operators(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class Inputs:
 
 def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
     """Relative to the largest value."""
+    actual, expected = actual.detach(), expected.detach()
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.to(expected.dtype), expected, rtol=tolerance, atol=tolerance * scale

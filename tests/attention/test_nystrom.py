@@ -55,9 +55,12 @@ def test_as_many_landmarks_as_tokens_is_softmax() -> None:
 def test_more_steps_approach_the_inverse() -> None:
     x = (torch.eye(6, dtype=torch.float64) * 4 + torch.rand(2, 6, 6).double()).softmax(-1)
     exact = torch.linalg.inv(x)
-    errors = [float((iterative_pinv(x, n) - exact).norm()) for n in (2, 6, 20)]
-    assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 1e-8
+    one, two, *late = (
+        float((iterative_pinv(x, n) - exact).norm() / exact.norm()) for n in (1, 2, 6, 20)
+    )
+    assert 1e-3 < one < 0.1
+    assert two < 1e-2 * one
+    assert max(late) < 1e-12  # both have converged: what is left is rounding
 
 
 def test_published_forms_couple_samples_and_ours_does_not() -> None:
@@ -66,7 +69,8 @@ def test_published_forms_couple_samples_and_ours_does_not() -> None:
         core = Nystrom(Nystrom.Config(landmarks=4, conv=None, compat=compat), SITE)
         whole = core(q, k, v)[:1]
         alone = core(q[:1], k[:1], v[:1])
-        assert torch.allclose(whole, alone) == (compat == "none")
+        apart = float((whole - alone).abs().max() / whole.abs().max())
+        assert apart < 1e-10 if compat == "none" else apart > 1e-4
 
 
 def test_empty_samples_yield_zeros() -> None:

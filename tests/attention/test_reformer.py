@@ -59,7 +59,8 @@ def test_the_published_causal_form_leaks_and_ours_does_not(compat: str) -> None:
     for _ in range(8):
         later = [torch.cat([x[:, :, :12], 6 * torch.randn_like(x[:, :, 12:])], 2) for x in (q, v)]
         worst = max(worst, float((part.attend(*later)[:, :, :12] - out).detach().abs().max()))
-    assert (worst < 1e-12) == (compat == "none")
+    worst /= float(out.detach().abs().max())
+    assert worst < 1e-10 if compat == "none" else worst > 1e-3
 
 
 @pytest.mark.parametrize("n", [3, 9, 20])

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import effformer
+from effformer import registry
 from effformer.attention import Attention, Mixer, Softmax
 from effformer.blocks import AdaLNZero, Block, Macaron, PostNorm, PreNorm
 from effformer.checks import CapabilityError
 from effformer.config import resolve
 from effformer.context import EMPTY, Context, Stream, Tap
-from effformer.ffn import MLP
-from effformer.site import Site
+from effformer.ffn import FFN, MLP
+from effformer.site import NormRule, Site
 
 PLAIN: list[type[Any]] = [PreNorm, PostNorm, Macaron]
 DIM = 12
@@ -139,3 +141,57 @@ def test_streaming_takes_no_mask() -> None:
     state = mixer.init_state(1, like=x)
     with pytest.raises(CapabilityError, match="streaming takes no mask"):
         mixer.step(x, state, Context(mask=torch.ones(1, 2, dtype=torch.bool)))
+
+
+def _with_ffn_eps(name: str, eps: float | None) -> Block:
+    caps = registry.block.get(name).caps
+    cond = DIM if caps.cond != "never" else None
+    site = Site(
+        dim=DIM, heads=3, cond_dim=cond, time_dim=cond, length=6, path="b",
+        norm=NormRule(ffn_eps=eps),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    block: Block = resolve("block", name).build(
+        site, attn=resolve("attention", "softmax"), ffn=MLP.Config()
+    )
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return block.eval()
+
+
+@pytest.mark.parametrize("name", registry.block.names())
+def test_an_epsilon_before_ffns_is_used_or_refused(name: str) -> None:
+    x = torch.randn(2, 6, DIM)
+    ctx = Context(cond=torch.randn(2, DIM), time=torch.randn(2, DIM))
+    plain = _with_ffn_eps(name, None)
+    same = _with_ffn_eps(name, 1e-6)
+    torch.testing.assert_close(same(x, ctx), plain(x, ctx), rtol=0, atol=0)
+    if plain.SHARED_NORM:
+        with pytest.raises(
+            CapabilityError, match=rf"b: '{name}' has .* \(1e-06 would do\); cho"
+        ) as e:
+            _with_ffn_eps(name, 0.5)
+        for able in str(e.value).partition("choices: ")[2].split(", "):
+            assert _with_ffn_eps(able, 0.5)
+        return
+    block = _with_ffn_eps(name, 0.5)
+    for branch in block.branches:
+        assert branch.norm.eps == (0.5 if isinstance(branch.part, FFN) else 1e-6)
+    out, expected = block(x, ctx).detach(), plain(x, ctx).detach()
+    assert float((out - expected).abs().max()) > 1e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("block", ["adaln-zero", "macaron", "parallel", "iterate"])
+def test_models_say_which_blocks_cannot(block: str) -> None:
+    options: dict[str, Any] = {"block": block, "ffn_norm_eps": 1e-5}
+    if block != "parallel":
+        norms = [
+            b.norm.eps for b in effformer.build_model("dit-nano", **options).blocks[0].branches
+        ]
+        assert norms == ([1e-5, 1e-6, 1e-5] if block == "macaron" else [1e-6, 1e-5])
+        return
+    with pytest.raises(
+        CapabilityError, match=r"one norm for attention and FFN.*choices: adaln-zero"
+    ):
+        effformer.build_model("dit-nano", **options)

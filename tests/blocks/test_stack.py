@@ -58,7 +58,7 @@ def test_the_other_blocks_of_a_hybrid_lose_what_the_core_brought_along() -> None
     config = BackboneConfig.from_dict(BASE | {"attn": "gated-delta", "layers": "3:1"})
     blocks = build_stack(config, SITE, Needs(causal=True), name="toy")
     configs = [block.attn.part.config for block in blocks]
-    assert [c.conv for c in configs] == [4, 4, 4, 0]
+    assert [c.short_conv for c in configs] == [4, 4, 4, 0]
     assert [c.gate is None for c in configs] == [False, False, False, True]
     assert all(c.core.causal for c in configs)
 
@@ -157,3 +157,26 @@ def test_sizes_are_positive(field: str) -> None:
 def test_probabilities(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} must lie in \[0, 1\), got 1.0"):
         BackboneConfig(**BASE, **{field: 1.0})
+
+
+def test_configs_are_read_and_changed_by_path() -> None:
+    config = BackboneConfig.from_dict(BASE | {"layers": {"1": {"ffn": "swiglu"}}})
+    assert config.at("blocks.1.ffn").title == "swiglu"
+    assert config.at("blocks.0.attn.core.backend") == "sdpa"
+    assert config.at("attn.core").title == "softmax"
+    other = config.put("blocks.1.ffn.ratio", 2.0).put("blocks.2:4.attn", "flow")
+    assert other.at("blocks.1.ffn") == config.at("blocks.1.ffn").replace(ratio=2.0)
+    assert [other.at(f"blocks.{i}.attn").title for i in range(4)] == ["softmax"] * 2 + ["flow"] * 2
+    assert other.put("attn.qkv_bias", False).at("blocks.0.attn.qkv_bias") is False
+    assert BackboneConfig.from_dict(other.to_dict()) == other
+    assert config.layers == {"1": {"ffn": "swiglu"}}
+    for path, error in (
+        ("blocks.9.ffn", "names no part of one of the 4 blocks"),
+        ("blocks.0.fnn", "names no part"),
+        ("atn", "unknown option 'atn'; did you mean 'attn'"),
+        ("depth.x", "has no options of its own"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            config.at(path)
+    with pytest.raises(ValueError, match="unknown ffn 'sviglu'; did you mean 'swiglu'"):
+        config.put("blocks.0.ffn", "sviglu")

@@ -50,7 +50,7 @@ def test_results_are_the_same(overrides: dict[str, object]) -> None:
         {"width": "dynamic", "tokens": "dynamic"},
         {"width": "dynamic", "attn": {"name": "nystrom", "landmarks": 4, "conv": 3}},
         {"block": "macaron", "width": "dynamic", "ffn": "swiglu"},
-        {"ffn": {"name": "dynamic-mlp", "groups": 4}},
+        {"width": {"name": "dynamic", "over": "ffn", "groups": 4}, "attn": "nystrom"},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,8 +19,14 @@ from effformer.nn.positions import grid_positions
 from effformer.site import NormRule, Site
 
 
+def tolerant(golden: Golden) -> Golden:
+    """The norms of these blocks divide by small spreads, and steps repeat: rounding grows 50-fold."""
+    return replace(golden, meta={"tolerance": "rtol 1e-4, atol 5e-5"} | golden.meta)
+
+
 def check_block(golden: Golden, source: Source) -> None:
     """Values inside one block, its output, and its gradients."""
+    golden = tolerant(golden)
     c, grid = golden.config, tuple(golden.meta["grid"])
     kind = FactorizedParallel if golden.meta["official_class"].endswith("_m") else FactorizedChained
     config = kind.Config(

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,15 +66,15 @@ class Golden:
         self, actual: Tensor, key: str, *, rtol: float | None = None, atol: float | None = None
     ) -> None:
         """Compare with a stored tensor at the set's tolerance (rtol 1e-4, atol 1e-5 unless it says
-        otherwise)."""
+        otherwise); atol counts in units of the tensor's largest value. Integers are equal."""
         set_rtol, set_atol = self.tolerance
         expected = self.tensors[key]
-        torch.testing.assert_close(
+        assert_close(
             actual.detach().to(expected.dtype),
             expected,
             rtol=set_rtol if rtol is None else rtol,
             atol=set_atol if atol is None else atol,
-            msg=lambda text: f"{self.name}: {key}: {text}",
+            what=f"{self.name}: {key}: ",
         )
 
     @property

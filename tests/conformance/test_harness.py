@@ -41,6 +41,16 @@ def test_tolerance(words: Any, expected: tuple[float, float]) -> None:
     assert made(tolerance=words).tolerance == expected
 
 
+def test_atol_counts_in_units_of_the_largest_value() -> None:
+    tensors = {"out.y": torch.tensor([20.0, 0.0]), "out.k": torch.tensor([200_000, 0])}
+    golden = Golden("made", {"tolerance": "rtol 0, atol 1e-5"}, tensors)
+    golden.assert_close(torch.tensor([20.0, 1.9e-4]), "out.y")
+    with pytest.raises(AssertionError, match=r"made: out\.y: Tensor-likes are not close"):
+        golden.assert_close(torch.tensor([20.0, 2.1e-4]), "out.y")
+    with pytest.raises(AssertionError, match=r"made: out\.k: Tensor-likes are not equal"):
+        golden.assert_close(torch.tensor([200_000, 1]), "out.k")
+
+
 def test_a_set_in_double_precision_gets_double_models() -> None:
     tensors = {"in.x": torch.zeros(1, dtype=torch.float64), "in.y": torch.zeros(1, dtype=int)}
     with Golden("made", {}, tensors).precision():

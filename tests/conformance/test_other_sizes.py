@@ -46,6 +46,28 @@ def dit(c: Options) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def dit_alone(c: Options) -> dict[str, Tensor]:
+    """Without a diffusion part."""
+    given = dit(c)
+    return {k: v for k, v in given.items() if k in ("in.x", "in.t", "in.y", "in.loss_weight")}
+
+
+def dit_guided(c: Options) -> dict[str, Tensor]:
+    x, y = images(c), randint(c["num_classes"], (2,))
+    guided = {"in.cfg_x": torch.cat([x, x]), "in.cfg_t": randint(1000, (2,)).repeat(2)}
+    guided["in.cfg_y"] = torch.cat([y, torch.full_like(y, c["num_classes"])])
+    return dit_alone(c) | guided | {"out.cfg": guided["in.cfg_x"]}
+
+
+def sit(c: Options) -> dict[str, Tensor]:
+    """The network and its guidance, without paths, losses and samplers."""
+    x1, t, y = images(c), torch.rand(2), randint(c["num_classes"], (2,))
+    cfg_y = torch.cat([y, torch.full_like(y, c["num_classes"])])
+    return {
+        "in.x1": x1, "in.loss.t": t, "in.y": y, "in.cfg_x": torch.cat([x1, x1]), "in.cfg_y": cfg_y,
+    }  # fmt: skip
+
+
 def lightningdit(c: Options) -> dict[str, Tensor]:
     t, y = torch.rand(2), randint(c["num_classes"], (2,))
     return {"in.x": images(c), "in.t": t, "in.y": y, "in.ut": images(c), "out.v": images(c)}
@@ -94,6 +116,9 @@ CASES: dict[str, Case] = {
     "dit without null label": (
         "dit", {**LATENT, "class_dropout_prob": 0.0, "mlp_ratio": 2.5}, RESPACED, dit,
     ),
+    "dit without diffusion": ("dit", {**LATENT, "hidden_size": 24}, {"diffusion": {}}, dit_alone),
+    "dit with guidance alone": ("dit", {**LATENT, "depth": 2}, {"diffusion": {}}, dit_guided),
+    "sit without samplers": ("sit", {**LATENT, "hidden_size": 24}, {"runs": []}, sit),
     "plain lightningdit": (
         "lightningdit", {**LATENT, **PLAIN, "hidden": 24, "heads": 3, "use_qknorm": True}, {},
         lightningdit,

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from effformer.export import ExportReport, VerificationError, export_onnx, verify_onnx
+from effformer.export import ExportError, ExportReport, VerificationError, export_onnx, verify_onnx
 from torch import Tensor, nn
+
+from effformer.attention import Core, CoreConfig
+from effformer.context import EMPTY, Context
+from effformer.site import Site
 
 from .networks import Mlp
 
@@ -92,3 +97,109 @@ def test_a_model_that_accepts_too_few_sizes(tmp_path: Path) -> None:
 
     with pytest.raises(VerificationError, match=r"runs at only 0 other lengths of batch.*2 or 3"):
         export_onnx(Two(), tmp_path / "m.onnx", torch.randn(2, 4))
+
+
+class Chunked(Core):
+    """The mean of the last chunk, whose graph is right for one chunk only, as a trace of fewer
+    tokens than a chunk may be.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(CoreConfig):
+        chunk: int = 40
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        if torch.compiler.is_exporting():
+            return v + v.mean(dim=2, keepdim=True)
+        return v + v.split(40, dim=2)[-1].mean(dim=2, keepdim=True)
+
+    def macs(self, n: int, m: int | None = None, *, heads: int, head_dim: int) -> int:
+        return 0
+
+
+class Around(nn.Module):
+    """A core in a model that takes up to so many tokens."""
+
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self.core = Chunked(Chunked.Config(), Site(dim=4, heads=1))
+        self.most = most
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting() and self.most and x.shape[1] > self.most:
+            raise ValueError(f"at most {self.most} tokens")
+        heads = x[:, None]
+        return self.core(heads, heads, heads)[:, 0]
+
+
+TOKENS = {"x": {0: "batch", 1: "tokens"}}
+
+
+def test_looks_beyond_the_chunks_of_the_parts(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 4)
+    with pytest.raises(VerificationError, match=r"differs .*at x \(1, 86, 4\)"):
+        export_onnx(Around(), tmp_path / "m.onnx", x, dynamic=TOKENS)
+    report = export_onnx(Around(most=30), tmp_path / "m.onnx", x, dynamic=TOKENS)
+    assert report.parity is not None
+    assert report.parity.lengths == {"batch": (1, 3, 2), "tokens": (20, 1, 7)}
+
+
+def test_looks_far_at_the_least_and_between(tmp_path: Path) -> None:
+    class Total(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x.sum(1, keepdim=True)
+
+    report = export_onnx(Total(), tmp_path / "m.onnx", torch.randn(2, 6, 4), dynamic=TOKENS)
+    assert report.parity is not None
+    assert report.parity.lengths == {"batch": (1, 3, 2), "tokens": (25, 1, 9)}
+    assert report.parity.to_dict()["lengths"]["tokens"] == [25, 1, 9]
+    assert report.ranges == report.parity.ranges == {}
+
+
+class Narrow(nn.Module):
+    """What is written for few tokens; the graph keeps what the example took."""
+
+    def __init__(self, most: int | None) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.most and x.shape[1] > self.most:
+            raise ValueError(f"at most {self.most} tokens")
+        return x * 2 if x.shape[1] <= 8 else x * 3
+
+
+def test_where_the_tracer_holds_the_graph_is_said(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 4)
+    report = export_onnx(Narrow(8), tmp_path / "m.onnx", x, dynamic=TOKENS)
+    assert report.ranges == {"tokens": (2, 8)}
+    assert report.parity is not None
+    assert report.parity.lengths["tokens"] == (8, 1, 7)
+    with pytest.raises(
+        VerificationError, match=r"holds from 2 to 8 'tokens' only.*another example"
+    ):
+        export_onnx(Narrow(None), tmp_path / "m.onnx", x, dynamic=TOKENS)
+
+
+def test_a_constant_length_is_refused_with_what_would_work(tmp_path: Path) -> None:
+    class One(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (
+                x + torch.arange(len(x[0]), dtype=torch.float32)[:, None] if len(x[0]) == 5 else x
+            )
+
+    with pytest.raises(
+        ExportError, match=r"serves 5 'tokens' only.*leave that axis out of 'dynamic"
+    ):
+        export_onnx(One(), tmp_path / "m.onnx", torch.randn(2, 5, 4), dynamic=TOKENS)
+
+
+def test_a_graph_that_fails_where_the_model_runs(tmp_path: Path) -> None:
+    class Pairs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.compiler.is_exporting():
+                return x.unflatten(1, (-1, 2)).sum(2)
+            return x.unflatten(1, (-1, 2)).sum(2) if x.shape[1] % 2 == 0 else x
+
+    with pytest.raises(VerificationError, match=r"runs at x \(1, 25, 4\), the graph does not"):
+        export_onnx(Pairs(), tmp_path / "m.onnx", torch.randn(2, 6, 4), dynamic=TOKENS)

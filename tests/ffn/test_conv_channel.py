@@ -46,7 +46,7 @@ def test_the_spiking_form_written_out() -> None:
 
 
 def test_the_spiking_form_streams_and_is_causal() -> None:
-    part, x = spiking(), torch.randn(2, 12, 6)
+    part, x = spiking().double(), torch.randn(2, 12, 6, dtype=torch.float64)
     whole, state, pieces = part(x), part.init_state(2, like=x), []
     for piece in x.split([1, 7, 4], dim=1):
         out, state = part.step(piece, state)

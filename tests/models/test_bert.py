@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, largest
 from effformer.models.bert import PRESETS, Bert
 
 import effformer
@@ -48,7 +49,7 @@ def test_packed_equals_padded(attn: str, block: str) -> None:
     for mask in (RIGHT, LEFT, holes()):
         padded = model(tokens, segments, mask)
         packed = model(tokens, segments, mask, packed=True)
-        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-5)
+        assert_close(packed, padded, rtol=1e-4, atol=1e-5)
         assert not packed.hidden[~mask].any()
         assert packed.hidden.isfinite().all()
 
@@ -79,7 +80,9 @@ def test_gradients_equal_those_of_the_padded_run() -> None:
         model.zero_grad()
         (model(tokens, mask=mask, packed=packed).hidden ** 2).sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+    # the gradient of the keys' bias is zero but for rounding
+    size = max(largest(g) for g in grads[0].values())
+    assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6, scale=size)
 
 
 def test_packing_round_trip() -> None:

@@ -49,25 +49,12 @@ def test_the_released_model_has_678_million_parameters() -> None:
     assert PRESETS["dydit-xl-2"].params == 678_424_644
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"width": "dynamic", "tokens": "dynamic"},
-        {"block": "dydit"},
-        {"block": {"name": "dydit", "width": {"tau": 2.0}, "tokens": {"reduction": 8}}},
-    ],
-)
-def test_three_spellings_are_one_model(options: dict[str, Any]) -> None:
-    model = awake("dit-nano", **options)
-    other = awake(block={"name": "adaln-zero"}, **_slots(model))
+def test_it_is_the_dit_with_both_slots_filled() -> None:
+    model = awake("dit-nano", width="dynamic", tokens="dynamic")
+    other = awake()
     assert effformer.load_weights(other, model.state_dict()).missing == ()
     given = inputs(model)
     torch.testing.assert_close(model(**given), other(**given), rtol=0, atol=0)
-
-
-def _slots(model: Any) -> dict[str, Any]:
-    block = model.blocks[0]
-    return {"width": block.width.config, "tokens": block.tokens.config}
 
 
 @pytest.mark.parametrize("name", ["dit-nano", "sit-nano"])
@@ -229,7 +216,10 @@ def test_a_vit_takes_tokens_and_refuses_width() -> None:
     ("options", "message"),
     [
         ({"attn": "longformer"}, r"attn 'longformer' has none .*softmax.* would do"),
-        ({"attn": {"kv_heads": 2}}, r"lets heads share keys \(kv_heads=None would do\)"),
+        (
+            {"attn": {"kv_heads": 2}},
+            r"lets heads share keys \(kv_heads=None and qk_heads=None would do\)",
+        ),
         ({"attn": {"qk_norm": "across-heads"}}, r"share a norm .qk_norm=True or False would do"),
         ({"attn": {"projections": {}}}, r"share learners .projections=None would do"),
         ({"ffn": "acm"}, r"width: .*ffn 'acm' has none .*mlp.* would do"),

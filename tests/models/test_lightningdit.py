@@ -142,7 +142,7 @@ def test_saved_models_come_back(tmp_path: Path) -> None:
     assert again.config == model.config
     given = model.example_inputs(2)
     torch.testing.assert_close(again(**given), model(**given), rtol=0, atol=0)
-    assert not issubclass(SiT, LightningDiT)
+    assert not issubclass(LightningDiT, SiT)
 
 
 def test_other_resolutions() -> None:
@@ -156,8 +156,8 @@ def test_other_resolutions() -> None:
 
 def test_mixers_without_rotary_embedding_are_refused_with_choices() -> None:
     with pytest.raises(CapabilityError, match=r"cannot apply rotary embedding; choices: .*softmax"):
-        effformer.build_model("lightningdit-nano", attn="linformer")
-    assert effformer.build_model("lightningdit-nano", attn="linformer", rope=None)
+        effformer.build_model("lightningdit-nano", attn="longformer")
+    assert effformer.build_model("lightningdit-nano", attn="longformer", rope=None)
     with pytest.raises(ValueError, match="kind 'mixed' differs by layer"):
         effformer.build_model("lightningdit-nano", rope={"kind": "mixed"})
     with pytest.raises(ValueError, match="unknown value 'batch'"):

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.models.macaron import PRESETS, MacaronNet
+from effformer.models.macaron import PRESETS, MacaronNet, scaled_tokens
 
 import effformer
 from effformer import CapabilityError, FormatError
+from effformer.blocks import init_states
+from effformer.context import Context, Stream
 
 TINY: dict[str, Any] = {"vocab": 31, "dim": 24, "depth": 2, "heads": 3}
 PAD = 1
@@ -72,7 +74,7 @@ def test_plain_form_equals_an_ordinary_encoder() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attn", ["softmax", "flow", "linear"])
+@pytest.mark.parametrize("attn", ["softmax", "linear"])
 def test_padding_of_the_source_changes_nothing(attn: str, side: str) -> None:
     model = build(attn=attn, cross=attn, source_padding=side)
     source, target, pad = ids(2, 5), ids(2, 4), torch.full((2, 3), PAD)
@@ -116,13 +118,13 @@ def test_decoder_has_its_own_depth_heads_and_layers() -> None:
         decoder_depth=3,
         decoder_heads=4,
         layers={"0": {"attn": "flow"}},
-        decoder_layers={"-1": {"cross": "flow", "ffn": "swiglu"}},
+        decoder_layers={"-1": {"cross": "linear", "ffn": "swiglu"}},
     )
     encoder, decoder = model.encoder.blocks, model.decoder.blocks
     assert (len(encoder), len(decoder)) == (2, 3)
     assert (encoder[0].attn.part.heads, decoder[0].attn.part.heads) == (3, 4)
     cores = [b.cross.part.config.core.to_dict()["name"] for b in decoder]
-    assert cores == ["softmax", "softmax", "flow"]
+    assert cores == ["softmax", "softmax", "linear"]
     assert decoder[2].order == ("ffn1", "attn", "cross", "ffn2")
     assert decoder[2].attn.part.core.config.causal
     assert not decoder[2].cross.part.core.config.causal
@@ -226,3 +228,37 @@ def test_exports_with_any_batch_and_lengths() -> None:
     source, target = ids(3, 9), ids(3, 6)
     out = program.module()(source=source, target=target)
     torch.testing.assert_close(out, model(source, target), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [(1,) * 6, (2, 3, 1)])
+@pytest.mark.parametrize("cross", ["softmax", "linear", "topk"])
+@torch.no_grad()
+def test_decoder_step_by_step_is_the_whole(cross: str, pieces: tuple[int, ...]) -> None:
+    """States of all branches, the memory's among them: its keys are projected once."""
+    model = build(cross=cross).double()
+    source, target = ids(2, 5), ids(2, 6)
+    source[0, :2] = PAD
+    real = source != PAD
+    memory, tower = model.encode(source), model.decoder
+    h = scaled_tokens(model.embed, target, target != PAD, model.target_positions)
+    whole = tower(h, Context(memory=memory, memory_mask=real))
+    calls: list[int] = []
+    for block in tower.blocks:
+        block.cross.part.kv.register_forward_hook(lambda *_: calls.append(1))
+    states, outputs = init_states(tower, 2, like=h), []
+    for piece in h.split(pieces, dim=1):
+        stream = Stream(states)
+        outputs.append(tower(piece, Context(memory=memory, memory_mask=real, stream=stream)))
+        states = stream.after
+    assert len(calls) == len(tower.blocks)
+    found = torch.cat(outputs, dim=1)
+    scale = float(whole.abs().max())
+    torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9 * scale)
+    logits = torch.nn.functional.linear(found, model.embed.weight)
+    expected = model(source, target)
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_queries_that_compete_cannot_stand_in_a_decoder() -> None:
+    with pytest.raises(CapabilityError, match=r"queries of 'flow' compete .*; choices: .*softmax"):
+        build(cross="flow")

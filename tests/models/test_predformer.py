@@ -149,7 +149,7 @@ def test_patches_go_in_and_out_as_images() -> None:
         model.head.weight.copy_(weight.T)
         model.head.bias.zero_()
     x = clip()
-    torch.testing.assert_close(model(x), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(x), x, rtol=0, atol=1e-4)
 
 
 def test_position_table() -> None:

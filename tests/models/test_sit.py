@@ -53,4 +53,4 @@ def test_saved_models_come_back_as_sit(tmp_path: Path) -> None:
     again = effformer.load_model(tmp_path / "m")
     assert type(again) is SiT
     assert again.config == sit.config
-    assert not issubclass(DiT, SiT)
+    assert not issubclass(SiT, DiT)

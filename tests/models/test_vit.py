@@ -224,9 +224,11 @@ def test_resizing_is_never_silent() -> None:
 
 
 def test_resize_before_structural_changes() -> None:
-    model = effformer.build_model("vit-nano")
-    model.transforms = ({"name": "int8"},)
-    with pytest.raises(ValueError, match="was changed by 'int8'; resize before that"):
+    model, _ = effformer.compress.quantize(effformer.build_model("vit-nano"), "int8")
+    with pytest.raises(ValueError, match=r"was changed by 'quantize \(int8\)'; resize before that"):
+        model.resized(16)
+    model.transforms = ({"kind": "cut"},)
+    with pytest.raises(ValueError, match="was changed by 'cut'; resize before that"):
         model.resized(16)
 
 
@@ -240,11 +242,11 @@ def test_resize_before_structural_changes() -> None:
         ({"head": {"pool": "max"}}, ValueError, "unknown value 'max'"),
         ({"block": "adaln-zero"}, CapabilityError, "needs a conditioning vector"),
         (
-            {"attn": "flow", "positions": {"rope": {}}},
+            {"attn": "longformer", "positions": {"rope": {}}},
             CapabilityError,
-            "'flow' cannot apply rotary",
+            "'longformer' cannot apply rotary",
         ),
-        ({"attn": {"kv_heads": 3}}, ValueError, "2 heads cannot share 3 key heads"),
+        ({"attn": {"kv_heads": 3}}, ValueError, "2 heads cannot share 3; kv_heads"),
         ({"stem": {"kind": "conv", "layers": [1]}, "image_size": 64}, ValueError, "does not fit"),
         ({"positions": {"rope": {"kind": "mixed", "interleaved": False}}}, ValueError, "mixed"),
         ({"heads": 8, "positions": {"rope": {}}}, ValueError, "must be divisible by 4"),

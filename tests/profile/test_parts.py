@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import effformer
+from effformer import registry
 from effformer.attention import Mixer
 from effformer.context import EMPTY, Context
 from effformer.profile import profile
@@ -129,3 +130,45 @@ def test_a_gate_of_a_mixer_is_no_attention_core() -> None:
 
     seen = profile(Gated(), (torch.zeros(1, 3, 4),), memory=False)
     assert seen.by_part == {"gates": 48, "qkv": 48}
+
+
+def small_models() -> list[str]:
+    """One small preset of every family."""
+    found = {e.facts["family"]: e.name for e in registry.model if e.name.endswith("nano")}
+    tiny = {e.facts["family"]: e.name for e in registry.model if e.name.endswith("tiny")}
+    return sorted((tiny | found).values())
+
+
+@pytest.mark.parametrize("name", small_models())
+def test_every_layer_of_our_models_says_what_it_is(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pattern over names decides for them."""
+    monkeypatch.setattr("effformer.profile.parts._guessed", lambda path: "other")
+    with torch.device("meta"):
+        model = effformer.build_model(name)
+    layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    paths = [path for path, module in model.named_modules() if isinstance(module, layers)]
+    parts = Parts(model)
+    assert paths
+    assert [path for path in paths if parts(path, MM) == "other"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "part"),
+    [
+        ("dit-nano", "final.modulation.linear", "adaln_final"),
+        ("dit-nano", "final.linear", "final_linear"),
+        ("relactrl-nano", "backbone.final.modulation.linear", "adaln_final"),
+        ("relactrl-nano", "modulation.linear", "adaln_blocks"),
+        ("relactrl-nano", "control.blocks.0.before", "projections"),
+        ("vit-nano", "head.linear", "head"),
+        ("factformer-tiny", "mlp.0", "head"),
+        ("lmuformer-tiny", "embed.convs.0.conv", "patch_embed"),
+    ],
+)
+def test_ends_of_models(name: str, path: str, part: str) -> None:
+    with torch.device("meta"):
+        model = effformer.build_model(name)
+    assert model.get_submodule(path)
+    assert Parts(model)(path, MM) == part

@@ -50,8 +50,8 @@ def _config(golden: Golden) -> Attention.Config:
         head_dim=config["head_dim"],
         value_dim=int(config["head_dim"] * config["expand_v"]),
         qk_heads=config["heads"] if shared else None,
-        conv=config["conv_size"],
-        conv_bias=config["conv_bias"],
+        short_conv=config["conv_size"],
+        short_conv_bias=config["conv_bias"],
         qkv_bias=False,
         proj_bias=False,
     )

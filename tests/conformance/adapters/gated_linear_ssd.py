@@ -25,8 +25,8 @@ def check(golden: Golden) -> None:
         head_dim=keys,
         value_dim=width,
         qk_heads=groups,
-        conv=config["conv_kernel"],
-        conv_bias=True,
+        short_conv=config["conv_kernel"],
+        short_conv_bias=True,
         qkv_bias=False,
         proj_bias=False,
     )

@@ -10,6 +10,9 @@ import effformer
 from effformer.attention import LMU
 from effformer.site import Site
 
+# Both sides compute in float64 and round once, or twice on the way to the discrete form.
+ROUNDED = {"rtol": 3e-7, "atol": 1e-7}
+
 
 def check(golden: Golden) -> None:
     for number, c in enumerate(golden.config):
@@ -25,12 +28,12 @@ def _check_case(golden: Golden, c: dict[str, int], case: str) -> None:
     effformer.load_weights(part, weights, layout=UNIT)
     memory, x = part.memory, golden.tensor(f"{case}.in.x")
     assert x.shape == (c["batch"], c["seq_len"], c["input_size"])
-    golden.assert_close(memory.transition, f"{case}.w.A", rtol=0, atol=1e-7)
-    golden.assert_close(memory.write[:, None], f"{case}.w.B", rtol=0, atol=1e-7)
+    golden.assert_close(memory.transition, f"{case}.w.A", **ROUNDED)
+    golden.assert_close(memory.write[:, None], f"{case}.w.B", **ROUNDED)
     impulse = torch.zeros(1, c["seq_len"])
     impulse[0, 0] = 1
     response = memory.step(impulse, memory.init_state(1))[0][0].T
-    golden.assert_close(response, f"{case}.w.H", rtol=0, atol=1e-6)
+    golden.assert_close(response, f"{case}.w.H", rtol=0, atol=1e-5)
     u = part.write(x).squeeze(-1).relu()
     for form in (memory, memory.multiply, memory.transform, memory.convolve):
         golden.assert_close(form(u), f"{case}.out.memory")

@@ -10,8 +10,9 @@ from effformer.compress.quant import blockwise as bw
 from harness import Golden
 from torch import Tensor, nn
 
-# The package's 4-bit dequantization kernels hold the tables as rounded constants.
-DEQUANT = {"rtol": 1e-7, "atol": 1e-7}
+# The package's 4-bit dequantization kernels hold the tables as rounded constants, and products are
+# fused with sums or not: a few units in the last place.
+DEQUANT = {"rtol": 3e-7, "atol": 1e-7}
 
 
 def check(golden: Golden) -> None:

@@ -1,0 +1,289 @@
+"""What class-conditional diffusion transformers over patches of a latent are made of: knobs,
+embeddings, conditioning, the last layer, checks, example inputs and published sizes.
+
+Reference: Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from effformer.blocks import AdaLNZero, BackboneConfig
+from effformer.checks import check_shape
+from effformer.config import Config, part
+from effformer.context import Context, Ledger, Tap
+from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
+from effformer.nn.init import xavier_linears
+from effformer.nn.norms import Modulation, branch_norm, modulate
+from effformer.nn.patch import PatchEmbed
+from effformer.site import NormRule, Site
+
+from .base import Preset
+
+__all__ = [
+    "DIT_PARAMS", "FinalLayer", "LatentConfig", "LatentTransformer", "check_inputs", "dit_presets", "latent_axes", "latent_inputs",
+    "latent_site", "position_table", "positions_of", "reset_parameters",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig(BackboneConfig):
+    """Knobs that the families share, beside `BackboneConfig`.
+
+    Attributes:
+        input_size: side of the square input; fixes the stored position table.
+        channels: input channels.
+        patch: patch side.
+        num_classes: number of classes; id ``num_classes`` is the null class.
+        label_dropout: probability of dropping labels in training; 0 means there is no null class.
+        learn_sigma: the last layer has twice the channels.
+        positions: "sincos" (fixed) or "learned" (a checkpoint that changed the table).
+        time_freq_shift: 0 as in DiT, 1 as diffusers evaluates time features by default.
+        ffn_norm_eps: epsilon of the norms before FFNs (diffusers' default checkpoints: 1e-5).
+    """
+
+    block: Config = part("block", AdaLNZero.Config())
+    input_size: int = 32
+    channels: int = 4
+    patch: int = 2
+    num_classes: int = 1000
+    label_dropout: float = 0.1
+    learn_sigma: bool = True
+    positions: Literal["sincos", "learned"] = "sincos"
+    time_freq_shift: Literal[0, 1] = 0
+    ffn_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        BackboneConfig.__post_init__(self)
+        for name in ("input_size", "channels", "patch", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.input_size % self.patch:
+            fit = [p for p in range(1, self.input_size + 1) if not self.input_size % p]
+            raise ValueError(
+                f"input_size {self.input_size} is not divisible by patch {self.patch}; "
+                f"patches that fit: {', '.join(map(str, fit[:8]))}"
+            )
+        if self.dim % 4:
+            raise ValueError(f"dim must be divisible by 4 for 2-D positions, got {self.dim}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of the stored table."""
+        side = self.input_size // self.patch
+        return side, side
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the last layer."""
+        return self.channels * (2 if self.learn_sigma else 1)
+
+    def cells(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of x (B, C, H, W)."""
+        return x.shape[2] // self.patch, x.shape[3] // self.patch
+
+
+class LatentTransformer(Protocol):
+    """What such a model offers to others that run its blocks themselves (`RelaCtrl`): ``context``,
+    ``embed``, the blocks one by one, ``head``.
+    """
+
+    config: Any
+    grid: tuple[int, int]
+    blocks: nn.ModuleList
+
+    def eval(self) -> Any:
+        """Set the model to evaluation."""
+
+    def context(
+        self, x: Tensor, t: Tensor, y: Tensor, *, drop: Tensor | None = None,
+        ledger: Ledger | None = None, tap: Tap | None = None, complete: bool = False,
+    ) -> Context:  # fmt: skip
+        """Check the inputs and make what the blocks get beside the tokens."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the tokens (B, N, D) of the first block."""
+
+    def head(self, h: Tensor, ctx: Context) -> Tensor:
+        """The output of the model from the tokens behind the last block."""
+
+    def example_inputs(
+        self, batch: int = 1, *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Valid keyword arguments of forward."""
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and linear map to patches; starts at zero, so that the model's output is
+    zero.
+    """
+
+    ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_final", "": "final_linear"}
+
+    def __init__(self, site: Site, patch: int, channels: int) -> None:
+        super().__init__()
+        assert site.cond_dim is not None
+        self.norm = branch_norm(site)
+        self.modulation = Modulation(site.cond_dim, site.dim, 2)
+        self.linear = nn.Linear(site.dim, patch * patch * channels)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, p p C)."""
+        shift, scale = self.modulation(cond)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+def latent_site(config: LatentConfig, norm: NormRule) -> Site:
+    """What the blocks are told about the model when they are built."""
+    rows, columns = config.grid
+    return Site(
+        dim=config.dim,
+        heads=config.heads,
+        cond_dim=config.dim,
+        time_dim=config.dim,
+        norm=norm,
+        length=rows * columns,
+        grid=config.grid,
+    )
+
+
+def position_table(config: LatentConfig) -> nn.Parameter:
+    """Sin-cos positions (1, N, D) of the config's grid; learned if the config says so."""
+    learned = config.positions == "learned"
+    return nn.Parameter(sincos_2d(*config.grid, config.dim), requires_grad=learned)
+
+
+def positions_of(table: Tensor, grid: tuple[int, int], config: LatentConfig) -> Tensor:
+    """Positions of a grid: the stored table, or the formula for grids that it was not made for."""
+    if config.positions == "learned":
+        return table
+    # an exported graph serves every grid, so it carries the formula instead of the table
+    if torch.compiler.is_exporting() or grid != config.grid:
+        return sincos_2d(*grid, config.dim).to(table)
+    return table
+
+
+def reset_parameters(
+    model: nn.Module,
+    patches: PatchEmbed,
+    time: TimeEmbedding,
+    labels: LabelEmbedding,
+    final: FinalLayer,
+) -> None:
+    """Initialise a model and these children of it as the official code does: blocks are the
+    identity, the output is zero.
+    """
+    xavier_linears(model)
+    weight = patches.proj.weight
+    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+    assert patches.proj.bias is not None
+    nn.init.zeros_(patches.proj.bias)
+    for table in (labels.table, time.fc1, time.fc2):
+        nn.init.normal_(table.weight, std=0.02)
+    for module in model.modules():
+        if isinstance(module, Modulation):
+            module.reset_parameters()
+    nn.init.zeros_(final.linear.weight)
+    nn.init.zeros_(final.linear.bias)
+
+
+def check_inputs(config: LatentConfig, x: Tensor, t: Tensor, y: Tensor, *, where: str) -> None:
+    """Refuse inputs of a shape or type that the model cannot take.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: latents are not floating point, or labels are not integers.
+    """
+    size = config.input_size if config.positions == "learned" else None
+    shown = f"(B, {config.channels}, {size or 'H'}, {size or 'W'})"
+    check_shape(x, shown, (None, config.channels, size, size), where=f"{where}: x")
+    check_shape(t, "(B,)", (x.shape[0],), where=f"{where}: t")
+    check_shape(y, "(B,)", (x.shape[0],), where=f"{where}: y")
+    if not x.is_floating_point():
+        raise TypeError(f"{where}: x must be floating point, got {x.dtype}")
+    if y.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{where}: y must hold integer class ids, got {y.dtype}")
+    if x.shape[2] % config.patch or x.shape[3] % config.patch:
+        raise ValueError(f"{where}: {tuple(x.shape[2:])} is not divisible by patch {config.patch}")
+
+
+def latent_inputs(
+    config: LatentConfig,
+    like: Tensor,
+    batch: int,
+    *,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Noise, times and labels.
+
+    Args:
+        config: sizes.
+        like: gives dtype and device.
+        batch: number of samples.
+        steps: time counts steps 0..steps - 1; None means that it lies in [0, 1].
+        generator: source of randomness.
+    """
+    size, device, rng = config.input_size, like.device, generator
+    shape = (batch, config.channels, size, size)
+    x = torch.randn(shape, dtype=like.dtype, device=device, generator=rng)
+    if steps is None:
+        t = torch.rand(batch, dtype=like.dtype, device=device, generator=rng)
+    else:
+        t = torch.randint(0, steps, (batch,), device=device, generator=rng)
+    y = torch.randint(0, config.num_classes, (batch,), device=device, generator=rng)
+    return {"x": x, "t": t, "y": y}
+
+
+def latent_axes(config: LatentConfig) -> dict[str, dict[int, str]]:
+    """Axes of the inputs that may vary at run time."""
+    space = {} if config.positions == "learned" else {2: "height", 3: "width"}
+    return {"x": {0: "batch", **space}, "t": {0: "batch"}, "y": {0: "batch"}}
+
+
+_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+DIT_PARAMS = {
+    "s-2": 32_963_360, "s-4": 32_945_024, "s-8": 33_148_160,
+    "b-2": 130_512_416, "b-4": 130_475_648, "b-8": 130_881_536,
+    "l-2": 458_102_816, "l-4": 458_053_760, "l-8": 458_594_816,
+    "xl-2": 675_129_632, "xl-4": 675_074_432, "xl-8": 675_683_072,
+}  # fmt: skip
+"""Parameters of DiT and SiT."""
+_TINY = {"tiny": (96, 3, 3), "nano": (48, 2, 2)}
+
+
+def dit_presets(
+    config: type[LatentConfig], family: str, title: str, source: str, params: Mapping[str, int]
+) -> dict[str, Preset]:
+    """The twelve published sizes ``<family>-{s,b,l,xl}-{2,4,8}`` and two tiny ones of ours.
+
+    Args:
+        config: config class of the family.
+        family: prefix of the names.
+        title: official spelling, for the aliases (``DiT-B/2``).
+        source: where the sizes come from.
+        params: parameters of every published size, ``{"s-2": ...}``.
+    """
+    presets = {}
+    for size, (dim, depth, heads) in _SIZES.items():
+        for patch in (2, 4, 8):
+            short = (f"{family}-{size}",) if patch == 2 else ()
+            presets[f"{family}-{size}-{patch}"] = Preset(
+                config=config(dim=dim, depth=depth, heads=heads, patch=patch),
+                params=params[f"{size}-{patch}"],
+                source=source,
+                aliases=(*short, f"{title}-{size.upper()}/{patch}"),
+            )
+    for size, (dim, depth, heads) in _TINY.items():
+        presets[f"{family}-{size}"] = Preset(
+            config=config(dim=dim, depth=depth, heads=heads),
+            summary="A size of ours for tests and examples.",
+        )
+    return presets
