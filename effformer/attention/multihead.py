@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,11 +83,13 @@ class Attention(Heads):
         core: CoreConfig = part("core", Softmax.Config())
 
         def caps(self) -> Caps:
-            """What the core can do; learners skip work."""
+            """What the core can do; learners skip work. A convolution reads neighbours, which must be
+            tokens of one sequence in their order.
+            """
             able = replace(self.core.caps(), multihead=True)
-            if self.short_conv:  # reads neighbours of the same tokens
-                mask = "none" if able.mask == "none" else "key"
-                able = replace(able, cross=False, order_free=False, sizes=False, mask=mask)  # type: ignore[arg-type]
+            if self.short_conv:
+                mask: Literal["none", "key"] = "none" if able.mask == "none" else "key"
+                able = replace(able, mask=mask, cross=False, order_free=False, sizes=False)
             return able if self.projections is None else replace(able, dynamic=True)
 
         @property

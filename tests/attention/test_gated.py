@@ -11,6 +11,7 @@ import torch
 from gated_mixers import DIM, HEADS, NAMES, make, obvious, same, tokens, turns
 from torch import Tensor
 
+from effformer.build import build_model
 from effformer.checks import CapabilityError
 from effformer.config import resolve
 from effformer.context import Context, Packing
@@ -279,6 +280,18 @@ def test_rates_begin_as_published() -> None:
 def test_impossible_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(name, **options)
+
+
+def test_a_convolution_wants_one_sequence_in_its_order() -> None:
+    """Around any core: no full masks, no two streams that meet, no merged tokens."""
+    part, x = make("softmax", short_conv=3), tokens(7)
+    assert (part.caps.mask, part.caps.order_free, part.caps.sizes) == ("key", False, False)
+    same(part(x)[:, :4], part(x[:, :4]))
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    with pytest.raises(CapabilityError, match="mask"):
+        part(x, Context(mask=mask))
+    with pytest.raises(CapabilityError, match="softmax"):
+        build_model("vit-nano", tokens="tome", attn={"name": "softmax", "short_conv": 3})
 
 
 def test_a_convolution_and_a_memory_are_refused() -> None:

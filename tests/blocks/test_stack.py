@@ -58,7 +58,7 @@ def test_the_other_blocks_of_a_hybrid_lose_what_the_core_brought_along() -> None
     config = BackboneConfig.from_dict(BASE | {"attn": "gated-delta", "layers": "3:1"})
     blocks = build_stack(config, SITE, Needs(causal=True), name="toy")
     configs = [block.attn.part.config for block in blocks]
-    assert [c.conv for c in configs] == [4, 4, 4, 0]
+    assert [c.short_conv for c in configs] == [4, 4, 4, 0]
     assert [c.gate is None for c in configs] == [False, False, False, True]
     assert all(c.core.causal for c in configs)
 
