@@ -95,9 +95,7 @@ def make_block(
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
     there = DIM if cond else None
     memory = None if cross is None else DIM
-    site = Site(
-        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, memory_dim=memory
-    )
+    site = Site(dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, memory_dim=memory)
     parts = {
         "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
         "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),

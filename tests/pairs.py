@@ -73,9 +73,7 @@ def later(x: Tensor, start: int) -> Tensor:
 
 def looped(part: Any, x: Tensor, each: Any) -> Tensor:
     """Every sequence of `PACKING` alone, in one row; ``each(i)`` are its context fields."""
-    rows = [
-        run(part, x[i : i + 1, :n], **each(i, n)) for i, n in enumerate(PACKING.lengths) if n
-    ]
+    rows = [run(part, x[i : i + 1, :n], **each(i, n)) for i, n in enumerate(PACKING.lengths) if n]
     return torch.cat(rows, dim=1)
 
 
@@ -326,7 +324,7 @@ def packed_width(name: str, **more: Any) -> None:
         width = torch.rand(5, HEADS, generator=torch.Generator().manual_seed(2)).double()
         width[1, 0] = 0
         out = part(PACKING.pack(x), Context(packing=PACKING, width=width))
-        same(out, looped(part, x, lambda i, n: {"width": width[i : i + 1]}))
+        same(out, looped(part, x, lambda i, n, width=width: {"width": width[i : i + 1]}))
 
 
 def mask_sizes(name: str, **more: Any) -> None:
@@ -364,7 +362,9 @@ def _counted(part: Any, **fields: Any) -> Tensor:
     if "mask" in more:
         more["mask"] = more["mask"][:, every]
     if "rope" in more:
-        more["rope"] = Rope(*(t[every] for t in (more["rope"].cos, more["rope"].sin)), interleaved=True)
+        more["rope"] = Rope(
+            *(t[every] for t in (more["rope"].cos, more["rope"].sin)), interleaved=True
+        )
     sizes = count.double().expand(2, -1)
     found = part(x, Context(merging=Merging(tokens=11, sizes=sizes), **fields))
     whole = part(x[:, every], Context(**more))

@@ -98,7 +98,9 @@ def test_a_convolution_takes_no_memory_no_pairs_and_no_merged_tokens() -> None:
     assert not part.caps.sizes
 
 
-ROTARY = [(prove, name) for pair, prove in PAIRS.items() if "rope" in pair for name in declare(pair)]
+ROTARY = [
+    (prove, name) for pair, prove in PAIRS.items() if "rope" in pair for name in declare(pair)
+]
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,7 @@ def _random_features(x: Tensor, rows: Tensor, config: Performer.Config) -> Tenso
     return ((h - top).exp() + eps) / rows.shape[0] ** 0.5
 
 
-def efficient_reference(
-    q: Tensor, k: Tensor, v: Tensor, turns: Tensor | None = None
-) -> Tensor:
+def efficient_reference(q: Tensor, k: Tensor, v: Tensor, turns: Tensor | None = None) -> Tensor:
     """Efficient attention, one channel of the keys at a time; turns (N, K, K) of both softmaxes."""
     maps = torch.stack([k[:, c].exp() / k[:, c].exp().sum() for c in range(k.shape[1])], dim=1)
     maps = turned(maps, turns)

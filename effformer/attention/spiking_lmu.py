@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context, check_context
 from effformer.nn.legendre import LegendreMemory
 from effformer.nn.lif import LIF

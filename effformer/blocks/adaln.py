@@ -14,7 +14,9 @@ __all__ = ["AdaLNZero"]
 
 
 @block.register(
-    "adaln-zero", caps=Caps(sequential=True, packed=True, cond="always", mixer_only=True), paper="2212.09748"
+    "adaln-zero",
+    caps=Caps(sequential=True, packed=True, cond="always", mixer_only=True),
+    paper="2212.09748",
 )
 class AdaLNZero(PreNorm):
     """Pre-norm block whose branches are shifted, scaled and gated by the conditioning (adaLN-Zero).

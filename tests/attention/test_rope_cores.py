@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import make_mixer, mixers
+from contract import mixers
 from effformer.export import export_onnx
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -124,9 +124,7 @@ def definition(
     far = turned(q, turns), turned(k, turns)
     if name in ("linear", "sana"):
         phi = (lambda x: F.elu(x) + 1) if name == "linear" else F.relu
-        return linear_reference(
-            q, k, v, causal=causal, eps=core.config.eps, phi=phi, turns=turns
-        )
+        return linear_reference(q, k, v, causal=causal, eps=core.config.eps, phi=phi, turns=turns)
     if name == "flow":
         return flow_reference(q, k, v, core.config, turns)
     if name == "performer":
@@ -284,7 +282,11 @@ def test_both_pairings_are_one_in_longformer() -> None:
     part, x = build("longformer"), torch.randn(2, 11, HEADS * WIDTH, dtype=torch.float64)
     expected = part(x, Context(rope=tables(11, interleaved=True)))
     with torch.no_grad():
-        for linear, parts, turning in ((part.qkv, 3, 2), (part.q_global, 1, 1), (part.kv_global, 2, 1)):
+        for linear, parts, turning in (
+            (part.qkv, 3, 2),
+            (part.q_global, 1, 1),
+            (part.kv_global, 2, 1),
+        ):
             for p in (linear.weight, linear.bias):
                 rows = p.unflatten(0, (parts, HEADS, WIDTH))
                 rows[:turning] = rows[:turning, :, ORDER].clone()
