@@ -185,11 +185,6 @@ class Heads(Mixer):
             together = config.qk_norm == "across-heads"
             counts = (self.q_heads, self.k_heads) if together else (1, 1)
             self.q_norm, self.k_norm = (make_norm(place, n * self.head_dim) for n in counts)
-        if config.conv and self.cross:
-            raise CapabilityError(
-                f"{self.where}: the convolution (conv={config.conv}) reads queries, keys and values of "
-                "the same tokens, and a memory has others; conv=0 would do"
-            )
         if config.conv:
             channels = (self.q_heads + self.k_heads) * self.head_dim
             channels += self.v_heads * self.value_dim

@@ -103,11 +103,8 @@ class Attention(Heads):
                 f"{site.path or 'attention'}: {config.title!r} has as many keys as values, and of the "
                 f"same width; qk_heads=None and value_dim=None, or choices: {able}"
             )
-        if site.memory_dim is not None and not aligned and config.core.causal:
-            raise CapabilityError(
-                f"{site.path or 'attention'}: {config.title!r} has causal=True, but tokens and memory "
-                "have no order in common; causal=False would do"
-            )
+        if site.memory_dim is not None and not aligned:
+            _check_far(config, site.path or "attention")
         super().__init__(
             config, site, config.core.inputs(width, values), both=not config.core.causal
         )
@@ -265,6 +262,20 @@ class Attention(Heads):
                 f"{self.where}: streaming needs a causal core with a step; "
                 f"choices, with causal=True: {able}"
             )
+
+
+def _check_far(config: Attention.Config, where: str) -> None:
+    """Refuse what a memory of other tokens cannot have."""
+    if config.core.causal:
+        raise CapabilityError(
+            f"{where}: {config.title!r} has causal=True, but tokens and memory have no order in "
+            "common; causal=False would do"
+        )
+    if config.conv:
+        raise CapabilityError(
+            f"{where}: the convolution (conv={config.conv}) reads queries, keys and values of the "
+            "same tokens, and a memory has others; conv=0 would do"
+        )
 
 
 def steady() -> list[str]:
