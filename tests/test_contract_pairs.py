@@ -89,7 +89,7 @@ def test_options_of_heads_keep_it_so(option: str, pair: tuple[str, str], name: s
 
 
 def test_a_convolution_takes_no_memory_no_pairs_and_no_merged_tokens() -> None:
-    with pytest.raises(CapabilityError, match="looks at a memory; short_conv=0 would do"):
+    with pytest.raises(CapabilityError, match="a memory has others; short_conv=0 would do"):
         part_of("softmax", options={"short_conv": 3}, memory_dim=DIM)
     part, pairs = (
         part_of("softmax", options={"short_conv": 3}),

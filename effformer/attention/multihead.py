@@ -123,16 +123,8 @@ class Attention(Heads):
             return made
 
     def __init__(self, config: Attention.Config, site: Site, *, aligned: bool = False) -> None:
-        if config.short_conv and site.memory_dim is not None and not aligned:
-            raise CapabilityError(
-                f"{site.path or 'attention'}: the convolution (short_conv={config.short_conv}) reads queries, keys "
-                "and values of the same tokens, but this attention looks at a memory; short_conv=0 would do"
-            )
-        if site.memory_dim is not None and not aligned and config.core.causal:
-            raise CapabilityError(
-                f"{site.path or 'attention'}: {config.title!r} has causal=True, but tokens and memory "
-                "have no order in common; causal=False would do"
-            )
+        if site.memory_dim is not None and not aligned:
+            _check_far(config, site.path or "attention")
         super().__init__(config, site, config.inputs(site), both=not config.core.causal)
         self.aligned = aligned
         self.core = config.build_core(replace(site, memory_dim=None) if aligned else site)
@@ -288,6 +280,20 @@ class Attention(Heads):
                 f"{self.where}: streaming needs a causal core with a step; "
                 f"choices, with causal=True: {able}"
             )
+
+
+def _check_far(config: Attention.Config, where: str) -> None:
+    """Refuse what a memory of other tokens cannot have."""
+    if config.core.causal:
+        raise CapabilityError(
+            f"{where}: {config.title!r} has causal=True, but tokens and memory have no order in "
+            "common; causal=False would do"
+        )
+    if config.short_conv:
+        raise CapabilityError(
+            f"{where}: the convolution (short_conv={config.short_conv}) reads queries, keys and values of the "
+            "same tokens, and a memory has others; short_conv=0 would do"
+        )
 
 
 def steady() -> list[str]:

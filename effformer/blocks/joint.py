@@ -94,10 +94,11 @@ class Joint(Block):
                 f"{self.where}: {attn.title!r} has no queries, keys and values that two streams "
                 f"could share; choices: {able}"
             )
-        self.x = self._stream("x", attn, ffn)
-        self.y = self._stream("y", attn, ffn, ends=self.ends)
-        self.core = attn.build_core(below(site, "core", memory_dim=None))
-        self.joined = attn.joined
+        around = cast(Attention.Config, attn)
+        self.x = self._stream("x", around, ffn)
+        self.y = self._stream("y", around, ffn, ends=self.ends)
+        self.core = around.build_core(below(site, "core", memory_dim=None))
+        self.joined = around.joined
 
     def _stream(
         self, name: str, attn: Attention.Config, ffn: BaseConfig | None, *, ends: bool = False

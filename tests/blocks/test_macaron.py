@@ -106,7 +106,7 @@ def test_any_attention_fits(attn: str) -> None:
     if attn in registry.core:
         options = {"head_dim": 4}
     spec = {"name": attn, **options}
-    ctx = Context(grid=(1, 5)) if caps_of(attn).grid else EMPTY
+    ctx = Context(grid=(1, 5)) if caps_of(attn).axes else EMPTY
     assert build(attn=spec)(x, ctx).shape == x.shape
 
 
