@@ -40,7 +40,7 @@ def _tables(config: Any) -> StateDict:
         return {}
     side = config.input_size // config.patch
     rope = GridRope(config.rope, config.dim // config.heads, heads=config.heads, depth=config.depth)
-    (table,) = rope(side, side, like=torch.empty(0))
+    (table,) = rope(rope.positions((side, side)), like=torch.empty(0))
     return dict(zip(_TABLES, (table.cos, table.sin), strict=True))
 
 
