@@ -38,14 +38,8 @@ def _tables(config: Any) -> StateDict:
     """The rotary tables (N, K), which official checkpoints carry as buffers."""
     if config.rope is None:
         return {}
-<<<<<<< HEAD
     rope = GridRope(config.rope, head_width(config), heads=config.heads, depth=config.depth)
     (table,) = rope(rope.positions(config.grid), like=torch.empty(0))
-=======
-    side = config.input_size // config.patch
-    rope = GridRope(config.rope, config.dim // config.heads, heads=config.heads, depth=config.depth)
-    (table,) = rope(rope.positions((side, side)), like=torch.empty(0))
->>>>>>> h/pairs
     return dict(zip(_TABLES, (table.cos, table.sin), strict=True))
 
 

@@ -242,15 +242,9 @@ def test_resize_before_structural_changes() -> None:
         ({"head": {"pool": "max"}}, ValueError, "unknown value 'max'"),
         ({"block": "adaln-zero"}, CapabilityError, "needs a conditioning vector"),
         (
-<<<<<<< HEAD
             {"attn": "longformer", "positions": {"rope": {}}},
             CapabilityError,
             "'longformer' cannot apply rotary",
-=======
-            {"attn": "relative", "positions": {"rope": {}}},
-            CapabilityError,
-            "'relative' cannot apply rotary",
->>>>>>> h/pairs
         ),
         ({"attn": {"kv_heads": 3}}, ValueError, "2 heads cannot share 3; kv_heads"),
         ({"stem": {"kind": "conv", "layers": [1]}, "image_size": 64}, ValueError, "does not fit"),
