@@ -79,7 +79,7 @@ def whole(module: nn.Module, path: Path, *, nodes: int, rope: bool) -> ExportRep
 def test_a_causal_layer_is_one_node_for_any_length(layer: dict[str, Any], tmp_path: Path) -> None:
     part = make(**layer)
     report = whole(Layer(part), tmp_path / "m.onnx", nodes=1, rope=layer is RETENTION)
-    assert report.graph.operators.get(CONV, 0) == (1 if part.config.conv else 0)
+    assert report.graph.operators.get(CONV, 0) == (1 if part.config.short_conv else 0)
 
 
 @pytest.mark.parametrize("layer", [RETENTION, CHANNELS], ids=itemgetter("name"))
