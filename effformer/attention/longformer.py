@@ -81,6 +81,10 @@ class Longformer(Mixer):
             if self.marked and self.global_tokens:
                 raise ValueError("longformer: global tokens are either leading or marked, not both")
 
+        def head_width(self, dim: int, heads: int) -> int:
+            """Width of a query or key."""
+            return dim // heads
+
     def __init__(self, config: Longformer.Config, site: Site) -> None:
         super().__init__(config, site)
         dim, self.heads = site.dim, site.heads

@@ -215,7 +215,7 @@ def _can_stand(name: str, site: Site, needs: Needs) -> bool:
     cut, or that is fixed at all.
     """
     config = resolve("attention", name)
-    if needs.rope is not None and hasattr(config, "head_dim"):
+    if needs.rope is not None and config.caps().multihead:
         config = config.replace(head_dim=needs.rope)  # a name alone keeps the heads of the model
     if _rope_reason(config, needs, site) is not None:
         return False

@@ -160,7 +160,13 @@ def _with_ffn_eps(name: str, eps: float | None) -> Block:
     return block.eval()
 
 
-@pytest.mark.parametrize("name", registry.block.names())
+def test_streams_use_an_epsilon_before_ffns() -> None:
+    block = _with_ffn_eps("joint", 0.5)
+    eps = {type(b.part).__name__: b.norm.eps for b in block.branches}
+    assert eps == {"Heads": 1e-6, "MLP": 0.5}
+
+
+@pytest.mark.parametrize("name", registry.block.names(joint=False))
 def test_an_epsilon_before_ffns_is_used_or_refused(name: str) -> None:
     x = torch.randn(2, 6, DIM)
     ctx = Context(cond=torch.randn(2, DIM), time=torch.randn(2, DIM))

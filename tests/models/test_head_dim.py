@@ -115,7 +115,7 @@ def test_layers_keep_the_width_or_are_refused(name: str) -> None:
     with pytest.raises(
         CapabilityError, match=r"cannot apply rotary embedding; choices: .*flow"
     ) as e:
-        effformer.build_model(name, **options, layers={"1": {"attn": "longformer"}})
+        effformer.build_model(name, **options, layers={"1": {"attn": "gla"}})
     for able in str(e.value).partition("choices: ")[2].split(", "):
         assert effformer.build_model(name, **options, layers={"1": {"attn": able}})
     with pytest.raises(ValueError, match=r"heads of width 6; the width must be divisible by 4"):

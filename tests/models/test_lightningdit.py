@@ -156,8 +156,8 @@ def test_other_resolutions() -> None:
 
 def test_mixers_without_rotary_embedding_are_refused_with_choices() -> None:
     with pytest.raises(CapabilityError, match=r"cannot apply rotary embedding; choices: .*softmax"):
-        effformer.build_model("lightningdit-nano", attn="longformer")
-    assert effformer.build_model("lightningdit-nano", attn="longformer", rope=None)
+        effformer.build_model("lightningdit-nano", attn="gla")
+    assert effformer.build_model("lightningdit-nano", attn="gla", rope=None)
     with pytest.raises(ValueError, match="kind 'mixed' differs by layer"):
         effformer.build_model("lightningdit-nano", rope={"kind": "mixed"})
     with pytest.raises(ValueError, match="unknown value 'batch'"):

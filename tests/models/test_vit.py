@@ -242,9 +242,9 @@ def test_resize_before_structural_changes() -> None:
         ({"head": {"pool": "max"}}, ValueError, "unknown value 'max'"),
         ({"block": "adaln-zero"}, CapabilityError, "needs a conditioning vector"),
         (
-            {"attn": "longformer", "positions": {"rope": {}}},
+            {"attn": "gla", "positions": {"rope": {}}},
             CapabilityError,
-            "'longformer' cannot apply rotary",
+            "'gla' cannot apply rotary",
         ),
         ({"attn": {"kv_heads": 3}}, ValueError, "2 heads cannot share 3; kv_heads"),
         ({"stem": {"kind": "conv", "layers": [1]}, "image_size": 64}, ValueError, "does not fit"),
