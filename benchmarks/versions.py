@@ -17,7 +17,7 @@ from markdown import Row, write
 from effformer.profile import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS, ROUNDS, CALLS = ("dit-b", "vit-b-16"), 9, 7
+MODELS, ROUNDS, CALLS = ("dit-b", "vit-b-16"), 5, 7
 CHILD = """
 import json, sys, time, torch
 import effformer

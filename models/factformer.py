@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -147,6 +148,11 @@ class GridOperator(Model):
         expected = f"(B, {config.window}, {config.channels}, {shown})"
         check_shape(x, expected, sizes, where=f"{self.name}: x")
         grid = tuple(x.shape[3:])
+        if not torch.compiler.is_exporting() and prod(grid) < 2:
+            raise ValueError(
+                f"{self.name}: x: a grid of one cell has no variation that could be normalised; give "
+                "at least 2 cells"
+            )
         places = self.coordinates(grid, like=x) if coords is None else tuple(coords)
         given = [tuple(c.shape) for c in places]
         if given != [(n,) for n in grid]:

@@ -6,6 +6,7 @@ Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -49,6 +50,7 @@ class JointDiT(Model):
     """
 
     FAMILY: ClassVar[str] = "joint-dit"
+    ROLES: ClassVar[Mapping[str, str]] = {"text_embed": "patch_embed", "pooled_embed": "t_mlp"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BackboneConfig):

@@ -125,6 +125,8 @@ class TwoStreams(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         first = self.FIRST
+        if not torch.compiler.is_compiling() and x.shape[1] <= first:
+            raise ValueError(f"two streams need more than {first} tokens, got {x.shape[1]}")
         return torch.cat(self.block(x[:, first:], x[:, :first], ctx, ctx)[::-1], dim=1)
 
     def macs(self, n: int) -> int:

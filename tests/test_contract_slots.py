@@ -46,7 +46,7 @@ def _forms() -> list[tuple[str, str, str, bool]]:
             caps = registry.block.get(block).caps
             if slot == "tokens" and not caps.sequential:
                 continue
-            if not registry.KINDS[slot].get(name).build.admits("block", caps):
+            if not registry.KINDS[slot].get(name).build.admits(resolve(slot, name), "block", caps):
                 continue
             for cond in CONDS[caps.cond]:
                 if cond or not (registry.KINDS[slot].get(name).caps.time or caps.time):

@@ -61,7 +61,7 @@ def test_models_are_saved_again_as_they_are(folder: Path, tmp_path: Path) -> Non
 
 def test_a_decoder_that_saw_later_tokens_is_refused() -> None:
     """The queries of Flow-Attention compete for the memory, so that each one saw those behind it."""
-    with pytest.raises(CapabilityError, match="queries of 'flow' compete for the memory"):
+    with pytest.raises(CapabilityError, match="'flow' lets queries compete for the memory"):
         effformer.load_model(SAVED / "models" / REFUSED)
 
 

@@ -51,13 +51,8 @@ def check_layer(
         _check_part(layer.ffn, every, f"{where}.ffn", slots, _ffn_reason)
     if layer.cross is not None:
         far = Needs(mask=needs.mask, cross=True)
-        _check_mixer(layer.cross, (far,), f"{where}.cross", slots, site)
-        inner = layer.cross.parts("core").get("core")
-        if needs.causal and inner is not None and inner.entry.build.competes:  # type: ignore[attr-defined]
-            raise CapabilityError(
-                f"{where}.cross: queries of {layer.cross.title!r} compete for the memory, but this "
-                f"model must not see later tokens; choices: {', '.join(steady())}"
-            )
+        place = f"{where}.cross"
+        _check_mixer(layer.cross, (far,), place, slots, site, one_by_one=needs.causal)
 
     def block_reason(caps: Caps, needs: Needs) -> str | None:
         return _block_reason(caps, layer, needs)
@@ -164,9 +159,11 @@ def _carry_reason(caps: Caps, needs: Needs) -> str | None:
 
 def _check_mixer(
     config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config], site: Site,
-    *, scheduled: bool = False,
+    *, scheduled: bool = False, one_by_one: bool = False,
 ) -> None:  # fmt: skip
-    """A mixer, and the one that it puts into a view: that one meets lines instead of the grid."""
+    """A mixer, and the one that it puts into a view: that one meets lines instead of the grid.
+    ``one_by_one``: queries must not influence each other.
+    """
     if isinstance(config, View):
         alone = replace(config.entry.caps, axes=config.caps().axes)
         if _mixer_reason(alone, needs[0]) is None:
@@ -179,6 +176,8 @@ def _check_mixer(
         reason = "has causal=True, but this model attends both ways"
     if reason is None:
         reason = _rope_reason(config, needs[0], site)
+    if reason is None and one_by_one and config.title not in steady():
+        reason = "lets queries compete for the memory, but this model must not see later tokens"
     if reason is None:
         return None
     able = sorted(
@@ -187,6 +186,7 @@ def _check_mixer(
         if _admitted(e, slots)
         and not any(_mixer_reason(e.caps, n) for n in needs)
         and _can_stand(e.name, site, needs[0])
+        and (not one_by_one or e.name in steady())
     )
     raise CapabilityError(f"{where}: {config.title!r} {reason}; choices: {', '.join(able)}")
 

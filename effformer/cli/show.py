@@ -32,6 +32,7 @@ def _find(name: str) -> list[Entry]:
     from ..registry import KINDS
 
     found = [registry.get(name) for registry in KINDS.values() if name in registry]
+    found = [entry for entry in found if not entry.core]  # the core says all of it
     if not found:
         names = sorted({e.name for registry in KINDS.values() for e in registry})
         raise unknown("name", name, names, hint=f"{len(names)} known: effformer list")
@@ -58,7 +59,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         facts["config"] = entry.preset.to_dict()
     elif entry.config is not None:
         facts["config"] = _defaults(entry.config)
-    return facts
+    return facts | ({"heads": dict(entry.heads)} if entry.heads else {})
 
 
 def _defaults(config: type[Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_pairs_of_the_whole_width_lie_across_odd_heads() -> None:
 @pytest.mark.parametrize("kind", [PolaFormer, Focused])
 @pytest.mark.parametrize("grid", [(4, 2), (5, 6)])
 def test_reduction_and_codes(kind: Any, grid: Grid) -> None:
-    part = make(kind, site={"grid": grid, "tokens": grid[0] * grid[1]}, reduction=2)
+    part = make(kind, site={"grid": grid, "length": grid[0] * grid[1]}, reduction=2)
     assert part.positions is not None
     assert part.positions.grid == (grid[0] // 2, grid[1] // 2)
     assert_equal(part, cells(grid), grid, reduction=2)
@@ -98,7 +98,7 @@ def test_powers(kind: Any, name: str, value: float) -> None:
 @pytest.mark.parametrize("front", [0, 1, 3])
 def test_agent_with_tokens_in_front(bias: str, front: int) -> None:
     grid = (3, 5)
-    part = make(Agent, site={"grid": grid, "tokens": front + 15}, agents=4, bias=bias)
+    part = make(Agent, site={"grid": grid, "length": front + 15}, agents=4, bias=bias)
     assert_equal(part, cells(grid, batch=2, front=front), grid, agents=4, front=front)
 
 
@@ -106,7 +106,7 @@ def test_agent_with_tokens_in_front(bias: str, front: int) -> None:
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7)])
 def test_agent_with_reduction(grid: Grid, front: int) -> None:
     n = front + grid[0] * grid[1]
-    part = make(Agent, site={"grid": grid, "tokens": n}, agents=9, reduction=2)
+    part = make(Agent, site={"grid": grid, "length": n}, agents=9, reduction=2)
     x = cells(grid, front=front)
     assert_equal(part, x, grid, agents=9, front=front, reduction=2)
 
@@ -148,7 +148,7 @@ def test_learned_positions_serve_other_grids(
     kind: Any, knobs: dict[str, Any], options: dict[str, Any], other: Grid
 ) -> None:
     """Agents interpolate in the reference; tables of codes are interpolated here by torch."""
-    part = make(kind, site={"grid": (4, 4), "tokens": 16}, **knobs)
+    part = make(kind, site={"grid": (4, 4), "length": 16}, **knobs)
     x = cells(other)
     if kind is Agent:
         assert_equal(part, x, other, **options)

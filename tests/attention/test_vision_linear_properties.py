@@ -146,7 +146,7 @@ def test_as_many_agents_as_tokens_are_the_queries() -> None:
 
 
 def test_weights_of_agents_sum_to_one() -> None:
-    site = {"grid": GRID, "tokens": 13}
+    site = {"grid": GRID, "length": 13}
     part, x = silent(make(Agent, agents=4, site=site)), cells(GRID, front=1)
     tap = Tap(edit=lambda _, v: v[:, :, :1].expand_as(v), at=("here.v",), keep=("here.v",))
     out = part(x, Context(grid=GRID, tap=tap))
@@ -154,7 +154,7 @@ def test_weights_of_agents_sum_to_one() -> None:
 
 
 def test_front_biases_are_for_one_number_of_tokens() -> None:
-    part = make(Agent, agents=4, site={"grid": GRID, "tokens": 13})
+    part = make(Agent, agents=4, site={"grid": GRID, "length": 13})
     with pytest.raises(ValueError, match="agent: biases for 1 tokens in front of the grid, got 2"):
         part(cells(GRID, front=2), Context(grid=GRID))
 
@@ -195,7 +195,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_work_and_memory_grow_with_the_number_of_tokens(kind: Any) -> None:
     part = make(
-        kind, site={"grid": (8, 8), "tokens": 64}, **({"agents": 4} if kind is Agent else {})
+        kind, site={"grid": (8, 8), "length": 64}, **({"agents": 4} if kind is Agent else {})
     )
     sizes = []
     for grid in ((16, 16), (32, 32)):
@@ -270,7 +270,7 @@ class _OnImages(nn.Module):
 def test_one_graph_serves_every_grid(
     kind: Any, knobs: dict[str, Any], front: int, tmp_path: Path
 ) -> None:
-    part = make(kind, site={"grid": (6, 8), "tokens": 48 + front}, **knobs).float().eval()
+    part = make(kind, site={"grid": (6, 8), "length": 48 + front}, **knobs).float().eval()
     image = cells((6, 8), batch=2).float().mT.unflatten(2, (6, 8)).contiguous()
     axes = {0: "batch", 2: "height", 3: "width"}
     report = export_onnx(
@@ -283,7 +283,7 @@ def test_one_graph_serves_every_grid(
 
 @pytest.mark.parametrize("kind", [PolaFormer, Focused, Agent])
 def test_tables_and_reduction_compile_without_graph_breaks(kind: Any) -> None:
-    part = make(kind, site={"grid": (4, 4), "tokens": 16}, reduction=2)
+    part = make(kind, site={"grid": (4, 4), "length": 16}, reduction=2)
     torch.compiler.reset()
     compiled = torch.compile(part, fullgraph=True, backend="eager")
     x, ctx = cells((6, 2)), Context(grid=(6, 2))

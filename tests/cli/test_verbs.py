@@ -54,6 +54,8 @@ def test_show(saved: Path) -> None:
     (flow,) = answer("show", "flow")
     assert flow["config"]["eps"] == 1e-6
     assert flow["paper"] == "2202.06258"
+    (delta,) = answer("show", "gated-delta")
+    assert delta["heads"]["short_conv"] == 4
     (model,) = answer("show", "DiT-B/2")
     assert model["parameters"] == effformer.registry.model.get("dit-b").facts["params"]
     assert model["layouts"] == ["effformer", "official", "diffusers"]

@@ -260,5 +260,7 @@ def test_decoder_step_by_step_is_the_whole(cross: str, pieces: tuple[int, ...]) 
 
 
 def test_queries_that_compete_cannot_stand_in_a_decoder() -> None:
-    with pytest.raises(CapabilityError, match=r"queries of 'flow' compete .*; choices: .*softmax"):
+    with pytest.raises(
+        CapabilityError, match=r"'flow' lets queries compete .*; choices: .*softmax"
+    ):
         build(cross="flow")
