@@ -84,8 +84,8 @@ def attentions(sizes: Sizes) -> list[Row]:
         full = packing.unpack(qkv).permute(2, 0, 3, 1, 4).unbind(0)
         calls: dict[str, Callable[[], Tensor]] = {
             "padded, masked": lambda full=full, mask=mask: core(*full, Context(mask=mask)),
-            "packed, a sequence at a time (ours)": lambda a=(q, k, v, Context(packing=packing)): (
-                core.packed(*a)
+            "packed, a sequence at a time (ours)": lambda a=(q, k, v), p=packing: core.packed(
+                *a, Context(packing=p)
             ),
             "packed, four of similar length padded together": lambda a=(q, k, v, packing): buckets(
                 *a, size=4
