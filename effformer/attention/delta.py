@@ -9,11 +9,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effformer.nn.precision import widened
 from effformer.registry import core
 from effformer.site import Site
 
 from .decays import start_bias, start_rates
-from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, full, unit_length, wide
+from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, unit_length, wide
 from .outputs import Input
 
 __all__ = ["KDA", "Delta", "GatedDelta"]
@@ -117,7 +118,7 @@ class GatedDelta(DeltaCore):
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, beta: Tensor) -> Terms:  # type: ignore[override]
         time = F.softplus(wide(decay) + self.bias[:, None])
-        fade = -full(self.rate).exp()[:, None] * time
+        fade = -widened(self.rate).exp()[:, None] * time
         return Terms(self.unit(q), self.unit(k), v, fade, self.written(beta))
 
 
@@ -166,8 +167,8 @@ class KDA(DeltaCore):
         self.bias = nn.Parameter(start_bias(site.heads * width).view(site.heads, width))
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, beta: Tensor) -> Terms:  # type: ignore[override]
-        rate = full(self.rate).exp()[:, None, None]
-        raw = full(decay) + self.bias[:, None]
+        rate = widened(self.rate).exp()[:, None, None]
+        raw = widened(decay) + self.bias[:, None]
         if self.config.bound is None:
             fade = -rate * F.softplus(raw)
         else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effformer.context import EMPTY, Context
 from effformer.nn.cut import put, twin
+from effformer.nn.precision import widened
 from effformer.registry import Caps
 from effformer.site import Site
 
@@ -152,18 +153,13 @@ class GatedCore(Core):
 
 def unit_length(x: Tensor, eps: float) -> Tensor:
     """``x (sum x^2 + eps)^-1/2`` over the last dimension, in float32 at least."""
-    x = full(x)
+    x = widened(x)
     return x * (x.square().sum(dim=-1, keepdim=True) + eps).rsqrt()
-
-
-def full(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def wide(x: Tensor) -> Tensor:
     """A gate (B, H, N, 1) as (B, H, N), in float32 at least."""
-    return full(x.squeeze(-1))
+    return widened(x.squeeze(-1))
 
 
 def _each(terms: Terms, change: Callable[[Tensor], Tensor]) -> Terms:

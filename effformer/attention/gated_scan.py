@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError, check_shape
 from effformer.nn.onnx_nodes import MICROSOFT, node_domains
+from effformer.nn.precision import exactly
 
 from .gated_chunks import chunk_states, decayed_scores, decays, unit_lower_inverse
 from .gated_onnx import gated_scan_onnx
@@ -96,7 +96,7 @@ def gated_scan(
             "this graph does not have; choices: target 'onnx-cpu', or a graph of one token"
         )
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with _exactly(q):
+    with exactly(q):
         g, b = (None if x is None else x.to(dtype) for x in (decay, beta))
         if state is None:
             state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1], dtype=dtype)
@@ -235,14 +235,6 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
 def _grouped(x: Tensor, heads: int) -> Tensor:
     """Repeat the heads of x (B, H, N, K) for their value heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _exactly(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast: sums of many tokens lose too much below float32."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _check(

@@ -9,9 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from effformer.nn.precision import widened
 from effformer.registry import core
 
-from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, full, wide
+from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, wide
 from .outputs import Input
 
 __all__ = ["GLA", "SimpleGLA"]
@@ -65,7 +66,7 @@ class GLA(GatedCore):
             return {"decay": Input(head_dim, rank=self.rank, bias=True)}
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor) -> Terms:  # type: ignore[override]
-        return Terms(q, k, v, F.logsigmoid(full(decay)) / self.config.slowness)
+        return Terms(q, k, v, F.logsigmoid(widened(decay)) / self.config.slowness)
 
 
 @core.register("simple-gla", caps=GATED_CAPS, paper="2312.06635", heads=_HEADS)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context, Rope
+from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
@@ -81,18 +82,20 @@ class Linear(Core):
         chunk: int = 128
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        dtype = v.dtype
-        q, k, v = _widened(q), _widened(k), _widened(v)
+        with exactly(q):
+            return self._mixed(widened(q), widened(k), widened(v), ctx).to(v.dtype)
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
         if self.config.causal:
-            return self._scan(q, k, v, mask, ctx.rope, None)[0].to(dtype)
+            return self._scan(q, k, v, mask, ctx.rope, None)[0]
         kv, total = self._sums(k, v, mask, ctx.rope)
         outputs, slices = Rows(q.shape[2]), slices_of(q)
         for rows, some in zip(slices, pieces(q, slices), strict=True):
             phi = self.phi(some)
             turned = phi if ctx.rope is None else ctx.rope.tokens(rows).query(phi)
             outputs.append(turned @ kv / self.guarded(phi @ total))
-        return outputs.joined().to(dtype)
+        return outputs.joined()
 
     def _sums(
         self, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None
@@ -166,15 +169,16 @@ class Linear(Core):
 
     def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> LinearState:
         """Zero sums, in float32 at least."""
-        sums = _widened(like.new_zeros(batch, heads, head_dim))
+        sums = widened(like.new_zeros(batch, heads, head_dim))
         return LinearState(sums, sums.new_zeros(batch, heads, head_dim, head_dim))
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, ctx: Context = EMPTY
     ) -> tuple[Tensor, LinearState]:
         """Feed the next tokens; the state has a fixed size."""
-        wide = _widened(q), _widened(k), _widened(v)
-        out, state = self._scan(*wide, None, ctx.rope, state)
+        with exactly(q):
+            wide = widened(q), widened(k), widened(v)
+            out, state = self._scan(*wide, None, ctx.rope, state)
         return out.to(v.dtype), state
 
 
@@ -211,8 +215,3 @@ class Sana(Linear):
         optimizer takes that addition for one of zero.
         """
         return normaliser.clamp(min=self.config.eps)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """In float32 at least: eps does not exist in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from effformer.checks import CapabilityError
 from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context, Rope, check_context
+from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
@@ -150,7 +151,13 @@ class Reformer(Mixer):
     def attend(
         self, q: Tensor, v: Tensor, mask: Tensor | None = None, rope: Rope | None = None
     ) -> Tensor:
-        """LSH attention of q (B, H, N, K), which are the keys, too, and v (B, H, N, V)."""
+        """LSH attention of q (B, H, N, K), which are the keys, too, and v (B, H, N, V); scores are in
+        float32 at least.
+        """
+        with exactly(q):
+            return self._attend(widened(q), widened(v), mask, rope).to(v.dtype)
+
+    def _attend(self, q: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
         n, chunk = q.shape[2], self.config.chunk
         turned = q if rope is None else rope.query(q)
         if n <= chunk and not self.strict and not torch.compiler.is_exporting():

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effformer.nn.precision import widened
 from effformer.registry import core
 from effformer.site import Site
 
 from .decays import start_bias, start_rates
-from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, full, wide
+from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, wide
 from .outputs import Input
 
 __all__ = ["SSD"]
@@ -74,7 +75,7 @@ class SSD(GatedCore):
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, time: Tensor) -> Terms:  # type: ignore[override]
         d = F.softplus(wide(time) + self.bias[:, None]).clamp(self.config.least, self.config.most)
-        return Terms(q, k, full(v) * d[..., None], -full(self.rate).exp()[:, None] * d)
+        return Terms(q, k, widened(v) * d[..., None], -widened(self.rate).exp()[:, None] * d)
 
     def leave(self, out: Tensor, v: Tensor) -> Tensor:
-        return (out + full(self.skip)[:, None, None] * v).to(v.dtype)
+        return (out + widened(self.skip)[:, None, None] * v).to(v.dtype)

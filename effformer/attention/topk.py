@@ -121,7 +121,7 @@ class TopK(Core):
         else:
             weights = best.softmax(dim=-1)
         if self.config.path == "dense":
-            return torch.zeros_like(scores).scatter(-1, index, weights) @ v
+            return torch.zeros_like(scores).scatter(-1, index, weights.to(scores.dtype)) @ v
         batch, heads, n, keep = index.shape
         # one flat look-up: gathering from an expanded tensor would copy (B, H, N, M, V) backwards
         start = torch.arange(batch * heads, device=v.device).view(batch, heads, 1, 1) * v.shape[2]
