@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The gpu tier on a CUDA machine that holds torch, numpy, safetensors and pytest; installs nothing.
+# The gpu tier, and one short benchmark, on a CUDA machine that holds torch, numpy, safetensors and pytest; installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,3 +13,4 @@ for name in models compress export; do ln -s "$PWD/$name" "$place/effformer/$nam
 "$python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"
 PYTHONPATH="$place:$PWD/tests:$PWD/tests/conformance:$PWD/tools" "$python" -m pytest \
     -o addopts="" -p no:cacheprovider --import-mode=importlib -q -m gpu tests/gpu "$@"
+PYTHONPATH="$place" "$python" benchmarks/gpu.py
