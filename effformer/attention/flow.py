@@ -171,7 +171,7 @@ class Flow(Core):
 
     def _features(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
         """Phi of x, zero where the mask is, in slices whose heads stay in cache each."""
-        slices = token_slices(x.shape[2], x.shape[0] * x.shape[3])
+        slices = token_slices(x.shape[2], x.shape[0] * x.shape[3], device=x.device)
         return [
             _masked(self._phi(some), None if mask is None else mask[:, :, rows])
             for rows, some in zip(slices, pieces(x, slices), strict=True)

@@ -124,7 +124,7 @@ def _in_slices(
     n = q.shape[2]
     chunk = 1 << ((min(chunk, n) if known_length(q) else chunk) - 1).bit_length()
     width = v.shape[0] * v.shape[1] * max(k.shape[-1], v.shape[-1])
-    slices, outputs = token_slices(n, _TEMPORARIES * width, least=chunk), Rows(n)
+    slices, outputs = token_slices(n, _TEMPORARIES * width, device=q.device, least=chunk), Rows(n)
     lengths = [rows.stop - rows.start for rows in slices] if len(slices) > 1 else None
     for parts in zip(*(_cut(x, lengths) for x in (q, k, v, g, b)), strict=True):
         q_, k_, v_, g_, b_ = (None if x is None else x.to(state.dtype) for x in parts)

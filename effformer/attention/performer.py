@@ -157,7 +157,7 @@ class Performer(Core):
         sums = self._key_sums(k, v, mask)
         floor = self.eps * sums.sum(dim=2, keepdim=True)
         outputs = Rows(q.shape[2])
-        slices = token_slices(q.shape[2], q.shape[0] * q.shape[1] * self.features)
+        slices = token_slices(q.shape[2], q.shape[0] * q.shape[1] * self.features, device=q.device)
         for some in pieces(q, slices):
             h, top = self._exponents(some)
             phi = (h - top[..., None]).exp() if self.softmax else h.relu()
@@ -172,7 +172,7 @@ class Performer(Core):
         v = F.pad(v, (0, 1), value=1.0)
         v = v if mask is None else v * mask[..., None]
         sums, top = None, k.new_full((*k.shape[:2], 1, 1), _lowest(k))
-        slices = token_slices(k.shape[2], k.shape[0] * k.shape[1] * self.features)
+        slices = token_slices(k.shape[2], k.shape[0] * k.shape[1] * self.features, device=k.device)
         for rows, keys, values in zip(slices, pieces(k, slices), pieces(v, slices), strict=True):
             h, largest = self._exponents(keys)
             if not self.softmax:

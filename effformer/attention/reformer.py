@@ -236,7 +236,9 @@ class Reformer(Mixer):
             buckets = (buckets, self._with_previous(buckets, -1))
         met = self._meetings(order, hashes, mine, theirs) if self.config.once else None
         outputs, normalisers = [], []
-        for some in token_slices(mine.shape[3], 2 * chunk * mine[:, :, :, 0].numel(), least=1):
+        for some in token_slices(
+            mine.shape[3], 2 * chunk * mine[:, :, :, 0].numel(), device=q.device, least=1
+        ):
             allowed = self._allowed(mine, theirs, real, buckets, some)
             scores = queries[:, :, :, some] @ keys[:, :, :, some].mT
             scores = scores if allowed is None else scores.masked_fill_(~allowed, _NEVER)

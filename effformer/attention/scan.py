@@ -23,7 +23,7 @@ def scan_slices(q: Tensor, *, chunk: int) -> list[slice]:
     from one to the next.
     """
     width = q.shape[0] * q.shape[1] * q.shape[3]
-    return token_slices(q.shape[2], _TEMPORARIES * width, least=chunk)
+    return token_slices(q.shape[2], _TEMPORARIES * width, device=q.device, least=chunk)
 
 
 def running_sum(x: Tensor, start: Tensor | None = None) -> Tensor:

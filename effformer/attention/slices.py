@@ -60,7 +60,9 @@ def over_heads(
     if torch.compiler.is_exporting():
         return function(q, k, v, slice(None))
     per_head = q.shape[0] * max(q.shape[2], k.shape[2]) * q.shape[3]
-    size = max(2, _ELEMENTS // max(per_head, 1))  # two at least: products of one head use one core
+    size = max(
+        2, _elements(q.device) // max(per_head, 1)
+    )  # two at least: products of one head use one core
     if size >= q.shape[1]:
         return function(q, k, v, slice(None))
     outputs = Rows(q.shape[1], dim=1)
@@ -70,7 +72,14 @@ def over_heads(
     return outputs.joined()
 
 
-def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
+def _elements(device: torch.device) -> int:
+    """Elements of a temporary: on a CPU what stays in cache, elsewhere what memory bears, because
+    every slice there costs its launches.
+    """
+    return _ELEMENTS if device.type == "cpu" else 512 * _ELEMENTS
+
+
+def token_slices(tokens: int, width: int, *, device: torch.device, least: int = 64) -> list[slice]:
     """Slices of the tokens for parts that treat them one by one, or sum over them.
 
     Temporaries of ``width`` elements per token then stay in cache: beyond it a linear part would
@@ -79,18 +88,19 @@ def token_slices(tokens: int, width: int, *, least: int = 64) -> list[slice]:
     Args:
         tokens: number of tokens, or of chunks of them.
         width: elements that the part computes for each.
+        device: where it computes them.
         least: fewest tokens in a slice; all slices but the last hold a multiple of it.
     """
     if capturing():
         return [slice(None)]
-    size = max(1, _ELEMENTS // (max(width, 1) * least)) * least
+    size = max(1, _elements(device) // (max(width, 1) * least)) * least
     starts = range(0, max(tokens, 1), size)
     return [slice(start, min(start + size, tokens)) for start in starts]
 
 
 def slices_of(x: Tensor) -> list[slice]:
     """`token_slices` for a part whose temporaries are as large as x (B, H, N, K)."""
-    return token_slices(x.shape[2], x.shape[0] * x.shape[1] * x.shape[3])
+    return token_slices(x.shape[2], x.shape[0] * x.shape[1] * x.shape[3], device=x.device)
 
 
 def pieces(x: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
