@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Self
+from dataclasses import replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from effformer.checks import CapabilityError
-from effformer.config import Config
 from effformer.context import EMPTY, Context
 from effformer.nn.cut import cut_linear, twin
 from effformer.nn.norms import make_norm
@@ -18,6 +17,7 @@ from effformer.nn.short_conv import ShortConv
 from effformer.site import Site
 
 from .base import Mixer
+from .heads_config import HeadsConfig
 from .outputs import (
     HeadOutput,
     Input,
@@ -28,86 +28,10 @@ from .outputs import (
     make_input,
     spread,
 )
-from .projections import AdaptiveProjections, Work, project
+from .projections import Work, project
 from .slices import over_sequences
 
 __all__ = ["Heads", "HeadsConfig", "Opened"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadsConfig(Config):
-    """Knobs of `Heads`.
-
-    Attributes:
-        qkv_bias: the input projections have biases.
-        proj_bias: the output projection has a bias.
-        proj: there is an output projection; without one the heads side by side are the output.
-        qk_norm: queries and keys are normalised before the core (and before rotary embedding), per
-            head (True) or over all heads together ("across-heads").
-        qk_norm_eps: epsilon of these norms; None means that of the model's norms.
-        head_dim: width K of a query or key; None means dim / heads.
-        value_dim: width V of a value, for cores that take another one; None means K.
-        kv_heads: number of key and value heads, each shared by heads / kv_heads query heads
-            (grouped-query attention); None means one per query head.
-        qk_heads: number of query and key heads, each shared by heads / qk_heads value heads
-            (grouped values), for cores that keep a state for every value head; None means one per
-            value head.
-        short_conv: taps of a causal depth-wise convolution with SiLU over queries, keys and values; 0 for
-            none.
-        short_conv_bias: the convolution has a bias.
-        gate: what becomes of the heads' outputs before the output projection: "head" or "element"
-            for sigmoid gates, an `OutputGate`, or None for nothing.
-        projections: learners in place of the projections' matrices, which then have the biases of
-            the learners; None: plain matrices.
-    """
-
-    qkv_bias: bool = True
-    proj_bias: bool = True
-    proj: bool = True
-    qk_norm: bool | Literal["across-heads"] = False
-    qk_norm_eps: float | None = None
-    head_dim: int | None = None
-    value_dim: int | None = None
-    kv_heads: int | None = None
-    qk_heads: int | None = None
-    short_conv: int = 0
-    short_conv_bias: bool = False
-    gate: OutputGate | Literal["head", "element"] | None = None
-    projections: AdaptiveProjections | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "gate", _gate(self.gate))
-        for name in ("head_dim", "value_dim", "kv_heads", "qk_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"attention: {name} must be at least 1, got {value}")
-        if self.short_conv < 0:
-            raise ValueError(f"attention: short_conv must not be negative, got {self.short_conv}")
-        if self.kv_heads is not None and self.qk_heads is not None:
-            raise ValueError("attention: give kv_heads or qk_heads, not both")
-        if self.projections is not None and not self.proj:
-            raise ValueError("attention: projections has an output projection; proj must be True")
-        if self.projections is not None and (self.short_conv or self.qk_heads is not None):
-            raise ValueError("attention: projections goes with neither short_conv nor qk_heads")
-
-    @property
-    def joined(self) -> str | None:
-        """Why heads cannot be taken apart, None if they can."""
-        if self.kv_heads is not None or self.qk_heads is not None:
-            return "lets heads share keys (kv_heads=None and qk_heads=None would do)"
-        if self.qk_norm == "across-heads":
-            return "lets heads share a norm (qk_norm=True or False would do)"
-        if isinstance(self.gate, OutputGate) and self.gate.norm == "groups":
-            return "lets heads share a norm (gate with norm 'head' or 'none' would do)"
-        if self.projections is not None:
-            return "lets heads share learners (projections=None would do)"
-        if not self.proj:
-            return "has heads that are the output (proj=True would do)"
-        return None
-
-    def head_width(self, dim: int, heads: int) -> int:
-        """Width K of a query or key."""
-        return self.head_dim or dim // heads
 
 
 class Opened(NamedTuple):
@@ -442,13 +366,6 @@ class Heads(Mixer):
         if self.closes:
             small.proj = cut_linear(self.proj, columns=values)  # type: ignore[arg-type]
         return small
-
-
-def _gate(given: Any) -> OutputGate | None:
-    """A gate by its short name, as a dict or as it is."""
-    if isinstance(given, str):
-        return OutputGate.from_dict({"per": given}, where="gate")
-    return OutputGate.from_dict(given, where="gate") if isinstance(given, Mapping) else given
 
 
 def _spread_width(width: Tensor, ctx: Context) -> Tensor:
