@@ -114,9 +114,11 @@ class Config:
         """
         name, _, rest = path.partition(".")
         if rest:
-            self.at(path.rpartition(".")[0])
-            value = getattr(self, name).put(rest, value)
-        return self.replace(where=path, **{name: value})
+            inner = self.at(name)
+            if not isinstance(inner, Config):
+                raise ValueError(f"{path}: {name!r} is {inner!r}, which has no options of its own")
+            value = inner.put(rest, value)
+        return self.replace(**{name: value})
 
     def parts(self, *kinds: str) -> dict[str, Config]:
         """The parts of these kinds that this one is made of, by field."""

@@ -254,6 +254,22 @@ class Packing:
             )
 
     @property
+    def mask(self) -> Tensor:
+        """(B, padded) True where a token was packed."""
+        flat = torch.zeros(
+            len(self.lengths) * self.padded, dtype=torch.bool, device=self.indices.device
+        )
+        return flat.index_fill(0, self.indices, True).unflatten(0, (-1, self.padded))
+
+    @property
+    def holes(self) -> bool:
+        """Tokens of a sample stand apart in the padded layout: what looks at neighbours must not
+        take those in the row for them.
+        """
+        same = self.samples.diff() == 0
+        return bool(((self.indices.diff() != 1) & same).any())
+
+    @property
     def positions(self) -> Tensor:
         """(T,) position of each packed row in the padded layout."""
         return self.indices % self.padded

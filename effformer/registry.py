@@ -108,6 +108,8 @@ def _offers(have: object, want: object) -> bool:
         )
     if have in ("none", "key", "full"):
         order = ("none", "key", "full")
+        if str(want) not in order:
+            raise unknown("mask", str(want), order)
         return order.index(str(have)) >= order.index(str(want))
     return bool(have) == want if isinstance(want, bool) else have == want
 

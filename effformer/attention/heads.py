@@ -275,6 +275,9 @@ class Heads(Mixer):
             joined = joined * ctx.mask[..., None].to(joined.dtype)
         if ctx.packing is None:
             joined, state = self.conv(joined, past)
+        elif ctx.packing.holes:
+            joined = ctx.packing.pack(self.conv(ctx.packing.unpack(joined))[0])
+            state = None
         else:
             joined = over_sequences(lambda one, _: self.conv(one)[0], joined, ctx)
             state = None

@@ -105,6 +105,16 @@ class Nystrom(Core):
             out = self._grouped(q, k, v, mask)
         return self._filtered(out, v)
 
+    def packed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, **further: Tensor) -> Tensor:
+        packing = ctx.packing
+        if packing is None or self.config.conv is None or not packing.holes:
+            return super().packed(q, k, v, ctx, **further)
+        # the filter sees the places of tokens, so that a row with holes is laid out again
+        packing.check_row(q, dim=2)
+        apart = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+        out: Tensor = self(*apart, Context(mask=packing.mask))
+        return packing.pack(out.transpose(1, 2)).transpose(1, 2)
+
     def _filtered(self, out: Tensor, v: Tensor) -> Tensor:
         """``out + conv(v)``; as the convolution pads few channels to many, products with a band of
         its taps, a block of tokens and its neighbours at a time, are several times faster.

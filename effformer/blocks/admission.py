@@ -174,6 +174,8 @@ def _check_mixer(
     reason = _mixer_reason(config.caps(), needs[0])
     if reason is None and not needs[0].causal and _is_causal(config):
         reason = "has causal=True, but this model attends both ways"
+    if reason is not None and needs[0].joint and getattr(config, "short_conv", False):
+        reason = "convolves neighbours, and two streams are none (short_conv=0 would do)"
     if reason is None:
         reason = _rope_reason(config, needs[0], site)
     if reason is None and one_by_one and config.title not in steady():

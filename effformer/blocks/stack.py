@@ -133,6 +133,8 @@ class BackboneConfig(StackConfig):
         if len(chosen) != 1 or slot not in {f.name for f in dataclasses.fields(Layer)}:
             raise ValueError(f"{path}: names no part of one of the {self.depth} blocks")
         part = getattr(chosen[0], slot)
+        if rest and not isinstance(part, Config):
+            raise ValueError(f"{path}: {slot!r} is {part!r}, which has no options of its own")
         return part if not rest else part.at(rest)
 
     def put(self, path: str, value: Any) -> Self:
@@ -147,9 +149,15 @@ class BackboneConfig(StackConfig):
             return Config.put(self, path, value)
         key, slot, rest = _block_path(path)
         layers = {k: dict(v) for k, v in self.layers.items()}
-        for i in range(self.depth)[_slice(key, path)]:
+        present = resolve_layers(self, self.depth, name=type(self).__qualname__)
+        chosen = range(self.depth)[_slice(key, path)]
+        if not chosen or slot not in {f.name for f in dataclasses.fields(Layer)}:
+            raise ValueError(f"{path}: names no part of one of the {self.depth} blocks")
+        for i in chosen:
             part = value if not rest else self.at(f"blocks.{i}.{slot}").put(rest, value)
-            layers[str(i)] = layers.pop(str(i), {}) | {slot: part}
+            # the last entry wins, so it holds what wins for this block today
+            own = {name: getattr(present[i], name) for name in layers.pop(str(i), {})}
+            layers[str(i)] = own | {slot: part}
         changed = self.replace(where=path, layers=layers)
         resolve_layers(changed, self.depth, name=path)
         return changed

@@ -70,6 +70,8 @@ class GridRope(nn.Module):
         interleaved: bool = True
 
         def __post_init__(self) -> None:
+            if not 0 < self.temperature < math.inf:
+                raise ValueError(f"rope: temperature must be positive, got {self.temperature}")
             if self.kind == "mixed" and not self.interleaved:
                 raise ValueError("rope: kind 'mixed' has interleaved pairs; use interleaved=True")
             if self.kind != "axial" and self.reference is not None:

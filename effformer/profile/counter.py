@@ -146,7 +146,8 @@ class Counter(TorchDispatchMode):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         dims = [x.dim() for x in tensors]
         if "heads" in known and dims[:3] == [4, 4, 4]:  # q, k, v
-            (batch, heads, n, width), m = tensors[0].shape, tensors[1].shape[2]
+            (batch, _, n, width), m = tensors[0].shape, tensors[1].shape[2]
+            heads = tensors[2].shape[1]  # queries and keys may be shared by values
             dense = batch * formula(n, m, heads=heads, head_dim=width)
             difference = dense - (self.total - frame.before)
             if difference:

@@ -180,3 +180,17 @@ def test_configs_are_read_and_changed_by_path() -> None:
             config.at(path)
     with pytest.raises(ValueError, match="unknown ffn 'sviglu'; did you mean 'swiglu'"):
         config.put("blocks.0.ffn", "sviglu")
+
+
+def test_a_changed_block_keeps_its_other_parts() -> None:
+    layers = {"1": {"attn": "linear"}, "0:2": {"attn": "flow"}}
+    config = BackboneConfig.from_dict(BASE | {"layers": layers})
+    other = config.put("blocks.1.ffn", "swiglu")
+    assert [other.at(f"blocks.1.{slot}").title for slot in ("attn", "ffn")] == ["flow", "swiglu"]
+    for path in ("blocks.9.ffn", "blocks.7:9.ffn", "blocks.0.nonsense"):
+        with pytest.raises(ValueError, match="names no part of one of the 4 blocks"):
+            config.put(path, "swiglu")
+    with pytest.raises(ValueError, match="'gate' is None, which has no options of its own"):
+        config.put("blocks.0.attn.gate.act", "silu")
+    with pytest.raises(TypeError, match=r"BackboneConfig\.depth: expected int, got 'x'"):
+        config.put("depth", "x")

@@ -143,3 +143,19 @@ def test_exports_padded_with_any_batch_and_length() -> None:
     tokens, segments = ids(), torch.zeros(5, 12, dtype=torch.int64)
     out = program.module()(tokens=tokens, segments=segments, mask=RIGHT)
     torch.testing.assert_close(out, model(tokens, segments, RIGHT), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "attn", ["delta", "ssd", "gla", "nystrom", {"name": "softmax", "short_conv": 3}], ids=str
+)
+@torch.no_grad()
+def test_what_looks_at_neighbours_sees_the_holes_of_a_packed_row(attn: Any) -> None:
+    """Tokens on either side of a hole are no neighbours, packed or padded."""
+    torch.manual_seed(0)
+    model = effformer.build_model("bert-tiny", attn=attn).eval().double()
+    for p in model.parameters():
+        p.add_(torch.randn_like(p), alpha=0.05)
+    tokens = torch.randint(0, 256, (2, 8))
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0, 0]]).bool()
+    padded, packed = (model(tokens, mask=mask, packed=p).hidden[mask] for p in (False, True))
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
