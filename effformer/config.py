@@ -381,7 +381,21 @@ def _check_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
             return _check(value, option, where)
         except (TypeError, ValueError) as error:
             errors.append(error)
-    raise errors[0]
+    if len(errors) == 1 or isinstance(value, Mapping):
+        raise errors[0]
+    words = " or ".join(_words(option) for option in options if option is not type(None))
+    raise TypeError(f"{where}: expected {words}, got {value!r}")
+
+
+def _words(hint: Any) -> str:
+    """What a type hint accepts, for people."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list"
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return f"a dict of {hint.__name__}'s options"
+    return str(getattr(hint, "__name__", hint))
 
 
 def _plain(value: Any) -> Any:
