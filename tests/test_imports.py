@@ -221,3 +221,15 @@ def test_help_does_not_import_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
+
+
+def test_saving_a_config_imports_nothing() -> None:
+    """A config knows its entry: nobody has to walk the registries for it."""
+    done = run(
+        "import sys, effformer\n"
+        "model = effformer.build_model('vit-nano', attn='flow', tokens='dynamic')\n"
+        "before = set(sys.modules)\n"
+        "assert model.config.to_dict()['attn']['core']['name'] == 'flow'\n"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
