@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -235,4 +236,6 @@ def _table(slot: str, kind: str, having: list[Column]) -> str:
 def _cell(result: Built | Refusal, reasons: dict[str, str]) -> str:
     if isinstance(result, Built):
         return ", ".join(f"`{option}=`" for option in result.options) or "✓"
-    return reasons.setdefault(result.reason, chr(ord("a") + len(reasons)))
+    count, letters = len(reasons), string.ascii_lowercase
+    label = letters[count] if count < 26 else letters[count // 26 - 1] + letters[count % 26]
+    return reasons.setdefault(result.reason, label)

@@ -174,7 +174,7 @@ def _check_mixer(
     reason = _mixer_reason(config.caps(), needs[0])
     if reason is None and not needs[0].causal and _is_causal(config):
         reason = "has causal=True, but this model attends both ways"
-    if reason is not None and needs[0].joint and getattr(config, "short_conv", False):
+    if reason is not None and needs[0].joint and _convolves(config):
         reason = "convolves neighbours, and two streams are none (short_conv=0 would do)"
     if reason is None:
         reason = _rope_reason(config, needs[0], site)
@@ -191,6 +191,12 @@ def _check_mixer(
         and (not one_by_one or e.name in steady())
     )
     raise CapabilityError(f"{where}: {config.title!r} {reason}; choices: {', '.join(able)}")
+
+
+def _convolves(config: Config) -> bool:
+    """The heads look at neighbours, where the core alone would not."""
+    cores = config.parts("core").values()
+    return bool(getattr(config, "short_conv", 0)) and all(c.caps().order_free for c in cores)
 
 
 def _is_causal(config: Config) -> bool:
