@@ -1,5 +1,5 @@
 """What class-conditional diffusion transformers over patches of a latent are made of: knobs,
-embeddings, conditioning, the last layer, checks, example inputs and published sizes.
+embeddings, conditioning, the last layer, their forward pass, checks, example inputs and published sizes.
 
 Reference: Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748.
 """
@@ -8,26 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from effformer.blocks import AdaLNZero, BackboneConfig
+from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Rope, Tap
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation, branch_norm, modulate
-from effformer.nn.patch import PatchEmbed
+from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
 
-from .base import Preset
+from .base import Model, Preset
 
 __all__ = [
-    "DIT_PARAMS", "FinalLayer", "LatentConfig", "LatentTransformer", "check_inputs", "dit_presets", "latent_axes", "latent_inputs",
-    "latent_site", "position_table", "positions_of", "reset_parameters",
+    "DIT_PARAMS", "FinalLayer", "LatentConfig", "LatentTransformer", "check_inputs", "dit_presets", "latent_axes",
+    "latent_inputs", "latent_site", "position_table", "positions_of", "reset_parameters",
 ]  # fmt: skip
 
 
@@ -88,36 +88,6 @@ class LatentConfig(BackboneConfig):
     def cells(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of x (B, C, H, W)."""
         return x.shape[2] // self.patch, x.shape[3] // self.patch
-
-
-class LatentTransformer(Protocol):
-    """What such a model offers to others that run its blocks themselves (`RelaCtrl`): ``context``,
-    ``embed``, the blocks one by one, ``head``.
-    """
-
-    config: Any
-    grid: tuple[int, int]
-    blocks: nn.ModuleList
-
-    def eval(self) -> Any:
-        """Set the model to evaluation."""
-
-    def context(
-        self, x: Tensor, t: Tensor, y: Tensor, *, drop: Tensor | None = None,
-        ledger: Ledger | None = None, tap: Tap | None = None, complete: bool = False,
-    ) -> Context:  # fmt: skip
-        """Check the inputs and make what the blocks get beside the tokens."""
-
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the tokens (B, N, D) of the first block."""
-
-    def head(self, h: Tensor, ctx: Context) -> Tensor:
-        """The output of the model from the tokens behind the last block."""
-
-    def example_inputs(
-        self, batch: int = 1, *, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """Valid keyword arguments of forward."""
 
 
 class FinalLayer(nn.Module):
@@ -246,6 +216,123 @@ def latent_axes(config: LatentConfig) -> dict[str, dict[int, str]]:
     """Axes of the inputs that may vary at run time."""
     space = {} if config.positions == "learned" else {2: "height", 3: "width"}
     return {"x": {0: "batch", **space}, "t": {0: "batch"}, "y": {0: "batch"}}
+
+
+class LatentTransformer(Model):
+    """What DiT, SiT, DyDiT and LightningDiT share: patches of a latent with positions, modulated
+    blocks, and a map back to patches. Others may run its blocks themselves (`RelaCtrl`): ``context``,
+    ``embed``, the blocks one by one, ``head``.
+
+    Args:
+        config: the config.
+        name: preset name.
+        norm: the norms of the family.
+        rope: width of the heads for its rotary tables, None if it has none.
+
+    Attributes:
+        STEPS: time counts steps 0..STEPS - 1; None means that it lies in [0, 1].
+    """
+
+    STEPS: ClassVar[int | None] = None
+
+    def __init__(
+        self, config: LatentConfig, name: str | None, norm: NormRule, *, rope: int | None = None
+    ) -> None:
+        super().__init__(config, name)
+        self.grid, self.out_channels = config.grid, config.out_channels
+        site = latent_site(config, norm)
+        needs = Needs(cond=True, time=True, axes="hw", rope=rope)
+        self.patch_embed = PatchEmbed(config.channels, config.dim, config.patch)
+        self.pos_embed = position_table(config)
+        self.time_embed = TimeEmbedding(config.dim, freq_shift=config.time_freq_shift)
+        self.label_embed = LabelEmbedding(
+            config.num_classes, config.dim, null=config.label_dropout > 0
+        )
+        self.blocks = build_stack(config, site, needs, name=self.name)
+        self.final = FinalLayer(site, config.patch, self.out_channels)
+        reset_parameters(self, self.patch_embed, self.time_embed, self.label_embed, self.final)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        drop: Tensor | None = None,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
+    ) -> Tensor:
+        """Predict what the family predicts.
+
+        Args:
+            x: (B, C, H, W) latents, H and W divisible by the patch.
+            t: (B,) time, as the family counts it.
+            y: (B,) class ids, int64.
+            drop: (B,) bool, labels to replace by the null class.
+            ledger: where dynamic parts report.
+            tap: reads or replaces values at named places.
+            complete: dynamic parts do all of their work, as if the model had none.
+
+        Returns:
+            (B, C, H, W), or as many channels as `head` gives.
+
+        Raises:
+            ValueError: a shape does not fit.
+            TypeError: labels are not integers.
+        """
+        ctx = self.context(x, t, y, drop=drop, ledger=ledger, tap=tap, complete=complete)
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h, ctx)
+        return self.head(h, ctx)
+
+    def context(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        drop: Tensor | None = None,
+        ledger: Ledger | None = None,
+        tap: Tap | None = None,
+        complete: bool = False,
+    ) -> Context:
+        """Check the inputs and make what the blocks get beside the tokens; see `forward`."""
+        check_inputs(self.config, x, t, y, where=self.name)
+        time = self.time_embed(t, x.dtype)
+        cond = time + self.label_embed(y, drop)
+        grid = self.config.cells(x)
+        positions, rope = self.places(grid, x)
+        return Context(
+            cond=cond, time=time, grid=grid, positions=positions, rope=rope,
+            ledger=ledger, tap=tap, complete=complete,
+        )  # fmt: skip
+
+    def places(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Rope | None]:
+        """Coordinates of the tokens and rotary tables made of them, where a family has them."""
+        return None, None
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Patches of x (B, C, H, W) with positions: the tokens (B, N, D) of the first block."""
+        cells = self.config.cells(x)
+        tokens: Tensor = self.patch_embed(x) + positions_of(self.pos_embed, cells, self.config)
+        return tokens
+
+    def head(self, h: Tensor, ctx: Context) -> Tensor:
+        """The output of the model from the tokens (B, N, D) behind the last block."""
+        assert ctx.grid is not None
+        height, width = ctx.grid
+        return unpatchify(self.final(h, ctx.cond), height, width, self.config.patch)
+
+    def example_inputs(
+        self, batch: int = 1, *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        like = self.patch_embed.proj.weight
+        return latent_inputs(self.config, like, batch, steps=self.STEPS, generator=generator)
+
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        return latent_axes(self.config)
 
 
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}

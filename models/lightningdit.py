@@ -9,38 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from effformer.blocks import Needs, build_stack, head_width
+from effformer.blocks import head_width
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Rope
 from effformer.ffn import SwiGLU
 from effformer.layout import Layout
-from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding
-from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.nn.rope import GridRope
 from effformer.site import NormRule
 
-from .base import Model, Preset, register_presets
-from .diffusion_parts import (
-    FinalLayer,
-    LatentConfig,
-    check_inputs,
-    latent_axes,
-    latent_inputs,
-    latent_site,
-    position_table,
-    positions_of,
-    reset_parameters,
-)
+from .base import Preset, register_presets
+from .diffusion_parts import LatentConfig, LatentTransformer
 from .layouts.lightningdit import OFFICIAL
 
 __all__ = ["PRESETS", "LightningDiT"]
 
 
-class LightningDiT(Model):
+class LightningDiT(LatentTransformer):
     """`SiT` with SwiGLU, RMSNorm with learned factors and axial rotary positions (beside the fixed
     sin-cos ones), on the patches of a VA-VAE latent (16 x 16 x 32, patch 1).
 
@@ -90,108 +77,25 @@ class LightningDiT(Model):
                 raise ValueError("rope: kind 'mixed' differs by layer; use 'axial' or 'centered'")
 
     def __init__(self, config: LightningDiT.Config, name: str | None = None) -> None:
-        super().__init__(config, name)
-        self.grid, self.out_channels = config.grid, config.out_channels
         # norms of queries and keys have learned factors in both forms
         rule = NormRule(
             kind=config.norm, modulated_affine=config.norm == "rms", ffn_eps=config.ffn_norm_eps
         )
-        site = latent_site(config, rule)
         width = None if config.rope is None else head_width(config)
-        needs = Needs(cond=True, time=True, axes="hw", rope=width)
-        self.patch_embed = PatchEmbed(config.channels, config.dim, config.patch)
-        self.pos_embed = position_table(config)
-        self.time_embed = TimeEmbedding(config.dim, freq_shift=config.time_freq_shift)
-        self.label_embed = LabelEmbedding(
-            config.num_classes, config.dim, null=config.label_dropout > 0
-        )
-        self.blocks = build_stack(config, site, needs, name=self.name)
-        self.final = FinalLayer(site, config.patch, self.out_channels)
-        reset_parameters(self, self.patch_embed, self.time_embed, self.label_embed, self.final)
+        super().__init__(config, name, rule, rope=width)
         if config.rope is not None and width is not None:
             self.rope = GridRope(config.rope, width, heads=config.heads, depth=config.depth)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor,
-        *,
-        drop: Tensor | None = None,
-        ledger: Ledger | None = None,
-        tap: Tap | None = None,
-        complete: bool = False,
-    ) -> Tensor:
-        """Predict the velocity.
-
-        Args:
-            x: (B, C, H, W) latents, H and W divisible by the patch.
-            t: (B,) time in [0, 1].
-            y: (B,) class ids, int64.
-            drop: (B,) bool, labels to replace by the null class.
-            ledger: where dynamic parts report.
-            tap: reads or replaces values at named places.
-            complete: dynamic parts do all of their work, as if the model had none.
-
-        Returns:
-            (B, C, H, W).
-
-        Raises:
-            ValueError: a shape does not fit.
-            TypeError: labels are not integers.
-        """
-        ctx = self.context(x, t, y, drop=drop, ledger=ledger, tap=tap, complete=complete)
-        h = self.embed(x)
-        for block in self.blocks:
-            h = block(h, ctx)
-        return self.head(h, ctx)
-
-    def context(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor,
-        *,
-        drop: Tensor | None = None,
-        ledger: Ledger | None = None,
-        tap: Tap | None = None,
-        complete: bool = False,
-    ) -> Context:
-        """Check the inputs and make what the blocks get beside the tokens; see `forward`."""
-        check_inputs(self.config, x, t, y, where=self.name)
-        time = self.time_embed(t, x.dtype)
-        cond = time + self.label_embed(y, drop)
-        grid = self.config.cells(x)
-        positions, rope = None, None
-        if self.config.rope is not None:
-            positions = self.rope.positions(grid, device=x.device)
-            (rope,) = self.rope(positions, like=x)
-        return Context(
-            cond=cond, time=time, grid=grid, positions=positions, rope=rope,
-            ledger=ledger, tap=tap, complete=complete,
-        )  # fmt: skip
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Patches of x (B, C, H, W) with positions: the tokens (B, N, D) of the first block."""
-        cells = self.config.cells(x)
-        tokens: Tensor = self.patch_embed(x) + positions_of(self.pos_embed, cells, self.config)
-        return tokens
+    def places(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Rope | None]:
+        if self.config.rope is None:
+            return None, None
+        positions: Tensor = self.rope.positions(grid, device=like.device)
+        (rope,) = self.rope(positions, like=like)
+        return positions, rope
 
     def head(self, h: Tensor, ctx: Context) -> Tensor:
         """The velocity (B, C, H, W) from the tokens behind the last block."""
-        assert ctx.grid is not None
-        height, width = ctx.grid
-        out = unpatchify(self.final(h, ctx.cond), height, width, self.config.patch)
-        return out[:, : self.config.channels]
-
-    def example_inputs(
-        self, batch: int = 1, *, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        like = self.patch_embed.proj.weight
-        return latent_inputs(self.config, like, batch, generator=generator)
-
-    def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        return latent_axes(self.config)
+        return super().head(h, ctx)[:, : self.config.channels]
 
 
 _SIZES = {
