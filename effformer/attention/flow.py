@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from effformer.context import EMPTY, Context, Rope
+from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
@@ -138,22 +139,24 @@ class Flow(Core):
     competes = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        dtype = v.dtype
-        v = _full(v)
+        with exactly(q):
+            return self._mixed(q, k, widened(v), ctx).to(v.dtype)
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(v.dtype)
         if self.config.causal:
-            return self._scan(q, k, v, mask, ctx.rope, None)[0].to(dtype)
+            return self._scan(q, k, v, mask, ctx.rope, None)[0]
         own = ctx.memory is None
 
         def mix(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
             rope = None if ctx.rope is None else ctx.rope.heads(heads)
             return self._parallel(q, k, v, mask, rope, self_attention=own)
 
-        return over_heads(mix, q, k, v).to(dtype)
+        return over_heads(mix, q, k, v)
 
     def flows(self, q: Tensor, k: Tensor, ctx: Context = EMPTY) -> FlowTerms:
         """The flows that decide the mixing; q (B, H, N, K) and k (B, H, M, K) as in `forward`."""
-        mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(_full(k).dtype)
+        mask = None if ctx.mask is None else ctx.mask[:, None, :, None].to(widened(k).dtype)
         if self.config.causal:
             counted = _counted(self._phi(q), self._phi(k), mask, None)
             return self._running(*counted, mask, None)[0]
@@ -161,7 +164,7 @@ class Flow(Core):
         return self._flows(self._features(q, q_mask), self._features(k, mask), q_mask, mask)
 
     def _phi(self, x: Tensor) -> Tensor:
-        x = _full(x)
+        x = widened(x)
         x = x.sigmoid() if self.config.kernel == "sigmoid" else x.relu() + 1e-6
         return x.contiguous()  # heads cut from a fused projection would be copied by every product
 
@@ -307,7 +310,7 @@ class Flow(Core):
 
     def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> FlowState:
         """Zero sums, in float32 at least."""
-        like = _full(like)
+        like = widened(like)
         width = like.new_zeros(batch, heads, head_dim)
         square = like.new_zeros(batch, heads, head_dim, head_dim)
         return FlowState(
@@ -324,7 +327,8 @@ class Flow(Core):
         self, q: Tensor, k: Tensor, v: Tensor, state: FlowState, ctx: Context = EMPTY
     ) -> tuple[Tensor, FlowState]:
         """Feed the next tokens (B, H, n, K)."""
-        out, state = self._scan(q, k, _full(v), None, ctx.rope, state)
+        with exactly(q):
+            out, state = self._scan(q, k, widened(v), None, ctx.rope, state)
         return out.to(v.dtype), state
 
 
@@ -338,11 +342,6 @@ FLOW_PRESETS: dict[str, Flow.Config] = {
     "reinforcement-learning": Flow.Config(causal=True, clamp=10.0),
 }
 """Published settings of `Flow` by task."""
-
-
-def _full(x: Tensor) -> Tensor:
-    """Float32 for half precisions: sums of flows lose 1e-6 in half."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from effformer.config import Config as BaseConfig
 from effformer.context import Context
 from effformer.nn.lepe import LePE, Reduction
+from effformer.nn.precision import widened
 from effformer.nn.resample import GridTable, stretch
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
-from .lin import GridMixer, joined, lin, lin_macs, widened
+from .lin import GridMixer, joined, lin, lin_macs
 
 __all__ = ["Focused"]
 

@@ -16,11 +16,18 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context, check_context
+from effformer.nn.precision import exactly
 from effformer.site import Site
 
 from .base import Mixer
 
-__all__ = ["GridMixer", "axial_tables", "elu_features", "joined", "lin", "widened"]
+__all__ = [
+    "GridMixer",
+    "axial_tables",
+    "elu_features",
+    "joined",
+    "lin",
+]
 
 
 def lin(
@@ -39,22 +46,15 @@ def lin(
         turned: rotated features of queries and keys for the numerator; the normaliser takes the
             unrotated ones, which cannot cancel.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
-            return lin(q, k, v, eps=eps, turned=turned)
-    top_q, top_k = (q, k) if turned is None else turned
-    kv = top_k.mT @ (v / k.shape[2])
-    return top_q @ kv / (q @ k.mean(dim=2, keepdim=True).mT + eps)
+    with exactly(q):
+        top_q, top_k = (q, k) if turned is None else turned
+        kv = top_k.mT @ (v / k.shape[2])
+        return top_q @ kv / (q @ k.mean(dim=2, keepdim=True).mT + eps)
 
 
 def lin_macs(n: int, keys: int, *, heads: int, features: int, values: int) -> int:
     """Multiply-adds of `lin`."""
     return heads * features * ((n + keys) * values + n)
-
-
-def widened(x: Tensor) -> Tensor:
-    """In float32 at least: feature maps, sums over keys and eps do not fit half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def elu_features(x: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from effformer.config import Config as BaseConfig
 from effformer.context import Context
 from effformer.nn.lepe import LePE
+from effformer.nn.precision import widened
 from effformer.places import rotate
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
-from .lin import GridMixer, axial_tables, elu_features, joined, lin, lin_macs, widened
+from .lin import GridMixer, axial_tables, elu_features, joined, lin, lin_macs
 
 __all__ = ["RALA"]
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context
 
+from .precision import exactly
+
 __all__ = ["GateLinear", "Switch", "gumbel_like", "straight_through", "values_known"]
 
 
@@ -76,9 +78,7 @@ class GateLinear(nn.Linear):
         """(..., inputs) -> (..., outputs)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
-        if not torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, weight, bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x):
             return F.linear(x, weight, bias)
 
 
