@@ -10,19 +10,18 @@ from torch.nn import functional as F
 
 from effformer.config import Config as BaseConfig
 from effformer.context import Context
-from effformer.nn.lepe import LePE, Reduction
+from effformer.nn.lepe import LePE
 from effformer.nn.precision import widened
-from effformer.nn.resample import GridTable, stretch
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
-from .lin import GridMixer, joined, lin, lin_macs
+from .lin import CodedMixer, joined, lin, lin_macs
 
 __all__ = ["Focused"]
 
 
 @attention.register("focused", caps=Caps(axes="hw", cost="n"), paper="2308.00442")
-class Focused(GridMixer):
+class Focused(CodedMixer):
     """Focused linear attention: ``W(lin(f(q), f(k), v) + dwconv(v))`` with ``f(t) = |t| t^p /
     |t^p|``.
 
@@ -83,25 +82,16 @@ class Focused(GridMixer):
         super().__init__(config, site)
         dim, bias = site.dim, config.qkv_bias
         self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
-        self.reduce = Reduction(dim, config.reduction) if config.reduction > 1 else None
-        self.positions: GridTable | None = None
-        if config.positions and self.cells is not None:
-            self.positions = GridTable(self.reduced(self.cells), dim)
+        self.build_keys(dim, bias=bias, codes=config.positions)
         self.scale = nn.Parameter(torch.zeros(site.heads, 1, self.head_dim))
         self.lepe = LePE(self.head_dim, config.kernel)
         self.proj = nn.Linear(dim, site.out_dim or dim, bias=config.proj_bias)
 
     def mix(self, x: Tensor, grid: tuple[int, int], ctx: Context) -> Tensor:
-        keys = self.reduced(grid)
-        k, v = self.kv(x if self.reduce is None else self.reduce(x, grid)).chunk(2, dim=-1)
-        if self.positions is not None:
-            k = k + self.positions(keys)
+        k, v = self.keys_values(x, grid)
         q, k, v = (self.split(t, name, ctx) for name, t in (("q", self.q(x)), ("k", k), ("v", v)))
         mixed = lin(self.focus(q), self.focus(k), widened(v), eps=self.config.eps)
-        v = joined(v)
-        if self.reduce is not None:
-            v = stretch(v, x.shape[1], dim=1)
+        v = self.spread(v, x.shape[1])
         return self.proj(joined(mixed).to(x.dtype) + self.lepe(v, grid))
 
     def focus(self, x: Tensor) -> Tensor:
@@ -112,8 +102,7 @@ class Focused(GridMixer):
 
     def image_macs(self, grid: tuple[int, int], front: int) -> int:
         n, dim, d = grid[0] * grid[1], self.site.dim, self.head_dim
-        keys = n if self.reduce is None else self.reduced(grid)[0] * self.reduced(grid)[1]
-        fewer = 0 if self.reduce is None else self.reduce.macs(keys)
+        keys, fewer = self.key_macs(n, grid)
         products = lin_macs(n, keys, heads=self.heads, features=d, values=d)
         projections = dim * ((n + 2 * keys) * dim + n * self.proj.out_features)
         return projections + fewer + products + self.lepe.macs(n, dim)

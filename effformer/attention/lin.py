@@ -16,12 +16,15 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context, check_context
+from effformer.nn.lepe import Reduction
 from effformer.nn.precision import exactly
+from effformer.nn.resample import GridTable, stretch
 from effformer.site import Site
 
 from .base import Mixer
 
 __all__ = [
+    "CodedMixer",
     "GridMixer",
     "axial_tables",
     "elu_features",
@@ -175,3 +178,34 @@ class GridMixer(Mixer):
         return CapabilityError(
             f"{self.where}: {self.NAME!r} {reason}; choices: softmax, flow, linear"
         )
+
+
+class CodedMixer(GridMixer):
+    """What focused attention and PolaFormer share: keys and values of a coarser grid, learned codes
+    of the keys, and the values again on the full grid for the convolution.
+    """
+
+    def build_keys(self, dim: int, *, bias: bool, codes: bool) -> None:
+        """Make the projection ``kv``, the reduction, and the codes where the model fixes its grid."""
+        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.reduce = Reduction(dim, self.reduction) if self.reduction > 1 else None
+        self.positions: GridTable | None = None
+        if codes and self.cells is not None:
+            self.positions = GridTable(self.reduced(self.cells), dim)
+
+    def keys_values(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, n, D) of tokens (B, N, D)."""
+        k, v = self.kv(x if self.reduce is None else self.reduce(x, grid)).chunk(2, dim=-1)
+        return (k if self.positions is None else k + self.positions(self.reduced(grid))), v
+
+    def spread(self, v: Tensor, n: int) -> Tensor:
+        """Values of heads (B, H, n, d) for every token, (B, N, D)."""
+        v = joined(v)
+        return v if self.reduce is None else stretch(v, n, dim=1)
+
+    def key_macs(self, n: int, grid: tuple[int, int]) -> tuple[int, int]:
+        """Number of keys, and multiply-adds of what reduces them."""
+        if self.reduce is None:
+            return n, 0
+        keys = prod(self.reduced(grid))
+        return keys, self.reduce.macs(keys)

@@ -10,19 +10,18 @@ from torch.nn import functional as F
 
 from effformer.config import Config as BaseConfig
 from effformer.context import Context
-from effformer.nn.lepe import LePE, Reduction
+from effformer.nn.lepe import LePE
 from effformer.nn.precision import widened
-from effformer.nn.resample import GridTable, stretch
 from effformer.registry import Caps, attention
 from effformer.site import Site
 
-from .lin import GridMixer, joined, lin, lin_macs
+from .lin import CodedMixer, joined, lin, lin_macs
 
 __all__ = ["PolaFormer"]
 
 
 @attention.register("polaformer", caps=Caps(axes="hw", cost="n"), paper="2501.15061")
-class PolaFormer(GridMixer):
+class PolaFormer(CodedMixer):
     """Polarity-aware linear attention: ``W(([o_same, o_opposite] + dwconv(v)) * g)``.
 
     With ``t+ = relu(t)^p``, ``t- = relu(-t)^p`` and features ``K = [k+, k-]``, half of the channels
@@ -81,27 +80,18 @@ class PolaFormer(GridMixer):
         super().__init__(config, site)
         dim, bias = site.dim, config.qkv_bias
         self.qg = nn.Linear(dim, 2 * dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
-        self.reduce = Reduction(dim, config.reduction) if config.reduction > 1 else None
-        self.positions: GridTable | None = None
-        if config.positions and self.cells is not None:
-            self.positions = GridTable(self.reduced(self.cells), dim)
+        self.build_keys(dim, bias=bias, codes=config.positions)
         self.scale = nn.Parameter(torch.zeros(site.heads, 1, self.head_dim))
         self.power = nn.Parameter(torch.zeros(site.heads, 1, self.head_dim))
         self.lepe = LePE(self.head_dim, config.kernel)
         self.proj = nn.Linear(dim, site.out_dim or dim, bias=config.proj_bias)
 
     def mix(self, x: Tensor, grid: tuple[int, int], ctx: Context) -> Tensor:
-        keys = self.reduced(grid)
         q, gate = self.qg(x).chunk(2, dim=-1)
-        k, v = self.kv(x if self.reduce is None else self.reduce(x, grid)).chunk(2, dim=-1)
-        if self.positions is not None:
-            k = k + self.positions(keys)
+        k, v = self.keys_values(x, grid)
         q, k, v = (self.split(t, name, ctx) for name, t in (("q", q), ("k", k), ("v", v)))
         mixed = joined(self.polar(widened(q), widened(k), widened(v))).to(x.dtype)
-        v = joined(v)
-        if self.reduce is not None:
-            v = stretch(v, x.shape[1], dim=1)
+        v = self.spread(v, x.shape[1])
         return self.proj((mixed + self.lepe(v, grid)) * gate)
 
     def polar(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,8 +113,7 @@ class PolaFormer(GridMixer):
 
     def image_macs(self, grid: tuple[int, int], front: int) -> int:
         n, dim, d = grid[0] * grid[1], self.site.dim, self.head_dim
-        keys = n if self.reduce is None else self.reduced(grid)[0] * self.reduced(grid)[1]
-        fewer = 0 if self.reduce is None else self.reduce.macs(keys)
+        keys, fewer = self.key_macs(n, grid)
         products = 2 * lin_macs(n, keys, heads=self.heads, features=2 * d, values=d // 2)
         projections = dim * (2 * (n + keys) * dim + n * self.proj.out_features)
         return projections + fewer + products + self.lepe.macs(n, dim)
