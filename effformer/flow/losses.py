@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .. import config as _config
 from ..registry import loss as registry
 from .conventions import VelocityField
-from .paths import Path, Prediction, expand, get_path
+from .paths import Path, PathSample, Prediction, expand, get_path
 from .times import TimeLaw, get_time_law
 
 __all__ = [
@@ -64,13 +64,12 @@ def cosine_distance(value: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B,), in [0, 2], at least float32.
     """
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    cosine = F.cosine_similarity(value.to(dtype), target.to(dtype), dim=1)
+    cosine = F.cosine_similarity(_widened(value), _widened(target), dim=1)
     return 1 - cosine.reshape(len(cosine), -1).mean(1)
 
 
 class _Objective:
-    """What the losses share: the path, and drawing what was not given."""
+    """What the losses share: the path, drawing what was not given, asking the network."""
 
     def __init__(self, path: Path | str, time: TimeLaw | str) -> None:
         self.path = get_path(path)
@@ -97,6 +96,19 @@ class _Objective:
         if t.shape != data.shape[:1]:
             raise ValueError(f"loss: expected t ({data.shape[0]},), got {tuple(t.shape)}")
         return noise.to(data.device), t.to(torch.promote_types(data.dtype, torch.float32))
+
+    def _ask(
+        self, network: VelocityField, data: Tensor, noise: Tensor, t: Tensor, cond: dict[str, Any]
+    ) -> tuple[PathSample, Tensor]:
+        """The point at t with its velocity, and what the network answers there."""
+        point = self.path.plan(t, data, noise)
+        value = network(point.x.to(data.dtype), t, **cond)
+        if value.shape != data.shape:
+            raise ValueError(
+                f"loss: the network answered {tuple(value.shape)} for data {tuple(data.shape)}; "
+                "a network that also predicts a variance becomes a velocity by effformer.flow.adapt"
+            )
+        return point, value
 
 
 @registry.register("flow-matching", paper="2209.03003", aliases=("mse", "rectified-flow"))
@@ -168,9 +180,7 @@ class FlowMatching(_Objective):
             ValueError: shapes that do not fit.
         """
         noise, t = self._draw(data, noise, t, generator)
-        point = self.path.plan(t, data, noise)
-        value = network(point.x.to(data.dtype), t, **cond)
-        _check_prediction(value, data)
+        point, value = self._ask(network, data, noise, t, cond)
         kind = self.config.prediction
         if kind == "score":
             target, error = -noise, expand(self.path.sigma(t), data) * value + noise
@@ -227,9 +237,7 @@ class PseudoHuber(_Objective):
     ) -> LossOutput:
         """Evaluate the loss; arguments as `FlowMatching.__call__`."""
         noise, t = self._draw(data, noise, t, generator)
-        point = self.path.plan(t, data, noise)
-        value = network(point.x.to(data.dtype), t, **cond)
-        _check_prediction(value, data)
+        point, value = self._ask(network, data, noise, t, cond)
         squares = _squares(value - point.velocity)
         size = squares.shape[1]
         c = self.config.factor * size
@@ -290,9 +298,7 @@ class Distillation(_Objective):
     ) -> LossOutput:
         """Evaluate the loss; as `FlowMatching.__call__`, with the noise that data was made from."""
         noise, t = self._draw(data, noise, t, generator)
-        point = self.path.plan(t, data, noise)
-        value = network(point.x.to(data.dtype), t, **cond)
-        _check_prediction(value, data)
+        point, value = self._ask(network, data, noise, t, cond)
         per_sample = self.config.l2 * _squares(value - point.velocity).mean(1)
         if self.config.perceptual and self.perceptual is not None:
             distance = self.perceptual(noise + value, data)
@@ -307,12 +313,8 @@ class Distillation(_Objective):
 
 def _squares(error: Tensor) -> Tensor:
     """(B, d) squares of all elements, at least float32."""
-    return error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1)
+    return _widened(error).square().flatten(1)
 
 
-def _check_prediction(value: Tensor, data: Tensor) -> None:
-    if value.shape != data.shape:
-        raise ValueError(
-            f"loss: the network answered {tuple(value.shape)} for data {tuple(data.shape)}; "
-            "a network that also predicts a variance becomes a velocity by effformer.flow.adapt"
-        )
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

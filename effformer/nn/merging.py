@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .precision import widened
+
 __all__ = ["Matching", "match_every", "match_tokens", "merge_schedule", "most_merges"]
 
 
@@ -36,10 +38,10 @@ class Matching:
         Returns:
             (B, M, D). The weighted total of the tokens is kept.
         """
-        wide = _wide(x)
+        wide = widened(x)
         if sizes is None:
             return (self.sum(wide) / self.sizes(x)[..., None]).to(x.dtype)
-        weights = _wide(sizes)[..., None]
+        weights = widened(sizes)[..., None]
         return (self.sum(wide * weights) / self.sum(weights)).to(x.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -66,10 +68,6 @@ class Matching:
     def source(self) -> Tensor:
         """(B, M, N) matrix of zeros and ones: which tokens made which."""
         return F.one_hot(self.groups, self.count).transpose(1, 2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def most_merges(n: int, r: int, front: int = 0) -> int:
