@@ -126,6 +126,11 @@ class Config:
         found = {name: getattr(self, name) for name in own}
         return {name: one for name, one in found.items() if one is not None}
 
+    def nested(self, *kinds: str) -> list[Config]:
+        """This part and those of these kinds inside of it, the outermost first."""
+        inner = self.parts(*kinds).values()
+        return [self, *(deeper for one in inner for deeper in one.nested(*kinds))]
+
     def replace(self, *, where: str = "", **changes: Any) -> Self:
         """A copy with changes; a change to a nested config starts from the present one."""
         where = where or type(self).__qualname__
@@ -182,29 +187,36 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
         raise TypeError(f"{where or kind}: {entry.name!r} takes no config")
     if entry.core:
         return _around(registry.core.get(entry.core), entry.config, options, base, where)
-    if type(base) is entry.config and base is not None:
+    return _made(entry, options, base, where)
+
+
+def _made(
+    entry: registry.Entry, options: Mapping[str, Any], base: Config | None, where: str
+) -> Config:
+    """The config of an entry, from the one that stands there now if it is of the same part."""
+    assert entry.config is not None
+    if base is not None and type(base) is entry.config:
         return _changed(base, options, where)
-    if base is not None:
-        options |= _kept(kind, entry.config, options, base, where)
-    return typing.cast(
-        Config, entry.config.from_dict(options, where=where or f"{kind} {entry.name!r}")
-    )
+    where = where or f"{entry.kind} {entry.name!r}"
+    kept = {} if base is None else _kept(entry, options, base, where)
+    return typing.cast(Config, entry.config.from_dict({**options, **kept}, where=where))
 
 
 def _kept(
-    kind: str, wrapper: type[Config], options: Mapping[str, Any], base: Config, where: str
+    entry: registry.Entry, options: Mapping[str, Any], base: Config, where: str
 ) -> dict[str, Config]:
     """What stands there now goes into a part that is put around it."""
-    inner = [f.name for f in dataclasses.fields(wrapper) if f.metadata.get("kind") == kind]
+    assert entry.config is not None
+    fields = dataclasses.fields(entry.config)
+    inner = [f.name for f in fields if f.metadata.get("kind") == entry.kind]
     return {
-        name: resolve(kind, options.get(name, base), base, where=f"{where}.{name}")
+        name: resolve(entry.kind, options.get(name, base), base, where=f"{where}.{name}")
         for name in inner
     }
 
 
 def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:
     """A config of the kind as it is; that of a core with an attention around it."""
-    registry.KINDS[kind].names()  # loads the built-in parts and plug-ins
     found = type(spec).__dict__.get("ENTRY")
     if found is not None and found.kind == kind:
         return spec
@@ -220,60 +232,69 @@ def _accept(kind: str, spec: Config, base: Config | None, where: str) -> Config:
 def _around(
     core: registry.Entry,
     heads: type[Config],
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     base: Config | None,
     where: str,
 ) -> Config:
     """Put a core between heads. The heads of ``base`` stay, but for what their core brought along;
-    the new core brings what its paper has; options go to whichever of the two owns them.
+    the new core brings what its paper has.
     """
+    if (other := _core_named(options, core, where)) is not core:
+        raise ValueError(f"{where}: both {core.name!r} and {other.name!r} are named; leave one out")
     if base is None or type(base) is not heads:
         base = heads()
     present: Any = base.core  # type: ignore[attr-defined]
-    outer = {} if present.entry is core else _returned(present, base) | dict(core.heads)
-    chosen = options.get("core", {})
-    given = options | {
-        "core": {"name": core.name, **chosen} if isinstance(chosen, Mapping) else chosen
-    }
-    return _changed(base.replace(where=where, **outer) if outer else base, given, where)
+    if present.entry is core:
+        return _between(base, core, options, where)
+    brought = _returned(present, base) | dict(core.heads)
+    return _between(base.replace(**brought) if brought else base, core, options, where)
 
 
 def _returned(core: Config, base: Config) -> dict[str, Any]:
     """Options of heads that their core brought along, as they are without it."""
+    if not core.entry.heads:
+        return {}
     plain = type(base)()
     brought = plain.replace(**core.entry.heads)
     same = [name for name in core.entry.heads if getattr(base, name) == getattr(brought, name)]
     return {name: getattr(plain, name) for name in same}
 
 
-def _changed(base: Config, options: dict[str, Any], where: str) -> Config:
+def _changed(base: Config, options: Mapping[str, Any], where: str) -> Config:
     """A config with changed options; those of the core that it holds go there."""
-    own = {f.name for f in dataclasses.fields(base)}
-    if "core" in own:
-        own -= _fields_of_core(options.get("core"), base, where)
-    if "core" not in own or own >= set(options):
+    present = getattr(base, "core", None)
+    if not isinstance(present, Config):
         return base.replace(where=where, **options)
+    return _between(base, _core_named(options, present.entry, where), options, where)
+
+
+def _core_named(options: Mapping[str, Any], default: registry.Entry, where: str) -> registry.Entry:
+    """The core that the options of an attention name, if they do."""
+    chosen = options.get("core", {})
+    if isinstance(chosen, Config):
+        return chosen.entry
+    name = chosen.get("name") if isinstance(chosen, Mapping) else chosen
+    return default if name is None else registry.core.get(name, where=where)
+
+
+def _between(base: Config, core: registry.Entry, options: Mapping[str, Any], where: str) -> Config:
+    """Heads with a core between them; options go to whichever of the two owns them, those of both
+    to the core.
+    """
+    assert core.config is not None
+    of_core = {f.name for f in dataclasses.fields(core.config)}
+    own = {f.name for f in dataclasses.fields(base)} - of_core
     outer = {k: v for k, v in options.items() if k in own}
     inner = {k: v for k, v in options.items() if k not in own}
-    core = outer.pop("core", {})
-    if isinstance(core, Config):
-        core = core.replace(where=where, **inner)
-    elif isinstance(core, str):
-        core = {"name": core, **inner}
+    chosen = outer.pop("core", {})
+    if isinstance(chosen, Config):
+        made = chosen.replace(where=where, **inner)
     else:
-        core = {**core, **inner}
-    core = resolve("core", core, base.core, where=where)  # type: ignore[attr-defined]
-    return base.replace(where=where, core=core, **outer)
-
-
-def _fields_of_core(spec: Any, base: Config, where: str) -> set[str]:
-    """Options that a core has, and the heads around it by the same name."""
-    if isinstance(spec, Mapping):
-        spec = spec.get("name")
-    if isinstance(spec, str):
-        spec = registry.core.get(spec, where=where).config
-    spec = base.core if spec is None else spec  # type: ignore[attr-defined]
-    return {f.name for f in dataclasses.fields(spec)}
+        given = chosen if isinstance(chosen, Mapping) else {}
+        given = {k: v for k, v in given.items() if k != "name"}
+        present: Any = base.core  # type: ignore[attr-defined]
+        made = _made(core, given | inner, present, where)
+    return base.replace(where=where, core=made, **outer)
 
 
 @contextmanager

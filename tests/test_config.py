@@ -133,6 +133,18 @@ def test_options_go_to_attention_or_to_its_core() -> None:
         resolve("attention", {"epz": 1}, base)
     with pytest.raises(ValueError, match=r"unknown attention 'sotfmax'; did you mean 'softmax'"):
         resolve("attention", "sotfmax")
+    with pytest.raises(ValueError, match="both 'flow' and 'linear' are named; leave one out"):
+        resolve("attention", {"name": "flow", "core": "linear"}, base, where="attn")
+    assert resolve("attention", {"name": "flow", "core": {"eps": 1e-2}}) == Attention.Config(
+        core=Flow.Config(eps=1e-2)
+    )
+
+
+def test_nested_parts_are_listed_from_the_outermost() -> None:
+    attn = resolve("attention", {"name": "axes", "over": "h", "mixer": "flow"})
+    found = attn.nested("attention", "core")
+    assert [one.entry.name for one in found] == ["axes", "multihead", "flow"]
+    assert attn.nested("core") == [attn]
 
 
 def test_dicts_need_a_name_or_a_base() -> None:

@@ -200,8 +200,7 @@ def _convolves(config: Config) -> bool:
 
 
 def _is_causal(config: Config) -> bool:
-    inner = config.parts("attention", "core").values()
-    return bool(getattr(config, "causal", False)) or any(map(_is_causal, inner))
+    return any(getattr(one, "causal", False) for one in config.nested("attention", "core"))
 
 
 def _rope_reason(config: Config, needs: Needs, site: Site) -> str | None:

@@ -230,11 +230,10 @@ def head_width(config: BackboneConfig) -> int:
     """Width of the heads for which a model makes its rotary tables: that of its token mixer, or of
     the one that this puts into a view.
     """
-    attn = config.attn
-    while (inner := attn.parts("attention")) and not hasattr(attn, "head_width"):
-        attn = next(iter(inner.values()))
-    width = getattr(attn, "head_width", None)
-    return config.dim // config.heads if width is None else width(config.dim, config.heads)
+    for attn in config.attn.nested("attention"):
+        if (width := getattr(attn, "head_width", None)) is not None:
+            return int(width(config.dim, config.heads))
+    return config.dim // config.heads
 
 
 def with_causal(attn: Config, causal: bool) -> Config:
