@@ -11,6 +11,7 @@ import torch
 from gated_mixers import DIM, HEADS, NAMES, make, obvious, same, tokens, turns
 from torch import Tensor
 
+from effformer.attention.reference_gated import gated_reference
 from effformer.build import build_model
 from effformer.checks import CapabilityError
 from effformer.config import resolve
@@ -75,6 +76,7 @@ def test_later_tokens_have_no_influence_at_all(name: str) -> None:
 
 FORMS = {
     "causal": {}, "both": {"causal": False}, "alternate": {"causal": False, "direction": "alternate"},
+    "both-exclusive": {"causal": False, "direction": "both-exclusive"},
 }  # fmt: skip
 
 
@@ -128,6 +130,34 @@ def test_both_directions_are_a_scan_and_a_scan_turned_round(name: str) -> None:
     if name == "ssd":  # what goes on as it is goes on once
         expected = expected - part.core.skip[:, None, None] * ins["v"]
     same(part.core(**ins), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("name", NAMES)
+def test_exclusive_directions_meet_the_token_itself_once(name: str, n: int) -> None:
+    """Backward, a query reads what the tokens behind its own have left, each of its queries alone."""
+    part, causal = inner(name, chunk=4, direction="both-exclusive")
+    ins = {key: x.requires_grad_() for key, x in given(part, n).items()}
+    terms = causal.terms(**ins)
+    rows = [torch.zeros_like(ins["v"][:, :, :1])]
+    for t in range(n - 2, -1, -1):
+        q, *rest = (x if x is None or x.dim() == 1 else x[:, :, t + 1 :].flip(2) for x in terms)
+        asked = terms.q[:, :, t : t + 1].expand_as(q)
+        out, _ = gated_reference(asked, *rest, delta=causal.DELTA, scale=causal.scale)
+        rows.append(out[:, :, -1:])
+    expected = causal(**ins) + torch.cat(rows[::-1], dim=2)
+    found, leaves = part.core(**ins), [*ins.values()]
+    same(found, expected)
+    cotangent = torch.randn_like(found)
+    grads = [torch.autograd.grad(y, leaves, cotangent) for y in (found, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        same(ours, theirs, 1e-9)
+
+
+def test_exclusive_directions_that_forget_nothing_sum_every_token_once() -> None:
+    part, _ = inner("gla", direction="both-exclusive")
+    ins = given(part, 9) | {"decay": torch.full((2, HEADS, 9, 4), 1e3, dtype=torch.float64)}
+    same(part.core(**ins), (ins["q"] @ ins["k"].mT / 2) @ ins["v"])
 
 
 @pytest.mark.parametrize("name", NAMES)
