@@ -111,11 +111,11 @@ class GatedCore(Core):
         """The scan from the last token to the first; exclusive, queries and outputs move by one step
         against the memory.
         """
-        shifted = self.config.direction == "both-exclusive"
+        n, shifted = terms.q.shape[2], self.config.direction == "both-exclusive"
         if shifted:
-            terms = terms._replace(q=F.pad(terms.q, (0, 0, 1, -1)))
+            terms = terms._replace(q=F.pad(terms.q, (0, 0, 1, 0))[:, :, :n])
         back = self._scan(_each(terms, lambda x: x.flip(2)), None)[0].flip(2)
-        return F.pad(back, (0, 0, -1, 1)) if shifted else back
+        return F.pad(back, (0, 0, 0, 1))[:, :, 1:] if shifted else back
 
     def _scan(self, terms: Terms, state: Tensor | None) -> tuple[Tensor, Tensor]:
         return gated_scan(
@@ -189,9 +189,9 @@ def _masked(terms: Terms, mask: Tensor | None) -> Terms:
         return terms
     q, k, v, decay, beta = terms
     real = mask[:, None]
-    v = v * real[..., None].to(v.dtype)
-    if beta is not None:
-        beta = beta * real.to(beta.dtype)
+    k = k * real[..., None].to(
+        k.dtype
+    )  # whatever the rule, all that is written goes through the key
     if decay is not None:
         if decay.dim() == 1:
             decay = decay[:, None].expand(-1, v.shape[2])[None]

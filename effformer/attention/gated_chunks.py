@@ -98,8 +98,8 @@ def unit_lower_inverse(m: Tensor) -> Tensor:
 
 
 def _chunk_by_chunk(count: int, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of every part (c Z, ...) the Z = count rows of one chunk after another."""
-    return zip(*(x.split(count) for x in parts), strict=True)
+    """Of every part (c Z, ...) the Z = count rows of one chunk after another; none in an empty batch."""
+    return zip(*(x.split(count) for x in parts), strict=True) if count else iter(())
 
 
 @torch.library.custom_op("effformer::chunk_states", mutates_args=())

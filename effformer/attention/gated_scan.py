@@ -160,7 +160,7 @@ def _chunked(
     Chunks, samples and heads lie in one dimension Z in this order, so that the states before the
     chunks are a view of all states.
     """
-    (batch, heads, n, _), start = v.shape, state.flatten(0, 1)
+    (batch, heads, n, _), start, count = v.shape, state.flatten(0, 1), _count(v, chunk)
     g = q.new_zeros(1, 1, n).expand(batch, heads, n) if g is None else g
     q, k, v = (_chunks(_grouped(x, heads), chunk) for x in (q, k, v))
     written = k
@@ -183,7 +183,7 @@ def _chunked(
     states, u = chunk_states(after, read, decay.whole.unsqueeze(-1), u, start)
     before = states.narrow(0, 0, u.shape[0])
     out = torch.baddbmm((q * decay.before) @ before, inside, u, beta=scale, alpha=scale)
-    out = out.unflatten(0, (-1, batch, heads)).movedim(0, 2).flatten(2, 3)[:, :, :n]
+    out = out.unflatten(0, (count, batch, heads)).movedim(0, 2).flatten(2, 3)[:, :, :n]
     return out, states.narrow(0, u.shape[0], start.shape[0]).unflatten(0, (batch, heads))
 
 
@@ -201,9 +201,11 @@ def _token_by_token(
     """The recurrence itself, for a few tokens."""
     outputs, heads = [], v.shape[1]
     q, k = (_grouped(x.to(state.dtype), heads) for x in (q * scale, k))
+    if g is not None and g.dim() == 3:
+        g = g.unsqueeze(-1)
     for t in range(q.shape[2]):
         if g is not None:
-            state = state * g[:, :, t].exp().reshape(*g.shape[:2], -1, 1)
+            state = state * g[:, :, t].exp().unsqueeze(-1)
         u, key = v[:, :, t : t + 1].to(state.dtype), k[:, :, t : t + 1]
         if delta:
             u = u - key @ state
@@ -214,13 +216,18 @@ def _token_by_token(
     return (torch.cat(outputs, dim=2).to(v.dtype) if outputs else v), state
 
 
-def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, N, K) -> (c B H, C, K), the last chunk filled with zeros: nothing is written there and
-    nothing decays. So a graph for any length takes one chunk more than it needs, because tracers
-    would take one chunk alone for a constant.
+def _count(x: Tensor, chunk: int) -> int:
+    """Chunks of the tokens of x (B, H, N, ...). A graph for any length takes one more than it needs,
+    because tracers would take one chunk alone for a constant.
     """
-    n = x.shape[2]
-    count = (n + chunk - 1) // chunk + (0 if known_length(x) else 1)
+    return (x.shape[2] + chunk - 1) // chunk + (0 if known_length(x) else 1)
+
+
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    """(B, H, N, K) -> (c B H, C, K), the last chunks filled with zeros: nothing is written there and
+    nothing decays.
+    """
+    n, count = x.shape[2], _count(x, chunk)
     if capturing() or count * chunk != n:
         x = F.pad(x, (0, 0, 0, count * chunk - n))
     return x.unflatten(2, (count, chunk)).movedim(2, 0).flatten(0, 2)

@@ -11,6 +11,7 @@ import torch
 from gated_mixers import DIM, HEADS, NAMES, make, obvious, same, tokens, turns
 from torch import Tensor
 
+from effformer.attention.gated import Terms
 from effformer.attention.reference_gated import gated_reference
 from effformer.build import build_model
 from effformer.checks import CapabilityError
@@ -91,6 +92,22 @@ def test_padding_on_either_side_is_as_if_it_were_not_there(name: str, form: str)
         mask[:, before : before + 7] = True
         padded = torch.cat([filled[:, :before], x, filled[:, before:]], dim=1)
         same(part(padded, Context(mask=mask))[mask].view(2, 7, DIM), expected)
+
+
+def test_padding_writes_nothing_where_a_rule_has_no_gate() -> None:
+    part = make("delta", causal=False, short_conv=0)
+    part.core.terms = lambda q, k, v, beta: Terms(part.core.unit(q), part.core.unit(k), v)
+    x, real = tokens(7), torch.tensor([0, 1, 2, 5, 6])
+    mask = torch.isin(torch.arange(7), real).expand(2, -1)
+    same(part(x, Context(mask=mask))[:, real], part(x[:, real]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("batch", "n"), [(0, 0), (0, 2), (0, 7), (2, 0)])
+def test_nothing_given_is_answered_with_nothing(name: str, form: str, batch: int, n: int) -> None:
+    x = torch.empty(batch, n, DIM, dtype=torch.float64)
+    assert make(name, **FORMS[form])(x).shape == x.shape
 
 
 @pytest.mark.parametrize("form", FORMS)
