@@ -24,6 +24,8 @@ FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
 JOINT = registry.block.names(joint=True)
 OPTIONS: dict[str, dict[str, Any]] = {
+    "gated-delta": {"direction": "both-exclusive"},  # the others keep the default
+    "gla": {"direction": "both-exclusive"},
     "linformer": {"tokens": 130, "projected": 5},
     "longformer": {"window": 4, "global_tokens": 1},
     "moe": {"experts": 3},
@@ -35,7 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tdsm": {"segments": 1, "tokens": 11},
     "topk": {"keep": 3},
 }
-"""Options that let a mechanism work on the few tokens of a test."""
+"""Options that let a mechanism work on the few tokens of a test, or that a part shares with others
+which are tested without."""
 
 
 BLOCK_OPTIONS: dict[str, dict[str, Any]] = {

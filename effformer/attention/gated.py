@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context
 from effformer.nn.cut import put, twin
@@ -30,14 +31,17 @@ class GatedConfig(CoreConfig):
     """Knobs shared by the cores with one matrix of memory per head.
 
     Attributes:
-        direction: of a core that is not causal: "both" adds a scan from either side, so that a token
-            meets itself twice; "alternate" turns the order round in every second layer, and swaps
-            rows and columns of a grid in every second pair of layers.
+        direction: of a core that is not causal, with F_t the memory after tokens 0 to t and B_t that
+            after tokens N - 1 down to t: "both" adds a scan from either side,
+            ``o_t = s (F_t + B_t)^T q_t``, so that a token meets itself twice; "both-exclusive" shifts
+            the second by one step, ``o_t = s (F_t + B_{t+1})^T q_t``, so that it meets itself once;
+            "alternate" turns the order round in every second layer, and swaps rows and columns of a
+            grid in every second pair of layers.
         chunk: tokens per chunk; changes speed, not results.
     """
 
     GROUPED: ClassVar[bool] = True
-    direction: Literal["both", "alternate"] = "both"
+    direction: Literal["both", "both-exclusive", "alternate"] = "both"
     chunk: int = 64
 
     def __post_init__(self) -> None:
@@ -95,14 +99,23 @@ class GatedCore(Core):
         terms = _masked(self.terms(q, k, v, **further), ctx.mask)
         if self.config.causal:
             return self.leave(self._scan(terms, None)[0], v)
-        if self.config.direction == "both":
-            back = self._scan(_each(terms, lambda x: x.flip(2)), None)[0].flip(2)
-            return self.leave(self._scan(terms, None)[0] + back, v)
+        if self.config.direction != "alternate":
+            return self.leave(self._scan(terms, None)[0] + self._back(terms), v)
         order = self._order(q.shape[2], ctx.grid, q.device)
         if order is None:
             return self.leave(self._scan(terms, None)[0], v)
         out = self._scan(_each(terms, lambda x: x.index_select(2, order)), None)[0]
         return self.leave(out.index_select(2, order.argsort()), v)
+
+    def _back(self, terms: Terms) -> Tensor:
+        """The scan from the last token to the first; exclusive, queries and outputs move by one step
+        against the memory.
+        """
+        n, shifted = terms.q.shape[2], self.config.direction == "both-exclusive"
+        if shifted:
+            terms = terms._replace(q=F.pad(terms.q, (0, 0, 1, 0))[:, :, :n])
+        back = self._scan(_each(terms, lambda x: x.flip(2)), None)[0].flip(2)
+        return F.pad(back, (0, 0, 0, 1))[:, :, 1:] if shifted else back
 
     def _scan(self, terms: Terms, state: Tensor | None) -> tuple[Tensor, Tensor]:
         return gated_scan(
@@ -124,7 +137,7 @@ class GatedCore(Core):
             n, self.config.chunk, heads=heads, key_dim=head_dim, value_dim=self.value_dim,
             delta=self.DELTA, per_channel=self.PER_CHANNEL,
         )  # fmt: skip
-        both = not self.config.causal and self.config.direction == "both"
+        both = not self.config.causal and self.config.direction != "alternate"
         return 2 * once if both else once
 
     def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> Tensor:
@@ -176,9 +189,9 @@ def _masked(terms: Terms, mask: Tensor | None) -> Terms:
         return terms
     q, k, v, decay, beta = terms
     real = mask[:, None]
-    v = v * real[..., None].to(v.dtype)
-    if beta is not None:
-        beta = beta * real.to(beta.dtype)
+    k = k * real[..., None].to(
+        k.dtype
+    )  # whatever the rule, all that is written goes through the key
     if decay is not None:
         if decay.dim() == 1:
             decay = decay[:, None].expand(-1, v.shape[2])[None]

@@ -7,6 +7,7 @@ strong: ``exp(-inf) = 0`` is an ordinary value here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ class _Inverse(torch.autograd.Function):
     def forward(ctx: Any, m: Tensor) -> Tensor:
         inverse = torch.linalg.solve_triangular(
             m, torch.eye(m.shape[-1], dtype=m.dtype, device=m.device).expand_as(m), upper=False,
-            unitriangular=True,
+            left=False, unitriangular=True,
         )  # fmt: skip
         ctx.save_for_backward(inverse)
         return inverse
@@ -96,66 +97,88 @@ def unit_lower_inverse(m: Tensor) -> Tensor:
     return _Inverse.apply(m)
 
 
-@torch.library.custom_op("effformer::chunk_states", mutates_args=())
-def chunk_states(transition: Tensor, write: Tensor, start: Tensor) -> Tensor:
-    """``S_{c+1} = P_c S_c + W_c`` over the chunks c of Z sequences.
+def _chunk_by_chunk(count: int, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of every part (c Z, ...) the Z = count rows of one chunk after another; none in an empty batch."""
+    return zip(*(x.split(count) for x in parts), strict=True) if count else iter(())
 
-    An operator of its own: a captured graph then serves any number of chunks.
+
+@torch.library.custom_op("effformer::chunk_states", mutates_args=())
+def chunk_states(
+    write: Tensor, read: Tensor | None, whole: Tensor, u: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``U_c = u_c + R_c S_c;  S_{c+1} = diag(d_c) S_c + W_c U_c`` over the chunks c of Z sequences.
+
+    An operator of its own: a captured graph then serves any number of chunks, and no (K, K)
+    transition of a chunk is made.
 
     Args:
-        transition: P, a matrix (c Z, K, K) or a diagonal (c Z, K, 1).
-        write: W, (c Z, K, V).
+        write: W, (c Z, K, C).
+        read: R, (c Z, C, K), None for 0.
+        whole: d, (c Z, K, 1), or (c Z, 1, 1) for all K alike.
+        u: (c Z, C, V).
         start: S_0, (Z, K, V).
 
     Returns:
-        Every state, S_0 and the last included, ((c + 1) Z, K, V).
+        Every state, S_0 and the last included, ((c + 1) Z, K, V), and U (c Z, C, V).
     """
-    count = start.shape[0]
-    states = torch.cat([start, torch.empty_like(write)])
-    rows = states.split(count)
-    add = torch.addcmul if transition.shape[-1] == 1 else torch.baddbmm
-    for c, (w, p) in enumerate(zip(write.split(count), transition.split(count), strict=True)):
-        add(w, p, rows[c], out=rows[c + 1])
-    return states
+    count, chunks = start.shape[0], u.shape[0]
+    states = start.new_empty(count + chunks, *start.shape[1:])
+    rows, u = states.split(count), u.clone(memory_format=torch.contiguous_format)
+    rows[0].copy_(start)
+    for c, (w, d, gain) in enumerate(_chunk_by_chunk(count, write, whole, u)):
+        if read is not None:
+            gain.baddbmm_(read.narrow(0, c * count, count), rows[c])
+        torch.mul(rows[c], d, out=rows[c + 1]).baddbmm_(w, gain)
+    return states, u
 
 
 @chunk_states.register_fake
-def _(transition: Tensor, write: Tensor, start: Tensor) -> Tensor:
-    return torch.cat([start, write])
+def _(
+    write: Tensor, read: Tensor | None, whole: Tensor, u: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    states = start.new_empty(start.shape[0] + u.shape[0], *start.shape[1:])
+    return states, torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("effformer::chunk_states_backward", mutates_args=())
-def _chunk_states_backward(grad: Tensor, transition: Tensor) -> Tensor:
-    """The gradients of all states, what later ones hand back included, ((c + 1) Z, K, V)."""
-    count = grad.shape[0] - transition.shape[0]
-    total = grad.clone(memory_format=torch.contiguous_format)
-    rows = total.split(count)
-    add = torch.addcmul if transition.shape[-1] == 1 else torch.baddbmm
-    for c, p in reversed(list(enumerate(transition.split(count)))):
-        add(rows[c], p.mT if p.shape[-1] > 1 else p, rows[c + 1], out=rows[c])
-    return total
+def _chunk_states_backward(
+    write: Tensor, read: Tensor | None, whole: Tensor, grad_states: Tensor, grad_u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of all states and of U, what later ones hand back included."""
+    count = grad_states.shape[0] - grad_u.shape[0]
+    states, u = (x.clone(memory_format=torch.contiguous_format) for x in (grad_states, grad_u))
+    rows = states.split(count)
+    for c, (w, d, gain) in reversed(list(enumerate(_chunk_by_chunk(count, write, whole, u)))):
+        gain.baddbmm_(w.mT, rows[c + 1])
+        rows[c].addcmul_(d, rows[c + 1])
+        if read is not None:
+            rows[c].baddbmm_(read.narrow(0, c * count, count).mT, gain)
+    return states, u
 
 
 @_chunk_states_backward.register_fake
-def _(grad: Tensor, transition: Tensor) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+def _(
+    write: Tensor, read: Tensor | None, whole: Tensor, grad_states: Tensor, grad_u: Tensor
+) -> tuple[Tensor, Tensor]:
+    states, u = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (grad_states, grad_u)
+    )
+    return states, u
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], output)
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    transition, states = ctx.saved_tensors
-    total = _chunk_states_backward(grad, transition)
-    chunks = transition.shape[0]
-    count = grad.shape[0] - chunks
+def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    write, read, whole, states, u = ctx.saved_tensors
+    total, grad_u = _chunk_states_backward(write, read, whole, *grads)
+    chunks = u.shape[0]
+    count = total.shape[0] - chunks
     later, before = total.narrow(0, count, chunks), states.narrow(0, 0, chunks)
-    if transition.shape[-1] == 1:
-        moved = (later * before).sum(dim=-1, keepdim=True)
-    else:
-        moved = later @ before.mT
-    return moved, later, total.narrow(0, 0, count)
+    grad_read = None if read is None else grad_u @ before.mT
+    grad_whole = (later * before).sum_to_size(whole.shape)
+    return later @ u.mT, grad_read, grad_whole, grad_u, total.narrow(0, 0, count)
 
 
 chunk_states.register_autograd(_differentiate, setup_context=_save)

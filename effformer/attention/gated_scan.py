@@ -14,7 +14,7 @@ from effformer.nn.precision import exactly
 
 from .gated_chunks import chunk_states, decayed_scores, decays, unit_lower_inverse
 from .gated_onnx import gated_scan_onnx
-from .slices import Rows, known_length, token_slices
+from .slices import Rows, capturing, known_length, token_slices
 
 __all__ = ["gated_scan", "gated_scan_macs", "retention_decay"]
 
@@ -160,10 +160,9 @@ def _chunked(
     Chunks, samples and heads lie in one dimension Z in this order, so that the states before the
     chunks are a view of all states.
     """
-    (batch, heads, n, _), start = v.shape, state.flatten(0, 1)
+    (batch, heads, n, _), start, count = v.shape, state.flatten(0, 1), _count(v, chunk)
     g = q.new_zeros(1, 1, n).expand(batch, heads, n) if g is None else g
-    q, k = (_grouped(x, heads) for x in (q * scale, k))
-    q, k, v = (_chunks(x, chunk) for x in (q, k, v))
+    q, k, v = (_chunks(_grouped(x, heads), chunk) for x in (q, k, v))
     written = k
     if b is not None:
         b = _chunks(b.unsqueeze(-1), chunk)
@@ -177,20 +176,14 @@ def _chunked(
         decay, weights = decays(_chunks(g, chunk).squeeze(-1))
         inside = (q @ k.mT) * weights
         m = (written @ k.mT) * weights if delta else inside
-    after = (k * decay.after).mT
-    whole = decay.whole.expand(-1, k.shape[-1])
+    after, u, read = (k * decay.after).mT, v, None
     if delta:
         inverse = unit_lower_inverse(m)
         u, read = inverse @ v, inverse @ (written * -decay.before)
-        moved = torch.baddbmm(torch.diag_embed(whole), after, read)
-        states = chunk_states(moved, after @ u, start)
-        before = states.narrow(0, 0, u.shape[0])
-        u = torch.baddbmm(u, read, before)
-    else:
-        u, states = v, chunk_states(whole.unsqueeze(-1), after @ v, start)
-        before = states.narrow(0, 0, u.shape[0])
-    out = torch.baddbmm((q * decay.before) @ before, inside, u)
-    out = out.unflatten(0, (-1, batch, heads)).movedim(0, 2).flatten(2, 3)[:, :, :n]
+    states, u = chunk_states(after, read, decay.whole.unsqueeze(-1), u, start)
+    before = states.narrow(0, 0, u.shape[0])
+    out = torch.baddbmm((q * decay.before) @ before, inside, u, beta=scale, alpha=scale)
+    out = out.unflatten(0, (count, batch, heads)).movedim(0, 2).flatten(2, 3)[:, :, :n]
     return out, states.narrow(0, u.shape[0], start.shape[0]).unflatten(0, (batch, heads))
 
 
@@ -208,9 +201,11 @@ def _token_by_token(
     """The recurrence itself, for a few tokens."""
     outputs, heads = [], v.shape[1]
     q, k = (_grouped(x.to(state.dtype), heads) for x in (q * scale, k))
+    if g is not None and g.dim() == 3:
+        g = g.unsqueeze(-1)
     for t in range(q.shape[2]):
         if g is not None:
-            state = state * g[:, :, t].exp().reshape(*g.shape[:2], -1, 1)
+            state = state * g[:, :, t].exp().unsqueeze(-1)
         u, key = v[:, :, t : t + 1].to(state.dtype), k[:, :, t : t + 1]
         if delta:
             u = u - key @ state
@@ -221,15 +216,21 @@ def _token_by_token(
     return (torch.cat(outputs, dim=2).to(v.dtype) if outputs else v), state
 
 
-def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, N, K) -> (c B H, C, K), the last chunk filled with zeros: nothing is written there and
-    nothing decays. So a graph for any length takes one chunk more than it needs, because tracers
-    would take one chunk alone for a constant.
+def _count(x: Tensor, chunk: int) -> int:
+    """Chunks of the tokens of x (B, H, N, ...). A graph for any length takes one more than it needs,
+    because tracers would take one chunk alone for a constant.
     """
-    n = x.shape[2]
-    count = (n + chunk - 1) // chunk + (0 if known_length(x) else 1)
-    x = F.pad(x, (0, 0, 0, count * chunk - n)).unflatten(2, (count, chunk))
-    return x.movedim(2, 0).flatten(0, 2)
+    return (x.shape[2] + chunk - 1) // chunk + (0 if known_length(x) else 1)
+
+
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    """(B, H, N, K) -> (c B H, C, K), the last chunks filled with zeros: nothing is written there and
+    nothing decays.
+    """
+    n, count = x.shape[2], _count(x, chunk)
+    if capturing() or count * chunk != n:
+        x = F.pad(x, (0, 0, 0, count * chunk - n))
+    return x.unflatten(2, (count, chunk)).movedim(2, 0).flatten(0, 2)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
@@ -295,6 +296,5 @@ def gated_scan_macs(
     scores = size * (size - 1) // 2 if per_channel else size**2
     once = scores * key_dim + size**2 * value_dim + 2 * size * pair
     if delta:
-        once += scores * key_dim + size**2 * (key_dim + value_dim) + size**3 // 2
-        once += size * (key_dim**2 + pair) + key_dim * pair
+        once += scores * key_dim + size**2 * (key_dim + value_dim) + size**3 // 2 + size * pair
     return heads * -(-n // size) * once

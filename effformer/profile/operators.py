@@ -147,12 +147,12 @@ def _triangular_solve(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tenso
 
 
 @register_formula("effformer::chunk_states", "effformer::chunk_states_backward")
-def _chunk_states(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
-    """Products of a (c Z, K, K) transition with states (c Z, K, V); a diagonal one is
-    elementwise.
+def _chunk_states(args: Sequence[Any], kwargs: Mapping[str, Any], out: tuple[Tensor, ...]) -> int:
+    """Products of what writes into the states, (c Z, K, C), and of what reads from them, if anything
+    does, with V columns; decays are elementwise.
     """
-    transition = next(x for x in args[:2] if x.shape[0] < out.shape[0])
-    return 0 if transition.shape[-1] == 1 else transition.numel() * int(out.shape[-1])
+    write, read = args[:2]
+    return int(write.numel()) * int(out[0].shape[-1]) * (1 if read is None else 2)
 
 
 @register_formula("aten::addbmm")

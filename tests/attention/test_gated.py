@@ -11,6 +11,8 @@ import torch
 from gated_mixers import DIM, HEADS, NAMES, make, obvious, same, tokens, turns
 from torch import Tensor
 
+from effformer.attention.gated import Terms
+from effformer.attention.reference_gated import gated_reference
 from effformer.build import build_model
 from effformer.checks import CapabilityError
 from effformer.config import resolve
@@ -75,6 +77,7 @@ def test_later_tokens_have_no_influence_at_all(name: str) -> None:
 
 FORMS = {
     "causal": {}, "both": {"causal": False}, "alternate": {"causal": False, "direction": "alternate"},
+    "both-exclusive": {"causal": False, "direction": "both-exclusive"},
 }  # fmt: skip
 
 
@@ -89,6 +92,22 @@ def test_padding_on_either_side_is_as_if_it_were_not_there(name: str, form: str)
         mask[:, before : before + 7] = True
         padded = torch.cat([filled[:, :before], x, filled[:, before:]], dim=1)
         same(part(padded, Context(mask=mask))[mask].view(2, 7, DIM), expected)
+
+
+def test_padding_writes_nothing_where_a_rule_has_no_gate() -> None:
+    part = make("delta", causal=False, short_conv=0)
+    part.core.terms = lambda q, k, v, beta: Terms(part.core.unit(q), part.core.unit(k), v)
+    x, real = tokens(7), torch.tensor([0, 1, 2, 5, 6])
+    mask = torch.isin(torch.arange(7), real).expand(2, -1)
+    same(part(x, Context(mask=mask))[:, real], part(x[:, real]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("batch", "n"), [(0, 0), (0, 2), (0, 7), (2, 0)])
+def test_nothing_given_is_answered_with_nothing(name: str, form: str, batch: int, n: int) -> None:
+    x = torch.empty(batch, n, DIM, dtype=torch.float64)
+    assert make(name, **FORMS[form])(x).shape == x.shape
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -128,6 +147,34 @@ def test_both_directions_are_a_scan_and_a_scan_turned_round(name: str) -> None:
     if name == "ssd":  # what goes on as it is goes on once
         expected = expected - part.core.skip[:, None, None] * ins["v"]
     same(part.core(**ins), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("name", NAMES)
+def test_exclusive_directions_meet_the_token_itself_once(name: str, n: int) -> None:
+    """Backward, a query reads what the tokens behind its own have left, each of its queries alone."""
+    part, causal = inner(name, chunk=4, direction="both-exclusive")
+    ins = {key: x.requires_grad_() for key, x in given(part, n).items()}
+    terms = causal.terms(**ins)
+    rows = [torch.zeros_like(ins["v"][:, :, :1])]
+    for t in range(n - 2, -1, -1):
+        q, *rest = (x if x is None or x.dim() == 1 else x[:, :, t + 1 :].flip(2) for x in terms)
+        asked = terms.q[:, :, t : t + 1].expand_as(q)
+        out, _ = gated_reference(asked, *rest, delta=causal.DELTA, scale=causal.scale)
+        rows.append(out[:, :, -1:])
+    expected = causal(**ins) + torch.cat(rows[::-1], dim=2)
+    found, leaves = part.core(**ins), [*ins.values()]
+    same(found, expected)
+    cotangent = torch.randn_like(found)
+    grads = [torch.autograd.grad(y, leaves, cotangent) for y in (found, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        same(ours, theirs, 1e-9)
+
+
+def test_exclusive_directions_that_forget_nothing_sum_every_token_once() -> None:
+    part, _ = inner("gla", direction="both-exclusive")
+    ins = given(part, 9) | {"decay": torch.full((2, HEADS, 9, 4), 1e3, dtype=torch.float64)}
+    same(part.core(**ins), (ins["q"] @ ins["k"].mT / 2) @ ins["v"])
 
 
 @pytest.mark.parametrize("name", NAMES)

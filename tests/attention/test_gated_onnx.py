@@ -82,9 +82,13 @@ def test_a_causal_layer_is_one_node_for_any_length(layer: dict[str, Any], tmp_pa
     assert report.graph.operators.get(CONV, 0) == (1 if part.config.short_conv else 0)
 
 
-@pytest.mark.parametrize("layer", [RETENTION, CHANNELS], ids=itemgetter("name"))
-def test_both_directions_are_two_nodes(layer: dict[str, Any], tmp_path: Path) -> None:
-    part = make(**layer, causal=False)
+@pytest.mark.parametrize(("layer", "direction"), [
+    (RETENTION, "both"), (CHANNELS, "both"), (GROUPED, "both-exclusive"),
+])  # fmt: skip
+def test_both_directions_are_two_nodes(
+    layer: dict[str, Any], direction: str, tmp_path: Path
+) -> None:
+    part = make(**layer, causal=False, direction=direction)
     whole(Layer(part), tmp_path / "m.onnx", nodes=2, rope=layer is RETENTION)
 
 

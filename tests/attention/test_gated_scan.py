@@ -171,6 +171,24 @@ def test_later_tokens_do_not_matter_at_all(rule: str) -> None:
             assert (grad[:, :, :seen] != 0).any(), name
 
 
+@pytest.mark.parametrize("tokens", [0, 3, 37])
+@pytest.mark.parametrize("rule", RULES)
+def test_an_empty_batch_has_an_empty_answer(rule: str, tokens: int) -> None:
+    inputs = Inputs(rule, tokens, batch=0)
+    given = inputs.given()
+    out, state = inputs.run()
+    assert (out.shape, state.shape) == ((0, 2, tokens, 3), (0, 2, 4, 3))
+    if tokens:
+        grads = torch.autograd.grad(out.sum() + state.sum(), list(given.values()))
+        assert [x.shape for x in grads] == [x.shape for x in given.values()]
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated-delta", "kda"])
+def test_the_delta_rule_may_write_in_full(rule: str) -> None:
+    inputs = Inputs(rule, 21, beta=False)
+    assert_same_with_gradients(inputs.given(), inputs.run(chunk=8), inputs.reference())
+
+
 def test_orthonormal_keys_overwrite() -> None:
     width = 8
     k = torch.eye(width, dtype=torch.float64)[None, None]
