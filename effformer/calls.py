@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .wrapped import bare
+
 __all__ = [
     "Call", "Inputs", "Named", "accepted", "bind", "device_of", "evaluating", "match", "outputs", "run", "takes",
 ]  # fmt: skip
@@ -199,6 +201,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _examples(model: Any, batch: int, where: str) -> Inputs:
+    model = bare(model)
     examples = getattr(model, "example_inputs", None)
     if examples is None:
         raise TypeError(
@@ -231,7 +234,7 @@ def _bound(
 
 
 def _signature(model: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(getattr(model, "forward", model))
+    return inspect.signature(getattr(bare(model), "forward", model))
 
 
 def _parameters(model: Callable[..., Any]) -> Mapping[str, Parameter]:

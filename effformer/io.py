@@ -22,6 +22,7 @@ from .checks import FormatError, unknown
 from .files import atomic_folder, atomic_path, read_json, write_json
 from .layout import Layout, StateDict
 from .version import VERSION
+from .wrapped import plain_keys, unwrapping
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -56,6 +57,7 @@ class LoadReport:
     reshaped: tuple[str, ...] = ()
 
 
+@unwrapping
 def save_pretrained(model: Model, folder: str | Path) -> Path:
     """Write ``config.json`` and ``model.safetensors``; an earlier save at the same place is
     replaced whole.
@@ -166,6 +168,12 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
     Raises:
         FormatError: missing, truncated or foreign file, or one that would run code when unpickled.
     """
+    tensors = _read(source)
+    return {new: tensors[key] for key, new in plain_keys(tensors).items()}
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> StateDict:
+    """The tensors of a state dict under the keys that they have there."""
     state = dict(source) if isinstance(source, Mapping) else _read_file(Path(source))
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), Mapping):
@@ -174,10 +182,6 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
-    # parallel and compiled wrappers come in either order
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if all(k.startswith(prefix) for k in tensors):
-            tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
 
 
@@ -210,6 +214,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+@unwrapping
 def load_weights(
     model: nn.Module,
     source: str | Path | Mapping[str, Tensor],
@@ -232,14 +237,14 @@ def load_weights(
             fit.
         ValueError: unknown layout.
     """
-    state = read_weights(source)
-    new = retired.rename(state, model.state_dict().keys())
+    own, state = model.state_dict(), _read(source)
+    state = {new: state[key] for key, new in plain_keys(state, own).items()}
+    new = retired.rename(state, own.keys())
     state = {new.get(key, key): value for key, value in state.items()}
     where = "state dict" if isinstance(source, Mapping) else str(source)
     chosen = _choose_layout(model, state, layout, where)
     if chosen is not None:
         state = chosen.to_ours(state, getattr(model, "config", None))
-    own = model.state_dict()
     reshaped, wrong = [], []
     for key in state.keys() & own.keys():
         if state[key].shape == own[key].shape:
@@ -267,6 +272,7 @@ def load_weights(
     )
 
 
+@unwrapping
 def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "effformer") -> Path:
     """Write the weights as one safetensors file, in our layout or in a published one.
 

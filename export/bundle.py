@@ -20,6 +20,7 @@ from effformer.checks import unknown
 from effformer.files import atomic_folder, write_json
 from effformer.flow.conventions import EFFFORMER, FlowConvention, adapt, get_convention
 from effformer.version import VERSION
+from effformer.wrapped import unwrapping
 
 from . import run
 from .onnx import export_onnx
@@ -89,6 +90,7 @@ class _Decoder(nn.Module):
         return out
 
 
+@unwrapping
 def export_bundle(
     model: nn.Module,
     folder: str | Path,

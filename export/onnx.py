@@ -21,6 +21,7 @@ from effformer.checks import CapabilityError, need
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
+from effformer.wrapped import unwrapping
 
 from .graph import GraphFacts, read_graph, write_graph
 from .inputs import Axes, graph_call, resolve_axes, sizes, traceable
@@ -75,6 +76,7 @@ class ExportReport:
         }  # fmt: skip
 
 
+@unwrapping
 def export_onnx(
     model: nn.Module,
     path: str | Path,

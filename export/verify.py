@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.calls import Call, Inputs, evaluating
+from effformer.wrapped import unwrapping
 
 from .graph import GraphFacts, read_graph
 from .inputs import Axes, graph_call, resized, sizes
@@ -138,6 +139,7 @@ class VerificationError(ValueError):
         self.report = report
 
 
+@unwrapping
 def verify_onnx(
     path: str | Path,
     model: nn.Module,

@@ -16,6 +16,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
 }
 BASE = {
     "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "version",
+    "wrapped",
 }  # fmt: skip
 TOP = BASE | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}

@@ -16,6 +16,7 @@ from effformer.blocks import Block, Branch, Joint
 from effformer.calls import evaluating, takes
 from effformer.checks import CapabilityError, check_shape
 from effformer.context import Context, Ledger
+from effformer.wrapped import bare, unwrapping
 
 from .work import WorkTarget, write_work_loss
 
@@ -44,6 +45,7 @@ class GateTable:
 
 
 @torch.no_grad()
+@unwrapping
 def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
     """Evaluate the gates of a model with ``width="dynamic"`` over a grid of times.
 
@@ -83,6 +85,7 @@ def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
 
 
 @torch.no_grad()
+@unwrapping
 def prepare_widths(model: nn.Module, times: Tensor) -> GateTable:
     """Cut every part to the units that run at some time of a sampler's grid, ahead of sampling.
 
@@ -167,13 +170,14 @@ class _Complete:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.forward = model.forward  # the names that it takes
+        self.forward = bare(model).forward  # the names that it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, complete=True, **kwargs)
 
 
 @torch.no_grad()
+@unwrapping
 def sort_by_magnitude(model: nn.Module) -> None:
     """Reorder the heads of every attention and the hidden channels of every FFN in place, the
     largest first, so that what dynamic width never switches off is what matters most.

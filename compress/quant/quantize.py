@@ -14,6 +14,7 @@ from effformer import registry
 from effformer.calls import Inputs, run
 from effformer.checks import FormatError
 from effformer.config import Spec
+from effformer.wrapped import unwrapping
 
 from ..report import KeptLayer, PackedLayer, Report, file_bytes
 from ..transforms import forget, record
@@ -36,6 +37,7 @@ too little for their size (4.7 %).
 """
 
 
+@unwrapping
 def quantize(
     model: M,
     scheme: Spec,
@@ -80,6 +82,7 @@ def quantize(
     return changed, quantize_(changed, scheme, where, **options, inputs=inputs)
 
 
+@unwrapping
 def quantize_(
     model: nn.Module,
     scheme: Spec,
@@ -116,6 +119,7 @@ def quantize_(
     )  # fmt: skip
 
 
+@unwrapping
 def dequantize(model: M) -> M:
     """A copy with dense layers in place of packed ones; their weights are the rounded ones.
 

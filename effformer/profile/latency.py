@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from effformer.calls import Inputs, bind, evaluating
+from effformer.wrapped import bare
 
 from .fake import on_real
 from .machine import Machine, machine
@@ -159,7 +160,7 @@ def interleave(
 
 
 def _name(model: nn.Module) -> str:
-    return str(getattr(model, "name", type(model).__name__))
+    return str(getattr(bare(model), "name", type(bare(model)).__name__))
 
 
 def _call(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..checks import FormatError, unknown
 from ..retired import rename
+from ..wrapped import unwrapping
 
 __all__ = ["RunFolder", "load_checkpoint", "read_checkpoint", "read_metrics"]
 
@@ -209,6 +210,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
         ) from error
 
 
+@unwrapping
 def load_checkpoint(
     source: str | os.PathLike[str], model: nn.Module, weights: Literal["ema", "raw"] = "ema"
 ) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..wrapped import unwrapped
+
 __all__ = ["EMA", "ema_decay"]
 
 Weights = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -70,7 +72,7 @@ class EMA:
         self._check_names(named, "update")
         self.updates += 1
         decay = ema_decay(self.decay, self.updates) if self.warmup else self.decay
-        copied = set(dict(weights.named_buffers())) if isinstance(weights, nn.Module) else set()
+        copied = _buffers(weights)
         for name, tensor in named.items():
             shadow = self.shadow[name]
             if name in copied or not shadow.is_floating_point():
@@ -130,9 +132,17 @@ class EMA:
             )
 
 
+def _buffers(weights: Weights) -> set[str]:
+    if not isinstance(weights, nn.Module):
+        return set()
+    with unwrapped(weights) as plain:
+        return {name for name, _ in plain.named_buffers()}
+
+
 def _named(weights: Weights) -> dict[str, Tensor]:
     if isinstance(weights, nn.Module):
-        return dict(weights.named_parameters()) | dict(weights.named_buffers())
+        with unwrapped(weights) as plain:
+            return dict(plain.named_parameters()) | dict(plain.named_buffers())
     if isinstance(weights, Mapping):
         return dict(weights)
     return {str(i): tensor for i, tensor in enumerate(weights)}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..context import Ledger
+from ..wrapped import bare, unwrapped, unwrapping
 from .checkpoint import RunFolder, parts, read_checkpoint
 from .datasets import Dataset
 from .ema import EMA
@@ -136,7 +137,9 @@ def train(
     holds both.
 
     Args:
-        model: trained where it is; batches are moved to the device of its first parameter.
+        model: trained where it is, compiled or wrapped as it is, and named as it is without that, so
+            that a run resumes with or without wrappers; batches are moved to the device of its first
+            parameter.
         data: training samples, named tensors.
         objective: the loss, see `Objective`.
         config: what decides the weights.
@@ -163,7 +166,7 @@ def train(
     for name, value in (("log_every", log_every), ("save_every", save_every), ("keep", keep)):
         if value < 1:
             raise ValueError(f"train: {name} must be at least 1, got {value}")
-    classes = getattr(getattr(model, "config", None), "num_classes", None)
+    classes = getattr(getattr(bare(model), "config", None), "num_classes", None)
     if classes and data.classes and (most := int(data[data.target].max())) >= classes:
         raise ValueError(
             f"train: {data.name!r} has labels up to {most}, the model has "
@@ -276,7 +279,8 @@ class _Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Model, averaged weights and optimizer, named as `read_checkpoint` documents."""
-        out = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        with unwrapped(self.model) as plain:
+            out = {f"model.{key}": value for key, value in plain.state_dict().items()}
         if self.ema is not None:
             out |= {f"ema.{key}": value for key, value in self.ema.shadow.items()}
         return out | {
@@ -290,7 +294,8 @@ class _Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of the same run."""
         tensors, state = read_checkpoint(checkpoint)
-        self.model.load_state_dict(parts(tensors, "model"))
+        with unwrapped(self.model) as plain:
+            plain.load_state_dict(parts(tensors, "model"))
         restore_optimizer(self.optimizer, self.model, parts(tensors, "optimizer"))
         if self.ema is not None:
             self.ema.load_state_dict(
@@ -320,6 +325,7 @@ class _Trainer:
             torch.cuda.manual_seed(dropout)
 
 
+@unwrapping
 def _identity(
     model: nn.Module, data: Dataset, objective: Objective, config: TrainConfig
 ) -> dict[str, Any]:
@@ -341,6 +347,7 @@ def _identity(
     }
 
 
+@unwrapping
 def _renewed(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
     """What an older version wrote about a run, with the options that came since at their defaults."""
     own, there = getattr(model, "config", None), dict(found.get("model", {}))
