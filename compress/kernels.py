@@ -18,6 +18,8 @@ from effformer.checks import CapabilityError
 from effformer.ffn import MLP
 from effformer.nn.cut import Forms
 
+from .quant.swap import hooked, irreplaceable
+
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
 
 T = TypeVar("T")
@@ -170,7 +172,7 @@ def _optimize_layers(module: nn.Module, rows: int, chosen: dict[tuple[int, ...],
     if isinstance(module, MLP) and module.config.act in _IN_PLACE:
         _optimize_mlp(module, rows, chosen)
     for name, child in module.named_children():
-        if type(child) is nn.Linear:
+        if type(child) is nn.Linear and not hooked(child) and irreplaceable(child) is None:
             setattr(module, name, _optimize_linear(child, rows, chosen))
 
 

@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,9 @@ __all__ = [
     "CapabilityError",
     "FormatError",
     "MissingExtra",
+    "check_batch",
     "check_shape",
+    "check_state",
     "need",
     "suggest",
     "unknown",
@@ -95,3 +97,48 @@ def check_shape(x: Tensor, expected: str, sizes: Sequence[int | None], *, where:
     )
     if not fits:
         raise ValueError(f"{where}: expected shape {expected}, got {tuple(x.shape)}")
+
+
+def check_batch(batch: Any, *, where: str) -> None:
+    """Refuse what is no number of samples; one that a graph leaves open is one.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: less than 1.
+    """
+    from torch import SymInt
+
+    if isinstance(batch, SymInt):
+        return
+    if not isinstance(batch, int) or isinstance(batch, bool):
+        raise TypeError(f"{where}: expected a number of samples, got {batch!r}")
+    if batch < 1:
+        raise ValueError(f"{where}: the number of samples must be at least 1, got {batch}")
+
+
+def check_state(state: Any, kind: type, batch: int, *, where: str) -> None:
+    """Refuse a state of something else, or of other samples.
+
+    Args:
+        state: what was given; its tensors have the samples in front.
+        kind: what ``init_state`` returns.
+        batch: number of samples of the tokens.
+        where: the public entry point that was called.
+
+    Raises:
+        TypeError: a state of another kind.
+        ValueError: one of another number of samples.
+    """
+    from torch import Tensor, compiler
+    from torch.utils._pytree import tree_leaves
+
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{where}: expected {kind.__name__} from init_state or the step before, "
+            f"got {type(state).__name__}"
+        )
+    if compiler.is_compiling():
+        return
+    for x in tree_leaves(state):
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] != batch:
+            raise ValueError(f"{where}: a state of {x.shape[0]} samples, but tokens of {batch}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import registry
@@ -119,6 +120,16 @@ class Context:
     tap: Tap | None = None
     stream: Stream | None = None
 
+    def __post_init__(self) -> None:
+        for name, shape, mask in _TENSORS:
+            value = getattr(self, name)
+            if value is not None:
+                _check_tensor(value, f"ctx.{name}", shape, mask)
+        for name, kind in _OTHERS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"ctx.{name}: expected {kind.__name__}, got {type(value).__name__}")
+
     def rows(self, index: Tensor) -> Context:
         """The context of some samples: ``index`` (B',) picks from the batch, with repetition."""
         names = ("cond", "time", "memory", "mask", "memory_mask", "positions", "width")
@@ -139,14 +150,54 @@ class Context:
         return replace(self, mask=self.memory_mask, memory_mask=None, merging=None)
 
 
+_TENSORS = (
+    ("cond", "(B, Dc)", False),
+    ("time", "(B, Dt)", False),
+    ("memory", "(B, M, Dm)", False),
+    ("mask", "(B, N) or broadcastable to (B, H, N, M)", True),
+    ("memory_mask", "(B, M) or broadcastable to (B, H, N, M)", True),
+    ("positions", "(B or 1, N, axes)", False),
+    ("width", "(B, U)", False),
+)
+"""Tensors of a context: name, shape in words, and whether it is a mask."""
+
+_OTHERS: tuple[tuple[str, type], ...] = (
+    ("rope", Rope), ("grid", tuple), ("merging", Merging), ("packing", Packing),
+    ("ledger", Ledger), ("stream", Stream),
+)  # fmt: skip
+
 EMPTY = Context()
 
 
-def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
-    """Refuse context fields that a part cannot honour, naming parts that can.
+def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:
+    """Refuse what is no such tensor, whatever the tokens are."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: expected a tensor {shape}, got {type(value).__name__}")
+    if mask and value.dtype != torch.bool:
+        raise TypeError(
+            f"{where}: expected bool, True = may attend, got {value.dtype}; mask.bool() where 1 and 0 "
+            "are meant, mask > -1 where 0 and -inf are"
+        )
+    if not mask and not value.is_floating_point():
+        raise TypeError(f"{where}: expected floating-point values, got {value.dtype}")
+    if value.dim() not in ((2, 3, 4) if mask else (shape.count(",") + 1,)):
+        raise ValueError(f"{where}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+def check_context(ctx: Context, caps: Caps, kind: str, where: str, x: Tensor) -> None:
+    """Refuse context fields that a part cannot honour, naming parts that can, and those that are not
+    about its tokens.
+
+    Args:
+        ctx: the context.
+        caps: what the part can do.
+        kind: registry of the part.
+        where: the place of the part.
+        x: (B, N, D) its tokens.
 
     Raises:
         CapabilityError: a field is set that ``caps`` does not declare.
+        ValueError: a field of another size, or on another device.
     """
     wants: dict[str, Any] = {
         "rope": ctx.rope is not None or None,
@@ -162,3 +213,43 @@ def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
             raise CapabilityError(
                 f"{where}: this {kind} cannot honour {field_name}={wanted}; choices that can: {able}"
             )
+    if ctx is not EMPTY and not torch.compiler.is_compiling():  # a graph leaves sizes open
+        _check_sizes(ctx, x, where)
+
+
+def _check_sizes(ctx: Context, x: Tensor, where: str) -> None:
+    """Refuse fields of other tokens, samples or devices than x (B, N, D) has. A size of 1 stands for
+    all samples, and in what is said of pairs or heads for all of them.
+    """
+    batch, tokens = x.shape[0], x.shape[1]
+    keys = tokens if ctx.memory is None else ctx.memory.shape[1]
+    samples = batch if ctx.packing is None else len(ctx.packing.lengths)
+    rope, merging, pairs = ctx.rope, ctx.merging, ctx.mask is not None and ctx.mask.dim() > 2
+    expected: tuple[tuple[str, Tensor | None, tuple[int | None, ...]], ...] = (
+        ("cond", ctx.cond, (samples, None)),
+        ("time", ctx.time, (samples, None)),
+        ("width", ctx.width, (samples, None)),
+        ("memory", ctx.memory, (batch, None, None)),
+        ("mask", None if pairs else ctx.mask, (batch, keys)),
+        ("mask", ctx.mask if pairs else None, (tokens, keys)),
+        ("positions", ctx.positions, (batch, tokens, None)),
+        ("rope.cos", None if rope is None else rope.cos, (tokens, None)),
+        ("rope.key_cos", None if rope is None else rope.key_cos, (keys, None)),
+        ("merging.sizes", None if merging is None else merging.sizes, (batch, tokens)),
+    )
+    for name, value, sizes in expected:
+        if value is None:
+            continue
+        shape, alone = value.shape[-len(sizes) :], value.dim() > len(sizes)
+        fits = all(
+            want in (None, have) or (have == 1 and (alone or i == 0))
+            for i, (have, want) in enumerate(zip(shape, sizes, strict=True))
+        )
+        if not fits:
+            of = "" if ctx.memory is None else f", {keys} in the memory"
+            raise ValueError(
+                f"{where}: ctx.{name} has shape {tuple(value.shape)}, but there are {samples} samples "
+                f"of {tokens} tokens{of}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"{where}: ctx.{name} is on {value.device}, the tokens on {x.device}")

@@ -256,7 +256,24 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: lacks {', '.join(missing)}")
     if wrong := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]:
         raise BundleError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r}; copy the folder again")
+    _check_listed(path, facts)
     return facts
+
+
+def _check_listed(path: Path, facts: dict[str, Any]) -> None:
+    """Every file has a checksum, and every graph is one of the files."""
+    for name, record in facts["files"].items():
+        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+            raise BundleError(f"{path}: lists {name!r} without a checksum; copy the folder again")
+    for role in ("velocity", "decoder"):
+        name = facts["graphs"].get(role)
+        if name is None and role == "decoder":
+            continue
+        if not isinstance(name, str) or name not in facts["files"]:
+            raise BundleError(
+                f"{path}: the {role} graph is {name!r}, which is none of its files "
+                f"({', '.join(sorted(facts['files']))}); copy the folder again"
+            )
 
 
 def _check_file(path: Path, expected: str) -> None:

@@ -24,6 +24,7 @@ from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import check_tokens, draw_tokens
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, Positive
 
 from .base import Model, Preset, register_presets
 from .layouts.bert import HUGGINGFACE
@@ -87,18 +88,12 @@ class Bert(Model):
 
         ffn: BaseConfig = part("ffn", MLP.Config(act="gelu"))
         block: BaseConfig = part("block", PostNorm.Config())
-        dropout: float = 0.1
-        vocab: int = 30522
-        context: int = 512
-        segments: int = 2
-        norm_eps: float = 1e-12
+        dropout: Chance = 0.1
+        vocab: Count = 30522
+        context: Count = 512
+        segments: Count = 2
+        norm_eps: Positive = 1e-12
         pooler: bool = True
-
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("vocab", "context", "segments"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def __init__(self, config: Bert.Config, name: str | None = None) -> None:
         super().__init__(config, name)

@@ -22,6 +22,7 @@ from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, Positive
 
 from .base import Model, Preset
 
@@ -48,21 +49,17 @@ class LatentConfig(BackboneConfig):
     """
 
     block: Config = part("block", AdaLNZero.Config())
-    input_size: int = 32
-    channels: int = 4
-    patch: int = 2
-    num_classes: int = 1000
-    label_dropout: float = 0.1
+    input_size: Count = 32
+    channels: Count = 4
+    patch: Count = 2
+    num_classes: Count = 1000
+    label_dropout: Chance = 0.1
     learn_sigma: bool = True
     positions: Literal["sincos", "learned"] = "sincos"
     time_freq_shift: Literal[0, 1] = 0
-    ffn_norm_eps: float = 1e-6
+    ffn_norm_eps: Positive = 1e-6
 
-    def __post_init__(self) -> None:
-        BackboneConfig.__post_init__(self)
-        for name in ("input_size", "channels", "patch", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    def check(self) -> None:
         if self.input_size % self.patch:
             fit = [p for p in range(1, self.input_size + 1) if not self.input_size % p]
             raise ValueError(
@@ -71,8 +68,6 @@ class LatentConfig(BackboneConfig):
             )
         if self.dim % 4:
             raise ValueError(f"dim must be divisible by 4 for 2-D positions, got {self.dim}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from effformer.layout import Layout
 from effformer.nn.embeddings import FourierPositions
 from effformer.nn.positions import grid_positions
 from effformer.site import NormRule, Site
+from effformer.values import Count, Positive
 
 from .base import Model, Preset, register_presets
 from .layouts.factformer import IFACTFORMER
@@ -48,27 +49,22 @@ class GridOperatorConfig(BackboneConfig):
     """
 
     ffn: BaseConfig | None = part("ffn", optional=True)
-    channels: int = 3
-    out_channels: int | None = None
-    window: int = 1
-    grid: tuple[int, ...] = (32, 32, 32)
-    lengths: tuple[float, ...] | None = None
+    channels: Count = 3
+    out_channels: Count | None = None
+    window: Count = 1
+    grid: tuple[Count, ...] = (32, 32, 32)
+    lengths: tuple[Positive, ...] | None = None
     increment: bool = False
 
-    def __post_init__(self) -> None:
-        BackboneConfig.__post_init__(self)
-        for name in ("channels", "window", "fields"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.grid or min(self.grid) < 1:
-            raise ValueError(f"grid: every axis has at least one cell, got {self.grid}")
+    def check(self) -> None:
+        if not self.grid:
+            raise ValueError("grid: give the number of cells along every axis, got none")
         if self.dim % (2 * self.channels):
             raise ValueError(
                 f"dim / 2 must be divisible by channels, got dim={self.dim}, channels={self.channels}"
             )
         if self.lengths is not None and len(self.lengths) != len(self.grid):
             raise ValueError(f"lengths: one for every axis of grid {self.grid}, got {self.lengths}")
-
         if self.increment and self.fields != self.channels:
             raise ValueError(
                 f"increment: {self.fields} fields cannot be added to {self.channels} channels"
@@ -300,16 +296,10 @@ class FactFormer(GridOperator):
         attn: BaseConfig = part(
             "attention", FactorizedChained.Config(head_dim=64, multiplier=2, norm="head")
         )
-        steps: int = 1
-        latent_ratio: float = 1.0
+        steps: Count = 1
+        latent_ratio: Positive = 1.0
 
-        def __post_init__(self) -> None:
-            GridOperatorConfig.__post_init__(self)
-            if self.steps < 1 or self.latent_ratio <= 0:
-                raise ValueError(
-                    "steps and latent_ratio must be positive, got "
-                    f"steps={self.steps}, latent_ratio={self.latent_ratio}"
-                )
+        def check(self) -> None:
             if self.latent % FactFormer.GROUPS:
                 raise ValueError(
                     f"the latent width {self.latent} (latent_ratio * dim) is not divisible by "

@@ -22,7 +22,7 @@ from effformer.blocks import (
     build_stack,
     init_states,
 )
-from effformer.checks import check_shape
+from effformer.checks import check_batch, check_shape, check_state
 from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import Context, Ledger, Stream, Tap
@@ -32,6 +32,7 @@ from effformer.nn.frames import ConvEmbed, EmbedState, SpikingConvEmbed
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Model, Preset, register_presets
 from .layouts.lmuformer import DENSE, SPIKING
@@ -99,16 +100,10 @@ class LMUFormer(Model):
         attn: BaseConfig = part("attention", LMU.Config())
         ffn: BaseConfig = part("ffn", ConvChannel.Config())
         block: BaseConfig = part("block", LMUBlock.Config())
-        heads: int = 1
-        channels: int = 128
-        frames: int = 128
-        num_classes: int = 35
-
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("channels", "frames", "num_classes"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        heads: Count = 1
+        channels: Count = 128
+        frames: Count = 128
+        num_classes: Count = 35
 
     def __init__(self, config: LMUFormer.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -169,6 +164,7 @@ class LMUFormer(Model):
         Raises:
             CapabilityError: a token mixer cannot stream.
         """
+        check_batch(batch, where=f"{self.name}: init_state")
         like = self.head.weight
         return LMUFormerState(
             self.embed.init_state(batch, like=like),
@@ -193,6 +189,7 @@ class LMUFormer(Model):
             ValueError: a shape does not fit, or the model is in training mode.
         """
         self._check(x, "step")
+        check_state(state, LMUFormerState, x.shape[0], where=f"{self.name}: step")
         return self._advance(x, state, last=False)
 
     def finish(self, state: LMUFormerState) -> Tensor:

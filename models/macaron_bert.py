@@ -23,6 +23,7 @@ from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import Positions, check_tokens, draw_tokens, make_positions
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, Natural
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import BERT
@@ -95,21 +96,18 @@ class MacaronBert(Model):
 
         ffn: BaseConfig = part("ffn", MLP.Config(act="gelu"))
         block: BaseConfig = part("block", Macaron.Config(first_act="relu"))
-        dropout: float = 0.1
-        vocab: int = 32768
-        pad: int = 1
+        dropout: Chance = 0.1
+        vocab: Count = 32768
+        pad: Natural = 1
         norm_affine: bool = False
         final_norm: bool = True
         positions: Positions = "sinusoidal"
-        context: int = 512
+        context: Count = 512
         tied: bool = True
 
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            if not 0 <= self.pad < self.vocab:
+        def check(self) -> None:
+            if self.pad >= self.vocab:
                 raise ValueError(f"pad must be a token id below {self.vocab}, got {self.pad}")
-            if self.context < 1:
-                raise ValueError(f"context must be at least 1, got {self.context}")
 
     def __init__(self, config: MacaronBert.Config, name: str | None = None) -> None:
         super().__init__(config, name)

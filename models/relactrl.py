@@ -21,6 +21,7 @@ from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context, Ledger, Tap
 from effformer.nn.norms import Modulation
 from effformer.site import Site
+from effformer.values import Count, Natural
 
 from .base import Model, Preset, register_presets
 from .diffusion_parts import LatentTransformer
@@ -201,12 +202,12 @@ class RelaCtrl(Model):
 
         backbone: str = "dit-xl-2"
         changes: Mapping[str, Any] = field(default_factory=dict)
-        positions: tuple[int, ...] = POSITIONS
-        groups: tuple[int, ...] = GROUPS
+        positions: tuple[Natural, ...] = POSITIONS
+        groups: tuple[Count, ...] = GROUPS
         mixer: TDSM.Config = TDSM.Config()
         reuse_skip: bool = False
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if not self.positions or list(self.positions) != sorted({*self.positions}):
                 raise ValueError(f"relactrl: positions must increase, got {self.positions}")
             if len(self.groups) != len(self.positions):

@@ -24,6 +24,7 @@ from effformer.nn.norms import Modulation
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.nn.rope import GridRope
 from effformer.site import NormRule, Site
+from effformer.values import Count
 
 from .base import Model, Preset, register_presets
 from .diffusion_parts import FinalLayer
@@ -67,19 +68,15 @@ class JointDiT(Model):
         """
 
         block: BaseConfig = part("block", Joint.Config())
-        input_size: int = 16
-        channels: int = 4
-        patch: int = 2
-        text_dim: int = 32
-        text_length: int = 8
-        pooled_dim: int | None = 32
+        input_size: Count = 16
+        channels: Count = 4
+        patch: Count = 2
+        text_dim: Count = 32
+        text_length: Count = 8
+        pooled_dim: Count | None = 32
         rope: GridRope.Config | None = None
 
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("input_size", "channels", "patch", "text_dim", "text_length"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        def check(self) -> None:
             if self.input_size % self.patch:
                 raise ValueError(
                     f"input_size {self.input_size} is not divisible by patch {self.patch}"

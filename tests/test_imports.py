@@ -15,7 +15,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {
-    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "version",
+    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "values", "version",
 }  # fmt: skip
 TOP = BASE | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}
@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "ffn": BASE | {"nn"},
     "blocks": BASE | {"nn", "attention", "ffn"},
     "models": BASE | PARTS,
-    "flow": {"checks", "registry", "config"},
+    "flow": {"checks", "registry", "config", "values"},
     "profile": BASE,
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile"},

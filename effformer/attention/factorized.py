@@ -24,6 +24,7 @@ from effformer.nn.positions import grid_axes
 from effformer.places import rotate
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Positive
 
 from .base import Mixer
 
@@ -53,26 +54,16 @@ class FactorizedConfig(BaseConfig):
             whose values vanish beside ``eps``; they take long to grow.
     """
 
-    axes: int | None = None
-    head_dim: int | None = None
-    multiplier: int = 3
-    latent_dim: int | None = None
-    scale: float | None = None
+    axes: Count | None = None
+    head_dim: Count | None = None
+    multiplier: Count = 3
+    latent_dim: Count | None = None
+    scale: Positive | None = None
     rope: bool = True
-    rope_scale: float = 64.0
+    rope_scale: Positive = 64.0
     norm: Literal["instance", "head"] = "instance"
-    eps: float | None = None
-    gain: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("axes", "head_dim", "multiplier", "latent_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"factorized: {name} must be at least 1, got {value}")
-        if (self.eps is not None and self.eps <= 0) or self.gain <= 0:
-            raise ValueError(
-                f"factorized: eps and gain must be positive, got eps={self.eps}, gain={self.gain}"
-            )
+    eps: Positive | None = None
+    gain: Positive = 0.02
 
 
 class AxisKernel(nn.Module):
@@ -192,7 +183,7 @@ class _Factorized(Mixer):
         """Apply one kernel (B, H, n, n) per axis to v (B, H, G, C) -> (B, H, G, slots C)."""
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, self.caps, "attention", self.site.path or "factorized")
+        check_context(ctx, self.caps, "attention", self.site.path or "factorized", x)
         grid = self._grid(x, ctx)
         kernels = self._kernels(x, grid, ctx)
         v = _wide(self.v(x)).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

@@ -17,6 +17,7 @@ from effformer.nn.cut import put, twin
 from effformer.nn.precision import widened
 from effformer.registry import Caps
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Core, CoreConfig
 from .gated_scan import gated_scan, gated_scan_macs
@@ -42,11 +43,7 @@ class GatedConfig(CoreConfig):
 
     GROUPED: ClassVar[bool] = True
     direction: Literal["both", "both-exclusive", "alternate"] = "both"
-    chunk: int = 64
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"gated scan: chunk must be at least 1, got {self.chunk}")
+    chunk: Count = 64
 
 
 class Terms(NamedTuple):

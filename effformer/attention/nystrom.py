@@ -13,6 +13,7 @@ from effformer.context import EMPTY, Context
 from effformer.nn.cut import put, twin
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Count, Odd
 
 from .backends import attend
 from .base import Core, CoreConfig
@@ -68,19 +69,14 @@ class Nystrom(Core):
                 take part).
         """
 
-        landmarks: int = 64
-        iterations: int = 6
-        conv: int | None = 33
+        landmarks: Count = 64
+        iterations: Count = 6
+        conv: Odd | None = 33
         compat: Literal["none", "transformers", "nystrom-attention"] = "none"
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if self.causal:
                 raise ValueError("nystrom: has no causal form; use softmax, flow or linear")
-            for name in ("landmarks", "iterations"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"nystrom: {name} must be at least 1")
-            if self.conv is not None and (self.conv < 1 or self.conv % 2 == 0):
-                raise ValueError(f"nystrom: conv needs an odd number of taps, got {self.conv}")
 
     def __init__(self, config: Nystrom.Config, site: Site) -> None:
         super().__init__(config, site)

@@ -14,6 +14,7 @@ from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Count, NonNegative, Positive, Seed
 
 from .base import Core, CoreConfig
 from .slices import Rows, known_length, pieces, token_slices
@@ -99,20 +100,14 @@ class Performer(Core):
             chunk: tokens per chunk of the causal form; changes speed, not results.
         """
 
-        features: int | None = None
+        features: Count | None = None
         kernel: Literal["softmax", "relu"] = "softmax"
-        eps: float | None = None
-        causal_eps: float = 1e-6
+        eps: NonNegative | None = None
+        causal_eps: Positive = 1e-6
         lengths: Literal["gaussian", "constant"] = "gaussian"
         stabilizer: Literal["running", "global"] = "running"
-        seed: int = 0
-        chunk: int = 128
-
-        def __post_init__(self) -> None:
-            if self.features is not None and self.features < 1:
-                raise ValueError(f"performer: features must be at least 1, got {self.features}")
-            if self.chunk < 1:
-                raise ValueError(f"performer: chunk must be at least 1, got {self.chunk}")
+        seed: Seed = 0
+        chunk: Count = 128
 
     projection: Tensor
 

@@ -13,6 +13,7 @@ from effformer.context import EMPTY, Context
 from effformer.nn.cut import cut_linear, twin
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Core, CoreConfig
 
@@ -52,9 +53,9 @@ class Relative(Core):
             hidden: inner width of the bias function.
         """
 
-        hidden: int = 128
+        hidden: Count = 128
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if self.causal:
                 raise ValueError("relative: has no causal form; use softmax, flow or linear")
 

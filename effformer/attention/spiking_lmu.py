@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effformer.checks import check_batch, check_state
 from effformer.context import EMPTY, Context, check_context
 from effformer.nn.legendre import LegendreMemory
 from effformer.nn.lif import LIF
@@ -97,7 +98,7 @@ class SpikingLMU(Mixer):
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_context(ctx, _CAPS, "attention", self.where, x)
         if ctx.packing is None:
             h, _ = self._run(x, None)
         else:
@@ -110,6 +111,7 @@ class SpikingLMU(Mixer):
 
     def init_state(self, batch: int, *, like: Tensor) -> SpikingLMUState:
         """The empty memory, and neurons at rest."""
+        check_batch(batch, where=f"{self.where}: init_state")
         order, hidden = self.memory.order, self.read.out_features
         write, recall, read = (
             self.read_lif.init_state(batch, width, like=like) for width in (1, order, hidden)
@@ -125,7 +127,8 @@ class SpikingLMU(Mixer):
             CapabilityError: the context carries what cannot be honoured.
         """
         check_streamed(ctx, self.where)
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_state(state, SpikingLMUState, x.shape[0], where=f"{self.where}: step")
+        check_context(ctx, _CAPS, "attention", self.where, x)
         h, after = self._run(x, state)
         return self.proj(h), after
 

@@ -15,6 +15,7 @@ from effformer.config import part
 from effformer.context import EMPTY, Context, check_context
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Seed
 
 from .base import CoreConfig, Mixer
 from .multihead import Attention
@@ -161,18 +162,15 @@ class TDSM(Mixer):
             core: what attends inside a segment.
         """
 
-        groups: int = 4
-        segments: int = 4
-        heads: int = 4
-        unit: int | None = None
-        seed: int = 0
-        tokens: int | None = None
+        groups: Count = 4
+        segments: Count = 4
+        heads: Count = 4
+        unit: Count | None = None
+        seed: Seed = 0
+        tokens: Count | None = None
         core: CoreConfig = part("core", Softmax.Config())
 
-        def __post_init__(self) -> None:
-            for name in ("groups", "segments", "heads"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"tdsm: {name} must be at least 1, got {getattr(self, name)}")
+        def check(self) -> None:
             if self.core.causal:
                 raise ValueError("tdsm: shuffled scalars have no order; use causal=False")
 
@@ -221,7 +219,7 @@ class TDSM(Mixer):
         self.order, self.inverse = order, _inverse(order)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_context(ctx, _CAPS, "attention", self.where, x)
         n, segments = x.shape[1], self.config.segments
         if n % segments:
             raise ValueError(

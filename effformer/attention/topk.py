@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
+from effformer.values import Count
 
 from .base import Core, CoreConfig
 from .softmax import SoftmaxState
@@ -68,12 +69,8 @@ class TopK(Core):
                 the chosen values; changes speed, not results.
         """
 
-        keep: int = 32
+        keep: Count = 32
         path: Literal["dense", "gather"] = "dense"
-
-        def __post_init__(self) -> None:
-            if self.keep < 1:
-                raise ValueError(f"topk: keep must be at least 1, got {self.keep}")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         mask = ctx.mask

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effformer import registry
 from effformer.attention import Mixer, Streaming
-from effformer.checks import CapabilityError
+from effformer.checks import CapabilityError, check_batch
 from effformer.config import Config
 from effformer.context import EMPTY, Context, Stream
 from effformer.ffn import FFN
@@ -283,6 +283,7 @@ def init_states(module: nn.Module, batch: int, *, like: Tensor) -> dict[str, Any
     Raises:
         CapabilityError: a token mixer cannot stream.
     """
+    check_batch(batch, where="init_states")
     states: dict[str, Any] = {}
     for branch in module.modules():
         if isinstance(branch, Branch):

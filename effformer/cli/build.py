@@ -29,13 +29,14 @@ def build(
     `effformer build sit-xl --weights SiT-XL-2-256.pt -o sit-xl`
     """
     from ..io import load_weights, save_pretrained
+    from ..profile import count_parameters
 
     model = load(name, overrides(attn, ffn, block, pairs), seed=seed)
     report = None if weights is None else load_weights(model, weights)
     folder = None if out is None else str(save_pretrained(model, out))
     data = {
         "name": model.name,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "config": model.config.to_dict(),
         "layout": report and report.layout,
         "saved": folder,

@@ -82,9 +82,11 @@ def _folder(folder: str) -> dict[str, Any]:
 
 
 def _model(model: Any) -> dict[str, Any]:
+    from ..profile import count_parameters
+
     return {
         "family": model.FAMILY,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "layouts": ["effformer", *(layout.name for layout in model.LAYOUTS)],
         "config": model.config.to_dict(),
     }

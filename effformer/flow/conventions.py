@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from effformer.values import Real
+
 from ..checks import unknown
 from ..config import Config
 from .paths import DDPM, Linear, Path, Prediction, get_path
@@ -55,8 +57,8 @@ class FlowConvention(Config):
     """
 
     data_at: Literal[0, 1]
-    label_scale: float = 1.0
-    label_offset: float = 0.0
+    label_scale: Real = 1.0
+    label_offset: Real = 0.0
     label_flip: bool = False
     label_log: bool = False
     label_round: bool = False

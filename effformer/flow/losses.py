@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effformer.values import NonNegative, Positive
+
 from .. import config as _config
 from ..registry import loss as registry
 from .conventions import VelocityField
@@ -143,7 +145,7 @@ class FlowMatching(_Objective):
         weight: Weight = "none"
         time: TimeLaw | str = "uniform"
         reduction: Literal["mean", "half-sum"] = "mean"
-        cosine: float = 0.0
+        cosine: NonNegative = 0.0
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.path, config.time)
@@ -217,7 +219,7 @@ class PseudoHuber(_Objective):
 
         path: Path | str = "linear"
         time: TimeLaw | str = "u-shaped"
-        factor: float = 0.00054
+        factor: Positive = 0.00054
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.path, config.time)
@@ -271,8 +273,8 @@ class Distillation(_Objective):
         """
 
         time: TimeLaw | str = "fixed"
-        l2: float = 1.0
-        perceptual: float = 0.0
+        l2: NonNegative = 1.0
+        perceptual: NonNegative = 0.0
 
     def __init__(self, config: Config, perceptual: Perceptual | None = None) -> None:
         super().__init__("linear", config.time)

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from effformer.values import Count, Positive
+
 from .. import config as _config
 from ..config import Spec, resolve
 from ..registry import sampler as registry
@@ -245,9 +247,9 @@ class Dopri5(Sampler):
             max_steps: attempted steps after which to give up.
         """
 
-        rtol: float = 1e-5
-        atol: float = 1e-5
-        max_steps: int = 1000
+        rtol: Positive = 1e-5
+        atol: Positive = 1e-5
+        max_steps: Count = 1000
 
     def state_dtype(self, x: Tensor) -> torch.dtype:
         return torch.float64

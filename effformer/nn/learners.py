@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from effformer.config import Config as BaseConfig
 from effformer.context import Ledger
+from effformer.values import Count, Positive
 
 from .gates import gumbel_like, straight_through, values_known
 
@@ -50,17 +51,10 @@ class Gate(nn.Module):
                 the gate; "none": only auxiliary losses do.
         """
 
-        depth: int = 3
-        hidden: int = 16
-        tau: float = 0.8
+        depth: Count = 3
+        hidden: Count = 16
+        tau: Positive = 0.8
         gradient: Literal["straight-through", "none"] = "straight-through"
-
-        def __post_init__(self) -> None:
-            if self.depth < 1 or self.hidden < 1 or self.tau <= 0:
-                raise ValueError(
-                    "gate: depth and hidden must be at least 1 and tau positive, got "
-                    f"depth={self.depth}, hidden={self.hidden}, tau={self.tau}"
-                )
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch._higher_order_ops.scan import scan
 from torch.autograd.function import once_differentiable
 
 from effformer.config import Config as BaseConfig
+from effformer.values import Positive, Range, Real
 
 __all__ = ["LIF"]
 
@@ -57,18 +58,14 @@ class LIF(nn.Module):
             alpha: steepness of the surrogate gradient.
         """
 
-        tau: float = 2.0
-        threshold: float = 1.0
-        reset: float | None = 0.0
+        tau: Annotated[float, Range(1, above=True)] = 2.0
+        threshold: Real = 1.0
+        reset: Real | None = 0.0
         decay_input: bool = True
         detach_reset: bool = True
-        alpha: float = 4.0
+        alpha: Positive = 4.0
 
-        def __post_init__(self) -> None:
-            if self.tau <= 1 or self.alpha <= 0:
-                raise ValueError(
-                    f"lif: tau must exceed 1 and alpha 0, got tau={self.tau}, alpha={self.alpha}"
-                )
+        def check(self) -> None:
             if self.threshold <= (self.reset or 0.0):
                 raise ValueError(
                     f"lif: threshold must exceed the reset potential, got threshold={self.threshold}, "

@@ -34,7 +34,7 @@ class Latency:
         threads: torch's threads during the measurement.
         dtype: type of the parameters.
         device: where it ran.
-        compiled: the model went through ``torch.compile``.
+        compiled: the model, or a part of it, went through ``torch.compile``.
         machine: CPU, flags and versions.
         samples: every timed call, in order.
     """
@@ -176,6 +176,13 @@ def _call(
     return lambda: given(model)
 
 
+def _compiled(model: nn.Module) -> bool:
+    """The model, or a part of it, already is what ``torch.compile`` made."""
+    return any(
+        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()
+    )
+
+
 def _timed(call: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -216,7 +223,7 @@ def _latency(
         threads=facts.threads,
         dtype="-" if p is None else str(p.dtype).removeprefix("torch."),
         device="cpu" if p is None else str(p.device),
-        compiled=compiled and isinstance(candidate, nn.Module),
+        compiled=isinstance(candidate, nn.Module) and (compiled or _compiled(candidate)),
         machine=facts,
         samples=tuple(samples),
     )

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -200,10 +202,10 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
         path = newest
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["effformer"])
+            state = _read_state((file.metadata() or {})["effformer"], path)
             # cloned: mapped memory has another alignment, with which products may round differently
             return {key: file.get_tensor(key).clone() for key in file.keys()}, state  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"{path}: not a readable checkpoint of a training run ({error!r})"
         ) from error
@@ -248,6 +250,23 @@ def parts(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """Tensors of one part of a checkpoint: "model", "ema" or "optimizer"."""
     prefix = f"{part}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _read_state(text: str, path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        ValueError: it cannot be so.
+    """
+    state = json.loads(text)
+    step, seconds = state["step"], state["seconds"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step {step!r} is no number of steps")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds {seconds!r} are no time")
+    if re.fullmatch(r"step-\d+", path.stem) and _step(path) != step:
+        raise ValueError(f"it was written at step {step}, its name says {_step(path)}")
+    return dict(state)
 
 
 def _step(path: Path) -> int:

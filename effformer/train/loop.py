@@ -22,6 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
+
+from ..checks import FormatError
 from ..config import Config
 from ..context import Ledger
 from .checkpoint import RunFolder, parts, read_checkpoint
@@ -58,41 +61,26 @@ class TrainConfig(Config):
         seed: of data order, objective and dropout; the initial weights are the caller's.
     """
 
-    steps: int = 1000
-    batch: int = 128
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int = 100
+    steps: Count = 1000
+    batch: Count = 128
+    accumulate: Count = 1
+    lr: Positive = 1e-3
+    warmup: Natural = 100
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = 1.0
-    ema: float | None = 0.999
-    seed: int = 0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Chance, Chance] = (0.9, 0.999)
+    clip: Positive | None = 1.0
+    ema: Chance | None = 0.999
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}"
-                )
+    def check(self) -> None:
         if self.batch % self.accumulate:
             raise ValueError(
                 f"TrainConfig: batch {self.batch} is not divisible by accumulate {self.accumulate}"
             )
-        if not 0 <= self.warmup <= self.steps:
+        if self.warmup > self.steps:
             raise ValueError(
                 f"TrainConfig: warmup must lie in 0..{self.steps} (steps), got {self.warmup}"
-            )
-        if not self.lr > 0 or not math.isfinite(self.lr):
-            raise ValueError(f"TrainConfig: lr must be positive, got {self.lr}")
-        if self.weight_decay < 0 or (self.clip is not None and not self.clip > 0):
-            raise ValueError(
-                "TrainConfig: weight_decay must be >= 0 and clip > 0 (None: no clipping)"
-            )
-        if not all(0 <= beta < 1 for beta in (*self.betas, self.ema or 0.0)):
-            raise ValueError(
-                f"TrainConfig: betas {self.betas} and ema {self.ema} must lie in [0, 1)"
             )
 
 
@@ -285,13 +273,31 @@ class _Trainer:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint holds beside tensors."""
-        return {"step": self.done, "seconds": self.seconds(), "loss": self.loss}
+        moments = len(optimizer_tensors(self.optimizer, self.model))
+        return {
+            "step": self.done, "seconds": self.seconds(), "loss": self.loss, "optimizer": moments,
+        }  # fmt: skip
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of the same run."""
+        """Continue from a checkpoint of the same run.
+
+        Raises:
+            FormatError: the checkpoint lacks what an exact continuation needs.
+        """
         tensors, state = read_checkpoint(checkpoint)
+        moments, step = parts(tensors, "optimizer"), state["step"]
+        if step > self.config.steps:
+            raise FormatError(
+                f"train: {checkpoint} is at step {step}, beyond the {self.config.steps} of this run"
+            )
+        if len(moments) != state.get("optimizer", len(moments)) or (step and not moments):
+            raise FormatError(
+                f"train: {checkpoint} has {len(moments)} of {state.get('optimizer', 'all')} tensors of "
+                "the optimizer, without which the run does not go on exactly; load its weights with "
+                "load_checkpoint into a model, and train that in another folder"
+            )
+        restore_optimizer(self.optimizer, self.model, moments)
         self.model.load_state_dict(parts(tensors, "model"))
-        restore_optimizer(self.optimizer, self.model, parts(tensors, "optimizer"))
         if self.ema is not None:
             self.ema.load_state_dict(
                 self.ema.state_dict() | {"shadow": parts(tensors, "ema"), "updates": state["step"]}

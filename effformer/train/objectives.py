@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from effformer.values import Chance, check_fields
+
 from ..calls import accepted, match, takes
 from ..checks import CapabilityError, unknown
-from ..config import Config, part, resolve
+from ..config import Config, part
 from ..context import Ledger
 from ..flow.losses import FlowMatching
 
@@ -47,8 +49,11 @@ class Classification:
         target: name of the classes (B,) int64 in the batch.
     """
 
-    smoothing: float = 0.0
+    smoothing: Chance = 0.0
     target: str = "y"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
@@ -83,12 +88,7 @@ class Generation(Config):
     """
 
     loss: Config = part("loss", FlowMatching.Config())
-    label_drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_drop < 1:
-            raise ValueError(f"Generation: label_drop must lie in [0, 1), got {self.label_drop}")
-        object.__setattr__(self, "loss", resolve("loss", self.loss, where="Generation.loss"))
+    label_drop: Chance = 0.1
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger

@@ -123,7 +123,7 @@ def test_sample_requests(words: tuple[str, ...], message: str, saved: Path, tmp_
     ("words", "message"),
     [
         (("--set", "attn=null"), "sit-nano.attn: a model cannot be without it"),
-        (("--set", "patch=0"), "sit-nano: patch must be at least 1, got 0"),
+        (("--set", "patch=0"), "sit-nano.patch must be at least 1, got 0"),
         (("--set", "heads=5"), "width 48 is not divisible by 5 heads"),
         (("--set", "attn.causal=true"), "this model attends both ways"),
         (("--attn", "performer", "--set", "attn.causal=true"), "this model attends both ways"),

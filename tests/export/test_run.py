@@ -107,6 +107,14 @@ def _damage(folder: Path) -> None:
         (_edit(shape=5), "shape is 5; copy the folder again"),
         (_edit(format=99), "has format 99, this runner reads up to 1"),
         (_damage, "is damaged"),
+        (
+            _edit(graphs={"velocity": "other.onnx"}),
+            "graph is 'other.onnx', which is none of its files",
+        ),
+        (_edit(graphs={"velocity": ["x"]}), "the velocity graph is ['x']"),
+        (_edit(graphs={}), "the velocity graph is None"),
+        (_edit(graphs={"velocity": "velocity.onnx", "decoder": "d.onnx"}), "the decoder graph is"),
+        (_edit(files={"velocity.onnx": {"bytes": 1}}), "lists 'velocity.onnx' without a checksum"),
     ],
 )
 def test_broken_bundles_end_with_code_2(

@@ -240,8 +240,8 @@ def test_position_table_is_the_published_one() -> None:
     ("options", "error", "message"),
     [
         ({"input_size": 9}, ValueError, "not divisible by patch 2; patches that fit: 1, 3, 9"),
-        ({"patch": 0}, ValueError, "dit-nano: patch must be at least 1, got 0"),
-        ({"channels": 0}, ValueError, "dit-nano: channels must be at least 1, got 0"),
+        ({"patch": 0}, ValueError, "dit-nano.patch must be at least 1, got 0"),
+        ({"channels": 0}, ValueError, "dit-nano.channels must be at least 1, got 0"),
         ({"input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
         ({"num_classes": -1}, ValueError, "num_classes must be at least 1, got -1"),
         ({"dim": 50}, ValueError, "dim must be divisible by 4"),

@@ -237,7 +237,7 @@ def test_resize_before_structural_changes() -> None:
     [
         ({"image_size": 9}, ValueError, "image_size 9 is not divisible by 2"),
         ({"prefix": {"class_token": False}}, ValueError, "head pool 'token' needs"),
-        ({"prefix": {"registers": -1}}, ValueError, "registers must not be negative"),
+        ({"prefix": {"registers": -1}}, ValueError, "registers must be at least 0"),
         ({"prefix": {"tokens": 1}}, ValueError, "unknown option 'tokens'"),
         ({"head": {"pool": "max"}}, ValueError, "unknown value 'max'"),
         ({"block": "adaln-zero"}, CapabilityError, "needs a conditioning vector"),

@@ -82,7 +82,7 @@ def test_pieces_equal_the_whole() -> None:
 
 
 def test_bad_configs() -> None:
-    with pytest.raises(ValueError, match="tau must exceed 1 and alpha 0, got tau=1"):
+    with pytest.raises(ValueError, match="tau must be above 1, got 1"):
         LIF.Config(tau=1.0)
     with pytest.raises(ValueError, match="threshold must exceed the reset potential"):
         LIF.Config(threshold=0.2, reset=0.5)
