@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import FormatError
+
 __all__ = ["TRAINING", "Layout", "Rows", "StateDict", "clashes", "has_keys", "renamed"]
 
 StateDict = dict[str, Tensor]
@@ -31,8 +33,8 @@ class Layout:
         recognise: True if a set of keys has this layout; it gets the state dict, whose tensors may
             tell apart what keys cannot.
         to_ours: (foreign state dict, model config) -> our state dict.
-        from_ours: (our state dict, model config) -> foreign state dict; a tensor that has no name
-            there keeps ours, and is refused when it is saved.
+        from_ours: (our state dict, model config) -> foreign state dict; it refuses a tensor that has
+            no name there.
         strange: model config -> options of ours, by path, that the published network has not, with
             a few words each. Empty: it computes what the model computes.
         options: model config -> options of that network by their published names. A tuple lists the
@@ -100,6 +102,9 @@ def renamed(
         rest = dict(state)
         for cut in cuts:
             made |= _recut(rest, cut.ours, cut.theirs, None)
+        for key in rest:
+            if not any(pattern.match(key) for pattern, _ in backward):
+                raise FormatError(f"layout {name!r} has no name for {key}")
         return made | _rename(rest, backward)
 
     return Layout(name=name, recognise=recognise, to_ours=to_ours, from_ours=from_ours)

@@ -99,6 +99,12 @@ def load_weights(
     state = {key: value for key, value in state.items() if key not in ignored}
     kept = _kept(own, keep, model_name(model))
     differs, confirmed = _compare(model, chosen, file.facts, kept)
+    if differs and strict and chosen is not None:
+        raise FormatError(
+            f"{file.where} does not fit {model_name(model)} (layout {chosen.name!r}): its network differs: "
+            f"{', '.join(differs)}; build the model as the checkpoint's, or strict=False (--strict "
+            "no) takes the weights as they fit"
+        )
     if chosen is not None:
         state = chosen.to_ours(state, getattr(model, "config", None))
     state = {key: value for key, value in state.items() if key not in kept}
@@ -107,7 +113,7 @@ def load_weights(
     unexpected = sorted(state.keys() - own.keys())
     needed = [key for key in missing if key not in _addable(model, missing)]
     if wrong or (strict and (needed or unexpected or differs)):
-        parts = [f"it holds another network: {', '.join(differs)}"] if strict and differs else []
+        parts = [f"its network differs: {', '.join(differs)}"] if strict and differs else []
         parts += [f"wrong shapes: {_some(wrong)}"] if wrong else []
         parts += [f"missing: {_some(needed)}"] if needed else []
         parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
@@ -125,11 +131,9 @@ def load_weights(
 
 def _advice(differs: Collection[str], wrong: Collection[str]) -> str:
     if wrong:
-        return "; keep= names modules that keep their own values, such as a head of other classes"
+        return "; keep= (--keep) names modules that keep their own values, such as a head of other classes"
     if differs:
-        return (
-            "; build the model as the checkpoint's, or strict=False takes the weights as they fit"
-        )
+        return "; build the model as the checkpoint's, or strict=False (--strict no) takes the weights as they fit"
     return ""
 
 
@@ -294,6 +298,7 @@ def _viewable(have: torch.Size, want: torch.Size) -> bool:
 
 
 def model_name(model: nn.Module) -> str:
+    """What messages call a model or a part."""
     return str(getattr(model, "name", type(model).__name__))
 
 
@@ -324,7 +329,7 @@ def _choose_layout(
     if layout != "auto":
         return by_name(model, layout)
     own = _own(model).keys()
-    if len(own & state.keys()) > len(own) // 2:
+    if 2 * len(own & state.keys()) >= len(own):
         return None
     found = [candidate for candidate in _layouts(model) if candidate.recognise(state)]
     config = getattr(model, "config", None)

@@ -157,11 +157,9 @@ def _find(
     raw = [k for k in _RAW if k in found]
     raw += [k for k in found if not averaged and len(found) == 1 and not own and k not in raw]
     if raw and (groups or not own):
-        if weights == "ema" and not _holds_average(found[raw[0]]):
-            raise _no_average(where)
         return _below(found, raw[0], weights, where)
     if weights == "ema" and "n_averaged" not in own:
-        raise _no_average(where)
+        raise FormatError(f"{where}: has no averaged weights; weights='raw' takes what there is")
     return (), own
 
 
@@ -180,10 +178,6 @@ def _averaged(
     return _below(found, names[0], "auto", where)
 
 
-def _no_average(where: str) -> FormatError:
-    return FormatError(f"{where}: has no averaged weights; weights='raw' takes what there is")
-
-
 def _below(
     found: Mapping[str, Mapping[str, Any]], name: str, weights: str, where: str
 ) -> tuple[tuple[str, ...], StateDict]:
@@ -196,10 +190,6 @@ def _holds(entry: Any) -> bool:
     return isinstance(entry, Mapping) and any(
         isinstance(k, str) and (isinstance(v, Tensor) or _holds(v)) for k, v in entry.items()
     )
-
-
-def _holds_average(entry: Mapping[str, Any]) -> bool:
-    return any(_AVERAGED.fullmatch(k) and _holds(v) for k, v in entry.items())
 
 
 def _groups(tensors: StateDict) -> dict[str, StateDict]:

@@ -26,7 +26,7 @@ from effformer.nn.text import check_tokens, draw_tokens
 from effformer.site import NormRule, Site
 
 from .base import Model, Preset, register_presets
-from .layouts.bert import HUGGINGFACE
+from .layouts.bert import HUGGINGFACE, ROBERTA
 
 __all__ = ["PRESETS", "Bert", "BertOutput"]
 
@@ -71,7 +71,7 @@ class Bert(Model):
 
     FAMILY: ClassVar[str] = "bert"
     ROLES: ClassVar[Mapping[str, str]] = {"pooler": "head"}
-    LAYOUTS: ClassVar[tuple[Layout, ...]] = (HUGGINGFACE,)
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = (HUGGINGFACE, ROBERTA)
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BackboneConfig):

@@ -18,7 +18,7 @@ from effformer.blocks import resolve_layers
 from effformer.config import Config
 from effformer.layout import TRAINING
 
-__all__ = ["ACTIVATIONS", "SIZES", "Form", "same_table"]
+__all__ = ["ACTIVATIONS", "SIZES", "Choice", "Form", "same_table"]
 
 SIZES = ("dim", "depth", "heads")
 
@@ -57,7 +57,8 @@ class Form:
         found = dict(self._walk(values, defaults, ""))
         if not layers:
             return found
-        for i, layer in enumerate(resolve_layers(config, config.depth, name="layers")):
+        depth = config.depth if hasattr(config, "depth") else sum(config.depths)
+        for i, layer in enumerate(resolve_layers(config, depth, name="layers")):
             parts = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
             parts = {k: v for k, v in parts.items() if k in values and k != "cross"}
             if self.layers:
