@@ -7,10 +7,7 @@ Files are written to a temporary name and renamed; foreign pickles are read with
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +18,9 @@ from . import registry, retired
 from .checks import FormatError, unknown
 from .files import atomic_folder, atomic_path, read_json, write_json
 from .layout import Layout, StateDict
+from .loading import LoadReport, by_name, load_weights, model_name
 from .version import VERSION
+from .weights import open_weights, plain_key, unshared
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -36,24 +35,6 @@ M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 MODEL_FOLDER: Any = {"marker": _CONFIG, "own": (_WEIGHTS,)}
-_WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """What `load_weights` did.
-
-    Attributes:
-        layout: name of the layout that was recognised.
-        missing: our keys that the file does not have.
-        unexpected: keys of the file that the model does not have.
-        reshaped: our keys whose tensors were viewed into another shape of equal size.
-    """
-
-    layout: str
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    reshaped: tuple[str, ...] = ()
 
 
 def save_pretrained(model: Model, folder: str | Path) -> Path:
@@ -76,7 +57,7 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
         "config": model.config.to_dict(),
         "transforms": list(model.transforms),
     }
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    state = unshared(_tensors(model))
     with atomic_folder(folder, **MODEL_FOLDER) as temporary:
         save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / _CONFIG, facts)
@@ -109,8 +90,20 @@ def load_model(folder: str | Path) -> Model:
     model: Model = entry.build(config, name=facts["name"])
     for record in facts["transforms"]:
         model = replay(model, _renewed(model, record))
-    load_weights(model, folder / _WEIGHTS, layout="effformer")
+    file = open_weights(folder / _WEIGHTS, config={})
+    load_weights(_typed(model, file.tensors), file, layout="effformer")
     return model.eval()
+
+
+def _typed(model: M, state: StateDict) -> M:
+    """A model with the floating-point types of its weights, in which it was saved."""
+    kinds = {x.dtype for x in state.values() if x.is_floating_point()}
+    if len(kinds) == 1:
+        return model.to(kinds.pop())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state and tensor.is_floating_point() and state[name].is_floating_point():
+            tensor.data = tensor.data.to(state[name].dtype)
+    return model
 
 
 def _renewed(model: nn.Module, record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -157,114 +150,22 @@ def replay(model: M, record: Mapping[str, Any]) -> M:
     return changed
 
 
-def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
+def read_weights(source: str | Path | Mapping[str, Tensor], weights: str = "auto") -> StateDict:
     """Read a state dict from safetensors, or from a torch file with ``weights_only=True``.
 
-    Training checkpoints are unwrapped ("ema" before "model"), and the prefixes of wrappers
-    ("module.") removed.
-
-    Raises:
-        FormatError: missing, truncated or foreign file, or one that would run code when unpickled.
-    """
-    state = dict(source) if isinstance(source, Mapping) else _read_file(Path(source))
-    for wrapper in _WRAPPERS:
-        if isinstance(state.get(wrapper), Mapping):
-            state = dict(state[wrapper])
-    where = "state dict" if isinstance(source, Mapping) else str(source)
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
-    # parallel and compiled wrappers come in either order
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if all(k.startswith(prefix) for k in tensors):
-            tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return tensors
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise FormatError(
-                f"{path}: is truncated or not a safetensors file ({error})"
-            ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # other pickle protocols: read or refused
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FormatError(
-            f"{path}: holds pickled objects other than tensors, or is no checkpoint; effformer reads data, not code: "
-            "save a plain state dict or safetensors"
-        ) from error
-    except Exception as error:  # the reader meets rubbish with whatever its next step raises
-        raise FormatError(f"{path}: is truncated or not a torch checkpoint ({error})") from error
-    if not isinstance(state, Mapping):
-        raise FormatError(f"{path}: holds a {type(state).__name__}, expected a state dict")
-    return dict(state)
-
-
-def load_weights(
-    model: nn.Module,
-    source: str | Path | Mapping[str, Tensor],
-    layout: str | Layout = "auto",
-    *,
-    strict: bool = True,
-) -> LoadReport:
-    """Load weights in our layout or in a published one.
+    Training checkpoints are unwrapped, and the names that compiling and wrapping put into keys
+    ("module.", "_orig_mod.") removed.
 
     Args:
-        model: a model, or a part with its own layout; nothing is changed unless everything fits.
-        source: a safetensors or torch file, or a state dict.
-        layout: "auto", "effformer", the name of a published layout of the model's family, or any
-            `Layout`.
-        strict: missing or unexpected keys are an error. Parts that leave the function of the model
-            as it is until they are trained (gates that start open) may be missing altogether.
+        source: the file, or what it would hold.
+        weights: "auto" takes averaged weights where there are some, "ema" asks for them, "raw" for
+            those that the optimizer holds; or the name of an entry of the file.
 
     Raises:
-        FormatError: the file cannot be read, its layout is not recognised, or keys or shapes do not
-            fit.
-        ValueError: unknown layout.
+        FormatError: missing, truncated or foreign file, one that would run code when unpickled, or
+            one without such weights.
     """
-    state = read_weights(source)
-    new = retired.rename(state, model.state_dict().keys())
-    state = {new.get(key, key): value for key, value in state.items()}
-    where = "state dict" if isinstance(source, Mapping) else str(source)
-    chosen = _choose_layout(model, state, layout, where)
-    if chosen is not None:
-        state = chosen.to_ours(state, getattr(model, "config", None))
-    own = model.state_dict()
-    reshaped, wrong = [], []
-    for key in state.keys() & own.keys():
-        if state[key].shape == own[key].shape:
-            continue
-        if _viewable(state[key].shape, own[key].shape):
-            state[key] = state[key].reshape(own[key].shape)
-            reshaped.append(key)
-        else:
-            wrong.append(
-                f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
-            )
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    needed = [key for key in missing if key not in _addable(model, missing)]
-    if wrong or (strict and (needed or unexpected)):
-        parts = [f"wrong shapes: {_some(wrong)}"] if wrong else []
-        parts += [f"missing: {_some(needed)}"] if needed else []
-        parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
-        raise FormatError(f"{where} does not fit {_name(model)}: {'; '.join(parts)}")
-    model.load_state_dict({k: state[k] for k in state.keys() & own.keys()}, strict=False)
-    return LoadReport(
-        layout="effformer" if chosen is None else chosen.name,
-        missing=tuple(missing),
-        unexpected=tuple(unexpected),
-        reshaped=tuple(sorted(reshaped)),
-    )
+    return open_weights(source, weights).tensors
 
 
 def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "effformer") -> Path:
@@ -277,80 +178,57 @@ def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "eff
 
     Raises:
         ValueError: unknown layout.
-        FormatError: the place cannot be written.
+        FormatError: the place cannot be written, or the layout's network does not compute what the
+            model computes: it has other parts, or was quantized.
     """
     from safetensors.torch import save_file
 
-    state = dict(model.state_dict())
+    state = _tensors(model)
     if layout != "effformer":
-        chosen = layout if isinstance(layout, Layout) else _by_name(model, layout)
-        state = chosen.from_ours(state, getattr(model, "config", None))
+        chosen = layout if isinstance(layout, Layout) else by_name(model, layout)
+        state = _translated(model, chosen, state)
     with atomic_path(path) as temporary:
-        save_file(
-            {k: v.contiguous().clone() for k, v in state.items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
+        save_file(unshared(state), temporary, metadata={"format": "pt"})
     return Path(path)
 
 
-def _addable(model: nn.Module, missing: list[str]) -> set[str]:
-    """Missing keys of parts that start neutral, if such a part is missing whole."""
-    gone, found = set(missing), set[str]()
-    for path, module in model.named_modules():
-        if getattr(module, "neutral_start", False):
-            keys = {f"{path}.{key}" for key in module.state_dict()}
-            found |= keys if keys <= gone else set()
-    return found
+def _tensors(model: nn.Module) -> StateDict:
+    """Tensors of a model by name, without the names of wrappers in them."""
+    return {plain_key(k): v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
 
 
-def _viewable(have: torch.Size, want: torch.Size) -> bool:
-    """The shapes differ by dimensions of length 1, or by how those behind the first are grouped; a
-    transposed matrix is not the same tensor in another shape.
+def _translated(model: nn.Module, layout: Layout, state: StateDict) -> StateDict:
+    """The tensors in a published layout, which gives them back as they are.
+
+    Raises:
+        FormatError: it cannot hold them.
     """
-    if have.numel() != want.numel():
+    config, where = getattr(model, "config", None), f"{model_name(model)}: layout {layout.name!r}"
+    instead = "layout='effformer' holds any model"
+    if strange := layout.strange(config):
+        raise FormatError(f"{where} has no {', '.join(strange.values())}; {instead}")
+    if hasattr(model, "FAMILY"):
+        with torch.device("meta"):
+            plain = type(model)(config)
+        built = {key: value.shape for key, value in _tensors(plain).items()}
+        if built != {key: value.shape for key, value in state.items()}:
+            done = ", ".join(r["kind"] for r in getattr(model, "transforms", ())) or "changed"
+            raise FormatError(
+                f"{where} holds models as they are built, but this one was changed since ({done}); "
+                "save_pretrained keeps the change"
+            )
+    out = layout.from_ours(dict(state), config)
+    back = layout.to_ours(dict(out), config)
+    lost = [k for k in state if k not in back or not _same(back[k], state[k])]
+    if lost or len(back) > len(state):
+        lost += sorted(back.keys() - state.keys())
+        raise FormatError(f"{where} cannot hold {', '.join(lost[:3])} of this model; {instead}")
+    return out
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal tensors, also where they hold no numbers."""
+    if a.shape != b.shape:
         return False
-    return [n for n in have if n != 1] == [n for n in want if n != 1] or have[:1] == want[:1]
-
-
-def _name(model: nn.Module) -> str:
-    return str(getattr(model, "name", type(model).__name__))
-
-
-def _layouts(model: nn.Module) -> tuple[Layout, ...]:
-    return getattr(model, "LAYOUTS", ())
-
-
-def _by_name(model: nn.Module, layout: str) -> Layout:
-    known = {lay.name: lay for lay in _layouts(model)}
-    if layout not in known:
-        raise unknown("layout", layout, ["effformer", *known], where=_name(model))
-    return known[layout]
-
-
-def _choose_layout(
-    model: nn.Module, state: StateDict, layout: str | Layout, where: str
-) -> Layout | None:
-    """The foreign layout to convert from, None for our own."""
-    if isinstance(layout, Layout):
-        return layout
-    if layout == "effformer":
-        return None
-    if layout != "auto":
-        return _by_name(model, layout)
-    own = model.state_dict().keys()
-    if len(own & state.keys()) > len(own) // 2:
-        return None
-    for candidate in _layouts(model):
-        if candidate.recognise(state.keys()):
-            return candidate
-    names = ", ".join(["effformer", *(lay.name for lay in _layouts(model))])
-    sample = _some(sorted(state))
-    raise FormatError(
-        f"{where}: keys such as {sample} fit none of the layouts of {_name(model)} ({names})"
-    )
-
-
-def _some(items: list[str], most: int = 4) -> str:
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    a = a.to(b)
+    return bool(((a == b) | ((a != a) & (b != b))).all())

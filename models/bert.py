@@ -27,7 +27,7 @@ from effformer.site import NormRule, Site
 from effformer.values import Chance, Count, Positive
 
 from .base import Model, Preset, register_presets
-from .layouts.bert import HUGGINGFACE
+from .layouts.bert import HUGGINGFACE, ROBERTA
 
 __all__ = ["PRESETS", "Bert", "BertOutput"]
 
@@ -72,7 +72,7 @@ class Bert(Model):
 
     FAMILY: ClassVar[str] = "bert"
     ROLES: ClassVar[Mapping[str, str]] = {"pooler": "head"}
-    LAYOUTS: ClassVar[tuple[Layout, ...]] = (HUGGINGFACE,)
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = (HUGGINGFACE, ROBERTA)
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BackboneConfig):

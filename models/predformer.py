@@ -125,6 +125,11 @@ class PredFormer(Model):
             self._set_mixer_dropout(config.attn_dropout)
         truncated_normal_linears(self.blocks)
 
+    def reset_buffers(self) -> None:
+        """Compute the positions again."""
+        tokens, dim = self.positions.shape
+        self.positions = _positions(tokens, dim).to(self.positions)
+
     def forward(
         self,
         x: Tensor,

@@ -200,6 +200,7 @@ class TDSM(Mixer):
         self.inverse: Tensor | None
         self.register_buffer("order", None, persistent=False)
         self.register_buffer("inverse", None, persistent=False)
+        self.shuffle: Shuffle | None = None
         if self.length is not None:
             self.use(self.drawn(self.length))
 
@@ -216,7 +217,13 @@ class TDSM(Mixer):
         """
         order = shuffle.order(self.widths)
         self.length = order.numel() // self.site.dim
-        self.order, self.inverse = order, _inverse(order)
+        self.shuffle, self.order, self.inverse = shuffle, order, _inverse(order)
+
+    def reset_buffers(self) -> None:
+        """Make the permutations in use again, where they are."""
+        if self.shuffle is not None and self.order is not None:
+            order = self.shuffle.order(self.widths).to(self.order.device)
+            self.order, self.inverse = order, _inverse(order)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         check_context(ctx, _CAPS, "attention", self.where, x)

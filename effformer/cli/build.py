@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from .common import FFN, Attn, Block, Json, Out, Seed, Set, emit, load, overrides
+from .common import (
+    FFN,
+    Attn,
+    Averaged,
+    Block,
+    Json,
+    Keep,
+    Out,
+    Seed,
+    Set,
+    Strict,
+    emit,
+    load,
+    loaded,
+    overrides,
+)  # fmt: skip
 
 
 def build(
@@ -19,6 +35,9 @@ def build(
     weights: Annotated[
         str | None, typer.Option(help="Load a safetensors or torch file of any known layout.")
     ] = None,
+    strict: Strict = "yes",
+    use: Averaged = "auto",
+    keep: Keep = None,
     seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
@@ -32,13 +51,16 @@ def build(
     from ..profile import count_parameters
 
     model = load(name, overrides(attn, ffn, block, pairs), seed=seed)
-    report = None if weights is None else load_weights(model, weights)
+    report = None
+    if weights is not None:
+        report = load_weights(model, weights, strict=strict == "yes", weights=use, keep=keep or ())
     folder = None if out is None else str(save_pretrained(model, out))
     data = {
         "name": model.name,
         "parameters": count_parameters(model),
         "config": model.config.to_dict(),
         "layout": report and report.layout,
+        "loaded": report and asdict(report),
         "saved": folder,
     }
     lines = [
@@ -46,6 +68,6 @@ def build(
         json.dumps(data["config"], indent=2),
     ]
     if report is not None:
-        lines.append(f"weights: {weights} ({report.layout} layout)")
+        lines.append(f"weights: {weights} ({loaded(report)})")
     lines.append(f"saved in {folder}" if folder else "not saved; add --out FOLDER")
     emit(data, "\n".join(lines), as_json)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, ParamSpec
 
 import typer
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from effformer.flow import FlowConvention
+    from effformer.loading import LoadReport
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "check_report", "convention", "emit",
-    "guard", "load", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
+    "FFN", "Attn", "Averaged", "Batch", "Block", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "convention", "emit",
+    "guard", "load", "loaded", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
@@ -50,6 +51,21 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
 ]
 Batch = Annotated[int, typer.Option(help="Samples per call.", min=1)]
+Strict = Annotated[
+    Literal["yes", "no"],
+    typer.Option(help="no: load what fits, although keys are missing or the network differs."),
+]
+Averaged = Annotated[
+    str,
+    typer.Option("--use", help="Which weights of a checkpoint: auto, ema, raw or an entry's name."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A module that keeps its own values, such as a head of other classes. May be repeated.",
+        metavar="NAME",
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
 # These are the user's to solve, and one sentence says how; every other exception is a bug and
@@ -189,6 +205,17 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def loaded(report: LoadReport) -> str:
+    """What was loaded, in words."""
+    words = [f"{report.layout} layout"]
+    if report.weights:
+        words.append(f"{'averaged weights' if report.averaged else 'weights'} {report.weights!r}")
+    for name in ("missing", "unexpected", "ignored", "kept"):
+        if keys := getattr(report, name):
+            words.append(f"{name} {len(keys)}: {', '.join(keys[:3])}{', ...' if keys[3:] else ''}")
+    return "; ".join([*words, *(f"differs: {what}" for what in report.differs)])
 
 
 def parse_value(text: str) -> Any:

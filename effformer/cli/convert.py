@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, Out, Set, emit, load, overrides, save_to
+from .common import Averaged, Json, Out, Set, Strict, emit, load, loaded, note, overrides, save_to
 
 
 def convert(
@@ -21,6 +21,8 @@ def convert(
         str, typer.Option("--from", help="Layout of the file; auto recognises it.")
     ] = "auto",
     target: Annotated[str, typer.Option("--to", help="Layout to write.")] = "effformer",
+    strict: Strict = "yes",
+    use: Averaged = "auto",
     pairs: Set = None,
     out: Out = None,
     as_json: Json = False,
@@ -47,7 +49,10 @@ def convert(
         raise ValueError("convert: a file does not say what model it belongs to; add --model NAME")
     else:
         built = load(model, overrides(pairs=pairs))
-        layout = load_weights(built, weights, layout=source).layout
+        report = load_weights(built, weights, source, strict=strict == "yes", weights=use)
+        layout = report.layout
+        if report.differs or report.missing or report.weights:
+            note(f"convert: {weights}: {loaded(report)}")
     save_weights(built, place, layout=target)
     data = {"model": built.name, "from": layout, "to": target, "saved": str(place)}
     emit(data, f"{built.name}: {layout} -> {target}, saved in {place}", as_json)

@@ -116,12 +116,16 @@ class LegendreMemory(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        self.reset_buffers()
+        return self
+
+    def reset_buffers(self) -> None:
+        """Compute the matrices again, where they are."""
         transition, write = legendre_system(self.order, self.theta)
         dtype = torch.promote_types(self.response.dtype, torch.float32)
         self.transition = transition.to(self.transition.device, dtype)
         self.write = write.to(self.write.device, dtype)
         self.response = _response(self.order, self.theta).to(self.response.device, dtype)
-        return self
 
     def forward(self, u: Tensor) -> Tensor:
         """Coefficients (B, N, q) after every sample of u (B, N)."""
