@@ -1,14 +1,15 @@
 """Saving and loading: folders of ``config.json`` + ``model.safetensors``, and foreign weight files
 as data.
 
-Files are written to a temporary name and renamed; foreign pickles are read with
-``weights_only=True``, always.
+Everything is written by `effformer.files`; foreign pickles are read with ``weights_only=True``,
+always.
 """
 
 from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from . import registry, retired
 from .checks import FormatError, unknown
-from .files import atomic_folder, atomic_path, read_json, write_json
+from .files import atomic_folder, atomic_path, mark, read_json, read_whole, write_json
 from .layout import Layout, StateDict
 from .version import VERSION
 
@@ -35,7 +36,10 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-MODEL_FOLDER: Any = {"marker": _CONFIG, "own": (_WEIGHTS,)}
+_WORTH = ("random", "compressed", "trained")
+"""What weights are, from what any seed gives again to what nothing gives again."""
+WEIGHTS = tuple(f"{worth} weights" for worth in _WORTH)
+"""Kinds of files that `save_weights` writes."""
 _WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
 
 
@@ -56,12 +60,50 @@ class LoadReport:
     reshaped: tuple[str, ...] = ()
 
 
-def save_pretrained(model: Model, folder: str | Path) -> Path:
+def model_folder(weights: str, *, by: str = "", force: bool = False) -> dict[str, Any]:
+    """What `effformer.files.atomic_folder` and ``check_folder`` must know to save a model.
+
+    Args:
+        weights: what it is worth: "random", "compressed" or "trained".
+        by: the verb that saves it, which replaces nothing that another verb saved; "": a program.
+        force: an earlier model may be of any worth and by anybody.
+    """
+
+    def objection(folder: Path) -> str:
+        try:
+            facts = read_json(folder / _CONFIG)
+            _check_facts(facts, folder / _CONFIG)
+        except FormatError:
+            return f"holds a {_CONFIG} that effformer did not write"
+        there = facts.get("weights", "compressed" if facts["transforms"] else "trained")
+        if there not in _WORTH[: _WORTH.index(weights) + 1]:
+            return f"holds a model with {there} weights, which {weights} ones do not replace"
+        author = facts.get("by", by)
+        return f"holds a model that {author!r} wrote, not {by!r}" if by and author != by else ""
+
+    return {"marker": _CONFIG, "own": (_WEIGHTS,), "objection": objection, "force": force}
+
+
+def _worth(model: nn.Module) -> str:
+    if getattr(model, "drawn", False):
+        return "random"
+    return "compressed" if getattr(model, "transforms", ()) else "trained"
+
+
+def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bool = False) -> Path:
     """Write ``config.json`` and ``model.safetensors``; an earlier save at the same place is
     replaced whole.
 
+    Args:
+        model: the model.
+        folder: new, empty, or an earlier save whose weights are worth no more: trained or loaded
+            ones are worth more than compressed ones, those more than random ones.
+        by: the verb of the command line that saves; it replaces nothing that another one saved.
+        force: replace an earlier save of any worth.
+
     Raises:
-        FormatError: the folder holds other files or cannot be written.
+        FormatError: the folder holds other files or a model that is worth more, or cannot be
+            written.
         ValueError: the model is an optimized copy.
     """
     from safetensors.torch import save_file
@@ -75,9 +117,12 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
         "name": model.name,
         "config": model.config.to_dict(),
         "transforms": list(model.transforms),
+        "weights": _worth(model),
+        "by": by or "save_pretrained",
     }
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    with atomic_folder(folder, **MODEL_FOLDER) as temporary:
+    kind = model_folder(facts["weights"], by=by, force=force)
+    with atomic_folder(folder, **kind) as temporary:
         save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / _CONFIG, facts)
     return Path(folder)
@@ -89,7 +134,10 @@ def load_model(folder: str | Path) -> Model:
     Raises:
         FormatError: not such a folder, written by a newer version, or the weights do not fit.
     """
-    folder = Path(folder)
+    return read_whole(Path(folder), lambda: _load_model(Path(folder)))
+
+
+def _load_model(folder: Path) -> Model:
     if not (folder / _CONFIG).is_file():
         raise FormatError(f"{folder}: no {_CONFIG}; expected a folder written by save_pretrained")
     facts = read_json(folder / _CONFIG)
@@ -194,6 +242,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             raise FormatError(
                 f"{path}: is truncated or not a safetensors file ({error})"
             ) from error
+    _check_unpacked(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # other pickle protocols: read or refused
@@ -208,6 +257,24 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise FormatError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return dict(state)
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse an archive that announces more than it holds: torch does not compress.
+
+    Raises:
+        FormatError: it unpacks to gigabytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # an older form, or none, which the reader will say
+    if unpacked > max(2**30, 2 * path.stat().st_size):
+        raise FormatError(
+            f"{path}: would unpack from {path.stat().st_size:,} to {unpacked:,} bytes, which no "
+            "checkpoint of torch does; save it again with torch.save"
+        )
 
 
 def load_weights(
@@ -267,17 +334,25 @@ def load_weights(
     )
 
 
-def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "effformer") -> Path:
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    layout: str | Layout = "effformer",
+    *,
+    force: bool = False,
+) -> Path:
     """Write the weights as one safetensors file, in our layout or in a published one.
 
     Args:
         model: a model or a part.
-        path: the file.
+        path: the file: new, or one that this function wrote, with weights that are worth no more
+            (see `save_pretrained`).
         layout: "effformer", the name of a published layout of the model's family, or any `Layout`.
+        force: replace any file.
 
     Raises:
         ValueError: unknown layout.
-        FormatError: the place cannot be written.
+        FormatError: the place cannot be written, or holds something else.
     """
     from safetensors.torch import save_file
 
@@ -285,11 +360,12 @@ def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "eff
     if layout != "effformer":
         chosen = layout if isinstance(layout, Layout) else _by_name(model, layout)
         state = chosen.from_ours(state, getattr(model, "config", None))
-    with atomic_path(path) as temporary:
+    kinds = WEIGHTS[: _WORTH.index(_worth(model)) + 1]
+    with atomic_path(path, *kinds, force=force) as temporary:
         save_file(
             {k: v.contiguous().clone() for k, v in state.items()},
             temporary,
-            metadata={"format": "pt"},
+            metadata={"format": "pt", "generator": mark(kinds[-1])},
         )
     return Path(path)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import FFN, Attn, Block, Json, Out, Seed, Set, emit, load, overrides
+from .common import FFN, Attn, Block, Force, Json, Out, Seed, Set, emit, load, overrides
 
 
 def build(
@@ -21,6 +21,7 @@ def build(
     ] = None,
     seed: Seed = 0,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Build a model from parts; save it as a folder with --out.
@@ -32,7 +33,7 @@ def build(
 
     model = load(name, overrides(attn, ffn, block, pairs), seed=seed)
     report = None if weights is None else load_weights(model, weights)
-    folder = None if out is None else str(save_pretrained(model, out))
+    folder = None if out is None else str(save_pretrained(model, out, by="build", force=force))
     data = {
         "name": model.name,
         "parameters": sum(p.numel() for p in model.parameters()),

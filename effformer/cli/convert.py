@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, Out, Set, emit, load, overrides, save_to
+from .common import Force, Json, Out, Set, emit, load, overrides, save_to
 
 
 def convert(
@@ -23,6 +23,7 @@ def convert(
     target: Annotated[str, typer.Option("--to", help="Layout to write.")] = "effformer",
     pairs: Set = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Convert weights between effformer's and published layouts (official, diffusers, timm).
@@ -31,9 +32,11 @@ def convert(
 
     Examples: `effformer convert DiT-XL-2-256x256.pt -m dit-xl --to diffusers -o dit.safetensors`
     """
-    from ..io import load_weights, save_weights
+    from ..files import check_file
+    from ..io import WEIGHTS, load_weights, save_weights
 
     place = save_to(out, "convert")
+    check_file(place, *WEIGHTS, force=force)
     if weights.is_dir():
         if model is not None or source not in ("auto", "effformer"):
             raise ValueError(
@@ -48,6 +51,6 @@ def convert(
     else:
         built = load(model, overrides(pairs=pairs))
         layout = load_weights(built, weights, layout=source).layout
-    save_weights(built, place, layout=target)
+    save_weights(built, place, layout=target, force=force)
     data = {"model": built.name, "from": layout, "to": target, "saved": str(place)}
     emit(data, f"{built.name}: {layout} -> {target}, saved in {place}", as_json)
