@@ -1,8 +1,8 @@
 """Saving and loading: folders of ``config.json`` + ``model.safetensors``, and foreign weight files
 as data.
 
-Files are written to a temporary name and renamed; foreign pickles are read with
-``weights_only=True``, always.
+Everything is written by `effformer.files`; foreign pickles are read with ``weights_only=True``,
+always.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import registry, retired
 from .checks import FormatError, unknown
-from .files import atomic_folder, atomic_path, read_json, write_json
+from .files import atomic_folder, atomic_path, mark, read_json, read_whole, write_json
 from .layout import Layout, StateDict
 from .loading import LoadReport, by_name, load_weights, model_name
 from .version import VERSION
@@ -34,15 +34,56 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-MODEL_FOLDER: Any = {"marker": _CONFIG, "own": (_WEIGHTS,)}
+_WORTH = ("random", "compressed", "trained")
+"""What weights are, from what any seed gives again to what nothing gives again."""
+WEIGHTS = tuple(f"{worth} weights" for worth in _WORTH)
+"""Kinds of files that `save_weights` writes."""
 
 
-def save_pretrained(model: Model, folder: str | Path) -> Path:
+def model_folder(weights: str, *, by: str = "", force: bool = False) -> dict[str, Any]:
+    """What `effformer.files.atomic_folder` and ``check_folder`` must know to save a model.
+
+    Args:
+        weights: what it is worth: "random", "compressed" or "trained".
+        by: the verb that saves it, which replaces nothing that another verb saved; "": a program.
+        force: an earlier model may be of any worth and by anybody.
+    """
+
+    def objection(folder: Path) -> str:
+        try:
+            facts = read_json(folder / _CONFIG)
+            _check_facts(facts, folder / _CONFIG)
+        except FormatError:
+            return f"holds a {_CONFIG} that effformer did not write"
+        there = facts.get("weights", "compressed" if facts["transforms"] else "trained")
+        if there not in _WORTH[: _WORTH.index(weights) + 1]:
+            return f"holds a model with {there} weights, which {weights} ones do not replace"
+        author = facts.get("by", by)
+        return f"holds a model that {author!r} wrote, not {by!r}" if by and author != by else ""
+
+    return {"marker": _CONFIG, "own": (_WEIGHTS,), "objection": objection, "force": force}
+
+
+def _worth(model: nn.Module) -> str:
+    if getattr(model, "drawn", False):
+        return "random"
+    return "compressed" if getattr(model, "transforms", ()) else "trained"
+
+
+def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bool = False) -> Path:
     """Write ``config.json`` and ``model.safetensors``; an earlier save at the same place is
     replaced whole.
 
+    Args:
+        model: the model.
+        folder: new, empty, or an earlier save whose weights are worth no more: trained or loaded
+            ones are worth more than compressed ones, those more than random ones.
+        by: the verb of the command line that saves; it replaces nothing that another one saved.
+        force: replace an earlier save of any worth.
+
     Raises:
-        FormatError: the folder holds other files or cannot be written.
+        FormatError: the folder holds other files or a model that is worth more, or cannot be
+            written.
         ValueError: the model is an optimized copy.
     """
     from safetensors.torch import save_file
@@ -56,9 +97,12 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
         "name": model.name,
         "config": model.config.to_dict(),
         "transforms": list(model.transforms),
+        "weights": _worth(model),
+        "by": by or "save_pretrained",
     }
     state = unshared(_tensors(model))
-    with atomic_folder(folder, **MODEL_FOLDER) as temporary:
+    kind = model_folder(facts["weights"], by=by, force=force)
+    with atomic_folder(folder, **kind) as temporary:
         save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / _CONFIG, facts)
     return Path(folder)
@@ -70,7 +114,10 @@ def load_model(folder: str | Path) -> Model:
     Raises:
         FormatError: not such a folder, written by a newer version, or the weights do not fit.
     """
-    folder = Path(folder)
+    return read_whole(Path(folder), lambda: _load_model(Path(folder)))
+
+
+def _load_model(folder: Path) -> Model:
     if not (folder / _CONFIG).is_file():
         raise FormatError(f"{folder}: no {_CONFIG}; expected a folder written by save_pretrained")
     facts = read_json(folder / _CONFIG)
@@ -168,18 +215,26 @@ def read_weights(source: str | Path | Mapping[str, Tensor], weights: str = "auto
     return open_weights(source, weights).tensors
 
 
-def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "effformer") -> Path:
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    layout: str | Layout = "effformer",
+    *,
+    force: bool = False,
+) -> Path:
     """Write the weights as one safetensors file, in our layout or in a published one.
 
     Args:
         model: a model or a part.
-        path: the file.
+        path: the file: new, or one that this function wrote, with weights that are worth no more
+            (see `save_pretrained`).
         layout: "effformer", the name of a published layout of the model's family, or any `Layout`.
+        force: replace any file.
 
     Raises:
         ValueError: unknown layout.
-        FormatError: the place cannot be written, or the layout's network does not compute what the
-            model computes: it has other parts, or was quantized.
+        FormatError: the place cannot be written, or holds something else; or the layout's network
+            does not compute what the model computes: it has other parts, or was quantized.
     """
     from safetensors.torch import save_file
 
@@ -187,8 +242,10 @@ def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "eff
     if layout != "effformer":
         chosen = layout if isinstance(layout, Layout) else by_name(model, layout)
         state = _translated(model, chosen, state)
-    with atomic_path(path) as temporary:
-        save_file(unshared(state), temporary, metadata={"format": "pt"})
+    kinds = WEIGHTS[: _WORTH.index(_worth(model)) + 1]
+    with atomic_path(path, *kinds, force=force) as temporary:
+        facts = {"format": "pt", "generator": mark(kinds[-1])}
+        save_file(unshared(state), temporary, metadata=facts)
     return Path(path)
 
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,8 +29,10 @@ def read_pickled(path: Path) -> Any:
     of numpy Python numbers, paths strings.
 
     Raises:
-        FormatError: truncated, not a torch file, or holds other objects than data.
+        FormatError: truncated, not a torch file, holds other objects than data, or would unpack to
+            gigabytes.
     """
+    _check_unpacked(path)
     try:
         with warnings.catch_warnings(), _LOCK, torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore", UserWarning)  # other pickle protocols: read or refused
@@ -44,6 +47,24 @@ def read_pickled(path: Path) -> Any:
         ) from error
     except Exception as error:  # the reader meets rubbish with whatever its next step raises
         raise FormatError(f"{path}: is truncated or not a torch checkpoint ({error})") from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse an archive that announces more than it holds: torch does not compress.
+
+    Raises:
+        FormatError: it unpacks to gigabytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # an older form, or none, which the reader will say
+    if unpacked > max(2**30, 2 * path.stat().st_size):
+        raise FormatError(
+            f"{path}: would unpack from {path.stat().st_size:,} to {unpacked:,} bytes, which no "
+            "checkpoint of torch does; save it again with torch.save"
+        )
 
 
 class _Namespace:

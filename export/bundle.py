@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from effformer.calls import evaluating
-from effformer.checks import unknown
-from effformer.files import atomic_folder, write_json
+from effformer.checks import FormatError, unknown
+from effformer.files import atomic_folder, read_json, write_json
 from effformer.flow.conventions import EFFFORMER, FlowConvention, adapt, get_convention
 from effformer.version import VERSION
 
@@ -29,9 +29,22 @@ from .verify import VerifyReport
 __all__ = ["BundleReport", "export_bundle"]
 
 Quantize = Literal["dynamic-uint8", "int8", "int4"]
+
+
+def _objection(folder: Path) -> str:
+    """Why a folder with a ``bundle.json`` is not replaced by a bundle."""
+    try:
+        facts = read_json(folder / "bundle.json")
+    except FormatError:
+        facts = None
+    ours = isinstance(facts, dict) and {"effformer", "graphs", "files"} <= facts.keys()
+    return "" if ours else "holds a bundle.json that effformer did not write"
+
+
 _FOLDER: Any = {
     "marker": "bundle.json",
     "own": ("run.py", "self_test.npy", "velocity.onnx*", "decoder.onnx*", "__pycache__"),
+    "objection": _objection,
 }
 _NBITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 
@@ -105,6 +118,7 @@ def export_bundle(
     null_label: int | None = None,
     value_range: tuple[float, float] = (-1.0, 1.0),
     decoder: nn.Module | None = None,
+    force: bool = False,
 ) -> BundleReport:
     """Write a class-conditional flow or diffusion model as a folder that samples by itself.
 
@@ -131,6 +145,7 @@ def export_bundle(
         null_label: the class that stands for "no label"; only needed for guidance.
         value_range: values of a sample that are black and white.
         decoder: maps samples (latents) to pictures (B, 1 or 3, H, W) in ``value_range``.
+        force: replace a bundle that others wrote as well.
 
     Raises:
         ValueError: an unknown sampler, convention or quantization, or guidance without a null class.
@@ -172,7 +187,7 @@ def export_bundle(
         "network_convention": None if counts is None else counts.to_dict(),
         "quantization": quantize,
     }  # fmt: skip
-    with atomic_folder(folder, **_FOLDER) as temporary, evaluating(model):
+    with atomic_folder(folder, **_FOLDER, force=force) as temporary, evaluating(model):
         network = _Velocity(model, counts)
         parity, quantized = _write_velocity(
             network, temporary / "velocity.onnx", size, classes, quantize, verify

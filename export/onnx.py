@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from effformer.build import list_attention
 from effformer.calls import Call, Inputs, evaluating
 from effformer.checks import CapabilityError, need
+from effformer.files import check_file
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
 
-from .graph import GraphFacts, read_graph, write_graph
+from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
 from .inputs import Axes, graph_call, resolve_axes, sizes, traceable
 from .lengths import Ranges
 from .packed import decodes_codes, kernels_for, translations
@@ -87,6 +88,7 @@ def export_onnx(
     tolerance: float = 1e-4,
     accuracy_level: int = 0,
     output_names: Sequence[str] | None = None,
+    force: bool = False,
 ) -> ExportReport:
     """Write a module as an ONNX graph.
 
@@ -97,8 +99,8 @@ def export_onnx(
     Args:
         model: any module; it and its train/eval state are left as they were. The graph is that of
             eval mode.
-        path: the file. What stood there before is replaced only after everything, verification
-            included, went well.
+        path: the file: new, or an earlier graph of ours. What stood there before is replaced only
+            after everything, verification included, went well.
         inputs: example inputs: a tensor, a tuple, a dict of keyword arguments, or None for the
             model's own. Arguments that are no tensors are fixed in the graph.
         dynamic: "auto" (``model.dynamic_axes()``, else axis 0 of every tensor is "batch"), None
@@ -111,6 +113,7 @@ def export_onnx(
         accuracy_level: of MatMulNBits: 0 computes in float32; 4 rounds activations to 8 bits, which
             is faster with kernels for it and outside the default tolerance.
         output_names: names of the outputs; by default "output", or "output_0", "output_1", ...
+        force: replace any file.
 
     Raises:
         CapabilityError: a registered part of the module has no ONNX form; parts that do are named.
@@ -119,7 +122,7 @@ def export_onnx(
         ValueError: ``dynamic`` does not fit the inputs, the graph does not fit the target, or an
             unknown target.
         TypeError: the inputs do not fit the module.
-        FormatError: the file cannot be written.
+        FormatError: the file cannot be written, or is something else.
 
     Example:
         >>> import torch, tempfile
@@ -135,6 +138,7 @@ def export_onnx(
         raise ValueError(
             f"export_onnx: target {target!r} takes opsets 18 to {runtime.newest}, got {version}"
         )
+    check_file(path, GRAPH, force=force)
     _check_parts(model)
     check_tolerance(tolerance, "export_onnx")
     call = graph_call(model, inputs, where="export_onnx")
@@ -158,7 +162,7 @@ def export_onnx(
         report = verify_onnx(file, model, call.kwargs or call.args, tolerance=tolerance)
         return replace(report, path=Path(path))
 
-    parity = write_graph(program.model, path, check)
+    parity = write_graph(program.model, path, check, force=force)
     if parity is not None and parity.constant:
         _log.warning("%s: the model's output is constant, so its agreement proves little", path)
     seconds = time.perf_counter() - started
@@ -294,7 +298,7 @@ def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> No
     values = (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values())
     for value in (*values, *(v for n in graph.graph.all_nodes() for v in n.outputs)):
         value.metadata_props.clear()
-    graph.producer_name, graph.producer_version = "effformer", VERSION
+    graph.producer_name, graph.producer_version = PRODUCER, VERSION
     facts = {
         "effformer.version": VERSION,
         "effformer.model": str(getattr(model, "name", type(model).__name__)),

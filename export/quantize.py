@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from effformer.checks import need, unknown
+from effformer.files import check_file
 
-from .graph import SINGLE_FILE_LIMIT, read_graph, write_graph
+from .graph import GRAPH, SINGLE_FILE_LIMIT, read_graph, write_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -69,6 +70,7 @@ def quantize_onnx(
     accuracy_level: int = 0,
     per_channel: bool = True,
     reduce_range: bool = False,
+    force: bool = False,
 ) -> QuantizeReport:
     """Quantize the matrix products of an ONNX file that have a constant weight.
 
@@ -83,7 +85,7 @@ def quantize_onnx(
 
     Args:
         path: the file.
-        out: where the result goes; may be ``path``.
+        out: where the result goes: new, or an earlier graph of ours, ``path`` included.
         scheme: one of these.
         bits: matmul-nbits: bits of a weight.
         block: matmul-nbits: values per scale, 16, 32, 64, 128 or 256.
@@ -91,11 +93,12 @@ def quantize_onnx(
         accuracy_level: matmul-nbits: 0 computes in float32, 4 with activations in 8 bits.
         per_channel: dynamic-uint8: a range for each output channel of a weight.
         reduce_range: dynamic-uint8: 7-bit weights.
+        force: replace any file.
 
     Raises:
         ValueError: an unknown scheme, an impossible option, or nothing in the graph could be
             quantized.
-        FormatError: not an ONNX file, or ``out`` cannot be written.
+        FormatError: not an ONNX file, or ``out`` cannot be written or is something else.
     """
     if scheme not in _SCHEMES:
         raise unknown("quantization", str(scheme), _SCHEMES, where="quantize_onnx")
@@ -105,6 +108,7 @@ def quantize_onnx(
         raise ValueError(
             f"quantize_onnx: block is one of {', '.join(map(str, _BLOCKS))}, got {block}"
         )
+    check_file(out, GRAPH, force=force)
     before = read_graph(path)
     proto = _products(Path(path))
     with _quiet():
@@ -123,7 +127,7 @@ def quantize_onnx(
             f"nodes ({common}, ...) has a constant floating-point weight"
         )
     need("onnx").helper.set_model_props(made, {**before.metadata, "effformer.quantization": scheme})
-    write_graph(need("onnx_ir").from_proto(made), out)
+    write_graph(need("onnx_ir").from_proto(made), out, force=force)
     return QuantizeReport(
         path=Path(out), scheme=scheme, quantized=quantized, left=tuple(_constant_products(made)),
         bytes_before=before.bytes, bytes_after=read_graph(out).bytes,

@@ -12,12 +12,17 @@ classifier-free guidance ``v_null + g (v_cond - v_null)``.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import hashlib
+import io
 import json
 import math
 import os
+import stat
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +30,19 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SAMPLERS", "Bundle", "BundleError", "main", "parse_labels", "write_image"]
+__all__ = [
+    "SAMPLERS",
+    "Bundle",
+    "BundleError",
+    "check_place",
+    "main",
+    "parse_labels",
+    "write_image",
+    "write_samples",
+]
 
 FORMAT = 1
+MARK = b"effformer:samples"  # every file of samples carries it, and no other file is replaced
 MOST = 10_000  # pictures at once: a mistyped range must not fill the memory
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -287,14 +302,20 @@ def _check_file(path: Path, expected: str) -> None:
         raise BundleError(f"{path}: is damaged (its checksum differs); copy the folder again")
 
 
-def write_image(path: str | Path, pixels: Array, zoom: int | None = None) -> None:
+def write_image(
+    path: str | Path, pixels: Array, zoom: int | None = None, *, force: bool = False
+) -> None:
     """Write pictures (B, H, W, c) uint8, c = 1 or 3, as one grid into a PNG file.
 
     Args:
-        path: the file; written under a temporary name and renamed.
+        path: the file, see `write_file`.
         pixels: the pictures.
         zoom: every pixel becomes a square of this side; None makes the pictures at least 64 pixels
             wide.
+        force: replace any file.
+
+    Raises:
+        BundleError: the place cannot be written, or holds something else.
     """
     count, height, width, channels = pixels.shape
     side = zoom or max(1, 64 // width)
@@ -313,37 +334,90 @@ def write_image(path: str | Path, pixels: Array, zoom: int | None = None) -> Non
     )
     kind = 0 if channels == 1 else 2
     header = struct.pack(">IIBBBBB", grid.shape[1], grid.shape[0], 8, kind, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
+    picture = zlib.compress(lines.tobytes(), 9)
+    words = b"Software\0" + MARK
+    chunks = ((b"IHDR", header), (b"tEXt", words), (b"IDAT", picture), (b"IEND", b""))
     body = b"".join(
         struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
         for tag, data in chunks
     )
-    _write(path, b"\x89PNG\r\n\x1a\n" + body)
+    write_file(path, b"\x89PNG\r\n\x1a\n" + body, force=force)
 
 
-def _write(path: str | Path, data: bytes) -> None:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_samples(path: str | Path, samples: Array, *, force: bool = False) -> None:
+    """Write samples as an .npy file, behind whose numbers `MARK` stands; see `write_file`.
+
+    Raises:
+        BundleError: the place cannot be written, or holds something else.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, samples, allow_pickle=False)
+    write_file(path, buffer.getvalue() + MARK, force=force)
+
+
+def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
+    """Write a file that appears complete or not at all, for a runner that has no effformer.
+
+    Args:
+        path: the place: new, or earlier samples; a link to a regular file is written through.
+        data: the content.
+        force: replace any regular file.
+
+    Raises:
+        BundleError: the place cannot be written, or holds something else.
+    """
+    target = check_place(path, force=force)
+    for left in target.parent.glob(".effformer-*.part"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    temporary = target.with_name(f".effformer-{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(temporary, target)
     except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
+        full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise BundleError(f"{path}: cannot be written ({full}); choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _save(path: Path, bundle: Bundle, samples: Array) -> None:
+def check_place(path: str | Path, *, force: bool = False) -> Path:
+    """The file that `write_file` writes for a path.
+
+    Raises:
+        BundleError: a folder, a device, a link to nowhere or in a circle, or a file of others.
+    """
+    target, why = Path(os.path.realpath(path)), ""
+    try:
+        if os.path.islink(path) and not target.exists():
+            why = "is a symbolic link to nowhere or in a circle"
+        elif target.exists() and not target.is_file():
+            why = "is a folder or a device"
+        elif target.exists() and not force:
+            with target.open("rb") as file:
+                ends = file.read(4096)
+                file.seek(max(file.tell(), target.stat().st_size - 4096))
+                if MARK not in ends + file.read():
+                    why = "holds something else than samples; add --force to replace it"
+    except OSError as error:
+        why = f"cannot be written ({error.strerror})"
+    if why:
+        raise BundleError(f"{path}: {why}, or choose another place")
+    return target
+
+
+def _save(path: Path, bundle: Bundle, samples: Array, *, force: bool = False) -> None:
     if path.suffix == ".npy":
-        import io
-
-        buffer = io.BytesIO()
-        np.save(buffer, samples, allow_pickle=False)
-        _write(path, buffer.getvalue())
+        write_samples(path, samples, force=force)
     elif path.suffix == ".png":
-        write_image(path, bundle.images(samples))
+        write_image(path, bundle.images(samples), force=force)
     else:
         raise BundleError(
             f"{path}: samples are written as .png or .npy, not as {path.suffix or 'this'}"
@@ -393,6 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--self-test", action="store_true", help="compare with the recorded velocity and stop"
     )
+    parser.add_argument("--force", action="store_true", help="replace whatever file is at --out")
     given = parser.parse_args(argv)
     try:
         if given.threads is not None and not 1 <= given.threads <= 1024:
@@ -401,9 +476,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.self_test:
             print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
             return 0
+        check_place(given.out, force=given.force)
         options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
         labels = parse_labels(given.labels) if given.labels else []
-        _save(given.out, bundle, bundle.sample(labels, **options))
+        _save(given.out, bundle, bundle.sample(labels, **options), force=given.force)
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

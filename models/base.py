@@ -49,6 +49,22 @@ class Model(nn.Module, ABC):
         self.config: Any = config
         self.name = name or self.FAMILY
         self.transforms: tuple[dict[str, Any], ...] = ()
+        self._drawn: int | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the weights are still those that were drawn when the model was built by name: no
+        training step, no file and no other change has touched them.
+        """
+        return self._drawn == self._changes()
+
+    def remember_drawn(self) -> None:
+        """Take the present weights for the drawn ones."""
+        self._drawn = self._changes()
+
+    def _changes(self) -> int:
+        """Counts every change in place; tensors that do not count theirs are taken for changed."""
+        return sum(-1 if p.is_inference() else p._version for p in self.parameters())
 
     @abstractmethod
     def example_inputs(

@@ -13,6 +13,7 @@ from .common import (
     Attn,
     Averaged,
     Block,
+    Force,
     Json,
     Keep,
     Out,
@@ -40,6 +41,7 @@ def build(
     keep: Keep = None,
     seed: Seed = 0,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Build a model from parts; save it as a folder with --out.
@@ -54,7 +56,7 @@ def build(
     report = None
     if weights is not None:
         report = load_weights(model, weights, strict=strict == "yes", weights=use, keep=keep or ())
-    folder = None if out is None else str(save_pretrained(model, out))
+    folder = None if out is None else str(save_pretrained(model, out, by="build", force=force))
     data = {
         "name": model.name,
         "parameters": count_parameters(model),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Averaged", "Batch", "Block", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "convention", "emit",
+    "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "convention", "emit",
     "guard", "load", "loaded", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
@@ -66,6 +66,12 @@ Keep = Annotated[
         metavar="NAME",
     ),
 ]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace what is at --out, also if another verb or nobody of ours wrote it."
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
 # These are the user's to solve, and one sentence says how; every other exception is a bug and
@@ -74,13 +80,17 @@ USER_ERRORS = (ValueError, TypeError, MissingExtra, OSError)
 TRACEBACK = "EFFFORMER_TRACEBACK"
 
 
-def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
+def guard(verb: Callable[P, None], *, intact: str | Callable[..., str]) -> Callable[P, None]:
     """Turn user errors into one sentence on stderr and exit code 2, Ctrl-C into exit code 130.
 
     Args:
         verb: the function behind a verb.
-        intact: what an interrupted run leaves behind, a sentence.
+        intact: what an interrupted run leaves behind, a sentence, or a function that tells it from
+            the arguments of the verb.
     """
+
+    def left(given: dict[str, Any]) -> str:
+        return intact if isinstance(intact, str) else intact(**given)
 
     @functools.wraps(verb)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -96,9 +106,9 @@ def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
         except (MemoryError, RuntimeError) as error:
             if os.environ.get(TRACEBACK) or not _out_of_memory(error):
                 raise
-            _fail(f"not enough memory; {intact}; choose a smaller batch or model", 2)
+            _fail(f"not enough memory; {left(kwargs)}; choose a smaller batch or model", 2)
         except KeyboardInterrupt:
-            _fail(f"interrupted; {intact}", 130)
+            _fail(f"interrupted; {left(kwargs)}", 130)
 
     return guarded
 
@@ -299,16 +309,20 @@ def save_to(out: Path | None, verb: str) -> Path:
     return out
 
 
-def check_report(out: Path | None) -> None:
-    """Refuse the name of a report before anything is measured.
+def check_report(out: Path | None, kind: str, *, force: bool) -> None:
+    """Refuse the place of a report before anything is measured.
 
     Raises:
-        ValueError: a suffix that reports are not written as.
+        ValueError: a suffix that reports are not written as, or something else is there.
     """
+    from ..files import check_file
     from ..profile import SUFFIXES
 
-    if out is not None and out.suffix not in SUFFIXES:
+    if out is None:
+        return
+    if out.suffix not in SUFFIXES:
         raise ValueError(f"--out {out}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    check_file(out, kind, force=force)
 
 
 def convention(model: Model) -> FlowConvention | None:

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .common import Averaged, Json, Out, Set, Strict, emit, load, loaded, note, overrides, save_to
+from .common import (
+    Averaged,
+    Force,
+    Json,
+    Out,
+    Set,
+    Strict,
+    emit,
+    load,
+    loaded,
+    note,
+    overrides,
+    save_to,
+)
 
 
 def convert(
@@ -25,6 +38,7 @@ def convert(
     use: Averaged = "auto",
     pairs: Set = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Convert weights between effformer's and published layouts (official, diffusers, timm).
@@ -33,9 +47,11 @@ def convert(
 
     Examples: `effformer convert DiT-XL-2-256x256.pt -m dit-xl --to diffusers -o dit.safetensors`
     """
-    from ..io import load_weights, save_weights
+    from ..files import check_file
+    from ..io import WEIGHTS, load_weights, save_weights
 
     place = save_to(out, "convert")
+    check_file(place, *WEIGHTS, force=force)
     if weights.is_dir():
         if model is not None or source not in ("auto", "effformer"):
             raise ValueError(
@@ -53,6 +69,6 @@ def convert(
         layout = report.layout
         if report.differs or report.missing or report.weights:
             note(f"convert: {weights}: {loaded(report)}")
-    save_weights(built, place, layout=target)
+    save_weights(built, place, layout=target, force=force)
     data = {"model": built.name, "from": layout, "to": target, "saved": str(place)}
     emit(data, f"{built.name}: {layout} -> {target}, saved in {place}", as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from .common import (
     FFN,
     Attn,
     Block,
+    Force,
     Json,
     Out,
     Set,
@@ -50,6 +52,7 @@ def export(
     block: Block = None,
     pairs: Set = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Export a model, verified against torch.
@@ -65,11 +68,11 @@ def export(
     with stages() as stage:
         stage(f"exporting {network.name}")
         if form == "bundle":
-            options = {"sampler": sampler, "steps": steps, "guidance": guidance}
+            options = {"sampler": sampler, "steps": steps, "guidance": guidance, "force": force}
             data, size = _bundle(network, place, quantize, options, verify)
         else:
             options = {"opset": opset, "target": target, "tolerance": tolerance, "verify": verify}
-            data, size = _onnx(network, place, quantize, options, batch)
+            data, size = _onnx(network, place, quantize, options, batch, force=force)
     parity = data["parity"]
     lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]
     lines.append(_verified(parity) if parity else "not verified")
@@ -99,17 +102,29 @@ def _bundle(
 
 
 def _onnx(
-    model: Model, place: Path, quantize: Quantize | None, options: dict[str, Any], batch: int
+    model: Model,
+    place: Path,
+    quantize: Quantize | None,
+    options: dict[str, Any],
+    batch: int,
+    *,
+    force: bool,
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_onnx, quantize_onnx
+    from ..files import check_file
 
-    report = export_onnx(model, place, model.example_inputs(batch), **options)
-    data, size = report.to_dict() | {"quantized": None}, report.graph.bytes
-    if quantize is not None:
-        packed = (
-            quantize_onnx(place, place, "dynamic-uint8")
-            if quantize == "dynamic-uint8"
-            else quantize_onnx(place, place, "matmul-nbits", bits=8 if quantize == "int8" else 4)
-        )
-        data["quantized"], size = packed.to_dict(), packed.bytes_after
-    return data, size
+    inputs = model.example_inputs(batch)
+    if quantize is None:
+        report = export_onnx(model, place, inputs, **options, force=force)
+        return report.to_dict() | {"quantized": None}, report.graph.bytes
+    check_file(place, "graph", force=force)
+    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+        # what is at the place stays until there is something quantized to replace it
+        dense = Path(folder) / "dense.onnx"
+        report = export_onnx(model, dense, inputs, **options)
+        scheme: dict[str, Any] = {"scheme": "dynamic-uint8"}
+        if quantize != "dynamic-uint8":
+            scheme = {"scheme": "matmul-nbits", "bits": 8 if quantize == "int8" else 4}
+        packed = quantize_onnx(dense, place, **scheme, force=force)
+    data = report.to_dict() | {"quantized": packed.to_dict(), "path": str(place)}
+    return data, packed.bytes_after

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    Force,
     Json,
     Out,
     Seed,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "pixels", "sample"]
 
+SAMPLES = "samples"  # the kind that `effformer.export.run` writes
+
 
 def sample(
     source: Annotated[Path, typer.Argument(help="Folder of a saved model, or of an edge bundle.")],
@@ -40,6 +43,7 @@ def sample(
     seed: Seed = 0,
     threads: Threads = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Draw class-conditional images into one PNG grid, or as numbers into an .npy file.
@@ -47,11 +51,13 @@ def sample(
     Examples: `effformer sample runs/digits/model --labels 0-9 -o digits.png`,
     `effformer sample bundle --labels 7,7,7 --guidance 3 -o sevens.png`
     """
-    from ..export.run import Bundle, parse_labels
+    from ..export.run import Bundle, parse_labels, write_image, write_samples
+    from ..files import atomic_path, check_file
 
     target = save_to(out, "sample")
     if target.suffix not in (".png", ".npy"):
         raise ValueError(f"sample: {target} must end in .png or .npy")
+    check_file(target, SAMPLES, force=force)
     ids = parse_labels(labels)
     set_threads(threads)
     options: dict[str, Any] = {
@@ -67,7 +73,11 @@ def sample(
         model = load(_folder(source))
         with steps_bar("sampling") as show:
             samples, to_pixels = draw(model, ids, **options, progress=show), pixels
-    _write(target, samples, to_pixels)
+    with atomic_path(target, SAMPLES, force=force) as temporary:
+        if target.suffix == ".png":
+            write_image(temporary, to_pixels(samples), force=True)
+        else:
+            write_samples(temporary, samples, force=True)
     emit(
         {"saved": str(target), "labels": ids, **options}, f"{len(ids)} samples in {target}", as_json
     )
@@ -138,19 +148,6 @@ def pixels(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         )
     made: np.ndarray[Any, Any] = ((samples.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
     return made.transpose(0, 2, 3, 1)
-
-
-def _write(target: Path, samples: Any, to_pixels: Callable[[Any], Any]) -> None:
-    import numpy as np
-
-    from ..export.run import write_image
-    from ..files import atomic_path
-
-    if target.suffix == ".png":
-        write_image(target, to_pixels(samples))
-        return
-    with atomic_path(target) as temporary, temporary.open("wb") as file:
-        np.save(file, samples, allow_pickle=False)
 
 
 def _folder(source: Path) -> str:

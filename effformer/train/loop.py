@@ -13,7 +13,11 @@ import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +31,7 @@ from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
 from ..checks import FormatError
 from ..config import Config
 from ..context import Ledger
-from .checkpoint import RunFolder, parts, read_checkpoint
+from .checkpoint import RunFolder, check_fit, parts
 from .datasets import Dataset
 from .ema import EMA
 from .objectives import Objective
@@ -121,14 +125,15 @@ def train(
     """Train a model in place.
 
     On return the model carries the averaged weights if ``config.ema`` is set; the last checkpoint
-    holds both.
+    holds both. Ctrl-C waits for the end of a step, of which it leaves a checkpoint; a second one does
+    not wait.
 
     Args:
         model: trained where it is; batches are moved to the device of its first parameter.
         data: training samples, named tensors.
         objective: the loss, see `Objective`.
         config: what decides the weights.
-        out: folder of the run; None keeps everything in memory.
+        out: folder of the run, for one process at a time; None keeps everything in memory.
         resume: continue the run in ``out`` from its last checkpoint, or begin it if there is none.
         log_every: steps between records of the metrics.
         save_every: steps between checkpoints; the last step always has one.
@@ -136,9 +141,10 @@ def train(
         progress: show a progress bar on stderr; None: if stderr is a terminal.
 
     Raises:
-        ValueError: the folder cannot be written or holds another run; an option out of range; more
-            classes in the data than in the model.
-        FormatError: the folder holds something else, or a broken checkpoint.
+        ValueError: the folder cannot be written, is in use or holds another run; an option out of
+            range; more classes in the data than in the model.
+        FormatError: the folder holds something else, or broken checkpoints only: a broken last one is
+            passed over with a warning.
         DivergenceError: loss or gradient not finite; the last good checkpoint stays.
 
     Example:
@@ -162,19 +168,37 @@ def train(
     if out is not None:
         identity = _identity(model, data, objective, config)
         folder = RunFolder(Path(out), identity, resume=resume, renew=partial(_renewed, model))
-        if (newest := folder.newest()) is not None:
-            trainer.restore(newest)
+    try:
+        if folder is not None and (found := folder.restore()) is not None:
+            trainer.restore(found[0], *found[1])
+        return _finish(trainer, folder, log_every, save_every, keep, progress)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _finish(
+    trainer: _Trainer,
+    folder: RunFolder | None,
+    log_every: int,
+    save_every: int,
+    keep: int,
+    progress: bool | None,
+) -> TrainResult:
+    """Take the steps that are left."""
+    model, config = trainer.model, trainer.config
     resumed, training = trainer.done, model.training
     model.train()
     try:
         with (
             isolated_randomness(trainer.device),
             progress_bar(config.steps, resumed, progress) as show,
+            _interruption(folder is not None) as interrupted,
         ):
             while trainer.done < config.steps:
                 trainer.step()
-                last = trainer.done == config.steps
-                saving = folder is not None and (last or trainer.done % save_every == 0)
+                last, stop = trainer.done == config.steps, interrupted()
+                saving = folder is not None and (last or stop or trainer.done % save_every == 0)
                 if last or saving or trainer.done % log_every == 0:
                     record = trainer.record(folder)
                     if folder is not None:
@@ -182,12 +206,39 @@ def train(
                 show(trainer.done, trainer.loss)
                 if saving and folder is not None:
                     folder.save(trainer.done, trainer.tensors(), trainer.state(), keep=keep)
+                if stop:
+                    raise KeyboardInterrupt
     finally:
         model.train(training)
     if trainer.ema is not None:
         trainer.ema.copy_to(model)
     history, newest = (None, None) if folder is None else (folder.metrics, folder.newest())
     return TrainResult(trainer.done, trainer.seconds(), trainer.loss, resumed, history, newest)
+
+
+@contextmanager
+def _interruption(saves: bool) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, which waits to be asked for so that a step can be saved; the second
+    does not wait. Programs that treat it in their own way go on doing so.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not saves or not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:  # while the last step was saved
+        raise KeyboardInterrupt
 
 
 class _Trainer:
@@ -278,13 +329,15 @@ class _Trainer:
             "step": self.done, "seconds": self.seconds(), "loss": self.loss, "optimizer": moments,
         }  # fmt: skip
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(
+        self, checkpoint: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
         """Continue from a checkpoint of the same run.
 
         Raises:
             FormatError: the checkpoint lacks what an exact continuation needs.
+            ValueError: it does not fit the model.
         """
-        tensors, state = read_checkpoint(checkpoint)
         moments, step = parts(tensors, "optimizer"), state["step"]
         if step > self.config.steps:
             raise FormatError(
@@ -296,6 +349,10 @@ class _Trainer:
                 "the optimizer, without which the run does not go on exactly; load its weights with "
                 "load_checkpoint into a model, and train that in another folder"
             )
+        check_fit(parts(tensors, "model"), self.model.state_dict(), f"train: {checkpoint}")
+        if self.ema is not None:
+            averaged = parts(tensors, "ema")
+            check_fit(averaged, self.ema.shadow, f"train: the averaged weights of {checkpoint}")
         restore_optimizer(self.optimizer, self.model, moments)
         self.model.load_state_dict(parts(tensors, "model"))
         if self.ema is not None:

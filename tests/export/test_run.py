@@ -193,3 +193,22 @@ def test_a_graph_that_onnxruntime_refuses(
 
 def test_the_runner_is_one_file(bundle: BundleReport) -> None:
     assert (bundle.folder / "run.py").read_text() == Path(str(run.__file__)).read_text()
+
+
+def test_only_samples_are_replaced(bundle: BundleReport, tmp_path: Path) -> None:
+    words = [str(bundle.folder), "--labels", "0", "--steps", "1", "--out"]
+    (tmp_path / "real").mkdir()
+    for suffix in ("png", "npy"):
+        place, link = tmp_path / "real" / f"s.{suffix}", tmp_path / f"link.{suffix}"
+        link.symlink_to(place)
+        assert main([*words, str(link)]) == 2  # a link to nowhere
+        for _ in range(2):
+            assert main([*words, str(place)]) == 0
+        assert main([*words, str(link)]) == 0
+        assert link.is_symlink()
+        place.write_bytes(b"a picture of mine")
+        assert main([*words, str(place)]) == 2
+        assert place.read_bytes() == b"a picture of mine"
+        assert main([*words, str(place), "--force"]) == 0
+    assert np.load(tmp_path / "real" / "s.npy").shape[0] == 1
+    assert len(list((tmp_path / "real").iterdir())) == 2
