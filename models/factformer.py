@@ -168,7 +168,8 @@ class GridOperator(Model):
         """Coordinates of a grid over the domain of training, both ends included."""
         places = []
         for n, length in zip(grid, self.config.lengths or [1.0] * len(grid), strict=True):
-            steps = torch.arange(n, device=like.device, dtype=like.dtype)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            steps = torch.arange(n, device=like.device, dtype=dtype)
             places.append(steps * (length / steps[-1:].clamp(min=1)))
         return tuple(places)
 

@@ -18,6 +18,7 @@ from effformer.checks import check_batch, check_shape, check_state
 from effformer.config import Config as BaseConfig
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
+from effformer.nn.precision import running_mean, widened
 from effformer.site import Site
 from effformer.values import Chance, Count, Range
 
@@ -121,8 +122,7 @@ class LMUSequence(Model):
         """Logits (B, N, num_classes) of every prefix; the last row is `forward`."""
         h = self._read(x)
         if self.config.pool == "mean":
-            count = torch.arange(1, h.shape[1] + 1, device=h.device, dtype=h.dtype)
-            h = h.cumsum(dim=1) / count[:, None]
+            h, _ = running_mean(h)
         logits: Tensor = self.head(self.drop(h))
         return logits
 
@@ -130,7 +130,7 @@ class LMUSequence(Model):
         """The state before the first step."""
         check_batch(batch, where=f"{self.name}: init_state")
         like = self.head.weight
-        total = like.new_zeros(batch, self.config.hidden)
+        total = widened(like.new_zeros(batch, self.config.hidden))
         return LMUSequenceState(self.unit.init_state(batch, like=like), total, 0)
 
     def step(self, x: Tensor, state: LMUSequenceState) -> tuple[Tensor, LMUSequenceState]:
@@ -152,12 +152,9 @@ class LMUSequence(Model):
         if self.training:
             raise ValueError(f"{self.name}: streaming needs evaluation mode; call eval()")
         h, unit = self.unit.step(self.front(x), state.unit)
-        totals = state.total[:, None] + h.cumsum(dim=1)
-        end = state.steps + h.shape[1]
-        if self.config.pool == "mean":
-            count = torch.arange(state.steps + 1, end + 1, device=h.device, dtype=h.dtype)
-            h = totals / count[:, None]
-        return self.head(h), LMUSequenceState(unit, totals[:, -1], end)
+        means, total = running_mean(h, state.total, state.steps)
+        after = LMUSequenceState(unit, total, state.steps + h.shape[1])
+        return self.head(means if self.config.pool == "mean" else h), after
 
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None

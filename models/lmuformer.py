@@ -31,6 +31,7 @@ from effformer.layout import Layout
 from effformer.nn.frames import ConvEmbed, EmbedState, SpikingConvEmbed
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
+from effformer.nn.precision import running_mean, widened
 from effformer.site import Site
 from effformer.values import Count
 
@@ -154,8 +155,7 @@ class LMUFormer(Model):
         ends at position t. The last row is `forward`.
         """
         h = self._features(x, Context())
-        count = torch.arange(1, h.shape[1] + 1, device=h.device, dtype=h.dtype)
-        logits: Tensor = self.head(h.cumsum(dim=1) / count[:, None])
+        logits: Tensor = self.head(running_mean(h)[0])
         return logits
 
     def init_state(self, batch: int) -> LMUFormerState:
@@ -169,7 +169,7 @@ class LMUFormer(Model):
         return LMUFormerState(
             self.embed.init_state(batch, like=like),
             init_states(self, batch, like=like),
-            like.new_zeros(batch, self.config.dim),
+            widened(like.new_zeros(batch, self.config.dim)),
             0,
         )
 
@@ -230,11 +230,9 @@ class LMUFormer(Model):
         for block in self.blocks:
             h = block(h, Context(stream=stream))
         h, head = self._read_out(h, state.head)
-        totals = state.total[:, None] + h.cumsum(dim=1)
+        means, total = running_mean(h, state.total, state.positions)
         end = state.positions + h.shape[1]
-        count = torch.arange(state.positions + 1, end + 1, device=h.device, dtype=h.dtype)
-        logits: Tensor = self.head(totals / count[:, None])
-        return logits, LMUFormerState(embed, stream.after, totals[:, -1], end, head)
+        return self.head(means), LMUFormerState(embed, stream.after, total, end, head)
 
     def _check(self, x: Tensor, what: str) -> None:
         channels = self.config.channels

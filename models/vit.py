@@ -165,7 +165,7 @@ class Classifier(nn.Module):
         if merging is None or merging.sizes is None:
             return x.mean(dim=1)
         sizes = merging.sizes[..., None]
-        return (x * sizes).sum(dim=1) / sizes.sum(dim=1)
+        return ((x * sizes).sum(dim=1) / sizes.sum(dim=1)).to(x.dtype)
 
 
 class ViT(Model):

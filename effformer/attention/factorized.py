@@ -21,6 +21,7 @@ from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context, check_context
 from effformer.nn.norms import make_norm
 from effformer.nn.positions import grid_axes
+from effformer.nn.precision import exactly, widened
 from effformer.places import rotate
 from effformer.registry import Caps, attention
 from effformer.site import Site
@@ -113,13 +114,14 @@ class AxisKernel(nn.Module):
             z: (B, n, D) means over the other axes.
             coords: (n,) coordinates along this axis.
         """
-        qk = _wide(self.qk(self.summary(z)))
+        qk = widened(self.qk(self.summary(z)))
         q, k = qk.unflatten(-1, (2, self.heads, self.width)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.config.rope:
             cos, sin = self._tables(coords)
             q = rotate(q, cos, sin, interleaved=False)
             k = rotate(k, cos, sin, interleaved=False)
-        kernel = q @ k.transpose(-2, -1)
+        with exactly(z):
+            kernel = q @ k.transpose(-2, -1)
         scale = self._scale
         return kernel if scale == 1.0 else kernel * scale
 
@@ -186,9 +188,10 @@ class _Factorized(Mixer):
         check_context(ctx, self.caps, "attention", self.site.path or "factorized", x)
         grid = self._grid(x, ctx)
         kernels = self._kernels(x, grid, ctx)
-        v = _wide(self.v(x)).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        v = widened(self.v(x)).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         v = self._tapped("v", v, ctx)
-        mixed = self.mix(kernels, v.unflatten(2, grid))
+        with exactly(x):  # sums over K times n products without a bound
+            mixed = self.mix(kernels, v.unflatten(2, grid))
         mixed = self._tapped("mixed", mixed.flatten(2, -2), ctx)
         normed = self._tapped("normed", self._normed(mixed), ctx)
         h = normed.transpose(1, 2).flatten(2).to(x.dtype)
@@ -361,8 +364,3 @@ def along(kernel: Tensor, v: Tensor, *, axis: int) -> Tensor:
     moved = v.movedim(2 + axis, 2)
     mixed = kernel @ moved.flatten(3)
     return mixed.unflatten(3, moved.shape[3:]).movedim(2, 2 + axis)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Kernels are sums over K times n products without a bound: never in half precision."""
-    return x if x.dtype == torch.float64 else x.float()

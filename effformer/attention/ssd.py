@@ -78,4 +78,4 @@ class SSD(GatedCore):
         return Terms(q, k, widened(v) * d[..., None], -widened(self.rate).exp()[:, None] * d)
 
     def leave(self, out: Tensor, v: Tensor) -> Tensor:
-        return (out + widened(self.skip)[:, None, None] * v).to(v.dtype)
+        return out + widened(self.skip)[:, None, None] * v

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .precision import exactly, widened
+
 __all__ = [
     "FourierPositions",
     "LabelEmbedding",
@@ -181,5 +183,7 @@ class FourierPositions(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         """(N, axes) -> (N, D)."""
-        angles = 2 * math.pi * cells @ self.frequencies
-        return self.proj(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        with exactly(cells):
+            angles = 2 * math.pi * widened(cells) @ widened(self.frequencies)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.proj(waves.to(self.proj.weight.dtype))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precision import exactly
+
 __all__ = ["LegendreMemory", "legendre_system"]
 
 _VANISHED = 1e-10
@@ -129,14 +131,15 @@ class LegendreMemory(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Coefficients (B, N, q) after every sample of u (B, N)."""
-        signal = u.to(self.response.dtype)
+        with exactly(u):
+            return self._coefficients(u.to(self.response.dtype)).to(u.dtype)
+
+    def _coefficients(self, u: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            m = self.convolve(signal)
-        elif min(u.shape[1], self.reach) <= _DIRECT:
-            m = self.multiply(signal)
-        else:
-            m = self.transform(signal)
-        return m.to(u.dtype)
+            return self.convolve(u)
+        if min(u.shape[1], self.reach) <= _DIRECT:
+            return self.multiply(u)
+        return self.transform(u)
 
     def convolve(self, u: Tensor) -> Tensor:
         """One convolution operator with the whole kernel, whatever the length of u (B, N)."""
@@ -173,9 +176,10 @@ class LegendreMemory(nn.Module):
             Coefficients (B, n, q) after every sample, and the last of them (B, q).
         """
         rows = []
-        for sample in u.to(self.write.dtype).unbind(1):
-            m = torch.addmm(torch.outer(sample, self.write), m, self.transition.T)
-            rows.append(m)
+        with exactly(u):
+            for sample in u.to(self.write.dtype).unbind(1):
+                m = torch.addmm(torch.outer(sample, self.write), m, self.transition.T)
+                rows.append(m)
         return torch.stack(rows, dim=1).to(u.dtype), m
 
     def init_state(self, batch: int) -> Tensor:

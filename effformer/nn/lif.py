@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from effformer.config import Config as BaseConfig
 from effformer.values import Positive, Range, Real
 
+from .precision import widened
+
 __all__ = ["LIF"]
 
 _TOKENS = 256
@@ -77,8 +79,8 @@ class LIF(nn.Module):
         self.config = config
 
     def init_state(self, batch: int, channels: int, *, like: Tensor) -> Tensor:
-        """Potential (B, D) before the first token."""
-        return like.new_full((batch, channels), self.config.reset or 0.0)
+        """Potential (B, D) before the first token, in float32 at least."""
+        return widened(like.new_full((batch, channels), self.config.reset or 0.0))
 
     def forward(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Spikes of every token.
@@ -89,10 +91,16 @@ class LIF(nn.Module):
 
         Returns:
             Spikes (B, N, ...), 0 or 1 in the dtype of x, and the potential (B, ...) after the last
-            token.
+            token, in float32 at least.
         """
+        dtype, x = x.dtype, widened(x)
         if v is None:
             v = torch.full_like(x[:, 0], self.config.reset or 0.0)
+        spikes, last = self._fired(x, widened(v))
+        return spikes.to(dtype), last
+
+    def _fired(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Potentials are sums over many tokens: x and v in float32 at least, and of one type."""
         if torch.compiler.is_exporting():
             return self.scanned(x, v)
         if torch.compiler.is_compiling():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effformer.nn.precision import widened
+
 __all__ = ["EMA", "ema_decay"]
 
 Weights = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -23,7 +25,8 @@ class EMA:
 
     With warm-up the decay of update n is min(decay, (1 + n) / (10 + n)), so that early averages
     forget the initial weights quickly. The average starts as a copy of the weights. Of a module,
-    floating-point parameters are averaged and all buffers are copied.
+    floating-point parameters are averaged and all buffers are copied. Averages are in float32 at
+    least: in half precision the steps of a slow average are lost to rounding.
 
     Args:
         weights: a module, a mapping name -> tensor, or tensors in a fixed order.
@@ -57,7 +60,11 @@ class EMA:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self.shadow = {name: tensor.detach().clone() for name, tensor in _named(weights).items()}
+        copied = _copied(weights)
+        self.shadow = {
+            name: (tensor if name in copied else _wide(tensor)).detach().clone()
+            for name, tensor in _named(weights).items()
+        }
 
     @torch.no_grad()
     def update(self, weights: Weights) -> None:
@@ -70,7 +77,7 @@ class EMA:
         self._check_names(named, "update")
         self.updates += 1
         decay = ema_decay(self.decay, self.updates) if self.warmup else self.decay
-        copied = set(dict(weights.named_buffers())) if isinstance(weights, nn.Module) else set()
+        copied = _copied(weights)
         for name, tensor in named.items():
             shadow = self.shadow[name]
             if name in copied or not shadow.is_floating_point():
@@ -128,6 +135,15 @@ class EMA:
                 f"EMA.{where}: missing {missing[:3]}, unexpected {extra[:3]} "
                 f"({len(missing)} and {len(extra)} in all)"
             )
+
+
+def _copied(weights: Weights) -> set[str]:
+    """Names of what is copied instead of averaged."""
+    return set(dict(weights.named_buffers())) if isinstance(weights, nn.Module) else set()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return widened(tensor) if tensor.is_floating_point() else tensor
 
 
 def _named(weights: Weights) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from ..checks import CapabilityError, unknown
 from ..config import Config, part
 from ..context import Ledger
 from ..flow.losses import FlowMatching
+from ..nn.precision import widened
 
 __all__ = ["Batch", "Classification", "Generation", "Objective"]
 
@@ -64,7 +65,7 @@ class Classification:
         call = match(model, others, where="Classification")
         logits = call(model, ledger=ledger) if takes(model, "ledger") else call(model)
         return nn.functional.cross_entropy(
-            logits, batch[self.target], label_smoothing=self.smoothing
+            widened(logits), batch[self.target], label_smoothing=self.smoothing
         )
 
 
