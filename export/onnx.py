@@ -23,12 +23,13 @@ from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
 
+from .conditions import conditions_of
 from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
-from .inputs import Axes, graph_call, resolve_axes, sizes, traceable
+from .inputs import Axes, as_it_was, changes, graph_call, resolve_axes, rewritten, sizes, traceable
 from .lengths import Ranges
 from .packed import decodes_codes, kernels_for, translations
 from .targets import get_target
-from .verify import RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
+from .verify import CONDITIONS, RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -58,6 +59,8 @@ class ExportReport:
         seconds: time that it took.
         ranges: symbol -> least and largest length that the tracer holds the graph for, where it
             does not hold it for all (None: any).
+        conditions: what else the tracer took for granted about lengths, such as
+            ``height % 4 == 0``; elsewhere the graph may compute something else than the model.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class ExportReport:
     parity: VerifyReport | None
     seconds: float
     ranges: Ranges = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -73,6 +77,7 @@ class ExportReport:
             "graph": self.graph.to_dict(),
             "parity": None if self.parity is None else self.parity.to_dict(),
             "ranges": {s: list(r) for s, r in self.ranges.items()},
+            "conditions": list(self.conditions),
         }  # fmt: skip
 
 
@@ -146,13 +151,20 @@ def export_onnx(
     call = traceable(call, axes)
     nbits = accuracy_level if "com.microsoft" in runtime.domains else None
     with evaluating(model):
-        # inputs that do not fit fail with their own message
-        call.run(model)
-        with capturing_for(runtime.domains):
-            program, ranges = _trace(model, call, axes, version, nbits)
+        with as_it_was(model):
+            changed = rewritten(model, call)  # inputs that do not fit fail with their own message
+        if changed:
+            raise ExportError(
+                f"export_onnx: {type(model).__name__} changes its buffer {changed[0]!r} whenever it "
+                "runs, and a graph keeps nothing from one run to the next; choices: take the state "
+                "as an input and return the new one"
+            )
+        with capturing_for(runtime.domains), as_it_was(model):
+            program, ranges, conditions = _trace_anew(model, call, axes, version, nbits)
     _name(program, call, axes, output_names)
     _stamp(program.model, model, call, axes)
     program.model.metadata_props[RANGES] = json.dumps(ranges)
+    program.model.metadata_props[CONDITIONS] = json.dumps(conditions)
 
     def check(file: Path) -> VerifyReport | None:
         if problems := runtime.problems(read_graph(file)):
@@ -167,8 +179,9 @@ def export_onnx(
         _log.warning("%s: the model's output is constant, so its agreement proves little", path)
     seconds = time.perf_counter() - started
     return ExportReport(
-        path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds, ranges=ranges
-    )
+        path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds, ranges=ranges,
+        conditions=conditions,
+    )  # fmt: skip
 
 
 def _check_parts(model: nn.Module) -> None:
@@ -187,9 +200,24 @@ def _check_parts(model: nn.Module) -> None:
                     )
 
 
+def _trace_anew(
+    model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
+) -> tuple[torch.onnx.ONNXProgram, Ranges, tuple[str, ...]]:
+    """`_trace` of the model as it is; and only if that fails, of the model after a run, for there
+    are caches that a graph cannot fill. Their length then is the end of a range.
+    """
+    try:
+        with as_it_was(model):
+            return _trace(model, call, axes, opset, nbits)
+    except ExportError:
+        if not changes(model, call):
+            raise
+        return _trace(model, call, axes, opset, nbits)
+
+
 def _trace(
     model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
-) -> tuple[torch.onnx.ONNXProgram, Ranges]:
+) -> tuple[torch.onnx.ONNXProgram, Ranges, tuple[str, ...]]:
     """The graph, and where the tracer holds it."""
     need("onnxscript")
     dim = torch.export.Dim
@@ -215,7 +243,8 @@ def _trace(
         assert made is not None
         if packed:
             need("onnxscript.optimizer").optimize_ir(made.model, should_fold=decodes_codes)
-    return made, _ranges(program, call, axes)
+    ranges = _ranges(program, call, axes)
+    return made, ranges, conditions_of(program, axes, sizes(call, axes), ranges)
 
 
 def _ranges(program: torch.export.ExportedProgram, call: Call, axes: Axes) -> Ranges:

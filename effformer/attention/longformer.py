@@ -134,7 +134,7 @@ class Longformer(Mixer):
             )
         places, real = self._globals(x, mask, marks)
         near = self._near(x, mask, places, real)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or not known_length(q):
             out = self._window(q, k, v, near, places, real)
         else:
             out = self._blocks(q, k, v, near, places, real)

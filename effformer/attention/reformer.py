@@ -19,7 +19,7 @@ from effformer.site import Site
 from effformer.values import Count, Even, Seed
 
 from .base import Mixer
-from .slices import over_sequences, token_slices
+from .slices import known_length, over_sequences, token_slices
 
 __all__ = ["Reformer"]
 
@@ -156,10 +156,11 @@ class Reformer(Mixer):
     def _attend(self, q: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
         n, chunk = q.shape[2], self.config.chunk
         turned = q if rope is None else rope.query(q)
-        if n <= chunk and not self.strict and not torch.compiler.is_exporting():
+        known = known_length(q)
+        if known and n <= chunk and not self.strict:
             return self._plain(turned, v, mask)
         pad = (-n) % chunk
-        if pad:
+        if not known or pad:
             mask = q.new_ones(q.shape[0], n, dtype=torch.bool) if mask is None else mask
             q, turned, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, turned, v))
             mask = F.pad(mask, (0, pad))

@@ -15,6 +15,7 @@ from effformer.registry import Caps, core
 from effformer.values import Count
 
 from .base import Core, CoreConfig
+from .slices import known_length
 from .softmax import SoftmaxState
 
 __all__ = ["TopK"]
@@ -86,7 +87,8 @@ class TopK(Core):
         """All queries, a slice at a time; query i stands at position first + i."""
         n, m = q.shape[2], k.shape[2]
         size = max(1, _ELEMENTS // max(q.shape[0] * q.shape[1] * m, 1))
-        if torch.compiler.is_exporting() or size >= n:
+        known = known_length(q) and known_length(k)
+        if torch.compiler.is_exporting() or not known or size >= n:
             return self._attend(q, k, v, self._allowed(mask, 0, n, first, k))
         outputs = []
         for start in range(0, n, size):

@@ -76,11 +76,20 @@ def export(
     parity = data["parity"]
     lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]
     lines.append(_verified(parity) if parity else "not verified")
+    lines += _held(data if "ranges" in data else parity or {})
     if packed := data.get("quantized"):
         lines.append(
             f"quantized by ONNX Runtime: {packed['quantized']} products, {packed['ratio']:.2f}x"
         )
     emit(data, "\n".join(lines), as_json)
+
+
+def _held(data: dict[str, Any]) -> list[str]:
+    """The lengths that a graph was traced for, if not for all."""
+    ranges = data.get("ranges", {})
+    held = [f"{s} {a} to {'any' if b is None else b}" for s, (a, b) in ranges.items()]
+    held += data.get("conditions", [])
+    return [f"holds for: {', '.join(held)}"] if held else []
 
 
 def _verified(parity: dict[str, Any]) -> str:
