@@ -7,12 +7,14 @@ Files are written to a temporary name and renamed; foreign pickles are read with
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_TRAINED = "effformer.trained"
 MODEL_FOLDER: Any = {"marker": _CONFIG, "own": (_WEIGHTS,)}
 _WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
 
@@ -75,10 +78,11 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
         "name": model.name,
         "config": model.config.to_dict(),
         "transforms": list(model.transforms),
+        "trained": model.trained,
     }
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     with atomic_folder(folder, **MODEL_FOLDER) as temporary:
-        save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+        save_file(state, temporary / _WEIGHTS, metadata=_metadata(model))
         write_json(temporary / _CONFIG, facts)
     return Path(folder)
 
@@ -110,6 +114,7 @@ def load_model(folder: str | Path) -> Model:
     for record in facts["transforms"]:
         model = replay(model, _renewed(model, record))
     load_weights(model, folder / _WEIGHTS, layout="effformer")
+    model.trained = facts.get("trained")
     return model.eval()
 
 
@@ -134,6 +139,8 @@ def _check_facts(facts: Any, path: Path) -> None:
             )
     if facts["format"] < 1 or not all(isinstance(t, dict) for t in facts["transforms"]):
         raise FormatError(f"{path}: is not an effformer config; format or transforms are damaged")
+    if not isinstance(facts.get("trained"), dict | None):
+        raise FormatError(f"{path}: trained is {facts['trained']!r}, expected a dict or null")
 
 
 def replay(model: M, record: Mapping[str, Any]) -> M:
@@ -166,10 +173,10 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
     Raises:
         FormatError: missing, truncated or foreign file, or one that would run code when unpickled.
     """
-    state = dict(source) if isinstance(source, Mapping) else _read_file(Path(source))
+    state: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), Mapping):
-            state = dict(state[wrapper])
+            state = state[wrapper]
     where = "state dict" if isinstance(source, Mapping) else str(source)
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
@@ -178,19 +185,34 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(k.startswith(prefix) for k in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return tensors
+    return _with_trained(tensors, _trained_in(state))
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
+def _with_trained(tensors: Mapping[str, Tensor], trained: Any) -> StateDict:
+    """A state dict that says what its weights were trained to predict, where torch's do."""
+    state: Any = OrderedDict(tensors)
+    state._metadata = OrderedDict({} if trained is None else {"": {"trained": trained}})
+    return cast(StateDict, state)
+
+
+def _trained_in(state: Mapping[str, Any]) -> Any:
+    """What a state dict says that its weights were trained to predict, None if nothing."""
+    modules = getattr(state, "_metadata", {}).values()
+    return next((facts["trained"] for facts in modules if "trained" in facts), None)
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         try:
-            return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="pt") as file:
+                said = (file.metadata() or {}).get(_TRAINED, "null")
+            return _with_trained(load_file(path), json.loads(said))
+        except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(
                 f"{path}: is truncated or not a safetensors file ({error})"
             ) from error
@@ -207,7 +229,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: is truncated or not a torch checkpoint ({error})") from error
     if not isinstance(state, Mapping):
         raise FormatError(f"{path}: holds a {type(state).__name__}, expected a state dict")
-    return dict(state)
+    return state
 
 
 def load_weights(
@@ -227,12 +249,17 @@ def load_weights(
         strict: missing or unexpected keys are an error. Parts that leave the function of the model
             as it is until they are trained (gates that start open) may be missing altogether.
 
+    What the weights were trained to predict comes along where the source says it (files and state
+    dicts of our models do). Weights in a published layout that say nothing are taken for published
+    ones; of others in our layout it stays as ``model.trained`` has it.
+
     Raises:
         FormatError: the file cannot be read, its layout is not recognised, or keys or shapes do not
             fit.
         ValueError: unknown layout.
     """
     state = read_weights(source)
+    trained = _trained_in(state)
     new = retired.rename(state, model.state_dict().keys())
     state = {new.get(key, key): value for key, value in state.items()}
     where = "state dict" if isinstance(source, Mapping) else str(source)
@@ -259,6 +286,10 @@ def load_weights(
         parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
         raise FormatError(f"{where} does not fit {_name(model)}: {'; '.join(parts)}")
     model.load_state_dict({k: state[k] for k in state.keys() & own.keys()}, strict=False)
+    if trained is None and chosen is not None:
+        trained = getattr(model, "assumed", dict)() or None
+    if trained is not None and hasattr(model, "trained"):
+        model.trained = trained
     return LoadReport(
         layout="effformer" if chosen is None else chosen.name,
         missing=tuple(missing),
@@ -289,9 +320,15 @@ def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "eff
         save_file(
             {k: v.contiguous().clone() for k, v in state.items()},
             temporary,
-            metadata={"format": "pt"},
+            metadata=_metadata(model),
         )
     return Path(path)
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    """What a file of weights says beside its tensors."""
+    trained = getattr(model, "trained", None)
+    return {"format": "pt"} | ({} if trained is None else {_TRAINED: json.dumps(trained)})
 
 
 def _addable(model: nn.Module, missing: list[str]) -> set[str]:

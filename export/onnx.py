@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from effformer.build import list_attention
 from effformer.calls import Call, Inputs, evaluating
 from effformer.checks import CapabilityError, need
+from effformer.flow.conventions import trained_of
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
@@ -300,6 +301,8 @@ def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> No
         "effformer.model": str(getattr(model, "name", type(model).__name__)),
         TRACED: json.dumps(sizes(call, axes)),
     }
+    if (record := trained_of(model)) is not None:
+        facts["effformer.trained"] = json.dumps(record.to_dict())
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         facts["effformer.config"] = json.dumps(config.to_dict())

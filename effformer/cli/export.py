@@ -14,7 +14,6 @@ from .common import (
     Json,
     Out,
     Set,
-    convention,
     emit,
     load,
     overrides,
@@ -43,8 +42,14 @@ def export(
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
     verify: Annotated[bool, typer.Option(help="Compare with torch at three other shapes.")] = True,
     sampler: Annotated[str, typer.Option(help="bundle: its sampler.")] = "euler",
-    steps: Annotated[int, typer.Option(help="bundle: steps of the sampler.", min=1)] = 10,
-    guidance: Annotated[float, typer.Option(help="bundle: scale of the guidance.")] = 2.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="bundle: steps of the sampler; default: 10, or as distilled.", min=1),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="bundle: scale of the guidance; default: 2, or 1 without a null class."),
+    ] = None,
     attn: Attn = None,
     ffn: FFN = None,
     block: Block = None,
@@ -92,9 +97,7 @@ def _bundle(
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_bundle
 
-    report = export_bundle(
-        model, place, **options, convention=convention(model), quantize=quantize, verify=verify
-    )
+    report = export_bundle(model, place, **options, quantize=quantize, verify=verify)
     return report.to_dict(), report.bytes
 
 
@@ -102,14 +105,14 @@ def _onnx(
     model: Model, place: Path, quantize: Quantize | None, options: dict[str, Any], batch: int
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_onnx, quantize_onnx
+    from ..export.quantize import QUANTIZED
 
-    report = export_onnx(model, place, model.example_inputs(batch), **options)
+    inputs = model.example_inputs(batch)
+    report = export_onnx(model, place, inputs, **options)
     data, size = report.to_dict() | {"quantized": None}, report.graph.bytes
     if quantize is not None:
-        packed = (
-            quantize_onnx(place, place, "dynamic-uint8")
-            if quantize == "dynamic-uint8"
-            else quantize_onnx(place, place, "matmul-nbits", bits=8 if quantize == "int8" else 4)
-        )
+        compared = (model, inputs) if options["verify"] else None
+        packed = quantize_onnx(place, place, **QUANTIZED[quantize], compared=compared)
         data["quantized"], size = packed.to_dict(), packed.bytes_after
+        data["parity"] = data["quantized"].pop("parity")
     return data, size

@@ -27,7 +27,7 @@ from ..context import Ledger
 from .checkpoint import RunFolder, parts, read_checkpoint
 from .datasets import Dataset
 from .ema import EMA
-from .objectives import Objective
+from .objectives import Objective, trained_by
 from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from .progress import progress_bar
 from .seeding import Order, isolated_randomness, seed_for
@@ -133,7 +133,8 @@ def train(
     """Train a model in place.
 
     On return the model carries the averaged weights if ``config.ema`` is set; the last checkpoint
-    holds both.
+    holds both. What the objective trains a generator to predict is written to ``model.trained`` and
+    travels with the weights.
 
     Args:
         model: trained where it is; batches are moved to the device of its first parameter.
@@ -149,7 +150,8 @@ def train(
 
     Raises:
         ValueError: the folder cannot be written or holds another run; an option out of range; more
-            classes in the data than in the model.
+            classes in the data than in the model; weights that were trained to predict something
+            else than the objective trains.
         FormatError: the folder holds something else, or a broken checkpoint.
         DivergenceError: loss or gradient not finite; the last good checkpoint stays.
 
@@ -169,13 +171,18 @@ def train(
             f"train: {data.name!r} has labels up to {most}, the model has "
             f"{classes} classes; build it with num_classes={len(data.classes)}"
         )
+    made = trained_by(objective, model, data)
+    record = getattr(model, "trained", None) if made is None else made.to_dict()
     trainer = _Trainer(model, data, objective, config)
     folder = None
     if out is not None:
-        identity = _identity(model, data, objective, config)
-        folder = RunFolder(Path(out), identity, resume=resume, renew=partial(_renewed, model))
+        identity = _identity(model, data, objective, config) | {"trained": record}
+        renew = partial(_renewed, model, record)
+        folder = RunFolder(Path(out), identity, resume=resume, renew=renew)
         if (newest := folder.newest()) is not None:
             trainer.restore(newest)
+    if made is not None:
+        model.trained = record  # type: ignore[assignment]
     resumed, training = trainer.done, model.training
     model.train()
     try:
@@ -283,9 +290,11 @@ class _Trainer:
             f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer, self.model).items()
         }
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
-        return {"step": self.done, "seconds": self.seconds(), "loss": self.loss}
+        trained = getattr(self.model, "trained", None)
+        done = {"step": self.done, "seconds": self.seconds(), "loss": self.loss}
+        return {**done, "trained": trained}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of the same run."""
@@ -341,8 +350,11 @@ def _identity(
     }
 
 
-def _renewed(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
-    """What an older version wrote about a run, with the options that came since at their defaults."""
+def _renewed(model: nn.Module, trained: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """What an older version wrote about a run, with the options that came since at their defaults,
+    and with what its objective trains.
+    """
+    found = {"trained": json.loads(json.dumps(trained)), **found}
     own, there = getattr(model, "config", None), dict(found.get("model", {}))
     if not isinstance(own, Config) or not isinstance(there.get("config"), dict):
         return found
