@@ -288,7 +288,7 @@ def load_weights(
     model.load_state_dict({k: state[k] for k in state.keys() & own.keys()}, strict=False)
     if trained is None and chosen is not None:
         trained = getattr(model, "assumed", dict)() or None
-    if trained is not None and hasattr(model, "trained"):
+    if trained is not None:
         model.trained = trained
     return LoadReport(
         layout="effformer" if chosen is None else chosen.name,
@@ -328,7 +328,7 @@ def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "eff
 def _metadata(model: nn.Module) -> dict[str, str]:
     """What a file of weights says beside its tensors."""
     trained = getattr(model, "trained", None)
-    return {"format": "pt"} | ({} if trained is None else {_TRAINED: json.dumps(trained)})
+    return {"format": "pt"} | ({_TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
 
 
 def _addable(model: nn.Module, missing: list[str]) -> set[str]:

@@ -26,6 +26,7 @@ from effformer.flow.conventions import (
     Trained,
     adapt,
     get_convention,
+    recorded,
     trained_of,
 )
 from effformer.flow.guidance import Guidance
@@ -171,7 +172,8 @@ def export_bundle(
         raise unknown("quantization", str(quantize), list(QUANTIZED), where="export_bundle")
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
-    steps, guidance = record.replace(null=null is not None).settings(steps, guidance)
+    record = record.replace(null=null is not None)
+    steps, guidance = record.settings(steps, guidance)
     if steps < 1 or not math.isfinite(guidance):
         raise ValueError(
             "export_bundle: steps must be at least 1 and guidance a finite number, "
@@ -240,7 +242,7 @@ def _record_of(model: nn.Module, convention: FlowConvention | str | None) -> Tra
     given = get_convention(convention)
     if record is None:
         return Trained(convention=given)
-    if getattr(model, "trained", None) is not None and given != record.convention:
+    if recorded(model) is not None and given != record.convention:
         warnings.warn(
             f"export_bundle: the weights of {name} were trained to predict {record.convention}; the "
             f"bundle takes them for {given}, as convention says",

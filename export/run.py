@@ -166,9 +166,8 @@ class Bundle:
         labels = np.asarray(test["labels"], dtype=np.int64)
         actual = self.velocity(self._start(len(labels), test["seed"], None), test["t"], labels)
         error = self._differs(actual, test, "velocity")
-        if (
-            drawn := test.get("sample")
-        ) is None:  # earlier bundles, and those that were not verified
+        drawn = test.get("sample")
+        if drawn is None:  # an earlier bundle, or one that was not verified
             return error
         actual = self.sample(drawn["labels"], steps=drawn["steps"], seed=drawn["seed"])
         return max(error, self._differs(actual, drawn, "sample"))

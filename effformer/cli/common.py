@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "check_report", "emit", "guard", "load", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
+    "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "check_report", "emit",
+    "guard", "load", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 

@@ -83,15 +83,15 @@ def sample(
     else:
         model = load(_folder(source))
         record = _trained(model)
-        scale = record.settings(steps, guidance)
+        count, scale = record.settings(steps, guidance)
         options = {
-            "steps": scale[0],
-            "guidance": scale[1],
+            "steps": count,
+            "guidance": scale,
             "sampler": sampler or "euler",
             "seed": seed,
         }
-        if record.steps not in (None, options["steps"]):
-            note(f"sample: {model.name} was distilled to {record.steps} steps, not {steps}")
+        if record.steps not in (None, count):
+            note(f"sample: {model.name} was distilled to {record.steps} steps, not {count}")
         with steps_bar("sampling") as show:
             samples = draw(model, ids, **options, progress=show)
         to_pixels = partial(pixels, value_range=record.value_range or (-1.0, 1.0))
@@ -162,7 +162,7 @@ def _trained(model: Model) -> Trained:
 
     record = trained_of(model)
     if record is None:
-        raise ValueError(f"sample: {model.name} generates nothing")
+        raise ValueError(f"sample: {model.name} does not draw images of classes")
     return record
 
 

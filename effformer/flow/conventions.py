@@ -27,7 +27,8 @@ __all__ = [
     "CONVENTIONS", "DIT", "EFFFORMER", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "LIGHTNINGDIT", "MDT_DIST",
     "RECTIFIED_DIFFUSION", "RECTIFIED_FLOW", "RFPP", "SD3", "SIT", "SIT_PAPER", "SLIMFLOW",
     "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Trained", "Velocity", "VelocityField",
-    "adapt", "as_velocity", "batch_times", "flip", "get_convention", "trained_of",
+    "adapt", "as_velocity", "batch_times", "flip", "get_convention", "recorded",
+    "trained_of",
 ]  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def trained_of(network: object) -> Trained | None:
         ValueError: the record is damaged, or a newer version wrote it.
         TypeError: a value of it has the wrong type.
     """
-    facts, where = _facts(network), f"{_name_of(network)}: trained"
+    facts, where = recorded(network), f"{_name_of(network)}: trained"
     assumed = getattr(network, "assumed", None)
     if facts is None and callable(assumed):
         facts = assumed()
@@ -246,7 +247,7 @@ def as_velocity(network: VelocityField, *, where: str) -> VelocityField:
     record = trained_of(network)
     if record is None or record.convention == EFFFORMER:
         return network
-    if _facts(network) is None:
+    if recorded(network) is None:
         raise ValueError(
             f"{where}: {_name_of(network)} does not say what its weights were trained to predict; "
             "give adapt(model) if it is what published models of its family predict, else "
@@ -255,8 +256,10 @@ def as_velocity(network: VelocityField, *, where: str) -> VelocityField:
     return Velocity(network, record.convention)
 
 
-def _facts(network: object) -> Mapping[str, Any] | None:
-    """The record of a network as JSON values, None if it has none."""
+def recorded(network: object) -> Mapping[str, Any] | None:
+    """The record of a network as JSON values, None if it has none: other libraries' modules may call
+    something else ``trained``.
+    """
     facts = getattr(network, "trained", None)
     return facts if isinstance(facts, Mapping) else None
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flow.conventions import recorded
+
 __all__ = ["EMA", "ema_decay"]
 
 Weights = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -59,7 +61,7 @@ class EMA:
         self.warmup = warmup
         self.updates = 0
         self.shadow = {name: tensor.detach().clone() for name, tensor in _named(weights).items()}
-        self._trained = getattr(weights, "trained", None)
+        self._trained = recorded(weights)
 
     @torch.no_grad()
     def update(self, weights: Weights) -> None:
@@ -70,7 +72,7 @@ class EMA:
         """
         named = _named(weights)
         self._check_names(named, "update")
-        self._trained = getattr(weights, "trained", None)
+        self._trained = recorded(weights)
         self.updates += 1
         decay = ema_decay(self.decay, self.updates) if self.warmup else self.decay
         copied = set(dict(weights.named_buffers())) if isinstance(weights, nn.Module) else set()
@@ -93,7 +95,7 @@ class EMA:
         for name, tensor in named.items():
             tensor.copy_(self.shadow[name])
         if isinstance(weights, nn.Module) and self._trained is not None:
-            weights.trained = self._trained
+            weights.trained = self._trained  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on exactly: plain values, and tensors under ``shadow``."""

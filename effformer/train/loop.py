@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..context import Ledger
+from ..flow.conventions import recorded
 from .checkpoint import RunFolder, parts, read_checkpoint
 from .datasets import Dataset
 from .ema import EMA
@@ -172,7 +173,7 @@ def train(
             f"{classes} classes; build it with num_classes={len(data.classes)}"
         )
     made = trained_by(objective, model, data)
-    record = getattr(model, "trained", None) if made is None else made.to_dict()
+    record = recorded(model) if made is None else made.to_dict()
     trainer = _Trainer(model, data, objective, config)
     folder = None
     if out is not None:
@@ -292,9 +293,8 @@ class _Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
-        trained = getattr(self.model, "trained", None)
         done = {"step": self.done, "seconds": self.seconds(), "loss": self.loss}
-        return {**done, "trained": trained}
+        return {**done, "trained": recorded(self.model)}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of the same run."""

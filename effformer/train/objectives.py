@@ -12,7 +12,7 @@ from ..calls import accepted, match, takes
 from ..checks import CapabilityError, unknown
 from ..config import Config, part, resolve
 from ..context import Ledger
-from ..flow.conventions import FlowConvention, Trained, trained_of
+from ..flow.conventions import FlowConvention, Trained, recorded, trained_of
 from ..flow.losses import FlowMatching
 from .datasets import Dataset
 
@@ -150,7 +150,7 @@ def trained_by(objective: Objective, model: nn.Module, data: Dataset) -> Trained
     if not hasattr(inner, "trained"):
         return None
     made: Trained | None = inner.trained(model, data)
-    before = trained_of(model) if getattr(model, "trained", None) is not None else None
+    before = None if recorded(model) is None else trained_of(model)
     if made is not None and before is not None and made.convention != before.convention:
         raise ValueError(
             f"train: the weights of {getattr(model, 'name', type(model).__name__)} were trained to "

@@ -18,6 +18,7 @@ from effformer.export.run import Bundle
 from torch import Tensor, nn
 
 import effformer
+from effformer.checks import FormatError
 from effformer.cli.sample import draw
 from effformer.flow import (
     CONVENTIONS,
@@ -100,7 +101,22 @@ def test_models_without_a_record_are_taken_for_published_ones() -> None:
         assert record is not None
         assert record.convention == convention
     assert trained_of(effformer.build_model("vit-nano")) is None
-    assert trained_of(nn.Linear(2, 2)) is None
+    foreign = nn.Linear(2, 2)
+    assert trained_of(foreign) is None
+    foreign.trained = True  # type: ignore[assignment]
+    assert trained_of(foreign) is None
+
+
+def test_saved_folders_say_it(tmp_path: Path) -> None:
+    """None where nobody said anything; a folder of an earlier version has no such line."""
+    folder = effformer.save_pretrained(build(), tmp_path / "m")
+    facts = json.loads((folder / "config.json").read_text())
+    assert facts.pop("trained") is None
+    (folder / "config.json").write_text(json.dumps(facts))
+    assert effformer.load_model(folder).trained is None
+    (folder / "config.json").write_text(json.dumps(facts | {"trained": "dit"}))
+    with pytest.raises(FormatError, match="trained is 'dit', expected a dict or null"):
+        effformer.load_model(folder)
 
 
 def through_torch(model: Any, place: Path) -> Any:
