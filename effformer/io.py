@@ -7,6 +7,7 @@ always.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +21,7 @@ from .files import atomic_folder, atomic_path, mark, read_json, read_whole, writ
 from .layout import Layout, StateDict
 from .loading import LoadReport, by_name, load_weights, model_name
 from .version import VERSION
-from .weights import open_weights, plain_key, unshared
+from .weights import TRAINED, open_weights, plain_key, unshared, with_trained
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -99,11 +100,12 @@ def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bo
         "transforms": list(model.transforms),
         "weights": _worth(model),
         "by": by or "save_pretrained",
+        "trained": model.trained,
     }
     state = unshared(_tensors(model))
     kind = model_folder(facts["weights"], by=by, force=force)
     with atomic_folder(folder, **kind) as temporary:
-        save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+        save_file(state, temporary / _WEIGHTS, metadata=_metadata(model))
         write_json(temporary / _CONFIG, facts)
     return Path(folder)
 
@@ -139,6 +141,7 @@ def _load_model(folder: Path) -> Model:
         model = replay(model, _renewed(model, record))
     file = open_weights(folder / _WEIGHTS, config={})
     load_weights(_typed(model, file.tensors), file, layout="effformer")
+    model.trained = facts.get("trained")
     return model.eval()
 
 
@@ -174,6 +177,8 @@ def _check_facts(facts: Any, path: Path) -> None:
             )
     if facts["format"] < 1 or not all(isinstance(t, dict) for t in facts["transforms"]):
         raise FormatError(f"{path}: is not an effformer config; format or transforms are damaged")
+    if not isinstance(facts.get("trained"), dict | None):
+        raise FormatError(f"{path}: trained is {facts['trained']!r}, expected a dict or null")
 
 
 def replay(model: M, record: Mapping[str, Any]) -> M:
@@ -208,11 +213,16 @@ def read_weights(source: str | Path | Mapping[str, Tensor], weights: str = "auto
         weights: "auto" takes averaged weights where there are some, "ema" asks for them, "raw" for
             those that the optimizer holds; or the name of an entry of the file.
 
+    What the weights were trained to predict comes along where the source says it (files and state
+    dicts of our models do). Weights in a published layout that say nothing are taken for published
+    ones; of others in our layout it stays as ``model.trained`` has it.
+
     Raises:
         FormatError: missing, truncated or foreign file, one that would run code when unpickled, or
             one without such weights.
     """
-    return open_weights(source, weights).tensors
+    file = open_weights(source, weights)
+    return with_trained(file.tensors, file.trained)
 
 
 def save_weights(
@@ -244,9 +254,15 @@ def save_weights(
         state = _translated(model, chosen, state)
     kinds = WEIGHTS[: _WORTH.index(_worth(model)) + 1]
     with atomic_path(path, *kinds, force=force) as temporary:
-        facts = {"format": "pt", "generator": mark(kinds[-1])}
+        facts = _metadata(model) | {"generator": mark(kinds[-1])}
         save_file(unshared(state), temporary, metadata=facts)
     return Path(path)
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    """What a file of weights says beside its tensors."""
+    trained = getattr(model, "trained", None)
+    return {"format": "pt"} | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
 
 
 def _tensors(model: nn.Module) -> StateDict:

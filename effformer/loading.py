@@ -121,6 +121,9 @@ def load_weights(
             f"{file.where} does not fit {model_name(model)}: {'; '.join(parts)}{_advice(differs, wrong)}"
         )
     fill(model, {k: state[k] for k in state.keys() & own.keys()}, where=file.where)
+    published: Any = {} if chosen is None else getattr(model, "assumed", dict)()
+    if trained := file.trained or published:
+        model.trained = trained  # type: ignore[assignment]
     return LoadReport(
         layout="effformer" if chosen is None else chosen.name, weights=file.weights,
         averaged=file.averaged, missing=tuple(missing), unexpected=tuple(unexpected),

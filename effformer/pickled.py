@@ -9,6 +9,7 @@ import re
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -133,7 +134,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (_Type, _Array)):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        plain = OrderedDict((key, _plain(inner)) for key, inner in value.items())
+        if hasattr(value, "_metadata"):
+            plain._metadata = value._metadata  # type: ignore[attr-defined]  # of a state dict
+        return plain
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return value

@@ -4,11 +4,13 @@ model.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -17,7 +19,10 @@ from .files import read_json
 from .layout import StateDict
 from .pickled import read_pickled
 
-__all__ = ["WeightFile", "open_weights", "plain_key", "unshared"]
+__all__ = ["TRAINED", "WeightFile", "open_weights", "plain_key", "unshared", "with_trained"]
+
+TRAINED = "effformer.trained"
+"""Key of the metadata of a safetensors file that says what the weights were trained to predict."""
 
 _AVERAGED = re.compile(r"(.*[_.-])?(ema|swa|avg|averaged?|shadow|polyak|teacher)\d*([_.-].*)?")
 _RAW = (
@@ -44,6 +49,7 @@ class WeightFile:
         weights: the entry that they stood in, such as "state_dict_ema"; "" for the file itself.
         averaged: that entry is an average over training.
         facts: what the file, or the ``config.json`` beside it, says about the model.
+        trained: what the weights were trained to predict, None if the file does not say it.
     """
 
     where: str
@@ -51,6 +57,7 @@ class WeightFile:
     weights: str = ""
     averaged: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+    trained: Mapping[str, Any] | None = None
 
 
 def open_weights(
@@ -89,13 +96,29 @@ def open_weights(
         tensors = {plain_key(k.removeprefix("module.")): v for k, v in tensors.items()}
     facts = dict(_facts(entries, source)) if config is None else dict(_flat(config))
     return WeightFile(
-        where=where, tensors=tensors, weights=".".join(path), averaged=averaged, facts=facts
-    )
+        where=where, tensors=tensors, weights=".".join(path), averaged=averaged, facts=facts,
+        trained=_trained_in(entries, path),
+    )  # fmt: skip
 
 
 def plain_key(key: str) -> str:
     """A key without the names that compiling and wrapping put into it, wherever they stand."""
     return _WRAPPED.sub("", key)
+
+
+def with_trained(tensors: Mapping[str, Tensor], trained: Any) -> StateDict:
+    """A state dict that says what its weights were trained to predict, where torch's do."""
+    state: Any = OrderedDict(tensors)
+    state._metadata = OrderedDict({} if trained is None else {"": {"trained": trained}})
+    return cast(StateDict, state)
+
+
+def _trained_in(entries: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """What the state dict at a path says that its weights were trained to predict."""
+    for name in path:
+        entries = entries[name] if isinstance(entries.get(name), Mapping) else {}
+    modules = getattr(entries, "_metadata", {}).values()
+    return next((facts["trained"] for facts in modules if "trained" in facts), None)
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
@@ -115,15 +138,17 @@ def _led(key: str) -> bool:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         try:
-            return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="pt") as file:
+                said = (file.metadata() or {}).get(TRAINED, "null")
+            return with_trained(load_file(path), json.loads(said))
+        except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(
                 f"{path}: is truncated or not a safetensors file ({error})"
             ) from error

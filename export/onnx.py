@@ -19,6 +19,7 @@ from effformer.build import list_attention
 from effformer.calls import Call, Inputs, evaluating
 from effformer.checks import CapabilityError, need
 from effformer.files import check_file
+from effformer.flow.conventions import trained_of
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
@@ -333,6 +334,8 @@ def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> No
         "effformer.model": str(getattr(model, "name", type(model).__name__)),
         TRACED: json.dumps(sizes(call, axes)),
     }
+    if (record := trained_of(model)) is not None:
+        facts["effformer.trained"] = json.dumps(record.to_dict())
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         facts["effformer.config"] = json.dumps(config.to_dict())

@@ -171,19 +171,28 @@ class Bundle:
         return scaled.round().astype(np.uint8).transpose(0, 2, 3, 1)
 
     def self_test(self) -> float:
-        """Relative difference between this machine's velocity and the recorded one.
+        """Relative difference between this machine's velocity and the recorded one, or between what
+        it draws and what torch drew where that is larger.
 
         Raises:
             BundleError: it is above the recorded tolerance.
         """
         test = self.facts["self_test"]
-        expected = np.load(self.folder / test["file"], allow_pickle=False)
         labels = np.asarray(test["labels"], dtype=np.int64)
         actual = self.velocity(self._start(len(labels), test["seed"], None), test["t"], labels)
+        error = self._differs(actual, test, "velocity")
+        drawn = test.get("sample")
+        if drawn is None:  # an earlier bundle, or one that was not verified
+            return error
+        actual = self.sample(drawn["labels"], steps=drawn["steps"], seed=drawn["seed"])
+        return max(error, self._differs(actual, drawn, "sample"))
+
+    def _differs(self, actual: Array, test: dict[str, Any], what: str) -> float:
+        expected = np.load(self.folder / test["file"], allow_pickle=False)
         error = float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
         if not error <= test["tolerance"]:
             raise BundleError(
-                f"{self.folder}: this machine's velocity differs by {error:.1e} from the recorded "
+                f"{self.folder}: this machine's {what} differs by {error:.1e} from the recorded "
                 f"one (allowed {test['tolerance']:.0e})"
             )
         return error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -226,9 +226,12 @@ class LatentTransformer(Model):
 
     Attributes:
         STEPS: time counts steps 0..STEPS - 1; None means that it lies in [0, 1].
+        LATENT_SCALE: the published weights saw latents of an autoencoder times this; None if it is
+            more than one number.
     """
 
     STEPS: ClassVar[int | None] = None
+    LATENT_SCALE: ClassVar[float | None] = None
 
     def __init__(
         self, config: LatentConfig, name: str | None, norm: NormRule, *, rope: int | None = None
@@ -303,6 +306,14 @@ class LatentTransformer(Model):
             cond=cond, time=time, grid=grid, positions=positions, rope=rope,
             ledger=ledger, tap=tap, complete=complete,
         )  # fmt: skip
+
+    def assumed(self) -> Mapping[str, Any] | None:
+        drops = self.STEPS is not None and self.config.learn_sigma  # SiT's head drops it itself
+        return {
+            "convention": {"name": self.CONVENTION, "variance": drops},
+            "null": self.config.label_dropout > 0,
+            "latent_scale": self.LATENT_SCALE,
+        }
 
     def places(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Rope | None]:
         """Coordinates of the tokens and rotary tables made of them, where a family has them."""

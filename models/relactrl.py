@@ -231,6 +231,18 @@ class RelaCtrl(Model):
         self.modulation = Modulation(dim, dim, 3)
         self.train()
 
+    @property
+    def trained(self) -> dict[str, Any] | None:
+        """What the backbone was trained to predict; the branch only moves it."""
+        return self.backbone.trained
+
+    @trained.setter
+    def trained(self, record: BaseConfig | Mapping[str, Any] | None) -> None:
+        self.backbone.trained = record
+
+    def assumed(self) -> Mapping[str, Any] | None:
+        return self.backbone.assumed()
+
     def train(self, mode: bool = True) -> Self:
         """Set the branch's mode; the backbone stays frozen and in evaluation."""
         super().train(mode)

@@ -36,6 +36,7 @@ class SiT(LatentTransformer):
 
     FAMILY: ClassVar[str] = "sit"
     CONVENTION: ClassVar[str | None] = "sit"
+    LATENT_SCALE: ClassVar[float | None] = 0.18215
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (SIT_OFFICIAL, DIFFUSERS)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

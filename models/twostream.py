@@ -51,6 +51,7 @@ class JointDiT(Model):
     """
 
     FAMILY: ClassVar[str] = "joint-dit"
+    CONVENTION: ClassVar[str | None] = "effformer"
     ROLES: ClassVar[Mapping[str, str]] = {"text_embed": "patch_embed", "pooled_embed": "t_mlp"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)

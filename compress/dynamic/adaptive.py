@@ -118,6 +118,7 @@ def acmize(model: M, scheme: AdaptiveScheme | None = None) -> tuple[M, AdaptiveR
         module.reset_parameters()
     student.load_state_dict(kept, strict=False)
     student.to(next(model.parameters())).train(model.training)
+    student.trained = getattr(model, "trained", None)
     report = AdaptiveReport(
         places=tuple(learners),
         copied=len(kept),

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from effformer.flow import FlowConvention
     from effformer.loading import LoadReport
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "convention", "emit",
+    "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
     "guard", "load", "loaded", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
@@ -323,18 +322,3 @@ def check_report(out: Path | None, kind: str, *, force: bool) -> None:
     if out.suffix not in SUFFIXES:
         raise ValueError(f"--out {out}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     check_file(out, kind, force=force)
-
-
-def convention(model: Model) -> FlowConvention | None:
-    """How the network of a model counts; None: as we do.
-
-    Published DiTs predict noise, SiT is our own convention.
-    """
-    from ..flow import FlowConvention, get_convention
-
-    if model.CONVENTION is None:
-        return None
-    found = get_convention(model.CONVENTION)
-    if found == FlowConvention(data_at=1):
-        return None
-    return found.replace(variance=model.config.learn_sigma) if found.variance else found

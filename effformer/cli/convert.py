@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from .common import (
     overrides,
     save_to,
 )
+
+if TYPE_CHECKING:
+    from effformer.models.base import Model
 
 
 def convert(
@@ -70,5 +73,22 @@ def convert(
         if report.differs or report.missing or report.weights:
             note(f"convert: {weights}: {loaded(report)}")
     save_weights(built, place, layout=target, force=force)
+    if target != "effformer":
+        _note_convention(built, target)
     data = {"model": built.name, "from": layout, "to": target, "saved": str(place)}
     emit(data, f"{built.name}: {layout} -> {target}, saved in {place}", as_json)
+
+
+def _note_convention(model: Model, target: str) -> None:
+    """Say so where readers of a published layout would take the weights for something else."""
+    from ..flow import Trained, trained_of
+
+    published, record = model.assumed(), trained_of(model)
+    if published is None or record is None:
+        return
+    expected = Trained.from_dict(published).convention
+    if record.convention != expected:
+        note(
+            f"convert: the weights predict {record.convention}; who reads the {target} layout takes "
+            f"them for {expected}"
+        )

@@ -16,7 +16,6 @@ from .common import (
     Json,
     Out,
     Set,
-    convention,
     emit,
     load,
     overrides,
@@ -45,8 +44,14 @@ def export(
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
     verify: Annotated[bool, typer.Option(help="Compare with torch at three other shapes.")] = True,
     sampler: Annotated[str, typer.Option(help="bundle: its sampler.")] = "euler",
-    steps: Annotated[int, typer.Option(help="bundle: steps of the sampler.", min=1)] = 10,
-    guidance: Annotated[float, typer.Option(help="bundle: scale of the guidance.")] = 2.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="bundle: steps of the sampler; default: 10, or as distilled.", min=1),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="bundle: scale of the guidance; default: 2, or 1 without a null class."),
+    ] = None,
     attn: Attn = None,
     ffn: FFN = None,
     block: Block = None,
@@ -104,9 +109,7 @@ def _bundle(
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_bundle
 
-    report = export_bundle(
-        model, place, **options, convention=convention(model), quantize=quantize, verify=verify
-    )
+    report = export_bundle(model, place, **options, quantize=quantize, verify=verify)
     return report.to_dict(), report.bytes
 
 
@@ -120,6 +123,7 @@ def _onnx(
     force: bool,
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_onnx, quantize_onnx
+    from ..export.quantize import QUANTIZED
     from ..files import check_file
 
     inputs = model.example_inputs(batch)
@@ -127,13 +131,12 @@ def _onnx(
         report = export_onnx(model, place, inputs, **options, force=force)
         return report.to_dict() | {"quantized": None}, report.graph.bytes
     check_file(place, "graph", force=force)
+    compared = (model, inputs) if options["verify"] else None
     with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
         # what is at the place stays until there is something quantized to replace it
         dense = Path(folder) / "dense.onnx"
         report = export_onnx(model, dense, inputs, **options)
-        scheme: dict[str, Any] = {"scheme": "dynamic-uint8"}
-        if quantize != "dynamic-uint8":
-            scheme = {"scheme": "matmul-nbits", "bits": 8 if quantize == "int8" else 4}
-        packed = quantize_onnx(dense, place, **scheme, force=force)
+        packed = quantize_onnx(dense, place, **QUANTIZED[quantize], compared=compared, force=force)
     data = report.to_dict() | {"quantized": packed.to_dict(), "path": str(place)}
+    data["parity"] = data["quantized"].pop("parity")
     return data, packed.bytes_after

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import unknown
 from ..values import Count, Real, check_fields
-from .conventions import VelocityField, batch_times
+from .conventions import VelocityField, as_velocity, batch_times
 
 __all__ = ["Guidance", "Guided", "forward_with_cfg", "guided"]
 
@@ -59,7 +59,7 @@ class Guided:
     """A guided velocity field; made by `guided`."""
 
     def __init__(self, velocity: VelocityField, guidance: Guidance) -> None:
-        self.velocity = velocity
+        self.velocity = as_velocity(velocity, where="guided")
         self.guidance = guidance
 
     def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:

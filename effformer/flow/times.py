@@ -27,6 +27,13 @@ class TimeLaw(Config):
 
     name: ClassVar[str]
 
+    @property
+    def steps(self) -> int | None:
+        """Number of equal steps that a network trained at these times alone can be sampled in, None
+        for any.
+        """
+        return None
+
     def sample(
         self,
         n: int,
@@ -187,6 +194,10 @@ class Fixed(TimeLaw):
     name: ClassVar[str] = "fixed"
     t: Fraction = 1e-3
 
+    @property
+    def steps(self) -> int | None:
+        return 1
+
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
     ) -> Tensor:
@@ -207,6 +218,10 @@ class KStep(TimeLaw):
     name: ClassVar[str] = "k-step"
     k: Count = 4
     eps: Chance = 1e-3
+
+    @property
+    def steps(self) -> int | None:
+        return self.k
 
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None

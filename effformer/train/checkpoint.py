@@ -233,8 +233,8 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
             over with a warning where there is an older one).
 
     Returns:
-        Tensors named ``model.*``, ``ema.*``, ``optimizer.*``, and the JSON state with ``step`` and
-        ``seconds``.
+        Tensors named ``model.*``, ``ema.*``, ``optimizer.*``, and the JSON state with ``step``,
+        ``seconds`` and ``trained``, what the weights are trained to predict.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -294,7 +294,8 @@ def _latest(run: Path) -> tuple[tuple[Path, Checkpoint] | None, list[Path]]:
 def load_checkpoint(
     source: str | os.PathLike[str], model: nn.Module, weights: Literal["ema", "raw"] = "ema"
 ) -> int:
-    """Load the weights of a training run into a model.
+    """Load the weights of a training run into a model, and what they are trained to predict into
+    ``model.trained``.
 
     Args:
         source: a checkpoint file, or a run folder (its latest checkpoint).
@@ -324,6 +325,8 @@ def load_checkpoint(
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(averaged[name])
+    if state.get("trained") is not None:
+        model.trained = state["trained"]
     return int(state["step"])
 
 

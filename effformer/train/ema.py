@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from effformer.nn.precision import widened
 
+from ..flow.conventions import recorded
+
 __all__ = ["EMA", "ema_decay"]
 
 Weights = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -25,8 +27,9 @@ class EMA:
 
     With warm-up the decay of update n is min(decay, (1 + n) / (10 + n)), so that early averages
     forget the initial weights quickly. The average starts as a copy of the weights. Of a module,
-    floating-point parameters are averaged and all buffers are copied. Averages are in float32 at
-    least: in half precision the steps of a slow average are lost to rounding.
+    floating-point parameters are averaged and all buffers are copied; what it was trained to predict
+    (``module.trained``) goes where the average goes. Averages are in float32 at least: in half
+    precision the steps of a slow average are lost to rounding.
 
     Args:
         weights: a module, a mapping name -> tensor, or tensors in a fixed order.
@@ -65,6 +68,7 @@ class EMA:
             name: (tensor if name in copied else _wide(tensor)).detach().clone()
             for name, tensor in _named(weights).items()
         }
+        self._trained = recorded(weights)
 
     @torch.no_grad()
     def update(self, weights: Weights) -> None:
@@ -75,6 +79,7 @@ class EMA:
         """
         named = _named(weights)
         self._check_names(named, "update")
+        self._trained = recorded(weights)
         self.updates += 1
         decay = ema_decay(self.decay, self.updates) if self.warmup else self.decay
         copied = _copied(weights)
@@ -96,13 +101,16 @@ class EMA:
         self._check_names(named, "copy_to")
         for name, tensor in named.items():
             tensor.copy_(self.shadow[name])
+        if isinstance(weights, nn.Module) and self._trained is not None:
+            weights.trained = self._trained  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly: numbers, and tensors under ``shadow``."""
+        """What `load_state_dict` needs to go on exactly: plain values, and tensors under ``shadow``."""
         return {
             "decay": self.decay,
             "warmup": self.warmup,
             "updates": self.updates,
+            "trained": self._trained,
             "shadow": {name: tensor.clone() for name, tensor in self.shadow.items()},
         }
 
@@ -127,6 +135,7 @@ class EMA:
         self.decay = float(state["decay"])
         self.warmup = bool(state["warmup"])
         self.updates = int(state["updates"])
+        self._trained = state.get("trained", self._trained)
 
     def _check_names(self, given: Mapping[str, Tensor], where: str) -> None:
         missing, extra = sorted(self.shadow.keys() - given), sorted(given.keys() - self.shadow)

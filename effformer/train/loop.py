@@ -31,10 +31,11 @@ from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
 from ..checks import FormatError
 from ..config import Config
 from ..context import Ledger
+from ..flow.conventions import recorded
 from .checkpoint import RunFolder, check_fit, parts
 from .datasets import Dataset
 from .ema import EMA
-from .objectives import Objective
+from .objectives import Objective, trained_by
 from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from .progress import progress_bar
 from .seeding import Order, isolated_randomness, seed_for
@@ -125,8 +126,9 @@ def train(
     """Train a model in place.
 
     On return the model carries the averaged weights if ``config.ema`` is set; the last checkpoint
-    holds both. Ctrl-C waits for the end of a step, of which it leaves a checkpoint; a second one does
-    not wait.
+    holds both. What the objective trains a generator to predict is written to ``model.trained`` and
+    travels with the weights. Ctrl-C waits for the end of a step, of which it leaves a checkpoint; a
+    second one does not wait.
 
     Args:
         model: trained where it is; batches are moved to the device of its first parameter.
@@ -142,7 +144,8 @@ def train(
 
     Raises:
         ValueError: the folder cannot be written, is in use or holds another run; an option out of
-            range; more classes in the data than in the model.
+            range; more classes in the data than in the model; weights that were trained to predict
+            something else than the objective trains.
         FormatError: the folder holds something else, or broken checkpoints only: a broken last one is
             passed over with a warning.
         DivergenceError: loss or gradient not finite; the last good checkpoint stays.
@@ -163,14 +166,19 @@ def train(
             f"train: {data.name!r} has labels up to {most}, the model has "
             f"{classes} classes; build it with num_classes={len(data.classes)}"
         )
+    made = trained_by(objective, model, data)
+    record = recorded(model) if made is None else made.to_dict()
     trainer = _Trainer(model, data, objective, config)
     folder = None
     if out is not None:
-        identity = _identity(model, data, objective, config)
-        folder = RunFolder(Path(out), identity, resume=resume, renew=partial(_renewed, model))
+        identity = _identity(model, data, objective, config) | {"trained": record}
+        renew = partial(_renewed, model, record)
+        folder = RunFolder(Path(out), identity, resume=resume, renew=renew)
     try:
         if folder is not None and (found := folder.restore()) is not None:
             trainer.restore(found[0], *found[1])
+        if made is not None:
+            model.trained = record  # type: ignore[assignment]
         return _finish(trainer, folder, log_every, save_every, keep, progress)
     finally:
         if folder is not None:
@@ -322,11 +330,12 @@ class _Trainer:
             f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer, self.model).items()
         }
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         moments = len(optimizer_tensors(self.optimizer, self.model))
         return {
             "step": self.done, "seconds": self.seconds(), "loss": self.loss, "optimizer": moments,
+            "trained": recorded(self.model),
         }  # fmt: skip
 
     def restore(
@@ -404,8 +413,11 @@ def _identity(
     }
 
 
-def _renewed(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
-    """What an older version wrote about a run, with the options that came since at their defaults."""
+def _renewed(model: nn.Module, trained: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """What an older version wrote about a run, with the options that came since at their defaults,
+    and with what its objective trains.
+    """
+    found = {"trained": json.loads(json.dumps(trained)), **found}
     own, there = getattr(model, "config", None), dict(found.get("model", {}))
     if not isinstance(own, Config) or not isinstance(there.get("config"), dict):
         return found
