@@ -232,7 +232,7 @@ def test_a_vit_takes_tokens_and_refuses_width() -> None:
         ({"width": {"groups": 1}}, "groups must be at least 2"),
         ({"width": {"tau": 0.0}}, "tau must be positive"),
         ({"tokens": {"reduction": 0}}, "reduction must be at least 1"),
-        ({"tokens": {"threshold": 1.0}}, r"threshold lie in \(0, 1\)"),
+        ({"tokens": {"threshold": 1.0}}, r"threshold must lie in \(0, 1\)"),
         ({"heads": 1}, r"blocks\.0\.width\.attn: a gate needs at least 2 units, got 1"),
         ({"width": "dynamik"}, r"unknown width 'dynamik'; did you mean 'dynamic'\?"),
     ],

@@ -219,7 +219,7 @@ def test_bad_input_and_configs() -> None:
         build(grid=(4, 0))
     with pytest.raises(ValueError, match=r"window must be at least 1, got 0"):
         build(window=0)
-    with pytest.raises(ValueError, match=r"fields must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"out_channels must be at least 1, got 0"):
         build(out_channels=0)
     with pytest.raises(ValueError, match=r"increment: 2 fields cannot be added to 1 channels"):
         build(out_channels=2, increment=True)

@@ -243,7 +243,7 @@ def weights_sum(model: nn.Module) -> Tensor:
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": math.inf}, "lr must be positive, got inf"),
         ({"clip": 0.0}, "clip must be positive"),
-        ({"weight_decay": -1.0}, "weight_decay must be >= 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"ema": 1.0}, r"lie in \[0, 1\)"),
         ({"schedule": "linear"}, "unknown value 'linear'"),
         ({"learning_rate": 1.0}, "unknown option 'learning_rate'"),
