@@ -48,7 +48,7 @@ def convert(
 
     `effformer show NAME` names the layouts of a model. Foreign files are read as data, not as code.
 
-    Examples: `effformer convert DiT-XL-2-256x256.pt -m dit-xl --to diffusers -o dit.safetensors`
+    Examples: `effformer convert SiT-XL-2-256.pt -m sit-xl --use ema --to official -o sit.safetensors`
     """
     from ..files import check_file
     from ..io import WEIGHTS, load_weights, save_weights
