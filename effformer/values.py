@@ -96,7 +96,7 @@ def check_fields(one: Any) -> None:
 @functools.cache
 def _plan(cls: type[Any]) -> tuple[tuple[str, str, Check], ...]:
     """Name, place and check of every field. A field says in its metadata if it has a check of its own,
-    made of its type, or a ``short`` form, a function of what was given.
+    made of its type, or a ``short`` form, a function of a string that stands for the value.
     """
     types_ = typing.get_type_hints(cls, include_extras=True)
     plan = []
@@ -108,10 +108,10 @@ def _plan(cls: type[Any]) -> tuple[tuple[str, str, Check], ...]:
     return tuple(plan)
 
 
-def _written_out(short: Callable[[Any], Any], check: Check, value: Any, where: str) -> Any:
+def _written_out(short: Callable[[str], Any], check: Check, value: Any, where: str) -> Any:
     """Check what a short form stands for."""
     try:
-        value = short(value)
+        value = short(value) if isinstance(value, str) else value
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return check(value, where)

@@ -54,7 +54,6 @@ def convert(
     from ..io import WEIGHTS, load_weights, save_weights
 
     place = save_to(out, "convert")
-    check_file(place, *WEIGHTS, force=force)
     if weights.is_dir():
         if model is not None or source not in ("auto", "effformer"):
             raise ValueError(
@@ -63,10 +62,12 @@ def convert(
             )
         if place.resolve().parent == weights.resolve():
             raise ValueError(f"convert: {place} lies inside {weights}; choose another place")
+        check_file(place, *WEIGHTS, force=force)
         built, layout = load(str(weights), overrides(pairs=pairs)), "effformer"
     elif model is None:
         raise ValueError("convert: a file does not say what model it belongs to; add --model NAME")
     else:
+        check_file(place, *WEIGHTS, force=force)
         built = load(model, overrides(pairs=pairs))
         report = load_weights(built, weights, source, strict=strict == "yes", weights=use)
         layout = report.layout

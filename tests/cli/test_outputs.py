@@ -79,6 +79,7 @@ def test_reports_and_graphs_replace_only_their_own(saved: Path, tmp_path: Path) 
             invoke("sample", str(saved), "--steps", "1", "--labels", "1", "-o", samples)
 
 
+@pytest.mark.slow
 def test_a_refused_quantization_leaves_the_older_graph(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
