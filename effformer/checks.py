@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import importlib
 from collections.abc import Iterable, Sequence
 from types import ModuleType
@@ -16,6 +17,7 @@ __all__ = [
     "FormatError",
     "MissingExtra",
     "check_shape",
+    "is_refusal",
     "need",
     "suggest",
     "unknown",
@@ -34,6 +36,25 @@ class FormatError(ValueError):
 
 class MissingExtra(ImportError):
     """An optional package is not installed; the message carries the install command."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True for what was raised to tell a user something: the classes of this file, and a ValueError
+    or TypeError that a ``raise`` statement of this library made. What Python, torch or ONNX Runtime
+    raise inside is a fault of ours, whatever its class.
+    """
+    if isinstance(error, (CapabilityError, FormatError, MissingExtra)):
+        return True
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code, name = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__"))
+    raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and name.partition(".")[0] == __package__
 
 
 def need(module: str, extra: str | None = None) -> ModuleType:

@@ -260,7 +260,7 @@ def _changed(base: Config, options: dict[str, Any], where: str) -> Config:
         core = core.replace(where=where, **inner)
     elif isinstance(core, str):
         core = {"name": core, **inner}
-    else:
+    elif isinstance(core, Mapping):
         core = {**core, **inner}
     core = resolve("core", core, base.core, where=where)  # type: ignore[attr-defined]
     return base.replace(where=where, core=core, **outer)
@@ -272,7 +272,8 @@ def _fields_of_core(spec: Any, base: Config, where: str) -> set[str]:
         spec = spec.get("name")
     if isinstance(spec, str):
         spec = registry.core.get(spec, where=where).config
-    spec = base.core if spec is None else spec  # type: ignore[attr-defined]
+    if not dataclasses.is_dataclass(spec):  # nothing, or what `resolve` will refuse
+        spec = base.core  # type: ignore[attr-defined]
     return {f.name for f in dataclasses.fields(spec)}
 
 

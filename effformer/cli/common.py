@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from ..checks import MissingExtra
+from ..checks import is_refusal
 from ..retired import RetiredWarning
 
 if TYPE_CHECKING:
@@ -52,9 +52,8 @@ Threads = Annotated[
 Batch = Annotated[int, typer.Option(help="Samples per call.", min=1)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
-# These are the user's to solve, and one sentence says how; every other exception is a bug and
-# keeps its traceback. The variable shows the traceback of these as well.
-USER_ERRORS = (ValueError, TypeError, MissingExtra, OSError)
+# Refusals and what the system says about files are the user's to solve, and one sentence says how;
+# every other exception is a bug and keeps its traceback. The variable shows that of these as well.
 TRACEBACK = "EFFFORMER_TRACEBACK"
 
 
@@ -73,14 +72,11 @@ def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
                 verb(*args, **kwargs)
         except BrokenPipeError:
             raise
-        except USER_ERRORS as error:
-            if os.environ.get(TRACEBACK):
+        except Exception as error:
+            sentence = _sentence(error, intact)
+            if sentence is None or os.environ.get(TRACEBACK):
                 raise
-            _fail(_sentence(error), 2)
-        except (MemoryError, RuntimeError) as error:
-            if os.environ.get(TRACEBACK) or not _out_of_memory(error):
-                raise
-            _fail(f"not enough memory; {intact}; choose a smaller batch or model", 2)
+            _fail(sentence, 2)
         except KeyboardInterrupt:
             _fail(f"interrupted; {intact}", 130)
 
@@ -113,10 +109,15 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: Exception, intact: str) -> str | None:
+    """What to tell the user; None for a bug."""
+    if _out_of_memory(error):
+        return f"not enough memory; {intact}; choose a smaller batch or model"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'file'}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) or is_refusal(error):
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -195,7 +196,7 @@ def parse_value(text: str) -> Any:
     """JSON if it is JSON, else the string itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of more digits than Python reads
         return text
 
 
