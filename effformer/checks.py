@@ -16,6 +16,7 @@ __all__ = [
     "CapabilityError",
     "FormatError",
     "MissingExtra",
+    "check_ids",
     "check_shape",
     "is_refusal",
     "need",
@@ -116,3 +117,30 @@ def check_shape(x: Tensor, expected: str, sizes: Sequence[int | None], *, where:
     )
     if not fits:
         raise ValueError(f"{where}: expected shape {expected}, got {tuple(x.shape)}")
+
+
+def check_ids(ids: Tensor, below: int, *, where: str) -> None:
+    """Check ids of rows of a table.
+
+    They are read on the CPU only, and not while a graph is captured: elsewhere looking at them
+    would make every call wait for the device.
+
+    Args:
+        ids: whole numbers of any shape.
+        below: number of rows.
+        where: the public entry point that was called, and the name of the argument.
+
+    Raises:
+        TypeError: the ids are no whole numbers.
+        ValueError: an id lies outside 0..below - 1.
+    """
+    import torch
+
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{where} must be int64 ids, got {ids.dtype}")
+    plain = type(ids) is torch.Tensor and ids.device.type == "cpu" and ids.numel()
+    if torch.compiler.is_compiling() or not plain:
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= below:
+        raise ValueError(f"{where} must lie in 0..{below - 1}, got {int(low if low < 0 else high)}")

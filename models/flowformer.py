@@ -17,7 +17,7 @@ from effformer.attention.flow import FLOW_PRESETS
 from effformer.blocks import BackboneConfig, Needs, build_stack, init_states
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap, explained
 from effformer.ffn import FFN
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
@@ -137,7 +137,7 @@ class FlowformerGPT(Model):
             ValueError: a shape does not fit, or there are more tokens than positions.
             TypeError: ids are not integers, or the mask is not bool.
         """
-        check_tokens(tokens, mask, where=self.name, longest=self.config.context)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name, longest=self.config.context)
         if mask is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
@@ -146,6 +146,7 @@ class FlowformerGPT(Model):
             tokens, positions, Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         )
 
+    @explained
     def init_state(self, batch: int) -> GPTState:
         """The state before the first token.
 
@@ -154,6 +155,7 @@ class FlowformerGPT(Model):
         """
         return GPTState(0, init_states(self, batch, like=self.head.weight))
 
+    @explained
     def step(self, tokens: Tensor, state: GPTState) -> tuple[Tensor, GPTState]:
         """Read the next tokens.
 
@@ -169,7 +171,7 @@ class FlowformerGPT(Model):
             TypeError: ids are not integers.
         """
         left = self.config.context - state.position
-        check_tokens(tokens, None, where=f"{self.name}: step", longest=left)
+        check_tokens(tokens, None, self.config.vocab, where=f"{self.name}: step", longest=left)
         last = state.position + tokens.shape[1]
         positions = torch.arange(state.position, last, device=tokens.device)
         stream = Stream(state.mixers)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from effformer.attention import LMU, SpikingLMU
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
+from effformer.context import explained
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
 from effformer.site import Site
@@ -134,12 +135,14 @@ class LMUSequence(Model):
         logits: Tensor = self.head(self.drop(h))
         return logits
 
+    @explained
     def init_state(self, batch: int) -> LMUSequenceState:
         """The state before the first step."""
         like = self.head.weight
         total = like.new_zeros(batch, self.config.hidden)
         return LMUSequenceState(self.unit.init_state(batch, like=like), total, 0)
 
+    @explained
     def step(self, x: Tensor, state: LMUSequenceState) -> tuple[Tensor, LMUSequenceState]:
         """Read the next steps.
 

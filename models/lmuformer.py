@@ -25,7 +25,7 @@ from effformer.blocks import (
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap, explained
 from effformer.ffn import ConvChannel, SpikingConvChannel
 from effformer.layout import Layout
 from effformer.nn.frames import ConvEmbed, EmbedState, SpikingConvEmbed
@@ -163,6 +163,7 @@ class LMUFormer(Model):
         logits: Tensor = self.head(h.cumsum(dim=1) / count[:, None])
         return logits
 
+    @explained
     def init_state(self, batch: int) -> LMUFormerState:
         """The state before the first frame.
 
@@ -177,6 +178,7 @@ class LMUFormer(Model):
             0,
         )
 
+    @explained
     def step(self, x: Tensor, state: LMUFormerState) -> tuple[Tensor, LMUFormerState]:
         """Read the next frames.
 
@@ -300,6 +302,7 @@ class SpikingLMUFormer(LMUFormer):
         self.head_norm = TokenBatchNorm(config.dim)
         self.head_lif = LIF(config.lif)
 
+    @explained
     def init_state(self, batch: int) -> LMUFormerState:
         rest = self.head_lif.init_state(batch, self.config.dim, like=self.head.weight)
         return super().init_state(batch)._replace(head=rest)

@@ -249,7 +249,7 @@ class MacaronNet(Model):
         complete: bool = False,
     ) -> Tensor:
         """The source as memory of the decoder, (B, M, D); arguments as in `forward`."""
-        check_tokens(source, source_mask, where=f"{self.name}: source")
+        check_tokens(source, source_mask, self.embed.num_embeddings, where=f"{self.name}: source")
         mask = source != self.config.pad if source_mask is None else source_mask
         h: Tensor = self.drop(scaled_tokens(self.embed, source, mask, self.positions))
         out: Tensor = self.encoder(h, Context(mask=mask, ledger=ledger, tap=tap, complete=complete))
@@ -267,9 +267,9 @@ class MacaronNet(Model):
         complete: bool = False,
     ) -> Tensor:
         """Logits from the result of `encode`; the other arguments as in `forward`."""
-        check_tokens(target, target_mask, where=f"{self.name}: target")
-        real = target != self.config.pad if target_mask is None else target_mask
         table = self.embed if self.config.share == "all" else self.target_embed
+        check_tokens(target, target_mask, table.num_embeddings, where=f"{self.name}: target")
+        real = target != self.config.pad if target_mask is None else target_mask
         h: Tensor = self.drop(scaled_tokens(table, target, real, self.target_positions))
         ctx = Context(
             memory=memory,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
-from effformer.checks import check_shape
+from effformer.checks import check_ids, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import Context, Ledger, Packing, Tap
@@ -195,12 +195,13 @@ class MacaronBert(Model):
         complete: bool = False,
     ) -> Tensor:
         """Features (B, N, D); arguments as in `forward`."""
-        check_tokens(tokens, mask, where=self.name)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name)
         if mask is None:
             mask = tokens != self.config.pad
         h = scaled_tokens(self.embed, tokens, mask, self.positions)
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
+            check_ids(segments, self.segment_embed.num_embeddings, where=f"{self.name}: segments")
             h = h + self.segment_embed(segments)
         ctx = Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         if packed:

@@ -12,7 +12,7 @@ from torch import Tensor
 from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import part
-from effformer.context import EMPTY, Context, Rope, check_context
+from effformer.context import EMPTY, Context, Rope, check_context, explained
 from effformer.registry import Caps, Entry, attention, core
 from effformer.site import Site
 
@@ -227,6 +227,7 @@ class Attention(Heads):
         small.kept = units if self.kept is None else self.kept.index_select(0, units)
         return small
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> AttentionState:
         """State before the first token; a cross-attention has seen no memory yet.
 
@@ -241,6 +242,7 @@ class Attention(Heads):
             state, self.conv.init_state(batch, like=like) if self.config.short_conv else None
         )
 
+    @explained
     def step(
         self, x: Tensor, state: AttentionState, ctx: Context = EMPTY
     ) -> tuple[Tensor, AttentionState]:

@@ -49,7 +49,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
 ]
-Batch = Annotated[int, typer.Option(help="Samples per call.", min=1)]
+Batch = Annotated[int, typer.Option(help="Samples per call.", min=1, max=10**6)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
 # Refusals and what the system says about files are the user's to solve, and one sentence says how;

@@ -37,13 +37,17 @@ def export(
     quantize: Annotated[
         Quantize | None, typer.Option(help="Quantize the graph by ONNX Runtime.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="onnx: samples of the traced call.", min=1)] = 2,
+    batch: Annotated[
+        int, typer.Option(help="onnx: samples of the traced call.", min=1, max=10**6)
+    ] = 2,
     opset: Annotated[int | None, typer.Option(help="onnx: default is the target's.")] = None,
     target: Annotated[str, typer.Option(help="onnx: effformer list targets.")] = "onnx-cpu",
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
     verify: Annotated[bool, typer.Option(help="Compare with torch at three other shapes.")] = True,
     sampler: Annotated[str, typer.Option(help="bundle: its sampler.")] = "euler",
-    steps: Annotated[int, typer.Option(help="bundle: steps of the sampler.", min=1)] = 10,
+    steps: Annotated[
+        int, typer.Option(help="bundle: steps of the sampler.", min=1, max=10_000)
+    ] = 10,
     guidance: Annotated[float, typer.Option(help="bundle: scale of the guidance.")] = 2.0,
     attn: Attn = None,
     ffn: FFN = None,

@@ -32,7 +32,7 @@ __all__ = ["draw", "pixels", "sample"]
 def sample(
     source: Annotated[Path, typer.Argument(help="Folder of a saved model, or of an edge bundle.")],
     labels: Annotated[str, typer.Option(help="Class ids, one image each: 0,1,2 or 0-9.")] = "0-9",
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 10,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1, max=10_000)] = 10,
     guidance: Annotated[float, typer.Option(help="Scale of the guidance, 1 is none.")] = 2.0,
     sampler: Annotated[
         str, typer.Option(help="effformer list samplers; a bundle has euler, midpoint, heun, rk4.")

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from effformer.checks import check_ids
+
 __all__ = [
     "FourierPositions",
     "LabelEmbedding",
@@ -85,8 +87,9 @@ class LabelEmbedding(nn.Module):
         """Map labels y (B,) to (B, D); where ``drop`` (B,) is True the null class is taken.
 
         Raises:
-            ValueError: ``drop`` is given but there is no null class.
+            ValueError: ``drop`` is given but there is no null class, or a label is no class.
         """
+        check_ids(y, self.table.num_embeddings, where="labels y")
         if drop is not None:
             if not self.null:
                 raise ValueError(
