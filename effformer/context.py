@@ -225,6 +225,10 @@ def _unfit(callee: Callee, given: Mapping[str, Any]) -> str | None:
             return f"{name} must be bool, True = may attend, got {mask.dtype}"
         if mask.dim() not in (2, 3, 4) or mask.shape[-1] not in (1, length):
             return f"{name} must be ({batch}, {length}) or over pairs, got {tuple(mask.shape)}"
+    for name, kind in (("ledger", Ledger), ("tap", Tap), ("packing", Packing)):
+        value = getattr(ctx, name)
+        if not isinstance(value, kind | None):
+            return f"{name} must be a {kind.__name__}, got {type(value).__name__}"
     site: Any = getattr(callee, "site", None)
     for name in ("cond", "time", "memory", "mask", "memory_mask", "positions", "width"):
         value, wide = getattr(ctx, name), getattr(site, f"{name}_dim", None)

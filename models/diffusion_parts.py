@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import Context, Ledger, Rope, Tap
+from effformer.context import Context, Ledger, Rope, Tap, explained
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation, branch_norm, modulate
@@ -169,7 +169,7 @@ def check_inputs(config: LatentConfig, x: Tensor, t: Tensor, y: Tensor, *, where
 
     Raises:
         ValueError: a shape does not fit.
-        TypeError: latents are not floating point, or labels are not integers.
+        TypeError: latents are not floating point, times not real, or labels not integers.
     """
     size = config.input_size if config.positions == "learned" else None
     shown = f"(B, {config.channels}, {size or 'H'}, {size or 'W'})"
@@ -178,6 +178,8 @@ def check_inputs(config: LatentConfig, x: Tensor, t: Tensor, y: Tensor, *, where
     check_shape(y, "(B,)", (x.shape[0],), where=f"{where}: y")
     if not x.is_floating_point():
         raise TypeError(f"{where}: x must be floating point, got {x.dtype}")
+    if t.is_complex():
+        raise TypeError(f"{where}: t must be real, got {t.dtype}")
     if y.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{where}: y must hold integer class ids, got {y.dtype}")
     if x.shape[2] % config.patch or x.shape[3] % config.patch:
@@ -325,6 +327,7 @@ class LatentTransformer(Model):
         height, width = ctx.grid
         return unpatchify(self.final(h, ctx.cond), height, width, self.config.patch)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

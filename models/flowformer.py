@@ -185,6 +185,7 @@ class FlowformerGPT(Model):
         logits: Tensor = self.head(self.norm(h))
         return logits
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -168,6 +168,7 @@ class LMUSequence(Model):
             h = totals / count[:, None]
         return self.head(h), LMUSequenceState(unit, totals[:, -1], end)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -248,6 +248,7 @@ class LMUFormer(Model):
         if x.shape[1] < 1:
             raise ValueError(f"{where}: expected at least one frame, got {tuple(x.shape)}")
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

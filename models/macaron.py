@@ -17,7 +17,7 @@ from effformer.attention import Attention
 from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack, layer_pattern
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import xavier_linears
@@ -283,6 +283,7 @@ class MacaronNet(Model):
         weight = self.head.weight if self.config.share == "none" else table.weight
         return nn.functional.linear(h, weight)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
 from effformer.checks import check_ids, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
@@ -213,6 +213,7 @@ class MacaronBert(Model):
         out: Tensor = self.norm(h)
         return out if ctx.packing is None else ctx.packing.unpack(out)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

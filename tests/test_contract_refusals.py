@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility import columns, families
 from contract import (
     BLOCKS,
     DIM,
@@ -110,6 +111,42 @@ STREAMS = {name: make_mixer(name, causal=True) for name in mixers(streaming=True
 @pytest.mark.parametrize("part", STREAMS.values(), ids=STREAMS)
 def test_streams(part: nn.Module) -> None:
     _check(_stream_calls(part.eval()))
+
+
+def _model_calls(model: Any) -> Calls:
+    given = model.example_inputs(2)
+    for name, x in given.items():
+        values = {
+            "nothing": None, "a list": [1], "an array": x.numpy(), "a number": x.flatten()[0],
+            "a rank more": x[None], "flat": x.flatten(), "no samples": x[:0], "more samples": x.repeat_interleave(2, 0)[:3],
+            "complex": x + 0j, "another type": x.long() if x.is_floating_point() else x.float(),
+            "another device": x.to("meta"),
+        }  # fmt: skip
+        if not x.is_floating_point() and x.dtype != torch.bool:
+            values |= {"below": x - 10**6, "beyond": x + 10**6}
+        if x.dim() > 1:
+            values |= {"shorter": x[..., :-1], "empty": x[..., :0]}
+        for kind, value in values.items():
+            changed = given | {name: value}
+            yield f"{name} {kind}", lambda changed=changed: model(**changed)
+    yield "no arguments", lambda: model()
+    yield "tap", lambda: model(**given, tap=5)
+    yield "ledger", lambda: model(**given, ledger=5)
+    for batch in (-1, 1.5, None, "x"):
+        yield f"example of {batch}", lambda batch=batch: model.example_inputs(batch)
+        if hasattr(model, "init_state"):
+            yield f"state of {batch}", lambda batch=batch: model.init_state(batch)
+    if hasattr(model, "step"):
+        first = next(iter(given.values()))
+        for name, x in {"flat": first.flatten(), "empty": first[:, :0], "none": None}.items():
+            yield f"step of {name}", lambda x=x: model.step(x, model.init_state(2))
+        yield "no state", lambda: model.step(first[:, :1], None)
+
+
+@pytest.mark.parametrize("family", families())
+def test_models(family: str) -> None:
+    column = columns(family)[0]
+    _check(_model_calls(build_model(column.preset, **column.changes).eval()))
 
 
 def test_sentences_say_what_would_fit() -> None:
