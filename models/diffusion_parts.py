@@ -169,7 +169,7 @@ def check_inputs(config: LatentConfig, x: Tensor, t: Tensor, y: Tensor, *, where
 
     Raises:
         ValueError: a shape does not fit.
-        TypeError: latents are not floating point, times not real, or labels not integers.
+        TypeError: latents are not floating point, or labels are not integers.
     """
     size = config.input_size if config.positions == "learned" else None
     shown = f"(B, {config.channels}, {size or 'H'}, {size or 'W'})"
@@ -178,8 +178,6 @@ def check_inputs(config: LatentConfig, x: Tensor, t: Tensor, y: Tensor, *, where
     check_shape(y, "(B,)", (x.shape[0],), where=f"{where}: y")
     if not x.is_floating_point():
         raise TypeError(f"{where}: x must be floating point, got {x.dtype}")
-    if t.is_complex():
-        raise TypeError(f"{where}: t must be real, got {t.dtype}")
     if y.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{where}: y must hold integer class ids, got {y.dtype}")
     if x.shape[2] % config.patch or x.shape[3] % config.patch:

@@ -34,7 +34,12 @@ def time_features(t: Tensor, dim: int = 256, *, freq_shift: int = 0, period: flo
 
     Returns:
         (B, dim).
+
+    Raises:
+        TypeError: complex times.
     """
+    if t.is_complex():
+        raise TypeError(f"times t must be real numbers, got {t.dtype}")
     half = dim // 2
     t = t if t.dtype == torch.float64 else t.float()
     steps = torch.arange(half, dtype=t.dtype, device=t.device)
