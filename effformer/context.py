@@ -7,15 +7,19 @@ ignores one. What is known when the model is built stands in `effformer.site.Sit
 from __future__ import annotations
 
 import fnmatch
+import functools
+import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import registry
-from .checks import CapabilityError
+from .calls import bound, misfit, outputs, takes
+from .checks import CapabilityError, is_refusal
 from .ledger import Ledger
 from .places import Merging, Packing, Rope
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMPTY",
+    "Callee",
     "Context",
     "Ledger",
     "Merging",
@@ -32,7 +37,10 @@ __all__ = [
     "Stream",
     "Tap",
     "check_context",
+    "explained",
 ]
+
+M = TypeVar("M", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
@@ -167,6 +175,98 @@ _OTHERS: tuple[tuple[str, type], ...] = (
 )  # fmt: skip
 
 EMPTY = Context()
+
+
+def explained(method: M) -> M:
+    """Where a method of a `Callee` fails on arguments that do not fit, say which and why.
+
+    They are looked at only then: a call that goes well costs nothing more, and graphs are captured
+    without a trace of it. A failure on arguments that fit stays as it is.
+    """
+
+    @functools.wraps(method)
+    def call(self: Callee, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        try:
+            return method(self, *args, **kwargs)
+        except (
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if is_refusal(error):
+                raise
+            called = self if method.__name__ == "__call__" else method.__get__(self)
+            why = misfit(self, called, args, kwargs, self.fitting())
+            if why is None:
+                why = _unfit(self, bound(called, args, kwargs).arguments)
+            site = getattr(self, "site", None)
+            where = getattr(self, "name", "") or getattr(site, "path", "") or type(self).__name__
+            if why is None:
+                raise
+            raise ValueError(f"{where}: {why}") from error
+
+    return typing.cast(M, call)
+
+
+class Callee(nn.Module):
+    """A part or a model: its calls say which arguments do not fit, see `explained`."""
+
+    def fitting(self) -> Mapping[str, Tensor]:
+        """Inputs that fit, by the names of the arguments: tokens (B, N, D) for a part."""
+        site = getattr(self, "site", None)
+        return {} if site is None else {"x": torch.empty(2, 4, site.dim)}
+
+    @explained
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``forward``.
+
+        Raises:
+            ValueError: inputs do not fit; one sentence says which.
+        """
+        return super().__call__(*args, **kwargs)
+
+
+def _unfit(callee: Callee, given: Mapping[str, Any]) -> str | None:
+    """Why the state or the context of a call that failed does not fit its tokens, None if both do."""
+    x = next((a for a in given.values() if isinstance(a, Tensor)), None)
+    ctx = given.get("ctx", EMPTY)
+    if not isinstance(ctx, Context):
+        return f"ctx must be a Context, got {type(ctx).__name__}"
+    if not isinstance(given.get("like", x), Tensor):
+        return f"like must be a tensor, got {type(given.get('like')).__name__}"
+    if "state" in given and x is not None:
+        return _stale(callee, given["state"], x)
+    batch, tokens = (1, 1) if x is None or x.dim() < 2 else x.shape[:2]
+    site: Any = getattr(callee, "site", None)
+    for name in ("cond", "time", "memory", "mask", "memory_mask", "positions", "width"):
+        value, wide = getattr(ctx, name), getattr(site, f"{name}_dim", None)
+        if value is None:
+            continue
+        if value.dim() < 2 or value.shape[0] not in (1, batch):
+            return f"{name} has shape {tuple(value.shape)}, the tokens are {batch} samples"
+        if wide is not None and value.shape[-1] != wide:
+            return f"{name} has shape {tuple(value.shape)}, its width must be {wide}"
+    whole = ctx.grid is None or all(isinstance(n, int) and n > 0 for n in ctx.grid)
+    if not whole or (ctx.grid is not None and math.prod(ctx.grid) > tokens):
+        return f"grid must be whole numbers whose product is at most {tokens}, got {ctx.grid}"
+    return None
+
+
+def _stale(callee: Any, state: Any, x: Tensor) -> str | None:
+    like = {"like": x} if takes(callee.init_state, "like") else {}
+    fresh = callee.init_state(x.shape[0], **like)
+    sizes, wanted = (
+        {leaf.shape if isinstance(s, Tensor) else leaf.shape[:1] for leaf in outputs(s)}
+        for s in (state, fresh)
+    )
+    if type(state) is type(fresh) and sizes == wanted:
+        return None
+    return f"state must be that of init_state({x.shape[0]}) or of the step before"
 
 
 def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:

@@ -253,7 +253,9 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FormatError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError as error:
+        raise FormatError(f"{path}: is not readable JSON (nested too deeply)") from error
+    except (OSError, ValueError) as error:  # not UTF-8, not JSON, or a number without end
         raise FormatError(f"{path}: is not readable JSON ({error})") from error
 
 

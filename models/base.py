@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from effformer import registry
 from effformer.config import Config
+from effformer.context import Callee
 from effformer.layout import Layout
 
 __all__ = ["Model", "Preset", "register_presets"]
 
 
-class Model(nn.Module, ABC):
+class Model(Callee, ABC):
     """Base of all models.
 
     ``forward`` takes named tensors. A model made of blocks also takes ``ledger`` and ``tap``, and
@@ -98,6 +99,10 @@ class Model(nn.Module, ABC):
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Valid keyword arguments of forward, for profiling and export."""
+
+    def fitting(self) -> dict[str, Tensor]:
+        """As `Callee.fitting`: the example inputs."""
+        return self.example_inputs(2)
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Axes that may vary at run time: input name -> axis -> symbol (equal symbols have equal

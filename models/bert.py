@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
-from effformer.checks import check_shape
+from effformer.checks import check_ids, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
@@ -144,9 +144,10 @@ class Bert(Model):
             TypeError: ids are not integers, or the mask is not bool.
             CapabilityError: ``packed``, but a token mixer cannot run packed.
         """
-        check_tokens(tokens, mask, where=self.name, longest=self.config.context)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name, longest=self.config.context)
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
+            check_ids(segments, self.segment_embed.num_embeddings, where=f"{self.name}: segments")
         packing = None if mask is None or not packed else Packing.from_mask(mask)
         h = self.embedding(tokens, segments, packing)
         ctx = Context(
@@ -187,6 +188,7 @@ class Bert(Model):
             return hidden.new_zeros(hidden.shape[0], 0)
         return torch.tanh(self.pooler(hidden[:, 0]))
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import Context, Ledger, Rope, Tap
+from effformer.context import Context, Ledger, Rope, Tap, explained
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation, branch_norm, modulate
@@ -331,6 +331,7 @@ class LatentTransformer(Model):
         height, width = ctx.grid
         return unpatchify(self.final(h, ctx.cond), height, width, self.config.patch)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from effformer.blocks import BackboneConfig, Iterate, Needs, PreNorm, build_stac
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.layout import Layout
 from effformer.nn.embeddings import FourierPositions
 from effformer.nn.positions import grid_positions
@@ -200,6 +200,7 @@ class GridOperator(Model):
             made.append(self(x, coords))
         return torch.cat(made, dim=1)[:, :steps]
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from effformer.blocks import BackboneConfig, Needs, build_stack, init_states
 from effformer.checks import check_batch, check_state
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap, explained
 from effformer.ffn import FFN
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
@@ -133,7 +133,7 @@ class FlowformerGPT(Model):
             ValueError: a shape does not fit, or there are more tokens than positions.
             TypeError: ids are not integers, or the mask is not bool.
         """
-        check_tokens(tokens, mask, where=self.name, longest=self.config.context)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name, longest=self.config.context)
         if mask is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
@@ -142,6 +142,7 @@ class FlowformerGPT(Model):
             tokens, positions, Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         )
 
+    @explained
     def init_state(self, batch: int) -> GPTState:
         """The state before the first token.
 
@@ -151,6 +152,7 @@ class FlowformerGPT(Model):
         check_batch(batch, where=f"{self.name}: init_state")
         return GPTState(0, init_states(self, batch, like=self.head.weight))
 
+    @explained
     def step(self, tokens: Tensor, state: GPTState) -> tuple[Tensor, GPTState]:
         """Read the next tokens.
 
@@ -166,7 +168,7 @@ class FlowformerGPT(Model):
             TypeError: ids are not integers.
         """
         left = self.config.context - getattr(state, "position", 0)
-        check_tokens(tokens, None, where=f"{self.name}: step", longest=left)
+        check_tokens(tokens, None, self.config.vocab, where=f"{self.name}: step", longest=left)
         check_state(state, GPTState, tokens.shape[0], where=f"{self.name}: step")
         last = state.position + tokens.shape[1]
         positions = torch.arange(state.position, last, device=tokens.device)
@@ -181,6 +183,7 @@ class FlowformerGPT(Model):
         logits: Tensor = self.head(self.norm(h))
         return logits
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.nn.norms import make_norm
 from effformer.nn.text import sinusoids
@@ -128,6 +128,7 @@ class FlowformerSeries(Model):
         logits: Tensor = self.head(h.flatten(1))
         return logits
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from effformer.blocks import Needs, PreNorm, StackConfig, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import truncated_normal_linears
@@ -171,6 +171,7 @@ class FlowformerVision(Model):
         pooled: Tensor = self.norm(h).mean(dim=1)
         return pooled
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

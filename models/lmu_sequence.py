@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from effformer.attention import LMU, SpikingLMU
 from effformer.checks import check_batch, check_shape, check_state
 from effformer.config import Config as BaseConfig
+from effformer.context import explained
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
 from effformer.nn.precision import running_mean, widened
@@ -126,6 +127,7 @@ class LMUSequence(Model):
         logits: Tensor = self.head(self.drop(h))
         return logits
 
+    @explained
     def init_state(self, batch: int) -> LMUSequenceState:
         """The state before the first step."""
         check_batch(batch, where=f"{self.name}: init_state")
@@ -133,6 +135,7 @@ class LMUSequence(Model):
         total = widened(like.new_zeros(batch, self.config.hidden))
         return LMUSequenceState(self.unit.init_state(batch, like=like), total, 0)
 
+    @explained
     def step(self, x: Tensor, state: LMUSequenceState) -> tuple[Tensor, LMUSequenceState]:
         """Read the next steps.
 
@@ -156,6 +159,7 @@ class LMUSequence(Model):
         after = LMUSequenceState(unit, total, state.steps + h.shape[1])
         return self.head(means if self.config.pool == "mean" else h), after
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from effformer.blocks import (
 from effformer.checks import check_batch, check_shape, check_state
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap, explained
 from effformer.ffn import ConvChannel, SpikingConvChannel
 from effformer.layout import Layout
 from effformer.nn.frames import ConvEmbed, EmbedState, SpikingConvEmbed
@@ -158,6 +158,7 @@ class LMUFormer(Model):
         logits: Tensor = self.head(running_mean(h)[0])
         return logits
 
+    @explained
     def init_state(self, batch: int) -> LMUFormerState:
         """The state before the first frame.
 
@@ -173,6 +174,7 @@ class LMUFormer(Model):
             0,
         )
 
+    @explained
     def step(self, x: Tensor, state: LMUFormerState) -> tuple[Tensor, LMUFormerState]:
         """Read the next frames.
 
@@ -241,6 +243,7 @@ class LMUFormer(Model):
         if x.shape[1] < 1:
             raise ValueError(f"{where}: expected at least one frame, got {tuple(x.shape)}")
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -295,6 +298,7 @@ class SpikingLMUFormer(LMUFormer):
         self.head_norm = TokenBatchNorm(config.dim)
         self.head_lif = LIF(config.lif)
 
+    @explained
     def init_state(self, batch: int) -> LMUFormerState:
         rest = self.head_lif.init_state(batch, self.config.dim, like=self.head.weight)
         return super().init_state(batch)._replace(head=rest)

@@ -17,7 +17,7 @@ from effformer.attention import Attention
 from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack, layer_pattern
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import xavier_linears
@@ -246,7 +246,7 @@ class MacaronNet(Model):
         complete: bool = False,
     ) -> Tensor:
         """The source as memory of the decoder, (B, M, D); arguments as in `forward`."""
-        check_tokens(source, source_mask, where=f"{self.name}: source")
+        check_tokens(source, source_mask, self.embed.num_embeddings, where=f"{self.name}: source")
         mask = source != self.config.pad if source_mask is None else source_mask
         h: Tensor = self.drop(scaled_tokens(self.embed, source, mask, self.positions))
         out: Tensor = self.encoder(h, Context(mask=mask, ledger=ledger, tap=tap, complete=complete))
@@ -264,9 +264,9 @@ class MacaronNet(Model):
         complete: bool = False,
     ) -> Tensor:
         """Logits from the result of `encode`; the other arguments as in `forward`."""
-        check_tokens(target, target_mask, where=f"{self.name}: target")
-        real = target != self.config.pad if target_mask is None else target_mask
         table = self.embed if self.config.share == "all" else self.target_embed
+        check_tokens(target, target_mask, table.num_embeddings, where=f"{self.name}: target")
+        real = target != self.config.pad if target_mask is None else target_mask
         h: Tensor = self.drop(scaled_tokens(table, target, real, self.target_positions))
         ctx = Context(
             memory=memory,
@@ -280,6 +280,7 @@ class MacaronNet(Model):
         weight = self.head.weight if self.config.share == "none" else table.weight
         return nn.functional.linear(h, weight)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
-from effformer.checks import check_shape
+from effformer.checks import check_ids, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
@@ -193,12 +193,13 @@ class MacaronBert(Model):
         complete: bool = False,
     ) -> Tensor:
         """Features (B, N, D); arguments as in `forward`."""
-        check_tokens(tokens, mask, where=self.name)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name)
         if mask is None:
             mask = tokens != self.config.pad
         h = scaled_tokens(self.embed, tokens, mask, self.positions)
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
+            check_ids(segments, self.segment_embed.num_embeddings, where=f"{self.name}: segments")
             h = h + self.segment_embed(segments)
         ctx = Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         if packed:
@@ -210,6 +211,7 @@ class MacaronBert(Model):
         out: Tensor = self.norm(h)
         return out if ctx.packing is None else ctx.packing.unpack(out)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from effformer.blocks import BackboneConfig, Branch, Gated, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import SwiGLU
 from effformer.layout import Layout
 from effformer.nn.embeddings import sincos_1d
@@ -212,6 +212,7 @@ class PredFormer(Model):
             made.append(self(made[-1]))
         return torch.cat(made, dim=1)[:, :frames]
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

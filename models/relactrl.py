@@ -18,7 +18,7 @@ from effformer.attention.tdsm import TDSM
 from effformer.blocks import Branch
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Ledger, Tap
+from effformer.context import EMPTY, Context, Ledger, Tap, explained
 from effformer.nn.norms import Modulation
 from effformer.site import Site
 from effformer.values import Count, Natural
@@ -291,6 +291,7 @@ class RelaCtrl(Model):
                 skip = None
         return self.backbone.head(h, ctx)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from effformer.blocks import BackboneConfig, Joint, Needs, build_stack, head_wid
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.nn.embeddings import TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation
@@ -179,6 +179,7 @@ class JointDiT(Model):
             h, y = block(h, y, image, words)
         return unpatchify(self.final(h, cond), rows, columns, self.config.patch)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from effformer.blocks import BackboneConfig, Branch, Needs, build_stack, head_wi
 from effformer.blocks.base import below, make_ffn
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import EMPTY, Context, Ledger, Merging, Rope, Tap
+from effformer.context import EMPTY, Context, Ledger, Merging, Rope, Tap, explained
 from effformer.ffn import ACM, MLP
 from effformer.layout import Layout
 from effformer.nn.embeddings import resize_positions
@@ -383,6 +383,7 @@ class ViT(Model):
         model.to(next(self.parameters())).load_state_dict(state)
         return model.train(self.training)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

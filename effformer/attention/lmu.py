@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effformer.checks import CapabilityError, check_batch, check_state
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, check_context, explained
 from effformer.nn.legendre import LegendreMemory
 from effformer.registry import Caps, attention
 from effformer.site import Site
@@ -103,11 +103,13 @@ class LMU(Mixer):
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> LMUState:
         """The empty memory, in float32 at least."""
         check_batch(batch, where=f"{self.where}: init_state")
         return LMUState(self.memory.init_state(batch))
 
+    @explained
     def step(self, x: Tensor, state: LMUState, ctx: Context = EMPTY) -> tuple[Tensor, LMUState]:
         """Feed the next tokens x (B, n, D).
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from effformer import registry
 from effformer.checks import CapabilityError, check_batch, check_state
 from effformer.config import part
-from effformer.context import EMPTY, Context, Rope, check_context
+from effformer.context import EMPTY, Context, Rope, check_context, explained
 from effformer.registry import Caps, Entry, attention, core
 from effformer.site import Site
 
@@ -229,6 +229,7 @@ class Attention(Heads):
         small.kept = units if self.kept is None else self.kept.index_select(0, units)
         return small
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> AttentionState:
         """State before the first token; a cross-attention has seen no memory yet.
 
@@ -243,6 +244,7 @@ class Attention(Heads):
         conv = self.conv.init_state(batch, like=like) if self.config.short_conv else None
         return AttentionState(state, conv, self.config.title)
 
+    @explained
     def step(
         self, x: Tensor, state: AttentionState, ctx: Context = EMPTY
     ) -> tuple[Tensor, AttentionState]:

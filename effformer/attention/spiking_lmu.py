@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.checks import check_batch, check_state
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, check_context, explained
 from effformer.nn.legendre import LegendreMemory
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
@@ -109,6 +109,7 @@ class SpikingLMU(Mixer):
         """Dense work: products with spikes count like any other."""
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> SpikingLMUState:
         """The empty memory, and neurons at rest."""
         check_batch(batch, where=f"{self.where}: init_state")
@@ -118,6 +119,7 @@ class SpikingLMU(Mixer):
         )
         return SpikingLMUState(self.memory.init_state(batch), write, recall, read)
 
+    @explained
     def step(
         self, x: Tensor, state: SpikingLMUState, ctx: Context = EMPTY
     ) -> tuple[Tensor, SpikingLMUState]:

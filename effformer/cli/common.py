@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, ParamSpec
 
 import typer
 
-from ..checks import MissingExtra
+from ..checks import is_refusal
 from ..retired import RetiredWarning
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
 ]
-Batch = Annotated[int, typer.Option(help="Samples per call.", min=1)]
+Batch = Annotated[int, typer.Option(help="Samples per call.", min=1, max=10**6)]
 Strict = Annotated[
     Literal["yes", "no"],
     typer.Option(help="no: load what fits, although keys are missing or the network differs."),
@@ -73,9 +73,8 @@ Force = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
-# These are the user's to solve, and one sentence says how; every other exception is a bug and
-# keeps its traceback. The variable shows the traceback of these as well.
-USER_ERRORS = (ValueError, TypeError, MissingExtra, OSError)
+# Refusals and what the system says about files are the user's to solve, and one sentence says how;
+# every other exception is a bug and keeps its traceback. The variable shows that of these as well.
 TRACEBACK = "EFFFORMER_TRACEBACK"
 
 
@@ -98,14 +97,11 @@ def guard(verb: Callable[P, None], *, intact: str | Callable[..., str]) -> Calla
                 verb(*args, **kwargs)
         except BrokenPipeError:
             raise
-        except USER_ERRORS as error:
-            if os.environ.get(TRACEBACK):
+        except Exception as error:
+            sentence = _sentence(error, lambda: left(kwargs))
+            if sentence is None or os.environ.get(TRACEBACK):
                 raise
-            _fail(_sentence(error), 2)
-        except (MemoryError, RuntimeError) as error:
-            if os.environ.get(TRACEBACK) or not _out_of_memory(error):
-                raise
-            _fail(f"not enough memory; {left(kwargs)}; choose a smaller batch or model", 2)
+            _fail(sentence, 2)
         except KeyboardInterrupt:
             _fail(f"interrupted; {left(kwargs)}", 130)
 
@@ -138,10 +134,15 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: Exception, left: Callable[[], str]) -> str | None:
+    """What to tell the user; None for a bug."""
+    if _out_of_memory(error):
+        return f"not enough memory; {left()}; choose a smaller batch or model"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'file'}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) or is_refusal(error):
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -231,7 +232,7 @@ def parse_value(text: str) -> Any:
     """JSON if it is JSON, else the string itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of more digits than Python reads
         return text
 
 

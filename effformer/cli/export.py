@@ -38,7 +38,9 @@ def export(
     quantize: Annotated[
         Quantize | None, typer.Option(help="Quantize the graph by ONNX Runtime.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="onnx: samples of the traced call.", min=1)] = 2,
+    batch: Annotated[
+        int, typer.Option(help="onnx: samples of the traced call.", min=1, max=10**6)
+    ] = 2,
     opset: Annotated[int | None, typer.Option(help="onnx: default is the target's.")] = None,
     target: Annotated[str, typer.Option(help="onnx: effformer list targets.")] = "onnx-cpu",
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
@@ -46,7 +48,9 @@ def export(
     sampler: Annotated[str, typer.Option(help="bundle: its sampler.")] = "euler",
     steps: Annotated[
         int | None,
-        typer.Option(help="bundle: steps of the sampler; default: 10, or as distilled.", min=1),
+        typer.Option(
+            help="bundle: steps of the sampler; default: 10, or as distilled.", min=1, max=10_000
+        ),
     ] = None,
     guidance: Annotated[
         float | None,

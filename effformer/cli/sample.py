@@ -38,7 +38,8 @@ def sample(
     source: Annotated[Path, typer.Argument(help="Folder of a saved model, or of an edge bundle.")],
     labels: Annotated[str, typer.Option(help="Class ids, one image each: 0,1,2 or 0-9.")] = "0-9",
     steps: Annotated[
-        int | None, typer.Option(help="Steps of the sampler; default: the bundle's, or 10.", min=1)
+        int | None,
+        typer.Option(help="Steps of the sampler; default: the bundle's, or 10.", min=1, max=10_000),
     ] = None,
     guidance: Annotated[
         float | None,

@@ -34,11 +34,13 @@ def train(
         str,
         typer.Option(help="digits, mnist:DIR, cifar10:DIR, ..., or a folder of images by class."),
     ] = "digits",
-    size: Annotated[int | None, typer.Option(help="Resize images to this side.", min=1)] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Samples per step.")] = 128,
+    size: Annotated[
+        int | None, typer.Option(help="Resize images to this side.", min=1, max=2**14)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", max=10**9)] = 1000,
+    batch: Annotated[int, typer.Option(help="Samples per step.", max=10**6)] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.", max=10**9)] = 100,
     train_pairs: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +60,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
     ] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", max=10**9)] = 500,
     seed: Seed = 0,
     threads: Threads = None,
     out: Out = None,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import Config
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Callee, Context
 from effformer.nn.activations import Activation
 from effformer.site import Site
 from effformer.values import Count, Positive
@@ -55,7 +55,7 @@ class FFNConfig(InnerConfig):
     act: Activation = "gelu-tanh"
 
 
-class FFN(nn.Module, ABC):
+class FFN(Callee, ABC):
     """Kind "ffn": acts on every token alone, (B, N, D) -> (B, N, D).
 
     Networks that look beyond a token say so: ``caps.axes`` for neighbours, ``caps.causal ==

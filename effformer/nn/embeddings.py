@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from effformer.checks import check_ids
+
 from .precision import exactly, widened
 
 __all__ = [
@@ -34,7 +36,12 @@ def time_features(t: Tensor, dim: int = 256, *, freq_shift: int = 0, period: flo
 
     Returns:
         (B, dim).
+
+    Raises:
+        TypeError: complex times.
     """
+    if t.is_complex():
+        raise TypeError(f"times t must be real numbers, got {t.dtype}")
     half = dim // 2
     t = t if t.dtype == torch.float64 else t.float()
     steps = torch.arange(half, dtype=t.dtype, device=t.device)
@@ -87,8 +94,9 @@ class LabelEmbedding(nn.Module):
         """Map labels y (B,) to (B, D); where ``drop`` (B,) is True the null class is taken.
 
         Raises:
-            ValueError: ``drop`` is given but there is no null class.
+            ValueError: ``drop`` is given but there is no null class, or a label is no class.
         """
+        check_ids(y, self.table.num_embeddings, where="labels y")
         if drop is not None:
             if not self.null:
                 raise ValueError(
