@@ -19,6 +19,8 @@ from effformer.ffn import MLP
 from effformer.nn.cut import Forms
 from effformer.wrapped import unwrapping
 
+from .quant.swap import hooked, irreplaceable
+
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
 
 T = TypeVar("T")
@@ -172,7 +174,7 @@ def _optimize_layers(module: nn.Module, rows: int, chosen: dict[tuple[int, ...],
     if isinstance(module, MLP) and module.config.act in _IN_PLACE:
         _optimize_mlp(module, rows, chosen)
     for name, child in module.named_children():
-        if type(child) is nn.Linear:
+        if type(child) is nn.Linear and not hooked(child) and irreplaceable(child) is None:
             setattr(module, name, _optimize_linear(child, rows, chosen))
 
 

@@ -120,10 +120,14 @@ _DTYPES = {
 
 
 def file_bytes(state: Mapping[str, Tensor]) -> int:
-    """Size of a state dict as a safetensors file, header included."""
+    """Size of a state dict as a safetensors file, header included; tied tensors are written once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end, seen = 0, set()
     for name, tensor in state.items():
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
+        if place in seen:
+            continue
+        seen.add(place)
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
         header[name] = {

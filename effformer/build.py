@@ -38,6 +38,7 @@ def build_model(name: str, **overrides: Any) -> Model:
     entry = registry.model.get(name)
     config = entry.preset.replace(where=entry.name, **overrides)
     model: Model = entry.build(config, name=entry.name)
+    model.remember_drawn()
     return model
 
 

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 from .wrapped import bare
 
 __all__ = [
-    "Call", "Inputs", "Named", "accepted", "bind", "device_of", "evaluating", "match", "outputs", "run", "takes",
+    "Call", "Inputs", "Named", "accepted", "bind", "bound", "device_of", "evaluating", "match", "misfit", "outputs", "run",
+    "takes",
 ]  # fmt: skip
 
 Named = Mapping[str, Tensor]
@@ -125,7 +126,7 @@ def bind(
             f"{where}: inputs must be a tensor, a tuple, a dict of named tensors or None, "
             f"got {type(inputs).__name__}"
         )
-    return _bound(model, args, kwargs, where)
+    return bound(model, args, kwargs, where)
 
 
 def match(model: Callable[..., Any], named: Mapping[str, Any], *, where: str) -> Call:
@@ -142,8 +143,8 @@ def match(model: Callable[..., Any], named: Mapping[str, Any], *, where: str) ->
     first = next(iter(own), "x")
     if "x" in named and "x" not in own and first not in named:
         kwargs.pop("x", None)
-        return _bound(model, (named["x"],), kwargs, where)
-    return _bound(model, (), kwargs, where)
+        return bound(model, (named["x"],), kwargs, where)
+    return bound(model, (), kwargs, where)
 
 
 def run(model: nn.Module, inputs: Inputs | None = None, *, where: str) -> list[Tensor]:
@@ -200,6 +201,71 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def misfit(
+    module: nn.Module,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expected: Named,
+) -> str | None:
+    """Why a call that failed could not go well, in one sentence; None if its tensors look right.
+
+    Args:
+        module: whose weights count.
+        method: what was called, the module or a method of it.
+        args: positional arguments of the call.
+        kwargs: named arguments.
+        expected: arguments that fit, by name; their types and ranks count, and the width of tokens.
+    """
+    try:
+        given = bound(method, args, kwargs, "").arguments
+    except TypeError as error:
+        return str(error).removeprefix(": ")
+    for name, one in expected.items():
+        if name in given and not isinstance(given[name], Tensor):
+            return f"{name} must be a tensor of {_kind(one)}, got {type(given[name]).__name__}"
+    batch = given.get("batch", 1)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        return f"batch must be a whole number of at least 1, got {batch!r}"
+    tensors = _with_fields(given)
+    measures: list[Tensor] = [p for p in module.parameters() if p.is_floating_point()]
+    weight = next(iter([*measures[:1], *tensors.values()]), None)
+    for name, x in tensors.items():
+        fit = expected.get(name)
+        if weight is not None and x.device != weight.device:
+            return f"{name} is on {x.device}, the weights are on {weight.device}"
+        if fit is not None and (x.dim() != fit.dim() or _sort(x) != _sort(fit)):
+            return f"{name} must be {_kind(fit)}, got {_kind(x)}"
+        if x.is_floating_point() and weight is not None and x.dtype != weight.dtype:
+            return f"{name} is {x.dtype}, the weights are {weight.dtype}; convert one of them"
+        if not x.numel():
+            return f"{name} of shape {tuple(x.shape)} is empty; give at least one sample and token"
+        if fit is not None and fit.dim() == 3 and x.shape[2] != fit.shape[2]:
+            return f"{name} must be (B, N, {fit.shape[2]}), got {tuple(x.shape)}"
+    return None
+
+
+def _with_fields(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors among arguments, and in records among them."""
+    records = {k: v for k, v in given.items() if _is_record(v) and dataclasses.is_dataclass(v)}
+    fields = {
+        f"{name}.{f.name}": getattr(record, f.name)
+        for name, record in records.items()
+        for f in dataclasses.fields(record)
+    }
+    return {name: x for name, x in {**given, **fields}.items() if isinstance(x, Tensor)}
+
+
+def _sort(x: Tensor) -> str:
+    if x.is_floating_point():
+        return "real numbers"
+    return str(x.dtype) if x.is_complex() or x.dtype == torch.bool else "whole numbers"
+
+
+def _kind(x: Tensor) -> str:
+    return f"{_sort(x)} of a shape such as {tuple(x.shape)}"
+
+
 def _examples(model: Any, batch: int, where: str) -> Inputs:
     model = bare(model)
     examples = getattr(model, "example_inputs", None)
@@ -214,23 +280,32 @@ def _examples(model: Any, batch: int, where: str) -> Inputs:
     return made
 
 
-def _bound(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+def bound(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str = ""
 ) -> Call:
+    """The arguments of a call by the names of the module, or the method, that was called.
+
+    Raises:
+        TypeError: it does not take them.
+    """
     signature = _signature(model)
     try:
-        bound = signature.bind(*args, **kwargs)
+        fit = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(
-            f"{where}: inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+            f"{where}: inputs do not fit {_title(model)}{signature}: {error}"
         ) from error
     own = signature.parameters
-    names = [name for name in bound.arguments if own[name].kind in _PLACED][: len(args)]
+    names = [name for name in fit.arguments if own[name].kind in _PLACED][: len(args)]
     spread = next((n for n, p in own.items() if p.kind == Parameter.VAR_POSITIONAL), "")
     names += [f"{spread}[{i}]" for i in range(len(args) - len(names))]
-    ordered = [name for name in bound.arguments if name in kwargs]
+    ordered = [name for name in fit.arguments if name in kwargs]
     ordered += [name for name in kwargs if name not in ordered]
     return Call(args, {name: kwargs[name] for name in ordered}, tuple(names))
+
+
+def _title(model: Callable[..., Any]) -> str:
+    return getattr(model, "__qualname__", f"{type(model).__name__}.forward")
 
 
 def _signature(model: Callable[..., Any]) -> inspect.Signature:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import importlib
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,11 @@ __all__ = [
     "CapabilityError",
     "FormatError",
     "MissingExtra",
+    "check_batch",
+    "check_ids",
     "check_shape",
+    "check_state",
+    "is_refusal",
     "need",
     "suggest",
     "unknown",
@@ -34,6 +39,25 @@ class FormatError(ValueError):
 
 class MissingExtra(ImportError):
     """An optional package is not installed; the message carries the install command."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True for what was raised to tell a user something: the classes of this file, and a ValueError
+    or TypeError that a ``raise`` statement of this library made. What Python, torch or ONNX Runtime
+    raise inside is a fault of ours, whatever its class.
+    """
+    if isinstance(error, (CapabilityError, FormatError, MissingExtra)):
+        return True
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code, name = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__"))
+    raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and name.partition(".")[0] == __package__
 
 
 def need(module: str, extra: str | None = None) -> ModuleType:
@@ -95,3 +119,75 @@ def check_shape(x: Tensor, expected: str, sizes: Sequence[int | None], *, where:
     )
     if not fits:
         raise ValueError(f"{where}: expected shape {expected}, got {tuple(x.shape)}")
+
+
+def check_batch(batch: Any, *, where: str) -> None:
+    """Refuse what is no number of samples; one that a graph leaves open is one.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: less than 1.
+    """
+    from torch import SymInt
+
+    if isinstance(batch, SymInt):
+        return
+    if not isinstance(batch, int) or isinstance(batch, bool):
+        raise TypeError(f"{where}: expected a number of samples, got {batch!r}")
+    if batch < 1:
+        raise ValueError(f"{where}: the number of samples must be at least 1, got {batch}")
+
+
+def check_state(state: Any, kind: type, batch: int, *, where: str) -> None:
+    """Refuse a state of something else, or of other samples.
+
+    Args:
+        state: what was given; its tensors have the samples in front.
+        kind: what ``init_state`` returns.
+        batch: number of samples of the tokens.
+        where: the public entry point that was called.
+
+    Raises:
+        TypeError: a state of another kind.
+        ValueError: one of another number of samples.
+    """
+    from torch import Tensor, compiler
+    from torch.utils._pytree import tree_leaves
+
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{where}: expected {kind.__name__} from init_state or the step before, "
+            f"got {type(state).__name__}"
+        )
+    if compiler.is_compiling():
+        return
+    for x in tree_leaves(state):
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] != batch:
+            raise ValueError(f"{where}: a state of {x.shape[0]} samples, but tokens of {batch}")
+
+
+def check_ids(ids: Tensor, below: int, *, where: str) -> None:
+    """Check ids of rows of a table.
+
+    They are read on the CPU only, and not while a graph is captured: elsewhere looking at them
+    would make every call wait for the device.
+
+    Args:
+        ids: whole numbers of any shape.
+        below: number of rows.
+        where: the public entry point that was called, and the name of the argument.
+
+    Raises:
+        TypeError: the ids are no whole numbers.
+        ValueError: an id lies outside 0..below - 1.
+    """
+    import torch
+
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{where} must be int64 ids, got {ids.dtype}")
+    plain = type(ids) is torch.Tensor and ids.device.type == "cpu" and ids.numel()
+    if torch.compiler.is_compiling() or not plain:
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= below:
+        raise ValueError(f"{where} must lie in 0..{below - 1}, got {int(low if low < 0 else high)}")

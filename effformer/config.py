@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
+from typing import Any, ClassVar, Self, Union, get_args
 
 from . import registry
 from .checks import unknown
 from .retired import read_changes
+from .values import Check, check_fields, plain
 
 __all__ = ["Config", "Spec", "part", "resolve"]
 
@@ -28,13 +28,27 @@ Spec = Union[str, Mapping[str, Any], "Config"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Base of all configs. Unknown keys and values of the wrong type are errors.
+    """Base of all configs. Unknown keys, values of the wrong type and numbers out of their range are
+    errors, however a config is made. What a field accepts stands in its type (`effformer.values`);
+    what fields demand of each other, a class says in a method ``check``.
 
     Attributes:
         ENTRY: the registered part that this class configures; the registry writes it.
     """
 
     ENTRY: ClassVar[registry.Entry | None] = None
+
+    def __init_subclass__(cls) -> None:
+        if "__post_init__" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__qualname__}: __post_init__ checks the fields of every config; name what this "
+                "one adds `check`"
+            )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for check in _checks(type(self)):  # type: ignore[arg-type]
+            check(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
@@ -50,7 +64,7 @@ class Config:
             raise ValueError(f"{where or cls.__qualname__}: missing options {', '.join(missing)}")
         where = where or cls.__qualname__
         converted = _convert(cls, given, None, where)
-        with _named(where):
+        with _named(where, cls):
             return cls(**converted)
 
     @property
@@ -73,7 +87,7 @@ class Config:
         """Plain JSON values; ``"name"`` is added if the config belongs to a registered part."""
         found = type(self).__dict__.get("ENTRY")
         named = {} if found is None else {"name": found.name}
-        return named | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return named | {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def caps(self) -> registry.Caps:
         """What the part of this config can do: what its entry declares. The config of a part that
@@ -135,7 +149,7 @@ class Config:
         """A copy with changes; a change to a nested config starts from the present one."""
         where = where or type(self).__qualname__
         converted = _convert(type(self), changes, self, where)
-        with _named(where):
+        with _named(where, type(self)):
             return dataclasses.replace(self, **converted)
 
 
@@ -143,10 +157,33 @@ def part(kind: str, default: Config | None = None, *, optional: bool = False) ->
     """Declare a dataclass field that holds a registered part of ``kind`` (None: the field is
     required, or with ``optional`` empty).
     """
-    metadata = {"kind": kind}
+    metadata = {"kind": kind, "checker": functools.partial(_part, kind, default)}
     if default is None and not optional:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def _part(kind: str, default: Config | None, hint: Any) -> Check:
+    """The check of a field that holds a part."""
+
+    def check(value: Any, where: str) -> Any:
+        found = type(value).__dict__.get("ENTRY")
+        if found is not None and found.kind == kind:
+            return value
+        if value is not None:
+            return resolve(kind, value, default, where=where)
+        if _optional(hint):
+            return None
+        raise TypeError(f"{where}: a model cannot be without it; name one, or leave it out")
+
+    return check
+
+
+@functools.cache
+def _checks(cls: type[Config]) -> tuple[Callable[[Config], None], ...]:
+    """What a class and its bases check beyond single fields."""
+    own = (base.__dict__.get("check") for base in reversed(cls.__mro__))
+    return tuple(check for check in own if check is not None)
 
 
 def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "") -> Config:
@@ -298,14 +335,15 @@ def _between(base: Config, core: registry.Entry, options: Mapping[str, Any], whe
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
+def _named(where: str, cls: type[Config] | None = None) -> Iterator[None]:
     """Begin the refusals of a config's own checks with the place where it was given."""
     try:
         yield
     except (TypeError, ValueError) as error:
         if str(error).startswith(where):
             raise
-        raise type(error)(f"{where}: {error}") from error
+        field = str(error).removeprefix(cls.__qualname__) if cls else ""
+        raise type(error)(where + (field if field[:1] == "." else f": {error}")) from error
 
 
 def _optional(hint: Any) -> bool:
@@ -316,16 +354,10 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-@functools.cache
-def _hints(cls: type[Config]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
 def _convert(
     cls: type[Config], given: Mapping[str, Any], base: Config | None, where: str
 ) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = _hints(cls)  # type: ignore[arg-type]
     kinds = {f.metadata["kind"] for f in fields.values() if f.name == f.metadata.get("kind")}
     if not {"block", "ffn", "layers"}.isdisjoint(given):
         given = read_changes(given, kinds, base, where)
@@ -334,96 +366,16 @@ def _convert(
         if key not in fields:
             raise unknown("option", key, sorted(fields), where=where)
         field, path = fields[key], f"{where}.{key}"
-        if isinstance(value, str) and "short" in field.metadata:
-            with _named(path):
-                value = field.metadata["short"](value)
         if "kind" in field.metadata:
             if base is not None:
                 present = getattr(base, key)
             else:
                 present = None if field.default is dataclasses.MISSING else field.default
-            if value is None and not _optional(hints[key]):
-                raise TypeError(f"{path}: a model cannot be without it; name one, or leave it out")
-            out[key] = (
-                None
-                if value is None
-                else resolve(field.metadata["kind"], value, present, where=path)
-            )
+            if value is not None:
+                value = resolve(field.metadata["kind"], value, present, where=path)
+            out[key] = value
         elif isinstance(value, Mapping) and isinstance(getattr(base, key, None), Config):
             out[key] = getattr(base, key).replace(where=path, **value)
         else:
-            out[key] = _check(value, hints[key], path)
+            out[key] = value
     return out
-
-
-def _check(value: Any, hint: Any, where: str) -> Any:
-    """Check a plain value against a type hint; lists become tuples, ints become floats where a
-    float is asked for.
-    """
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _check_union(value, args, where)
-    if origin is Literal:
-        if value not in args:
-            raise unknown("value", str(value), [str(a) for a in args], where=where)
-        return value
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{where}: expected a list, got {value!r}")
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ValueError(f"{where}: expected {len(args)} values, got {len(value)}")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(
-            _check(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True))
-        )
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{where}: expected a dict, got {value!r}")
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
-        return hint.from_dict(value, where=where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise TypeError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _check_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    errors = []
-    for option in options:
-        if option is type(None):
-            continue
-        try:
-            return _check(value, option, where)
-        except (TypeError, ValueError) as error:
-            errors.append(error)
-    if len(errors) == 1 or isinstance(value, Mapping):
-        raise errors[0]
-    words = " or ".join(_words(option) for option in options if option is not type(None))
-    raise TypeError(f"{where}: expected {words}, got {value!r}")
-
-
-def _words(hint: Any) -> str:
-    """What a type hint accepts, for people."""
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return "a list"
-    if isinstance(hint, type) and issubclass(hint, Config):
-        return f"a dict of {hint.__name__}'s options"
-    return str(getattr(hint, "__name__", hint))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Config):
-        return value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value

@@ -7,14 +7,19 @@ ignores one. What is known when the model is built stands in `effformer.site.Sit
 from __future__ import annotations
 
 import fnmatch
+import functools
+import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from . import registry
-from .checks import CapabilityError
+from .calls import bound, misfit, outputs, takes
+from .checks import CapabilityError, is_refusal
 from .ledger import Ledger
 from .places import Merging, Packing, Rope
 
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMPTY",
+    "Callee",
     "Context",
     "Ledger",
     "Merging",
@@ -31,7 +37,10 @@ __all__ = [
     "Stream",
     "Tap",
     "check_context",
+    "explained",
 ]
+
+M = TypeVar("M", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
@@ -119,6 +128,16 @@ class Context:
     tap: Tap | None = None
     stream: Stream | None = None
 
+    def __post_init__(self) -> None:
+        for name, shape, mask in _TENSORS:
+            value = getattr(self, name)
+            if value is not None:
+                _check_tensor(value, f"ctx.{name}", shape, mask)
+        for name, kind in _OTHERS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"ctx.{name}: expected {kind.__name__}, got {type(value).__name__}")
+
     def rows(self, index: Tensor) -> Context:
         """The context of some samples: ``index`` (B',) picks from the batch, with repetition."""
         names = ("cond", "time", "memory", "mask", "memory_mask", "positions", "width")
@@ -139,14 +158,146 @@ class Context:
         return replace(self, mask=self.memory_mask, memory_mask=None, merging=None)
 
 
+_TENSORS = (
+    ("cond", "(B, Dc)", False),
+    ("time", "(B, Dt)", False),
+    ("memory", "(B, M, Dm)", False),
+    ("mask", "(B, N) or broadcastable to (B, H, N, M)", True),
+    ("memory_mask", "(B, M) or broadcastable to (B, H, N, M)", True),
+    ("positions", "(B or 1, N, axes)", False),
+    ("width", "(B, U)", False),
+)
+"""Tensors of a context: name, shape in words, and whether it is a mask."""
+
+_OTHERS: tuple[tuple[str, type], ...] = (
+    ("rope", Rope), ("grid", tuple), ("merging", Merging), ("packing", Packing),
+    ("ledger", Ledger), ("stream", Stream),
+)  # fmt: skip
+
 EMPTY = Context()
 
 
-def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
-    """Refuse context fields that a part cannot honour, naming parts that can.
+def explained(method: M) -> M:
+    """Where a method of a `Callee` fails on arguments that do not fit, say which and why.
+
+    They are looked at only then: a call that goes well costs nothing more, and graphs are captured
+    without a trace of it. A failure on arguments that fit stays as it is.
+    """
+
+    @functools.wraps(method)
+    def call(self: Callee, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        try:
+            return method(self, *args, **kwargs)
+        except (
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if is_refusal(error):
+                raise
+            called = self if method.__name__ == "__call__" else method.__get__(self)
+            why = misfit(self, called, args, kwargs, self.fitting())
+            if why is None:
+                why = _unfit(self, bound(called, args, kwargs).arguments)
+            site = getattr(self, "site", None)
+            where = getattr(self, "name", "") or getattr(site, "path", "") or type(self).__name__
+            if why is None:
+                raise
+            raise ValueError(f"{where}: {why}") from error
+
+    return typing.cast(M, call)
+
+
+class Callee(nn.Module):
+    """A part or a model: its calls say which arguments do not fit, see `explained`."""
+
+    def fitting(self) -> Mapping[str, Tensor]:
+        """Inputs that fit, by the names of the arguments: tokens (B, N, D) for a part."""
+        site = getattr(self, "site", None)
+        return {} if site is None else {"x": torch.empty(2, 4, site.dim)}
+
+    @explained
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``forward``.
+
+        Raises:
+            ValueError: inputs do not fit; one sentence says which.
+        """
+        return super().__call__(*args, **kwargs)
+
+
+def _unfit(callee: Callee, given: Mapping[str, Any]) -> str | None:
+    """Why the state or the context of a call that failed does not fit its tokens, None if both do."""
+    x = next((a for a in given.values() if isinstance(a, Tensor)), None)
+    ctx = given.get("ctx", EMPTY)
+    if not isinstance(ctx, Context):
+        return f"ctx must be a Context, got {type(ctx).__name__}"
+    if not isinstance(given.get("like", x), Tensor):
+        return f"like must be a tensor, got {type(given.get('like')).__name__}"
+    if "state" in given and x is not None:
+        return _stale(callee, given["state"], x)
+    batch, tokens = (1, 1) if x is None or x.dim() < 2 else x.shape[:2]
+    site: Any = getattr(callee, "site", None)
+    for name in ("cond", "time", "memory", "mask", "memory_mask", "positions", "width"):
+        value, wide = getattr(ctx, name), getattr(site, f"{name}_dim", None)
+        if value is None:
+            continue
+        if value.dim() < 2 or value.shape[0] not in (1, batch):
+            return f"{name} has shape {tuple(value.shape)}, the tokens are {batch} samples"
+        if wide is not None and value.shape[-1] != wide:
+            return f"{name} has shape {tuple(value.shape)}, its width must be {wide}"
+    whole = ctx.grid is None or all(isinstance(n, int) and n > 0 for n in ctx.grid)
+    if not whole or (ctx.grid is not None and math.prod(ctx.grid) > tokens):
+        return f"grid must be whole numbers whose product is at most {tokens}, got {ctx.grid}"
+    return None
+
+
+def _stale(callee: Any, state: Any, x: Tensor) -> str | None:
+    like = {"like": x} if takes(callee.init_state, "like") else {}
+    fresh = callee.init_state(x.shape[0], **like)
+    sizes, wanted = (
+        {leaf.shape if isinstance(s, Tensor) else leaf.shape[:1] for leaf in outputs(s)}
+        for s in (state, fresh)
+    )
+    if type(state) is type(fresh) and sizes == wanted:
+        return None
+    return f"state must be that of init_state({x.shape[0]}) or of the step before"
+
+
+def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:
+    """Refuse what is no such tensor, whatever the tokens are."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: expected a tensor {shape}, got {type(value).__name__}")
+    if mask and value.dtype != torch.bool:
+        raise TypeError(
+            f"{where}: expected bool, True = may attend, got {value.dtype}; mask.bool() where 1 and 0 "
+            "are meant, mask > -1 where 0 and -inf are"
+        )
+    if not mask and not value.is_floating_point():
+        raise TypeError(f"{where}: expected floating-point values, got {value.dtype}")
+    if value.dim() not in ((2, 3, 4) if mask else (shape.count(",") + 1,)):
+        raise ValueError(f"{where}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+def check_context(ctx: Context, caps: Caps, kind: str, where: str, x: Tensor) -> None:
+    """Refuse context fields that a part cannot honour, naming parts that can, and those that are not
+    about its tokens.
+
+    Args:
+        ctx: the context.
+        caps: what the part can do.
+        kind: registry of the part.
+        where: the place of the part.
+        x: (B, N, D) its tokens.
 
     Raises:
         CapabilityError: a field is set that ``caps`` does not declare.
+        ValueError: a field of another size, or on another device.
     """
     wants: dict[str, Any] = {
         "rope": ctx.rope is not None or None,
@@ -162,3 +313,43 @@ def check_context(ctx: Context, caps: Caps, kind: str, where: str) -> None:
             raise CapabilityError(
                 f"{where}: this {kind} cannot honour {field_name}={wanted}; choices that can: {able}"
             )
+    if ctx is not EMPTY and not torch.compiler.is_compiling():  # a graph leaves sizes open
+        _check_sizes(ctx, x, where)
+
+
+def _check_sizes(ctx: Context, x: Tensor, where: str) -> None:
+    """Refuse fields of other tokens, samples or devices than x (B, N, D) has. A size of 1 stands for
+    all samples, and in what is said of pairs or heads for all of them.
+    """
+    batch, tokens = x.shape[0], x.shape[1]
+    keys = tokens if ctx.memory is None else ctx.memory.shape[1]
+    samples = batch if ctx.packing is None else len(ctx.packing.lengths)
+    rope, merging, pairs = ctx.rope, ctx.merging, ctx.mask is not None and ctx.mask.dim() > 2
+    expected: tuple[tuple[str, Tensor | None, tuple[int | None, ...]], ...] = (
+        ("cond", ctx.cond, (samples, None)),
+        ("time", ctx.time, (samples, None)),
+        ("width", ctx.width, (samples, None)),
+        ("memory", ctx.memory, (batch, None, None)),
+        ("mask", None if pairs else ctx.mask, (batch, keys)),
+        ("mask", ctx.mask if pairs else None, (tokens, keys)),
+        ("positions", ctx.positions, (batch, tokens, None)),
+        ("rope.cos", None if rope is None else rope.cos, (tokens, None)),
+        ("rope.key_cos", None if rope is None else rope.key_cos, (keys, None)),
+        ("merging.sizes", None if merging is None else merging.sizes, (batch, tokens)),
+    )
+    for name, value, sizes in expected:
+        if value is None:
+            continue
+        shape, alone = value.shape[-len(sizes) :], value.dim() > len(sizes)
+        fits = all(
+            want in (None, have) or (have == 1 and (alone or i == 0))
+            for i, (have, want) in enumerate(zip(shape, sizes, strict=True))
+        )
+        if not fits:
+            of = "" if ctx.memory is None else f", {keys} in the memory"
+            raise ValueError(
+                f"{where}: ctx.{name} has shape {tuple(value.shape)}, but there are {samples} samples "
+                f"of {tokens} tokens{of}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"{where}: ctx.{name} is on {value.device}, the tokens on {x.device}")

@@ -1,109 +1,239 @@
-"""Files appear complete or not at all, and what stood there before stays until then."""
+"""The one writer: what it writes appears complete or not at all, what stood there before stays until
+then, and only what this program wrote itself is replaced.
+
+Everything is made in a temporary folder beside its place, forced to the disk, and moved in one step.
+A place that is a symbolic link is written through.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fnmatch
+import functools
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .checks import FormatError
 
-__all__ = ["atomic_folder", "atomic_path", "check_folder", "read_json", "write_json"]
+__all__ = [
+    "DiskError", "alive", "atomic_folder", "atomic_path", "check_file", "check_folder", "disk_errors", "host",
+    "inside", "mark", "read_json", "read_whole", "write_json",
+]  # fmt: skip
+
+T = TypeVar("T")
+
+_EDGE = 16_384  # bytes at either end of a file in which its mark stands
+_TRIES = 1000  # how often a folder that others exchange is looked at again
+_AGE = 7 * 86_400  # seconds after which nobody writes to a temporary folder any more
+_TEMPORARY = re.compile(r"\.effformer-([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}")
+_FULL = re.compile(r"No space left|quota exceeded|\d+ requested and \d+ written", re.IGNORECASE)
+FORCE = "choose another place, or replace it with --force (force=True in Python)"
 
 
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; rename it on success, remove it on failure.
+class DiskError(FormatError, OSError):
+    """A place cannot be written: the disk is full or broken, or the system forbids it."""
+
+
+def mark(kind: str) -> str:
+    """What a file of a kind carries near its beginning or its end, so that `check_file` knows it."""
+    return f"effformer:{kind}"
+
+
+def check_file(path: str | Path, *kinds: str, force: bool = False) -> Path:
+    """The regular file that a path stands for, if `atomic_path` may replace it.
+
+    Args:
+        path: the place; a link to a regular file stands for that file.
+        *kinds: what is worth no more than what will be written. A file that is there must carry the
+            `mark` of one of them; none: any file, for places that the caller knows to be its own.
+        force: any regular file may be replaced.
 
     Raises:
-        FormatError: the place cannot be written, or is a folder.
+        FormatError: a folder, a device, a link to nowhere or in a circle, a protected file, or one
+            that this program did not write as one of ``kinds``.
     """
     path = Path(path)
-    if path.is_dir():
-        raise FormatError(f"{path}: is a folder; give the name of a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
-        )
+        target = _resolved(path)
+        mode = target.stat().st_mode if target.exists() else None
+        if mode is None:
+            return target
+        if stat.S_ISDIR(mode):
+            raise FormatError(f"{path}: is a folder; give the name of a file")
+        if not stat.S_ISREG(mode):
+            raise FormatError(
+                f"{path}: is a device, pipe or socket, no regular file; choose another"
+            )
+        if force:
+            return target
+        if not stat.S_IMODE(mode) & 0o222:
+            raise FormatError(f"{path}: is write-protected; {FORCE}")
+        if kinds and not _carries(target, kinds):
+            raise FormatError(
+                f"{path}: holds something that effformer did not write as {' or '.join(kinds)}; {FORCE}"
+            )
     except OSError as error:
-        raise FormatError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+    return target
 
 
 @contextmanager
-def atomic_folder(folder: str | Path, *, marker: str, own: Collection[str] = ()) -> Iterator[Path]:
+def atomic_path(path: str | Path, *kinds: str, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary file; on success it takes the place of ``path``, on failure it vanishes.
+
+    Further files that are left beside it move with it, before it; their names must be new.
+
+    Args:
+        path: the place, see `check_file`. A new file gets the permissions that the user's umask
+            leaves, an existing one keeps its own.
+        *kinds: what may be replaced, see `check_file`.
+        force: replace whatever regular file is there.
+
+    Raises:
+        FormatError: the place cannot be written, or holds something that must stay.
+        DiskError: the disk is full.
+    """
+    path = Path(path)
+    target = check_file(path, *kinds, force=force)
+    with _workspace(target, path) as space:
+        temporary = space / target.name
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        if check_file(path, *kinds, force=force).exists():
+            mode = target.stat().st_mode
+        moved: list[Path] = []
+        try:
+            for file in (*(f for f in sorted(space.iterdir()) if f != temporary), temporary):
+                file.chmod(stat.S_IMODE(mode))
+                _sync(file)
+                place = target if file == temporary else target.with_name(file.name)
+                os.replace(file, place)
+                moved.append(place)
+        finally:
+            for further in moved if target not in moved else ():
+                further.unlink(missing_ok=True)
+        _sync(target.parent)
+
+
+def check_folder(
+    folder: Path,
+    *,
+    marker: str,
+    own: Collection[str] = (),
+    objection: Callable[[Path], str] | None = None,
+    force: bool = False,
+) -> Path:
+    """The folder that a path stands for, if `atomic_folder` may replace it: nothing that this program
+    did not write would be lost.
+
+    Raises:
+        FormatError: it may not.
+    """
+    folder = Path(folder)
+    try:
+        target = _resolved(folder)
+        if target.exists() and not target.is_dir():
+            raise FormatError(f"{folder}: is a file; choose a folder")
+        found = sorted(target.iterdir()) if target.is_dir() else []
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if not found:
+        return target
+    if marker not in (f.name for f in found):
+        raise FormatError(
+            f"{folder}: holds other files and no {marker}; choose an empty or new folder"
+        )
+    if others := [f.name for f in found if not _own(f, (marker, *own))]:
+        raise FormatError(
+            f"{folder}: would be replaced, but also holds {', '.join(others[:3])}; move "
+            f"{'it' if len(others) == 1 else 'them'} away or choose another folder"
+        )
+    if not force and objection is not None and (words := objection(target)):
+        raise FormatError(f"{folder}: {words}; {FORCE}")
+    return target
+
+
+@contextmanager
+def atomic_folder(
+    folder: str | Path,
+    *,
+    marker: str,
+    own: Collection[str] = (),
+    objection: Callable[[Path], str] | None = None,
+    force: bool = False,
+) -> Iterator[Path]:
     """Yield a temporary folder; it replaces ``folder`` on success and vanishes on failure.
+
+    Whoever looks in between, and whoever writes at the same time, finds one result or the other,
+    whole; see `read_whole`.
 
     Args:
         folder: the target. It may exist if it is empty or an earlier result of the same kind.
         marker: file that identifies the kind of folder.
         own: globs of the other files of such a result.
+        objection: says why an earlier result must stay, "" if it need not.
+        force: replace it all the same; files that are not of such a result are never removed.
 
     Raises:
         FormatError: the target is a file, holds something else, or cannot be written.
+        DiskError: the disk is full.
     """
     folder = Path(folder)
-    check_folder(folder, marker=marker, own=own)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise FormatError(
-            f"{folder}: cannot be written ({error.strerror}); choose another place"
-        ) from error
-    try:
+    check = functools.partial(
+        check_folder, folder, marker=marker, own=own, objection=objection, force=force
+    )
+    target = check()
+    with _workspace(target, folder) as space:
+        temporary = space / target.name
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(temporary.name + ".old")
-        if folder.exists():
-            folder.replace(old)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        for file in temporary.rglob("*"):
+            file.chmod(mode if file.is_dir() else mode & 0o666)
+            _sync(file)
+        _sync(temporary)
+        check()
+        _put(temporary, target)
+        _sync(target.parent)
+
+
+def read_whole(folder: Path, read: Callable[[], T]) -> T:
+    """What ``read`` gives for a folder that is not exchanged for another while it reads."""
+    for _ in range(_TRIES):
+        before = _identity(folder)
         try:
-            temporary.replace(folder)
-        except OSError:
-            if old.exists():
-                old.replace(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            result = read()
+        except (OSError, ValueError):
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return result
+    raise FormatError(f"{folder}: is replaced all the time; read it when nobody writes")
 
 
-def check_folder(folder: Path, *, marker: str, own: Collection[str] = ()) -> None:
-    """Whether `atomic_folder` may replace a folder: nothing that it did not write would be lost.
-
-    Raises:
-        FormatError: it may not.
+def inside(folder: Path, name: str) -> Path | None:
+    """The file that a foreign file names, relative to the folder in which it lies; None if it lies
+    elsewhere, symbolic links included.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FormatError(f"{folder}: is a file; choose a folder")
-    if not folder.is_dir() or not (found := sorted(f.name for f in folder.iterdir())):
-        return
-    if marker not in found:
-        raise FormatError(
-            f"{folder}: holds other files and no {marker}; choose an empty or new folder"
-        )
-    known = (marker, *own)
-    if others := [n for n in found if not any(fnmatch.fnmatch(n, k) for k in known)]:
-        raise FormatError(
-            f"{folder}: would be replaced, but also holds {', '.join(others[:3])}; move "
-            f"{'it' if len(others) == 1 else 'them'} away or choose another folder"
-        )
+    if "\0" in name or Path(name).is_absolute():
+        return None
+    path = folder / name
+    return path if path.resolve().is_relative_to(folder.resolve()) else None
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -123,5 +253,179 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FormatError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError as error:
+        raise FormatError(f"{path}: is not readable JSON (nested too deeply)") from error
+    except (OSError, ValueError) as error:  # not UTF-8, not JSON, or a number without end
         raise FormatError(f"{path}: is not readable JSON ({error})") from error
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in words that a disk is full or broken, whatever the writer inside calls it.
+
+    Raises:
+        DiskError: it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
+            raise DiskError(
+                f"{path}: the disk is full ({error}); what was there before is intact, free some "
+                "space or choose another place"
+            ) from error
+        if number in (errno.EFBIG, errno.EIO, errno.EROFS):
+            raise _unwritable(path, error) from error
+        raise
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine lives; True where the system cannot be asked."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+@functools.cache
+def host() -> str:
+    """This machine, and in it this space of process numbers, in eight digits."""
+    with suppress(OSError):
+        return _short(socket.gethostname() + os.readlink("/proc/self/ns/pid"))
+    return _short(socket.gethostname())
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _resolved(path: Path) -> Path:
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise FormatError(
+            f"{path}: is a symbolic link that leads in a circle; choose another place"
+        )
+    if path.is_symlink() and not target.exists():
+        raise FormatError(
+            f"{path}: is a symbolic link to {target}, which does not exist; choose another place"
+        )
+    return target
+
+
+def _own(path: Path, names: Collection[str]) -> bool:
+    """Whether an entry of a folder is what its kind puts there: no link, no other folder."""
+    if path.is_symlink() or not any(fnmatch.fnmatch(path.name, name) for name in names):
+        return False
+    return path.name == "__pycache__" if path.is_dir() else path.is_file()
+
+
+def _carries(path: Path, kinds: Collection[str]) -> bool:
+    with path.open("rb") as file:
+        ends = file.read(_EDGE)
+        file.seek(max(len(ends), path.stat().st_size - _EDGE))
+        ends += file.read(_EDGE)
+    return any(mark(kind).encode() in ends for kind in kinds)
+
+
+def _unwritable(path: Path, error: Exception) -> DiskError:
+    why = getattr(error, "strerror", None) or str(error)
+    return DiskError(f"{path}: cannot be written ({why}); choose another place")
+
+
+@contextmanager
+def _workspace(target: Path, shown: Path) -> Iterator[Path]:
+    """A temporary folder beside a place; those of killed processes are removed on the way."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        space = target.with_name(f".effformer-{host()}-{os.getpid()}-{secrets.token_hex(4)}")
+        space.mkdir()
+    except OSError as error:
+        raise _unwritable(shown, error) from error
+    try:
+        with disk_errors(shown):
+            yield space
+    finally:
+        shutil.rmtree(space, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found is None or not entry.is_dir(follow_symlinks=False):
+                continue
+            with suppress(OSError):
+                killed = found[1] == host() and not alive(int(found[2]))
+                if killed or time.time() - entry.stat().st_mtime > _AGE:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Put a folder into its place; what stood there comes to stand beside the new one's old place.
+
+    Another process may do the same at any time, so every step may find its place taken or empty.
+    """
+    old = new.with_name(f"{new.name}.old")
+    for _ in range(_TRIES):
+        if _exchange(new, folder):
+            return
+        try:
+            os.rename(new, folder)  # a place that is free, or an empty folder
+            return
+        except OSError:
+            if not folder.is_dir():
+                raise
+        # a file system that cannot exchange: for a moment the place is empty
+        with suppress(FileNotFoundError):
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+            return
+        except OSError:
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # the other process was quicker
+    raise FormatError(f"{folder}: others write here all the time; choose another place")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step; False if one is missing or the system cannot do it."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        names = os.fsencode(one), os.fsencode(other)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(*names, 2) == 0)
+        return bool(library.renameat2(-100, names[0], -100, names[1], 2) == 0)
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to the disk before it is relied upon."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # a system whose folders cannot be opened
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)

@@ -1,16 +1,14 @@
 """Saving and loading: folders of ``config.json`` + ``model.safetensors``, and foreign weight files
 as data.
 
-Files are written to a temporary name and renamed; foreign pickles are read with
-``weights_only=True``, always.
+Everything is written by `effformer.files`; foreign pickles are read with ``weights_only=True``,
+always.
 """
 
 from __future__ import annotations
 
-import pickle
-import warnings
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +17,12 @@ from torch import Tensor, nn
 
 from . import registry, retired
 from .checks import FormatError, unknown
-from .files import atomic_folder, atomic_path, read_json, write_json
+from .files import atomic_folder, atomic_path, mark, read_json, read_whole, write_json
 from .layout import Layout, StateDict
+from .loading import LoadReport, by_name, load_weights, model_name
 from .version import VERSION
-from .wrapped import plain_keys, unwrapping
+from .weights import TRAINED, open_weights, unshared, with_trained
+from .wrapped import unwrapping
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -36,34 +36,57 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-MODEL_FOLDER: Any = {"marker": _CONFIG, "own": (_WEIGHTS,)}
-_WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
+_WORTH = ("random", "compressed", "trained")
+"""What weights are, from what any seed gives again to what nothing gives again."""
+WEIGHTS = tuple(f"{worth} weights" for worth in _WORTH)
+"""Kinds of files that `save_weights` writes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """What `load_weights` did.
+def model_folder(weights: str, *, by: str = "", force: bool = False) -> dict[str, Any]:
+    """What `effformer.files.atomic_folder` and ``check_folder`` must know to save a model.
 
-    Attributes:
-        layout: name of the layout that was recognised.
-        missing: our keys that the file does not have.
-        unexpected: keys of the file that the model does not have.
-        reshaped: our keys whose tensors were viewed into another shape of equal size.
+    Args:
+        weights: what it is worth: "random", "compressed" or "trained".
+        by: the verb that saves it, which replaces nothing that another verb saved; "": a program.
+        force: an earlier model may be of any worth and by anybody.
     """
 
-    layout: str
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    reshaped: tuple[str, ...] = ()
+    def objection(folder: Path) -> str:
+        try:
+            facts = read_json(folder / _CONFIG)
+            _check_facts(facts, folder / _CONFIG)
+        except FormatError:
+            return f"holds a {_CONFIG} that effformer did not write"
+        there = facts.get("weights", "compressed" if facts["transforms"] else "trained")
+        if there not in _WORTH[: _WORTH.index(weights) + 1]:
+            return f"holds a model with {there} weights, which {weights} ones do not replace"
+        author = facts.get("by", by)
+        return f"holds a model that {author!r} wrote, not {by!r}" if by and author != by else ""
+
+    return {"marker": _CONFIG, "own": (_WEIGHTS,), "objection": objection, "force": force}
+
+
+def _worth(model: nn.Module) -> str:
+    if getattr(model, "drawn", False):
+        return "random"
+    return "compressed" if getattr(model, "transforms", ()) else "trained"
 
 
 @unwrapping
-def save_pretrained(model: Model, folder: str | Path) -> Path:
+def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bool = False) -> Path:
     """Write ``config.json`` and ``model.safetensors``; an earlier save at the same place is
     replaced whole.
 
+    Args:
+        model: the model.
+        folder: new, empty, or an earlier save whose weights are worth no more: trained or loaded
+            ones are worth more than compressed ones, those more than random ones.
+        by: the verb of the command line that saves; it replaces nothing that another one saved.
+        force: replace an earlier save of any worth.
+
     Raises:
-        FormatError: the folder holds other files or cannot be written.
+        FormatError: the folder holds other files or a model that is worth more, or cannot be
+            written.
         ValueError: the model is an optimized copy.
     """
     from safetensors.torch import save_file
@@ -77,10 +100,14 @@ def save_pretrained(model: Model, folder: str | Path) -> Path:
         "name": model.name,
         "config": model.config.to_dict(),
         "transforms": list(model.transforms),
+        "weights": _worth(model),
+        "by": by or "save_pretrained",
+        "trained": model.trained,
     }
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    with atomic_folder(folder, **MODEL_FOLDER) as temporary:
-        save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+    state = unshared(_tensors(model))
+    kind = model_folder(facts["weights"], by=by, force=force)
+    with atomic_folder(folder, **kind) as temporary:
+        save_file(state, temporary / _WEIGHTS, metadata=_metadata(model))
         write_json(temporary / _CONFIG, facts)
     return Path(folder)
 
@@ -91,7 +118,10 @@ def load_model(folder: str | Path) -> Model:
     Raises:
         FormatError: not such a folder, written by a newer version, or the weights do not fit.
     """
-    folder = Path(folder)
+    return read_whole(Path(folder), lambda: _load_model(Path(folder)))
+
+
+def _load_model(folder: Path) -> Model:
     if not (folder / _CONFIG).is_file():
         raise FormatError(f"{folder}: no {_CONFIG}; expected a folder written by save_pretrained")
     facts = read_json(folder / _CONFIG)
@@ -111,8 +141,21 @@ def load_model(folder: str | Path) -> Model:
     model: Model = entry.build(config, name=facts["name"])
     for record in facts["transforms"]:
         model = replay(model, _renewed(model, record))
-    load_weights(model, folder / _WEIGHTS, layout="effformer")
+    file = open_weights(folder / _WEIGHTS, config={})
+    load_weights(_typed(model, file.tensors), file, layout="effformer")
+    model.trained = facts.get("trained")
     return model.eval()
+
+
+def _typed(model: M, state: StateDict) -> M:
+    """A model with the floating-point types of its weights, in which it was saved."""
+    kinds = {x.dtype for x in state.values() if x.is_floating_point()}
+    if len(kinds) == 1:
+        return model.to(kinds.pop())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state and tensor.is_floating_point() and state[name].is_floating_point():
+            tensor.data = tensor.data.to(state[name].dtype)
+    return model
 
 
 def _renewed(model: nn.Module, record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,6 +179,8 @@ def _check_facts(facts: Any, path: Path) -> None:
             )
     if facts["format"] < 1 or not all(isinstance(t, dict) for t in facts["transforms"]):
         raise FormatError(f"{path}: is not an effformer config; format or transforms are damaged")
+    if not isinstance(facts.get("trained"), dict | None):
+        raise FormatError(f"{path}: trained is {facts['trained']!r}, expected a dict or null")
 
 
 def replay(model: M, record: Mapping[str, Any]) -> M:
@@ -159,204 +204,107 @@ def replay(model: M, record: Mapping[str, Any]) -> M:
     return changed
 
 
-def read_weights(source: str | Path | Mapping[str, Tensor]) -> StateDict:
+def read_weights(source: str | Path | Mapping[str, Tensor], weights: str = "auto") -> StateDict:
     """Read a state dict from safetensors, or from a torch file with ``weights_only=True``.
 
-    Training checkpoints are unwrapped ("ema" before "model"), and the prefixes of wrappers
-    ("module.") removed.
-
-    Raises:
-        FormatError: missing, truncated or foreign file, or one that would run code when unpickled.
-    """
-    tensors = _read(source)
-    return {new: tensors[key] for key, new in plain_keys(tensors).items()}
-
-
-def _read(source: str | Path | Mapping[str, Tensor]) -> StateDict:
-    """The tensors of a state dict under the keys that they have there."""
-    state = dict(source) if isinstance(source, Mapping) else _read_file(Path(source))
-    for wrapper in _WRAPPERS:
-        if isinstance(state.get(wrapper), Mapping):
-            state = dict(state[wrapper])
-    where = "state dict" if isinstance(source, Mapping) else str(source)
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
-    return tensors
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise FormatError(
-                f"{path}: is truncated or not a safetensors file ({error})"
-            ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # other pickle protocols: read or refused
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FormatError(
-            f"{path}: holds pickled objects other than tensors, or is no checkpoint; effformer reads data, not code: "
-            "save a plain state dict or safetensors"
-        ) from error
-    except Exception as error:  # the reader meets rubbish with whatever its next step raises
-        raise FormatError(f"{path}: is truncated or not a torch checkpoint ({error})") from error
-    if not isinstance(state, Mapping):
-        raise FormatError(f"{path}: holds a {type(state).__name__}, expected a state dict")
-    return dict(state)
-
-
-@unwrapping
-def load_weights(
-    model: nn.Module,
-    source: str | Path | Mapping[str, Tensor],
-    layout: str | Layout = "auto",
-    *,
-    strict: bool = True,
-) -> LoadReport:
-    """Load weights in our layout or in a published one.
+    Training checkpoints are unwrapped, and the names that compiling and wrapping put into keys
+    ("module.", "_orig_mod.") removed.
 
     Args:
-        model: a model, or a part with its own layout; nothing is changed unless everything fits.
-        source: a safetensors or torch file, or a state dict.
-        layout: "auto", "effformer", the name of a published layout of the model's family, or any
-            `Layout`.
-        strict: missing or unexpected keys are an error. Parts that leave the function of the model
-            as it is until they are trained (gates that start open) may be missing altogether.
+        source: the file, or what it would hold.
+        weights: "auto" takes averaged weights where there are some, "ema" asks for them, "raw" for
+            those that the optimizer holds; or the name of an entry of the file.
+
+    What the weights were trained to predict comes along where the source says it (files and state
+    dicts of our models do). Weights in a published layout that say nothing are taken for published
+    ones; of others in our layout it stays as ``model.trained`` has it.
 
     Raises:
-        FormatError: the file cannot be read, its layout is not recognised, or keys or shapes do not
-            fit.
-        ValueError: unknown layout.
+        FormatError: missing, truncated or foreign file, one that would run code when unpickled, or
+            one without such weights.
     """
-    own, state = model.state_dict(), _read(source)
-    state = {new: state[key] for key, new in plain_keys(state, own).items()}
-    new = retired.rename(state, own.keys())
-    state = {new.get(key, key): value for key, value in state.items()}
-    where = "state dict" if isinstance(source, Mapping) else str(source)
-    chosen = _choose_layout(model, state, layout, where)
-    if chosen is not None:
-        state = chosen.to_ours(state, getattr(model, "config", None))
-    reshaped, wrong = [], []
-    for key in state.keys() & own.keys():
-        if state[key].shape == own[key].shape:
-            continue
-        if _viewable(state[key].shape, own[key].shape):
-            state[key] = state[key].reshape(own[key].shape)
-            reshaped.append(key)
-        else:
-            wrong.append(
-                f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
-            )
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    needed = [key for key in missing if key not in _addable(model, missing)]
-    if wrong or (strict and (needed or unexpected)):
-        parts = [f"wrong shapes: {_some(wrong)}"] if wrong else []
-        parts += [f"missing: {_some(needed)}"] if needed else []
-        parts += [f"unexpected: {_some(unexpected)}"] if unexpected else []
-        raise FormatError(f"{where} does not fit {_name(model)}: {'; '.join(parts)}")
-    model.load_state_dict({k: state[k] for k in state.keys() & own.keys()}, strict=False)
-    return LoadReport(
-        layout="effformer" if chosen is None else chosen.name,
-        missing=tuple(missing),
-        unexpected=tuple(unexpected),
-        reshaped=tuple(sorted(reshaped)),
-    )
+    file = open_weights(source, weights)
+    return with_trained(file.tensors, file.trained)
 
 
 @unwrapping
-def save_weights(model: nn.Module, path: str | Path, layout: str | Layout = "effformer") -> Path:
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    layout: str | Layout = "effformer",
+    *,
+    force: bool = False,
+) -> Path:
     """Write the weights as one safetensors file, in our layout or in a published one.
 
     Args:
         model: a model or a part.
-        path: the file.
+        path: the file: new, or one that this function wrote, with weights that are worth no more
+            (see `save_pretrained`).
         layout: "effformer", the name of a published layout of the model's family, or any `Layout`.
+        force: replace any file.
 
     Raises:
         ValueError: unknown layout.
-        FormatError: the place cannot be written.
+        FormatError: the place cannot be written, or holds something else; or the layout's network
+            does not compute what the model computes: it has other parts, or was quantized.
     """
     from safetensors.torch import save_file
 
-    state = dict(model.state_dict())
+    state = _tensors(model)
     if layout != "effformer":
-        chosen = layout if isinstance(layout, Layout) else _by_name(model, layout)
-        state = chosen.from_ours(state, getattr(model, "config", None))
-    with atomic_path(path) as temporary:
-        save_file(
-            {k: v.contiguous().clone() for k, v in state.items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
+        chosen = layout if isinstance(layout, Layout) else by_name(model, layout)
+        state = _translated(model, chosen, state)
+    kinds = WEIGHTS[: _WORTH.index(_worth(model)) + 1]
+    with atomic_path(path, *kinds, force=force) as temporary:
+        facts = _metadata(model) | {"generator": mark(kinds[-1])}
+        save_file(unshared(state), temporary, metadata=facts)
     return Path(path)
 
 
-def _addable(model: nn.Module, missing: list[str]) -> set[str]:
-    """Missing keys of parts that start neutral, if such a part is missing whole."""
-    gone, found = set(missing), set[str]()
-    for path, module in model.named_modules():
-        if getattr(module, "neutral_start", False):
-            keys = {f"{path}.{key}" for key in module.state_dict()}
-            found |= keys if keys <= gone else set()
-    return found
+def _metadata(model: nn.Module) -> dict[str, str]:
+    """What a file of weights says beside its tensors."""
+    trained = getattr(model, "trained", None)
+    return {"format": "pt"} | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
 
 
-def _viewable(have: torch.Size, want: torch.Size) -> bool:
-    """The shapes differ by dimensions of length 1, or by how those behind the first are grouped; a
-    transposed matrix is not the same tensor in another shape.
+def _tensors(model: nn.Module) -> StateDict:
+    """Tensors of a model by name."""
+    return {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
+
+
+def _translated(model: nn.Module, layout: Layout, state: StateDict) -> StateDict:
+    """The tensors in a published layout, which gives them back as they are.
+
+    Raises:
+        FormatError: it cannot hold them.
     """
-    if have.numel() != want.numel():
+    config, where = getattr(model, "config", None), f"{model_name(model)}: layout {layout.name!r}"
+    instead = "layout='effformer' holds any model"
+    if strange := layout.strange(config):
+        raise FormatError(f"{where} has no {', '.join(strange.values())}; {instead}")
+    if hasattr(model, "FAMILY"):
+        with torch.device("meta"):
+            plain = type(model)(config)
+        built = {key: value.shape for key, value in _tensors(plain).items()}
+        if built != {key: value.shape for key, value in state.items()}:
+            done = ", ".join(r["kind"] for r in getattr(model, "transforms", ())) or "changed"
+            raise FormatError(
+                f"{where} holds models as they are built, but this one was changed since ({done}); "
+                "save_pretrained keeps the change"
+            )
+    out = layout.from_ours(dict(state), config)
+    back = layout.to_ours(dict(out), config)
+    lost = [k for k in state if k not in back or not _same(back[k], state[k])]
+    if lost or len(back) > len(state):
+        lost += sorted(back.keys() - state.keys())
+        raise FormatError(f"{where} cannot hold {', '.join(lost[:3])} of this model; {instead}")
+    return out
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal tensors, also where they hold no numbers."""
+    if a.shape != b.shape:
         return False
-    return [n for n in have if n != 1] == [n for n in want if n != 1] or have[:1] == want[:1]
-
-
-def _name(model: nn.Module) -> str:
-    return str(getattr(model, "name", type(model).__name__))
-
-
-def _layouts(model: nn.Module) -> tuple[Layout, ...]:
-    return getattr(model, "LAYOUTS", ())
-
-
-def _by_name(model: nn.Module, layout: str) -> Layout:
-    known = {lay.name: lay for lay in _layouts(model)}
-    if layout not in known:
-        raise unknown("layout", layout, ["effformer", *known], where=_name(model))
-    return known[layout]
-
-
-def _choose_layout(
-    model: nn.Module, state: StateDict, layout: str | Layout, where: str
-) -> Layout | None:
-    """The foreign layout to convert from, None for our own."""
-    if isinstance(layout, Layout):
-        return layout
-    if layout == "effformer":
-        return None
-    if layout != "auto":
-        return _by_name(model, layout)
-    own = model.state_dict().keys()
-    if len(own & state.keys()) > len(own) // 2:
-        return None
-    for candidate in _layouts(model):
-        if candidate.recognise(state.keys()):
-            return candidate
-    names = ", ".join(["effformer", *(lay.name for lay in _layouts(model))])
-    sample = _some(sorted(state))
-    raise FormatError(
-        f"{where}: keys such as {sample} fit none of the layouts of {_name(model)} ({names})"
-    )
-
-
-def _some(items: list[str], most: int = 4) -> str:
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    a = a.to(b)
+    return bool(((a == b) | ((a != a) & (b != b))).all())

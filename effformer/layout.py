@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Rows", "StateDict", "has_keys", "renamed"]
+from .checks import FormatError
+
+__all__ = ["TRAINING", "Layout", "Rows", "StateDict", "clashes", "has_keys", "renamed"]
 
 StateDict = dict[str, Tensor]
+
+TRAINING = (
+    "dropout", "attn_dropout", "drop_path", "drop_path_rule", "layer_scale", "*.backend", "*.chunk",
+)  # fmt: skip
+"""Paths of options that leave the function of a trained model as it is; that there is a layer scale
+is seen in the keys.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,15 +30,26 @@ class Layout:
 
     Attributes:
         name: for instance "official" or "diffusers".
-        recognise: True if a set of keys has this layout.
+        recognise: True if a set of keys has this layout; it gets the state dict, whose tensors may
+            tell apart what keys cannot.
         to_ours: (foreign state dict, model config) -> our state dict.
-        from_ours: (our state dict, model config) -> foreign state dict.
+        from_ours: (our state dict, model config) -> foreign state dict; it refuses a tensor that has
+            no name there.
+        strange: model config -> options of ours, by path, that the published network has not, with
+            a few words each. Empty: it computes what the model computes.
+        options: model config -> options of that network by their published names. A tuple lists the
+            spellings of one value.
+        around: beginnings of the keys of what stands around the network (heads of a training
+            task); they are left out.
     """
 
     name: str
     recognise: Callable[[Iterable[str]], bool]
     to_ours: Callable[[StateDict, Any], StateDict]
     from_ours: Callable[[StateDict, Any], StateDict]
+    strange: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    options: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    around: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +102,28 @@ def renamed(
         rest = dict(state)
         for cut in cuts:
             made |= _recut(rest, cut.ours, cut.theirs, None)
+        for key in rest:
+            if not any(pattern.match(key) for pattern, _ in backward):
+                raise FormatError(f"layout {name!r} has no name for {key}")
         return made | _rename(rest, backward)
 
     return Layout(name=name, recognise=recognise, to_ours=to_ours, from_ours=from_ours)
+
+
+def clashes(options: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
+    """Options that a checkpoint states in another way: name -> a few words.
+
+    Args:
+        options: what the published network must be told to compute what a model of ours computes.
+        facts: what the checkpoint says; what it does not say (or leaves None) cannot clash.
+    """
+    out = {}
+    for name, wanted in options.items():
+        said = facts.get(name)
+        spellings = wanted if isinstance(wanted, tuple) else (wanted,)
+        if said is not None and said not in spellings:
+            out[name] = f"{name} is {said!r} there and {spellings[0]!r} here"
+    return out
 
 
 def has_keys(*wanted: str) -> Callable[[Iterable[str]], bool]:

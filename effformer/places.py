@@ -58,6 +58,23 @@ class Rope:
     key_sin: Tensor | None = None
     interleaved: bool = False
 
+    def __post_init__(self) -> None:
+        for cos, sin in ((self.cos, self.sin), (self.key_cos, self.key_sin)):
+            if cos is None and sin is None:
+                continue
+            if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+                raise TypeError("rope: a cosine table goes with a sine table, both tensors")
+            if not (cos.is_floating_point() and sin.is_floating_point()) or cos.dim() < 2:
+                raise ValueError(
+                    f"rope: tables are floating-point (N, K), (H, N, K) or (B, H, N, K), got {cos.dtype} "
+                    f"{tuple(cos.shape)} and {sin.dtype} {tuple(sin.shape)}"
+                )
+            if cos.dim() != sin.dim() or cos.shape[-1] != sin.shape[-1] or cos.device != sin.device:
+                raise ValueError(
+                    f"rope: cosines are {tuple(cos.shape)} on {cos.device}, sines {tuple(sin.shape)} on "
+                    f"{sin.device}; both tables have one shape"
+                )
+
     def query(self, x: Tensor) -> Tensor:
         """Turn queries, or features of queries, (B, H, N, K)."""
         return self._turn(x, self.cos, self.sin)
@@ -168,6 +185,10 @@ class Rope:
         return Rope(change(self.cos), change(self.sin), cos, sin, self.interleaved)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if cos.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"rope: tables for heads of width {cos.shape[-1]}, but these have {x.shape[-1]}"
+            )
         return rotate(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=self.interleaved)
 
 
@@ -190,6 +211,22 @@ class Packing:
     offsets: Tensor
     lengths: tuple[int, ...]
     padded: int
+
+    def __post_init__(self) -> None:
+        for name in ("indices", "offsets"):
+            table = getattr(self, name)
+            if not isinstance(table, Tensor) or table.dtype != torch.int64 or table.dim() != 1:
+                raise TypeError(
+                    f"packing: {name} must be a row of int64 numbers; see Packing.from_mask"
+                )
+        if torch.compiler.is_compiling():
+            return
+        counts = (self.indices.numel(), self.offsets.numel() - 1)
+        if counts != (sum(self.lengths), len(self.lengths)):
+            raise ValueError(
+                f"packing: {counts[0]} indices of {counts[1]} samples, but lengths {self.lengths}; see "
+                "Packing.from_mask"
+            )
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Packing:
@@ -323,6 +360,12 @@ class Merging:
     sizes: Tensor | None = None
     proportional: bool = True
     keys: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None and not (
+            isinstance(self.sizes, Tensor) and self.sizes.is_floating_point()
+        ):
+            raise TypeError("merging: sizes must be floating-point numbers (B, N)")
 
     @property
     def weights(self) -> Tensor | None:

@@ -5,7 +5,9 @@ parts of one block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from .values import Chance, Count, Natural, NonNegative, Positive, check_fields
 
 if TYPE_CHECKING:
     from .config import Config
@@ -25,11 +27,14 @@ class NormRule:
         ffn_eps: epsilon of the norms before position-wise networks, None for that of all.
     """
 
-    kind: str = "layer"
-    eps: float = 1e-6
+    kind: Literal["layer", "rms"] = "layer"
+    eps: Positive = 1e-6
     affine: bool = True
     modulated_affine: bool = False
-    ffn_eps: float | None = None
+    ffn_eps: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,21 +61,24 @@ class Site:
         path: dotted name of the part in the model, for messages, taps and the ledger.
     """
 
-    dim: int
-    heads: int = 1
-    cond_dim: int | None = None
-    time_dim: int | None = None
-    memory_dim: int | None = None
-    out_dim: int | None = None
-    length: int | None = None
-    grid: tuple[int | None, ...] | None = None
+    dim: Count
+    heads: Count = 1
+    cond_dim: Count | None = None
+    time_dim: Count | None = None
+    memory_dim: Count | None = None
+    out_dim: Count | None = None
+    length: Count | None = None
+    grid: tuple[Count | None, ...] | None = None
     norm: NormRule = NormRule()
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    layer_scale: float | None = None
-    layer: int = 0
-    depth: int = 1
+    dropout: Chance = 0.0
+    drop_path: Chance = 0.0
+    layer_scale: NonNegative | None = None
+    layer: Natural = 0
+    depth: Count = 1
     path: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def cells(self) -> tuple[int, ...] | None:

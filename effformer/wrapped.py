@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .checks import CapabilityError
 
-__all__ = ["bare", "plain_keys", "unwrapped", "unwrapping"]
+__all__ = ["COUNT", "bare", "is_compiled", "plain_keys", "unwrapped", "unwrapping"]
 
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 _CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 """Names that only wrappers give a child: of torch.compile, checkpoint_wrapper, FSDP, Lightning."""
+
+COUNT = "n_averaged"
+"""What `torch.optim.swa_utils.AveragedModel` keeps beside its model."""
 
 _CLASSES = (DataParallel, DistributedDataParallel, AveragedModel)
 """Wrappers that call their child "module", as a model may call one of its own."""
@@ -54,6 +57,14 @@ def _inside(module: object) -> nn.Module | None:
     children: dict[str, nn.Module | None] = getattr(module, "_modules", {})
     names = ("module",) if isinstance(module, _CLASSES) else _CHILDREN
     return next((child for name in names if (child := children.get(name)) is not None), None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """The model, or a part of it, is what ``torch.compile`` made."""
+    return any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
 
 
 @contextmanager
@@ -138,9 +149,9 @@ def plain_keys(keys: Iterable[str], own: Iterable[str] = ()) -> dict[str, str]:
     """
     known = set(own)
     plain = {key: _IN_KEYS.sub("", key) for key in keys}
-    others = [new for key, new in plain.items() if key != "n_averaged"]
-    if others and all(map(_led, others)) and "n_averaged" not in known:
-        plain.pop("n_averaged", None)  # how often AveragedModel has averaged
+    others = [new for key, new in plain.items() if key != COUNT]
+    if others and all(map(_led, others)) and COUNT not in known:
+        plain.pop(COUNT, None)
     while plain and not known & set(plain.values()) and all(map(_led, plain.values())):
         plain = {key: _IN_KEYS.sub("", new[len("module.") :]) for key, new in plain.items()}
     if known and not any("module" in key.split(".") for key in known):

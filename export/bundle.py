@@ -5,8 +5,10 @@ onnxruntime.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,26 +17,56 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from effformer.calls import evaluating
-from effformer.checks import unknown
-from effformer.files import atomic_folder, write_json
-from effformer.flow.conventions import EFFFORMER, FlowConvention, adapt, get_convention
+from effformer.calls import device_of, evaluating
+from effformer.checks import FormatError, unknown
+from effformer.files import atomic_folder, read_json, write_json
+from effformer.flow.conventions import (
+    EFFFORMER,
+    FlowConvention,
+    Trained,
+    adapt,
+    get_convention,
+    recorded,
+    trained_of,
+)
+from effformer.flow.guidance import Guidance
+from effformer.flow.samplers import sample
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
 from . import run
 from .onnx import export_onnx
-from .quantize import QuantizeReport, quantize_onnx
-from .verify import VerifyReport
+from .quantize import QUANTIZED, QuantizeReport, quantize_onnx
+from .verify import VerificationError, VerifyReport
 
 __all__ = ["BundleReport", "export_bundle"]
 
 Quantize = Literal["dynamic-uint8", "int8", "int4"]
+
+
+def _objection(folder: Path) -> str:
+    """Why a folder with a ``bundle.json`` is not replaced by a bundle."""
+    try:
+        facts = read_json(folder / "bundle.json")
+    except FormatError:
+        facts = None
+    ours = isinstance(facts, dict) and {"effformer", "graphs", "files"} <= facts.keys()
+    return "" if ours else "holds a bundle.json that effformer did not write"
+
+
 _FOLDER: Any = {
     "marker": "bundle.json",
-    "own": ("run.py", "self_test.npy", "velocity.onnx*", "decoder.onnx*", "__pycache__"),
+    "own": (
+        "run.py",
+        "self_test.npy",
+        "self_test_sample.npy",
+        "velocity.onnx*",
+        "decoder.onnx*",
+        "__pycache__",
+    ),
+    "objection": _objection,
 }
-_NBITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +76,8 @@ class BundleReport:
     Attributes:
         folder: the bundle.
         bytes: size of all its files.
-        parity: the comparison of the velocity graph with torch, None if it was not wanted.
+        parity: the comparison of the written velocity graph, quantized or not, with torch; None if
+            it was not wanted.
         quantized: what was quantized in the graph, None if nothing.
     """
 
@@ -67,10 +100,10 @@ class _Velocity(nn.Module):
     need no algebra.
     """
 
-    def __init__(self, network: nn.Module, convention: FlowConvention | None) -> None:
+    def __init__(self, network: nn.Module, convention: FlowConvention) -> None:
         super().__init__()
         self.network = network
-        self.field = None if convention is None else adapt(self._labelled, convention)
+        self.field = None if convention == EFFFORMER else adapt(self._labelled, convention)
 
     def _labelled(self, x: Tensor, label: Tensor, *, y: Tensor) -> Tensor:
         out: Tensor = self.network(x, label, y)
@@ -96,8 +129,8 @@ def export_bundle(
     folder: str | Path,
     *,
     sampler: str = "euler",
-    steps: int = 10,
-    guidance: float = 2.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     guidance_channels: int | None = None,
     convention: FlowConvention | str | None = None,
     quantize: Quantize | None = None,
@@ -105,55 +138,64 @@ def export_bundle(
     shape: Sequence[int] | None = None,
     num_classes: int | None = None,
     null_label: int | None = None,
-    value_range: tuple[float, float] = (-1.0, 1.0),
+    value_range: tuple[float, float] | None = None,
     decoder: nn.Module | None = None,
+    force: bool = False,
 ) -> BundleReport:
     """Write a class-conditional flow or diffusion model as a folder that samples by itself.
 
     The folder holds ``velocity.onnx`` (our velocity in our time, whatever the network's
     convention), ``decoder.onnx`` if there is a decoder, ``bundle.json``, ``run.py`` and the record
-    for ``run.py --self-test``. Sizes are fixed, the batch is not.
+    for ``run.py --self-test``. Sizes are fixed, the batch is not. What the weights were trained to
+    predict (`trained_of`) decides where nothing else is said, and is written down as well. A short
+    sample of the runner is compared with torch's.
 
     Args:
         model: ``network(x, t, y)``.
         folder: new, empty, or an earlier bundle, which is replaced when the new one is complete.
         sampler: "euler", "midpoint", "heun" or "rk4".
-        steps: number of equal steps.
-        guidance: scale of classifier-free guidance, 1 for none.
+        steps: number of equal steps, None for 10, or those that the weights were distilled to.
+        guidance: scale of classifier-free guidance, 1 for none; None for 2, or 1 without a null
+            class.
         guidance_channels: number of guided leading channels (3 in DiT's published samples), None
             for all.
-        convention: how the network counts, or the name of it; None: as we do, t = 0 noise, t = 1
-            data, velocity.
+        convention: how the network counts, or the name of it; None: as its weights were trained.
+            One that contradicts the record of the weights is followed, with a warning.
         quantize: of the graph, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4"
             (which of them is faster: see `quantize_onnx`). Models quantized by `effformer.compress`
             are exported as they are.
-        verify: compare the graph with torch at three batch sizes (before ``quantize``).
+        verify: compare the graph with torch at three batch sizes (also after ``quantize``), and a
+            sample of two steps.
         shape: (C, H, W) of a sample; like the next two, read from the config of our models if None.
         num_classes: number of classes.
         null_label: the class that stands for "no label"; only needed for guidance.
-        value_range: values of a sample that are black and white.
-        decoder: maps samples (latents) to pictures (B, 1 or 3, H, W) in ``value_range``.
+        value_range: values of a sample that are black and white; None: as in the training data, or
+            -1 and 1.
+        decoder: maps samples, latents as the network saw them in training, to pictures (B, 1 or 3,
+            H, W) in ``value_range``.
+        force: replace a bundle that others wrote as well.
 
     Raises:
         ValueError: an unknown sampler, convention or quantization, or guidance without a null class.
-        TypeError: shape or number of classes are neither given nor in the model's config.
+        TypeError: shape or number of classes are neither given nor in the model's config, or neither
+            the model nor ``convention`` says what the network predicts.
         ExportError: the model cannot be exported.
         VerificationError: the graph does not compute what the model computes.
         FormatError: the folder holds something else or cannot be written.
     """
     if sampler not in run.SAMPLERS:
         raise unknown("sampler", sampler, list(run.SAMPLERS), where="export_bundle")
-    if quantize not in (None, "dynamic-uint8", *_NBITS):
-        raise unknown(
-            "quantization", str(quantize), ["dynamic-uint8", *_NBITS], where="export_bundle"
-        )
+    if quantize not in (None, *QUANTIZED):
+        raise unknown("quantization", str(quantize), list(QUANTIZED), where="export_bundle")
+    record = _record_of(model, convention)
+    size, classes, null = _describe(model, record, shape, num_classes, null_label)
+    record = record.replace(null=null is not None)
+    steps, guidance = record.settings(steps, guidance)
     if steps < 1 or not math.isfinite(guidance):
         raise ValueError(
             "export_bundle: steps must be at least 1 and guidance a finite number, "
             f"got {steps} and {guidance}"
         )
-    counts = None if convention is None else get_convention(convention)
-    size, classes, null = _describe(model, shape, num_classes, null_label)
     if guidance != 1.0 and null is None:
         raise ValueError(
             f"export_bundle: guidance {guidance} needs a null class; give null_label or guidance=1"
@@ -165,17 +207,18 @@ def export_bundle(
         "shape": list(size),
         "num_classes": classes,
         "null_label": null,
-        "value_range": list(value_range),
+        "value_range": list(value_range or record.value_range or (-1.0, 1.0)),
         "sampler": {
             "name": sampler, "steps": steps, "guidance": guidance,
             "guidance_channels": guidance_channels,
         },
         "convention": EFFFORMER.to_dict(),
-        "network_convention": None if counts is None else counts.to_dict(),
+        "network_convention": record.convention.to_dict(),
+        "trained": record.to_dict(),
         "quantization": quantize,
     }  # fmt: skip
-    with atomic_folder(folder, **_FOLDER) as temporary, evaluating(model):
-        network = _Velocity(model, counts)
+    with atomic_folder(folder, **_FOLDER, force=force) as temporary, evaluating(model):
+        network = _Velocity(model, record.convention)
         parity, quantized = _write_velocity(
             network, temporary / "velocity.onnx", size, classes, quantize, verify
         )
@@ -190,7 +233,7 @@ def export_bundle(
             )
             facts["graphs"]["decoder"] = "decoder.onnx"
         shutil.copyfile(str(run.__file__), temporary / "run.py")
-        _record(temporary, facts, exact=quantize is None)
+        _record(temporary, facts, network if verify else None, exact=quantize is None)
         total = sum(f.stat().st_size for f in temporary.iterdir())
     path = (
         Path(folder) / "velocity.onnx"
@@ -203,8 +246,34 @@ def export_bundle(
     )
 
 
+def _record_of(model: nn.Module, convention: FlowConvention | str | None) -> Trained:
+    """What the weights were trained to predict, as it is recorded, with the given convention."""
+    name, record = getattr(model, "name", type(model).__name__), trained_of(model)
+    if convention is None:
+        if record is None:
+            raise TypeError(
+                f"export_bundle: {name} does not say what it was trained to predict; give convention, "
+                "'effformer' for a velocity with t = 0 noise, t = 1 data"
+            )
+        return record
+    given = get_convention(convention)
+    if record is None:
+        return Trained(convention=given)
+    if recorded(model) is not None and given != record.convention:
+        warnings.warn(
+            f"export_bundle: the weights of {name} were trained to predict {record.convention}; the "
+            f"bundle takes them for {given}, as convention says",
+            stacklevel=3,
+        )
+    return record.replace(convention=given)
+
+
 def _describe(
-    model: nn.Module, shape: Sequence[int] | None, num_classes: int | None, null_label: int | None
+    model: nn.Module,
+    record: Trained,
+    shape: Sequence[int] | None,
+    num_classes: int | None,
+    null_label: int | None,
 ) -> tuple[tuple[int, int, int], int, int | None]:
     """Shape of a sample, number of classes and null class: as given, or as our configs say."""
     config: Any = getattr(model, "config", None)
@@ -212,7 +281,7 @@ def _describe(
         shape = (config.channels, config.input_size, config.input_size)
     if num_classes is None and hasattr(config, "num_classes"):
         num_classes = config.num_classes
-        if null_label is None and getattr(config, "label_dropout", 0) > 0:
+        if null_label is None and record.null and getattr(config, "label_dropout", 0) > 0:
             null_label = num_classes
     if shape is None or num_classes is None:
         absent = "shape=(C, H, W)" if shape is None else "num_classes"
@@ -243,14 +312,14 @@ def _write_velocity(
     )
     if quantize is None:
         return report.parity, None
-    if quantize == "dynamic-uint8":
-        return report.parity, quantize_onnx(path, path, "dynamic-uint8")
-    return report.parity, quantize_onnx(path, path, "matmul-nbits", bits=_NBITS[quantize])
+    compared = (network, inputs) if verify else None
+    packed = quantize_onnx(path, path, **QUANTIZED[quantize], compared=compared)
+    return packed.parity, replace(packed, parity=None)
 
 
-def _record(folder: Path, facts: dict[str, Any], *, exact: bool) -> None:
+def _record(folder: Path, facts: dict[str, Any], network: _Velocity | None, *, exact: bool) -> None:
     """Checksums of the files, and what the graph computes here, for `run.Bundle.self_test`
-    elsewhere.
+    elsewhere; a short sample of torch, with which the runner's is compared here already.
     """
     import numpy as np
 
@@ -263,7 +332,7 @@ def _record(folder: Path, facts: dict[str, Any], *, exact: bool) -> None:
         "labels": labels,
         "tolerance": tolerance,
     }
-    facts["files"] = {}
+    (folder / "self_test.npy").touch()  # a bundle lists what it names; filled below
     _finish(folder, facts)
     bundle = run.Bundle(folder)
     noise = np.random.default_rng(0).standard_normal((len(labels), *bundle.shape), dtype=np.float32)
@@ -272,7 +341,53 @@ def _record(folder: Path, facts: dict[str, Any], *, exact: bool) -> None:
         bundle.velocity(noise, 0.5, np.asarray(labels)),
         allow_pickle=False,
     )
+    if network is not None:
+        facts["self_test"]["sample"] = _drawn(folder, facts, network, bundle, tolerance)
     _finish(folder, facts)
+
+
+def _drawn(
+    folder: Path, facts: dict[str, Any], network: _Velocity, bundle: run.Bundle, tolerance: float
+) -> dict[str, Any]:
+    """Draw two samples in at most two steps by torch, and compare the runner's with them.
+
+    Raises:
+        VerificationError: the runner draws something else.
+    """
+    import numpy as np
+
+    own, labels, shape = facts["sampler"], [0, facts["num_classes"] - 1], bundle.shape
+    steps = min(own["steps"], 2)
+    rule = None
+    if own["guidance"] != 1.0:
+        channels: Any = own["guidance_channels"] or "all"
+        rule = Guidance(own["guidance"], {"y": facts["null_label"]}, channels=channels)
+    noise = np.random.default_rng(0).standard_normal((len(labels), *shape), dtype=np.float32)
+    device = device_of(network)
+    expected = sample(
+        network, torch.from_numpy(noise).to(device), sampler=own["name"], steps=steps, guidance=rule,
+        y=torch.tensor(labels, device=device),
+    ).x.cpu().numpy()  # fmt: skip
+    actual = bundle.sample(labels, steps=steps, noise=noise)
+    largest = float(np.abs(expected).max())
+    error = float(np.abs(actual - expected).max()) / max(largest, 1e-12)
+    exact = facts["quantization"] is None
+    if exact and not error <= tolerance:
+        raise VerificationError(
+            f"export_bundle: what the runner draws differs by {error:.1e} from what torch draws "
+            f"(allowed {tolerance:.0e})"
+        )
+    black, white = facts["value_range"]
+    if expected.std() > 10 * max(abs(black), abs(white)):
+        _log.warning(
+            "%s: samples have a standard deviation of %.0f, as weights that were trained to predict "
+            "something else, or not at all; see effformer.flow.trained_of", facts["model"], expected.std(),
+        )  # fmt: skip
+    np.save(folder / "self_test_sample.npy", expected, allow_pickle=False)
+    return {
+        "file": "self_test_sample.npy", "seed": 0, "labels": labels, "steps": steps,
+        "tolerance": tolerance if exact else error + tolerance,
+    }  # fmt: skip
 
 
 def _finish(folder: Path, facts: dict[str, Any]) -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from effformer.checks import FormatError, need
-from effformer.files import atomic_path
+from effformer.files import atomic_path, check_file, inside, mark
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["GraphFacts", "ValueFacts", "read_graph", "write_graph"]
+__all__ = [
+    "GRAPH",
+    "PRODUCER",
+    "GraphFacts",
+    "ValueFacts",
+    "load_graph",
+    "read_graph",
+    "write_graph",
+]
 
 T = TypeVar("T")
 
+PRODUCER, GRAPH = "effformer", "graph"
 SINGLE_FILE_LIMIT = 2_000_000_000
 """Bytes of weights above which they go to a second file: one protobuf message ends at 2 GiB."""
 
@@ -115,67 +125,74 @@ def load_graph(path: str | Path) -> onnx_ir.Model:
     """Load an ONNX file.
 
     Raises:
-        FormatError: missing, truncated or foreign file.
+        FormatError: missing, truncated or foreign file, or one whose weights are said to lie outside
+            its folder.
     """
     path, ir = Path(path), need("onnx_ir")
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
-    decode_error = need("google.protobuf.message").DecodeError
     try:
         model: onnx_ir.Model = ir.load(path)
-    except (decode_error, OSError, ValueError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: is truncated or not an ONNX file ({error})") from error
+    except Exception as error:  # of the parser of whatever format the suffix names
+        raise FormatError(f"{path}: is truncated or not an ONNX file") from error
     if not len(model.graph.outputs):
         raise FormatError(f"{path}: is truncated or not an ONNX file (a graph without outputs)")
+    if outside := sorted(n for n in _locations(model) if inside(path.parent, n) is None):
+        raise FormatError(
+            f"{path}: its weights are said to lie in {outside[0]!r}, outside its folder, where nothing "
+            "is read; put them beside the file and save it again"
+        )
     return model
 
 
 def write_graph(
-    model: onnx_ir.Model, path: str | Path, check: Callable[[Path], T] | None = None
+    model: onnx_ir.Model,
+    path: str | Path,
+    check: Callable[[Path], T] | None = None,
+    *,
+    force: bool = False,
 ) -> T | None:
-    """Write a model under a temporary name, check the file, and rename it.
+    """Write a model to a temporary place, check the file, and move it.
 
     Above `SINGLE_FILE_LIMIT` the weights go to ``<name>.<unique>.data`` beside it. That file is in
-    place before the model is renamed, and the one of a model that stood here before is removed
-    after it.
+    place before the model is, and the one of a model of ours that stood here before is removed after
+    it.
 
     Args:
         model: the model.
-        path: where it goes.
+        path: where it goes: new, or an earlier graph of ours.
         check: called with the temporary file; what it raises leaves everything as it was.
+        force: replace any file.
 
     Returns:
         The result of ``check``.
 
     Raises:
-        FormatError: the place cannot be written.
+        FormatError: the place cannot be written, or holds something else.
     """
-    path, ir = Path(path), need("onnx_ir")
-    data = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.data")
+    ir = need("onnx_ir")
+    target = check_file(path, GRAPH, force=force)
+    data = f"{target.name}.{uuid.uuid4().hex[:8]}.data"
     large = sum(_weights(model, "nbytes")) > SINGLE_FILE_LIMIT
-    before = _weight_files(load_graph(path), path) if _is_model(path) else set()
-    done = False
-    try:
-        with atomic_path(path) as temporary:
-            ir.save(model, temporary, **({"external_data": data.name} if large else {}))
-            result = None if check is None else check(temporary)
-        done = True
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be written ({error})") from error
-    finally:
-        if not done and data.exists():
-            data.unlink()
+    model.producer_name, model.doc_string = PRODUCER, mark(GRAPH)
+    with atomic_path(path, GRAPH, force=force) as temporary:
+        ir.save(model, temporary, **({"external_data": data} if large else {}))
+        result = None if check is None else check(temporary)
+        before = _own_data(target)
     for old in before:
         old.unlink(missing_ok=True)
     return result
 
 
-def _is_model(path: Path) -> bool:
+def _own_data(path: Path) -> list[Path]:
+    """The files of weights that `write_graph` wrote for the graph that is there, if it is ours."""
     try:
-        load_graph(path)
+        model = load_graph(path)
     except FormatError:
-        return False
-    return True
+        return []
+    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.data")
+    files = (path.with_name(n) for n in _locations(model) if own.fullmatch(n))
+    return [f for f in files if model.producer_name == PRODUCER and not f.is_symlink()]
 
 
 def _weights(model: onnx_ir.Model, what: str) -> list[int]:
@@ -184,9 +201,24 @@ def _weights(model: onnx_ir.Model, what: str) -> list[int]:
 
 
 def _weight_files(model: onnx_ir.Model, path: Path) -> set[Path]:
+    return {path.parent / name for name in _locations(model)}
+
+
+def _locations(model: onnx_ir.Model) -> set[str]:
+    """The files in which a graph says that its tensors lie, those of constants and of graphs and
+    functions inside it included.
+    """
     external = need("onnx_ir").ExternalTensor
-    values = (v.const_value for v in model.graph.initializers.values())
-    return {path.parent / str(v.location) for v in values if isinstance(v, external)}
+    return {str(t.location) for t in _tensors(model) if isinstance(t, external)}
+
+
+def _tensors(model: onnx_ir.Model) -> Iterator[object]:
+    for graph in (*model.graphs(), *model.functions.values()):
+        yield from (v.const_value for v in getattr(graph, "initializers", {}).values())
+        for node in graph:
+            for attribute in node.attributes.values():
+                value = getattr(attribute, "value", None)
+                yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _value_facts(value: onnx_ir.Value) -> ValueFacts:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,10 @@ from torch.utils import _pytree as pytree
 from effformer.calls import Call, Inputs, bind
 from effformer.checks import unknown
 
-__all__ = ["Axes", "graph_call", "resized", "resolve_axes", "sizes", "traceable"]
+__all__ = [
+    "Axes", "as_it_was", "changes", "graph_call", "resized", "resolve_axes", "rewritten", "sizes",
+    "traceable",
+]  # fmt: skip
 
 Axes = dict[str, dict[int, str]]
 """Input name -> axis -> symbol; equal symbols have equal lengths."""
@@ -40,6 +45,50 @@ def graph_call(model: nn.Module, inputs: Inputs | None, *, where: str) -> Call:
     if not call.tensors:
         raise TypeError(f"{where}: no tensor among the inputs; an exported graph needs one")
     return call
+
+
+State = list[tuple[dict[Any, Any], dict[Any, Any]]]
+"""Every dict that the modules of a model keep, and a copy of it."""
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Attributes that modules set inside, such as caches for the number of tokens, are undone."""
+    before = _state(model)
+    try:
+        yield
+    finally:
+        for place, values in before:
+            if not _same(place, values):
+                place.clear()
+                place.update(values)
+
+
+def rewritten(model: nn.Module, call: Call) -> list[str]:
+    """Run a model; names of the buffers that it changes in place, of which a graph knows nothing."""
+    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    call.run(model)
+    return [name for name, (buffer, version) in before.items() if buffer._version != version]
+
+
+def changes(model: nn.Module, call: Call) -> bool:
+    """Run a model; True if its modules keep something else afterwards."""
+    before = _state(model)
+    call.run(model)
+    same = all(_same(place, values) for place, values in before)
+    return not same or len(_state(model)) != len(before)
+
+
+def _state(model: nn.Module) -> State:
+    places: list[dict[Any, Any]] = []
+    for module in model.modules():
+        own = vars(module)
+        places += [own, *(value for value in own.values() if type(value) is dict)]
+    return [(place, dict(place)) for place in places]
+
+
+def _same(place: dict[Any, Any], values: dict[Any, Any]) -> bool:
+    return place.keys() == values.keys() and all(place[k] is v for k, v in values.items())
 
 
 def sizes(call: Call, axes: Axes) -> dict[str, int]:

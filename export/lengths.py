@@ -11,7 +11,7 @@ from torch import nn
 from effformer.attention import Core, Mixer
 from effformer.calls import Call
 
-from .inputs import Axes, sizes
+from .inputs import Axes, as_it_was, sizes
 
 __all__ = ["Lengths", "Ranges", "candidates", "farther"]
 
@@ -93,7 +93,8 @@ def farther(model: nn.Module, call: Call) -> int:
         if isinstance(module, (Core, Mixer)):
             handles.append(module.register_forward_pre_hook(look))
     try:
-        call.run(model)
+        with as_it_was(model):
+            call.run(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,17 +18,20 @@ from torch import Tensor, nn
 from effformer.build import list_attention
 from effformer.calls import Call, Inputs, evaluating
 from effformer.checks import CapabilityError, need
+from effformer.files import check_file
+from effformer.flow.conventions import trained_of
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
-from .graph import GraphFacts, read_graph, write_graph
-from .inputs import Axes, graph_call, resolve_axes, sizes, traceable
+from .conditions import conditions_of
+from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
+from .inputs import Axes, as_it_was, changes, graph_call, resolve_axes, rewritten, sizes, traceable
 from .lengths import Ranges
 from .packed import decodes_codes, kernels_for, translations
 from .targets import get_target
-from .verify import RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
+from .verify import CONDITIONS, RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -58,6 +61,8 @@ class ExportReport:
         seconds: time that it took.
         ranges: symbol -> least and largest length that the tracer holds the graph for, where it
             does not hold it for all (None: any).
+        conditions: what else the tracer took for granted about lengths, such as
+            ``height % 4 == 0``; elsewhere the graph may compute something else than the model.
     """
 
     path: Path
@@ -65,6 +70,7 @@ class ExportReport:
     parity: VerifyReport | None
     seconds: float
     ranges: Ranges = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -73,6 +79,7 @@ class ExportReport:
             "graph": self.graph.to_dict(),
             "parity": None if self.parity is None else self.parity.to_dict(),
             "ranges": {s: list(r) for s, r in self.ranges.items()},
+            "conditions": list(self.conditions),
         }  # fmt: skip
 
 
@@ -89,6 +96,7 @@ def export_onnx(
     tolerance: float = 1e-4,
     accuracy_level: int = 0,
     output_names: Sequence[str] | None = None,
+    force: bool = False,
 ) -> ExportReport:
     """Write a module as an ONNX graph.
 
@@ -99,8 +107,8 @@ def export_onnx(
     Args:
         model: any module; it and its train/eval state are left as they were. The graph is that of
             eval mode.
-        path: the file. What stood there before is replaced only after everything, verification
-            included, went well.
+        path: the file: new, or an earlier graph of ours. What stood there before is replaced only
+            after everything, verification included, went well.
         inputs: example inputs: a tensor, a tuple, a dict of keyword arguments, or None for the
             model's own. Arguments that are no tensors are fixed in the graph.
         dynamic: "auto" (``model.dynamic_axes()``, else axis 0 of every tensor is "batch"), None
@@ -113,6 +121,7 @@ def export_onnx(
         accuracy_level: of MatMulNBits: 0 computes in float32; 4 rounds activations to 8 bits, which
             is faster with kernels for it and outside the default tolerance.
         output_names: names of the outputs; by default "output", or "output_0", "output_1", ...
+        force: replace any file.
 
     Raises:
         CapabilityError: a registered part of the module has no ONNX form; parts that do are named.
@@ -121,7 +130,7 @@ def export_onnx(
         ValueError: ``dynamic`` does not fit the inputs, the graph does not fit the target, or an
             unknown target.
         TypeError: the inputs do not fit the module.
-        FormatError: the file cannot be written.
+        FormatError: the file cannot be written, or is something else.
 
     Example:
         >>> import torch, tempfile
@@ -137,6 +146,7 @@ def export_onnx(
         raise ValueError(
             f"export_onnx: target {target!r} takes opsets 18 to {runtime.newest}, got {version}"
         )
+    check_file(path, GRAPH, force=force)
     _check_parts(model)
     check_tolerance(tolerance, "export_onnx")
     call = graph_call(model, inputs, where="export_onnx")
@@ -144,13 +154,20 @@ def export_onnx(
     call = traceable(call, axes)
     nbits = accuracy_level if "com.microsoft" in runtime.domains else None
     with evaluating(model):
-        # inputs that do not fit fail with their own message
-        call.run(model)
-        with capturing_for(runtime.domains):
-            program, ranges = _trace(model, call, axes, version, nbits)
+        with as_it_was(model):
+            changed = rewritten(model, call)  # inputs that do not fit fail with their own message
+        if changed:
+            raise ExportError(
+                f"export_onnx: {type(model).__name__} changes its buffer {changed[0]!r} whenever it "
+                "runs, and a graph keeps nothing from one run to the next; choices: take the state "
+                "as an input and return the new one"
+            )
+        with capturing_for(runtime.domains), as_it_was(model):
+            program, ranges, conditions = _trace_anew(model, call, axes, version, nbits)
     _name(program, call, axes, output_names)
     _stamp(program.model, model, call, axes)
     program.model.metadata_props[RANGES] = json.dumps(ranges)
+    program.model.metadata_props[CONDITIONS] = json.dumps(conditions)
 
     def check(file: Path) -> VerifyReport | None:
         if problems := runtime.problems(read_graph(file)):
@@ -160,13 +177,14 @@ def export_onnx(
         report = verify_onnx(file, model, call.kwargs or call.args, tolerance=tolerance)
         return replace(report, path=Path(path))
 
-    parity = write_graph(program.model, path, check)
+    parity = write_graph(program.model, path, check, force=force)
     if parity is not None and parity.constant:
         _log.warning("%s: the model's output is constant, so its agreement proves little", path)
     seconds = time.perf_counter() - started
     return ExportReport(
-        path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds, ranges=ranges
-    )
+        path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds, ranges=ranges,
+        conditions=conditions,
+    )  # fmt: skip
 
 
 def _check_parts(model: nn.Module) -> None:
@@ -185,9 +203,24 @@ def _check_parts(model: nn.Module) -> None:
                     )
 
 
+def _trace_anew(
+    model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
+) -> tuple[torch.onnx.ONNXProgram, Ranges, tuple[str, ...]]:
+    """`_trace` of the model as it is; and only if that fails, of the model after a run, for there
+    are caches that a graph cannot fill. Their length then is the end of a range.
+    """
+    try:
+        with as_it_was(model):
+            return _trace(model, call, axes, opset, nbits)
+    except ExportError:
+        if not changes(model, call):
+            raise
+        return _trace(model, call, axes, opset, nbits)
+
+
 def _trace(
     model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
-) -> tuple[torch.onnx.ONNXProgram, Ranges]:
+) -> tuple[torch.onnx.ONNXProgram, Ranges, tuple[str, ...]]:
     """The graph, and where the tracer holds it."""
     need("onnxscript")
     dim = torch.export.Dim
@@ -213,7 +246,8 @@ def _trace(
         assert made is not None
         if packed:
             need("onnxscript.optimizer").optimize_ir(made.model, should_fold=decodes_codes)
-    return made, _ranges(program, call, axes)
+    ranges = _ranges(program, call, axes)
+    return made, ranges, conditions_of(program, axes, sizes(call, axes), ranges)
 
 
 def _ranges(program: torch.export.ExportedProgram, call: Call, axes: Axes) -> Ranges:
@@ -296,12 +330,14 @@ def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> No
     values = (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values())
     for value in (*values, *(v for n in graph.graph.all_nodes() for v in n.outputs)):
         value.metadata_props.clear()
-    graph.producer_name, graph.producer_version = "effformer", VERSION
+    graph.producer_name, graph.producer_version = PRODUCER, VERSION
     facts = {
         "effformer.version": VERSION,
         "effformer.model": str(getattr(model, "name", type(model).__name__)),
         TRACED: json.dumps(sizes(call, axes)),
     }
+    if (record := trained_of(model)) is not None:
+        facts["effformer.trained"] = json.dumps(record.to_dict())
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         facts["effformer.config"] = json.dumps(config.to_dict())

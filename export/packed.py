@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from effformer.compress.quant import MatMulNBits, PackedWeight, QuantLinear
+from effformer.compress.quant.swap import hooked
 from torch import Tensor, nn
 
 from effformer.checks import need
@@ -70,7 +71,7 @@ def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
     try:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if accuracy_level is None or not isinstance(child, QuantLinear):
+                if accuracy_level is None or not isinstance(child, QuantLinear) or hooked(child):
                     continue
                 if child.dtype != torch.float32:  # the kernel wants scales of the activations' type
                     continue

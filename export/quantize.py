@@ -6,22 +6,33 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from effformer.checks import need, unknown
+from torch import nn
 
-from .graph import SINGLE_FILE_LIMIT, read_graph, write_graph
+from effformer.calls import Inputs
+from effformer.checks import need, unknown
+from effformer.files import check_file
+
+from .graph import GRAPH, SINGLE_FILE_LIMIT, read_graph, write_graph
+from .verify import VerifyReport, verify_onnx
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["QuantizeReport", "quantize_onnx"]
+__all__ = ["QUANTIZED", "QuantizeReport", "quantize_onnx"]
 
 QuantScheme = Literal["dynamic-uint8", "matmul-nbits"]
 _SCHEMES = ("dynamic-uint8", "matmul-nbits")
 _BLOCKS = (16, 32, 64, 128, 256)
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "dynamic-uint8": {"scheme": "dynamic-uint8"},
+    "int8": {"scheme": "matmul-nbits", "bits": 8},
+    "int4": {"scheme": "matmul-nbits", "bits": 4},
+}
+"""Short names of what `export_bundle` and ``effformer export`` do, as options of `quantize_onnx`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +46,7 @@ class QuantizeReport:
         left: names of the products with a constant weight that stay in floating point.
         bytes_before: size of the file that was read.
         bytes_after: size of the file that was written.
+        parity: the comparison of the written file with the model, None if there was none.
     """
 
     path: Path
@@ -43,6 +55,7 @@ class QuantizeReport:
     left: tuple[str, ...]
     bytes_before: int
     bytes_after: int
+    parity: VerifyReport | None = None
 
     @property
     def ratio(self) -> float:
@@ -55,6 +68,7 @@ class QuantizeReport:
             "path": str(self.path), "scheme": self.scheme, "quantized": self.quantized,
             "left": list(self.left),
             "bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "ratio": self.ratio,
+            "parity": None if self.parity is None else self.parity.to_dict(),
         }  # fmt: skip
 
 
@@ -69,6 +83,8 @@ def quantize_onnx(
     accuracy_level: int = 0,
     per_channel: bool = True,
     reduce_range: bool = False,
+    compared: tuple[nn.Module, Inputs] | None = None,
+    force: bool = False,
 ) -> QuantizeReport:
     """Quantize the matrix products of an ONNX file that have a constant weight.
 
@@ -83,7 +99,7 @@ def quantize_onnx(
 
     Args:
         path: the file.
-        out: where the result goes; may be ``path``.
+        out: where the result goes: new, or an earlier graph of ours, ``path`` included.
         scheme: one of these.
         bits: matmul-nbits: bits of a weight.
         block: matmul-nbits: values per scale, 16, 32, 64, 128 or 256.
@@ -91,11 +107,16 @@ def quantize_onnx(
         accuracy_level: matmul-nbits: 0 computes in float32, 4 with activations in 8 bits.
         per_channel: dynamic-uint8: a range for each output channel of a weight.
         reduce_range: dynamic-uint8: 7-bit weights.
+        compared: the module that the file was exported from and example inputs, to measure how far
+            the quantized graph is from it.
+        force: replace any file.
 
     Raises:
         ValueError: an unknown scheme, an impossible option, or nothing in the graph could be
             quantized.
-        FormatError: not an ONNX file, or ``out`` cannot be written.
+        FormatError: not an ONNX file, or ``out`` cannot be written or is something else.
+        VerificationError: nothing is left of what the model computes: the difference is above the
+            largest value.
     """
     if scheme not in _SCHEMES:
         raise unknown("quantization", str(scheme), _SCHEMES, where="quantize_onnx")
@@ -105,6 +126,7 @@ def quantize_onnx(
         raise ValueError(
             f"quantize_onnx: block is one of {', '.join(map(str, _BLOCKS))}, got {block}"
         )
+    check_file(out, GRAPH, force=force)
     before = read_graph(path)
     proto = _products(Path(path))
     with _quiet():
@@ -123,10 +145,16 @@ def quantize_onnx(
             f"nodes ({common}, ...) has a constant floating-point weight"
         )
     need("onnx").helper.set_model_props(made, {**before.metadata, "effformer.quantization": scheme})
-    write_graph(need("onnx_ir").from_proto(made), out)
+
+    def check(file: Path) -> VerifyReport | None:
+        if compared is None:
+            return None
+        return replace(verify_onnx(file, *compared, tolerance=1.0), path=Path(out))
+
+    parity = write_graph(need("onnx_ir").from_proto(made), out, check, force=force)
     return QuantizeReport(
         path=Path(out), scheme=scheme, quantized=quantized, left=tuple(_constant_products(made)),
-        bytes_before=before.bytes, bytes_after=read_graph(out).bytes,
+        bytes_before=before.bytes, bytes_after=read_graph(out).bytes, parity=parity,
     )  # fmt: skip
 
 

@@ -12,12 +12,19 @@ classifier-free guidance ``v_null + g (v_cond - v_null)``.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import hashlib
+import io
 import json
 import math
 import os
+import re
+import reprlib
+import stat
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +32,22 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SAMPLERS", "Bundle", "BundleError", "main", "parse_labels", "write_image"]
+__all__ = [
+    "SAMPLERS",
+    "Bundle",
+    "BundleError",
+    "check_place",
+    "main",
+    "parse_labels",
+    "write_image",
+    "write_samples",
+]
 
 FORMAT = 1
-MOST = 10_000  # pictures at once: a mistyped range must not fill the memory
+MARK = b"effformer:samples"  # every file of samples carries it, and no other file is replaced
+MOST = 10_000  # pictures at once, and steps: a mistyped number must not fill the memory or the day
+MOST_NUMBERS = 2**28  # of all samples together, 1 GiB
+SEEDS = 2**63 - 1
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Butcher tableaus: rows of the stages after the first, weights of the result, times of the stages.
@@ -60,25 +79,33 @@ class Bundle:
         shape: (C, H, W) of a sample.
 
     Raises:
-        BundleError: no bundle, an incomplete or damaged one, or one of a newer format.
+        BundleError: no bundle, an incomplete or damaged one, or one of a newer format; a number of
+            threads outside 1..1024.
     """
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        self._threads = None if threads is None else _number(threads, 1, 1024, "threads")
         self.folder = Path(folder)
         self.facts = _read_facts(self.folder)
+        _check_facts(self.facts, f"{self.folder / 'bundle.json'}: ")
         for name, record in self.facts["files"].items():
-            _check_file(self.folder / name, record["sha256"])
+            _check_file(self.folder, name, record)
         self.shape: tuple[int, int, int] = tuple(self.facts["shape"])
-        self._threads = threads
-        self._velocity = self._open(self.facts["graphs"]["velocity"])
+        self._velocity = self._open(self.facts["graphs"]["velocity"], ["t", "x", "y"])
         decoder = self.facts["graphs"].get("decoder")
-        self._decoder = self._open(decoder) if decoder else None
+        self._decoder = self._open(decoder, ["x"]) if decoder else None
 
     def velocity(self, x: Array, t: float, labels: Array) -> Array:
-        """The velocity (B, C, H, W) at x and t in [0, 1] for class ids (B,)."""
+        """The velocity (B, C, H, W) at x and t in [0, 1] for class ids (B,).
+
+        Raises:
+            BundleError: onnxruntime cannot run the graph, or it gives something else.
+        """
         times = np.full(x.shape[0], t, dtype=np.float32)
         feed = {"x": x.astype(np.float32), "t": times, "y": labels.astype(np.int64)}
-        out: Array = self._velocity.run(None, feed)[0]
+        out = self._run(self._velocity, feed)
+        if out.shape != x.shape:
+            raise BundleError(f"{self.folder}: the graph gives {out.shape} for {x.shape}")
         return out
 
     def guided(self, x: Array, t: float, labels: Array, scale: float) -> Array:
@@ -88,7 +115,7 @@ class Bundle:
         null = np.full_like(labels, self.facts["null_label"])
         both = self.velocity(np.concatenate([x, x]), t, np.concatenate([labels, null]))
         cond, without = np.split(both, 2)
-        channels = self.facts["sampler"]["guidance_channels"] or self.shape[0]
+        channels = self.facts["sampler"].get("guidance_channels") or self.shape[0]
         mixed = without + np.float32(scale) * (cond - without)
         return np.concatenate([mixed[:, :channels], cond[:, channels:]], axis=1)
 
@@ -106,10 +133,12 @@ class Bundle:
 
         Args:
             labels: class ids.
-            steps: number of equal steps; like guidance and sampler, the bundle's own if None.
-            guidance: scale of classifier-free guidance; 1 is the plain conditional field.
+            steps: number of equal steps, 1..10000; like guidance and sampler, the bundle's own if
+                None.
+            guidance: scale of classifier-free guidance, -1000..1000; 1 is the plain conditional
+                field.
             sampler: one of `SAMPLERS`.
-            seed: of the noise.
+            seed: of the noise, 0..2**63 - 1.
             noise: standard normal noise to start from instead.
 
         Raises:
@@ -120,20 +149,16 @@ class Bundle:
         count = own["steps"] if steps is None else steps
         scale = own["guidance"] if guidance is None else guidance
         name = own["name"] if sampler is None else sampler
-        if count < 1:
-            raise BundleError(f"steps must be at least 1, got {count}")
-        if not math.isfinite(scale):
-            raise BundleError(f"guidance must be a finite number, got {scale}")
-        if name not in SAMPLERS:
-            raise BundleError(f"unknown sampler {name!r}; choices: {', '.join(SAMPLERS)}")
+        _check_sampler({"steps": count, "guidance": scale, "name": name})
         if scale != 1.0 and self.facts["null_label"] is None:
             raise BundleError(
                 f"guidance {scale} needs a null class, which this model has not; use --guidance 1"
             )
         x = self._start(len(ids), seed, noise)
         field = lambda x, t: self.guided(x, t, ids, scale)  # noqa: E731
-        for i in range(count):
-            x = _step(field, x, i / count, 1 / count, name)
+        with np.errstate(over="ignore", invalid="ignore"):  # said below
+            for i in range(count):
+                x = _step(field, x, i / count, 1 / count, name)
         if not np.isfinite(x).all():
             raise BundleError(
                 f"samples are not finite ({name}, {count} steps, guidance {scale}); use more steps"
@@ -146,34 +171,43 @@ class Bundle:
         Raises:
             BundleError: the samples are latents and there is no decoder.
         """
-        x = samples if self._decoder is None else self._decoder.run(None, {"x": samples})[0]
-        if x.shape[1] not in (1, 3):
-            raise BundleError(
-                f"samples have {x.shape[1]} channels, a picture has 1 or 3; write a .npy file"
-            )
+        x = samples if self._decoder is None else self._run(self._decoder, {"x": samples})
+        channels = x.shape[1] if x.ndim == 4 else "no"
+        if channels not in (1, 3):
+            say = f"samples have {channels} channels, a picture has 1 or 3"
+            raise BundleError(f"{say}; write a .npy file")
         low, high = self.facts["value_range"]
         scaled = np.clip((x - low) / (high - low), 0.0, 1.0) * 255.0
         return scaled.round().astype(np.uint8).transpose(0, 2, 3, 1)
 
     def self_test(self) -> float:
-        """Relative difference between this machine's velocity and the recorded one.
+        """Relative difference between this machine's velocity and the recorded one, or between what
+        it draws and what torch drew where that is larger.
 
         Raises:
-            BundleError: it is above the recorded tolerance.
+            BundleError: it is above the recorded tolerance, or the record is damaged.
         """
         test = self.facts["self_test"]
-        expected = np.load(self.folder / test["file"], allow_pickle=False)
         labels = np.asarray(test["labels"], dtype=np.int64)
         actual = self.velocity(self._start(len(labels), test["seed"], None), test["t"], labels)
+        error = self._differs(actual, test, "velocity")
+        drawn = test.get("sample")
+        if drawn is None:  # an earlier bundle, or one that was not verified
+            return error
+        actual = self.sample(drawn["labels"], steps=drawn["steps"], seed=drawn["seed"])
+        return max(error, self._differs(actual, drawn, "sample"))
+
+    def _differs(self, actual: Array, test: dict[str, Any], what: str) -> float:
+        expected = _read_array(self.folder / test["file"], actual.shape)
         error = float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
         if not error <= test["tolerance"]:
             raise BundleError(
-                f"{self.folder}: this machine's velocity differs by {error:.1e} from the recorded "
+                f"{self.folder}: this machine's {what} differs by {error:.1e} from the recorded "
                 f"one (allowed {test['tolerance']:.0e})"
             )
         return error
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, inputs: list[str]) -> Any:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -185,30 +219,45 @@ class Bundle:
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
         try:
-            return ort.InferenceSession(str(self.folder / name), options, providers=providers)
+            session = ort.InferenceSession(str(self.folder / name), options, providers=providers)
         except Exception as error:  # its exceptions share no base class of their own
-            raise BundleError(
-                f"{self.folder / name}: onnxruntime {ort.__version__} cannot load it ({error})"
-            ) from error
+            why = f"onnxruntime {ort.__version__} cannot load it ({error})"
+            raise BundleError(f"{self.folder / name}: {why}") from error
+        if (found := sorted(i.name for i in session.get_inputs())) != inputs:
+            raise BundleError(f"{self.folder / name}: takes {found}, expected {inputs}")
+        return session
+
+    def _run(self, session: Any, feed: dict[str, Array]) -> Array:
+        try:
+            out = session.run(None, feed)[0]
+        except Exception as error:
+            raise BundleError(f"{self.folder}: onnxruntime cannot run it ({error})") from error
+        if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
+            raise BundleError(f"{self.folder}: the graph gives no tensor of real numbers")
+        return out
 
     def _labels(self, labels: Sequence[int]) -> Array:
+        if not 1 <= len(labels) <= MOST:
+            say = f"at most {MOST} pictures at once" if len(labels) else "no labels given"
+            raise BundleError(f"{say}; use for instance --labels 0,1,2")
+        if len(labels) * math.prod(self.shape) > MOST_NUMBERS:
+            what = f"{len(labels)} samples of shape {self.shape}"
+            raise BundleError(f"{what} do not fit into the memory; draw fewer at once")
         classes = self.facts["num_classes"]
-        if not len(labels):
-            raise BundleError("no labels given; use for instance --labels 0,1,2")
-        if wrong := [i for i in labels if not 0 <= i < classes]:
-            raise BundleError(
-                f"label {wrong[0]} is not one of the classes 0..{classes - 1} of this bundle"
-            )
+        for label in labels:
+            if not 0 <= _number(label, -SEEDS, SEEDS, "a label") < classes:
+                known = f"the classes 0..{classes - 1} of this bundle"
+                raise BundleError(f"label {label} is not one of {known}")
         return np.asarray(labels, dtype=np.int64)
 
     def _start(self, count: int, seed: int, noise: Array | None) -> Array:
         shape = (count, *self.shape)
-        if seed < 0:
-            raise BundleError(f"seed must be at least 0, got {seed}")
+        _number(seed, 0, SEEDS, "seed")
         if noise is None:
             return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-        if noise.shape != shape:
-            raise BundleError(f"noise must have shape {shape}, got {noise.shape}")
+        if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
+            got = f"{noise.dtype} {noise.shape}"
+            raise BundleError(f"noise must have shape {shape} and finite numbers, got {got}")
         return noise.astype(np.float32)
 
 
@@ -231,53 +280,142 @@ def _combine(x: Array, stages: list[Array], weights: list[float], dt: float) -> 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / "bundle.json"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike pathlib's, False also for a name that cannot be
         raise BundleError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise BundleError(
-            f"{folder}: holds no bundle.json, so it is not a bundle or was not written to the end"
-        )
+    if not os.path.isfile(path):
+        why = "so it is not a bundle or was not written to the end"
+        raise BundleError(f"{folder}: holds no bundle.json, {why}")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: is not readable JSON ({error})") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+    except (OSError, ValueError, RecursionError) as error:
+        known = isinstance(error, (json.JSONDecodeError, OSError))
+        why = str(error) if known else "no UTF-8 text, a number without end, or nested too deeply"
+        raise BundleError(f"{path}: is not readable JSON ({why})") from error
+    if not isinstance(facts, dict) or type(facts.get("format")) is not int or facts["format"] < 1:
         raise BundleError(f"{path}: is not the description of a bundle")
     if facts["format"] > FORMAT:
         raise BundleError(
             f"{path}: has format {facts['format']}, this runner reads up to {FORMAT}; "
             "use the run.py inside the bundle or a newer effformer"
         )
-    kinds = {
-        "files": dict, "graphs": dict, "sampler": dict, "self_test": dict, "shape": list,
-        "value_range": list, "num_classes": int, "null_label": int | None,
-    }  # fmt: skip
-    if missing := sorted(kinds.keys() - facts.keys()):
-        raise BundleError(f"{path}: lacks {', '.join(missing)}")
-    if wrong := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]:
-        raise BundleError(f"{path}: {wrong[0]} is {facts[wrong[0]]!r}; copy the folder again")
     return facts
 
 
-def _check_file(path: Path, expected: str) -> None:
+def _check_facts(facts: dict[str, Any], at: str) -> None:
+    """Every field that is used, before anything is opened or allocated."""
+    _fields(facts, at, files=dict, graphs=dict, sampler=dict, self_test=dict)
+    _fields(facts, at, shape=list, value_range=list, num_classes=int, null_label=int | None)
+    for name, record in facts["files"].items():
+        if not name.strip(".") or re.search(r"[/\\:\0]", name):
+            raise BundleError(f"{at}files: {name!r} is not the name of a file inside the bundle")
+        _fields(facts["files"], f"{at}files.", **{name: dict})
+        _fields(record, f"{at}files.{name}.", bytes=int, sha256=str)
+    graphs, test, own = facts["graphs"], facts["self_test"], facts["sampler"]
+    decoder = [] if graphs.get("decoder") is None else [graphs["decoder"]]
+    drawn = [] if test.get("sample") is None else [test["sample"]]
+    if drawn:
+        _fields(test, f"{at}self_test.", sample=dict)
+    files = [record.get("file") for record in (test, *drawn)]
+    for path in (graphs.get("velocity"), *decoder, *files):
+        if not isinstance(path, str) or path not in facts["files"]:
+            raise BundleError(f"{at}{reprlib.repr(path)} is not one of the files of the bundle")
+    if len(facts["shape"]) != 3 or len(facts["value_range"]) != 2:
+        raise BundleError(f"{at}shape has three numbers and value_range two; copy the folder again")
+    for size in facts["shape"]:
+        _number(size, 1, 2**16, f"{at}each length of shape")
+    low, high = (_number(v, -1e6, 1e6, f"{at}value_range", real=True) for v in facts["value_range"])
+    if low >= high:
+        raise BundleError(f"{at}value_range is empty, {low}..{high}; copy the folder again")
+    classes, null = _number(facts["num_classes"], 1, 2**31, f"{at}num_classes"), facts["null_label"]
+    _number(0 if null is None else null, 0, 2**31, f"{at}null_label")
+    _check_sampler(own, at)
+    guided = own.get("guidance_channels")
+    _number(1 if guided is None else guided, 1, facts["shape"][0], f"{at}guidance_channels")
+    _number(test.get("t"), 0, 1, f"{at}self_test.t", real=True)
+    for record in drawn:
+        _number(record.get("steps"), 1, MOST, f"{at}self_test.sample.steps")
+    for record in (test, *drawn):
+        _check_test(record, at, max(classes - 1, null or 0), math.prod(facts["shape"]))
+
+
+def _check_test(record: dict[str, Any], at: str, last: int, numbers: int) -> None:
+    _number(record.get("seed"), 0, SEEDS, f"{at}self_test.seed")
+    _number(record.get("tolerance"), 0, 1, f"{at}self_test.tolerance", real=True)
+    _fields(record, f"{at}self_test.", labels=list)
+    for label in record["labels"]:
+        _number(label, 0, last, f"{at}each of self_test.labels")
+    if not 1 <= len(record["labels"]) <= MOST_NUMBERS // numbers:
+        raise BundleError(f"{at}shape and self_test.labels do not fit into the memory")
+
+
+def _fields(facts: dict[str, Any], at: str, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        value = facts.get(name)
+        if name not in facts or isinstance(value, bool) or not isinstance(value, kind):
+            found = reprlib.repr(value) if name in facts else "missing"
+            raise BundleError(f"{at}{name} is {found}; copy the folder again")
+
+
+def _check_sampler(options: dict[str, Any], at: str = "") -> None:
+    _number(options.get("steps"), 1, MOST, f"{at}steps")
+    _number(options.get("guidance"), -1000, 1000, f"{at}guidance", real=True)
+    name, known = options.get("name"), ", ".join(SAMPLERS)
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise BundleError(f"{at}unknown sampler {reprlib.repr(name)}; choices: {known}")
+
+
+def _number(value: Any, low: float, high: float, what: str, *, real: bool = False) -> Any:
+    """``value``, if it is a whole (or real) number in low..high; NaN lies in no range."""
+    kinds = (int, float, np.integer, np.floating) if real else (int, np.integer)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "number" if real else "whole number"
+        raise BundleError(f"{what} must be a {kind} in {low}..{high}, got {reprlib.repr(value)}")
+    return value
+
+
+def _check_file(folder: Path, name: str, record: dict[str, Any]) -> None:
+    path = folder / name
     if not path.is_file():
         raise BundleError(f"{path}: is missing from the bundle; copy the folder again")
+    if path.resolve().parent != folder.resolve():
+        raise BundleError(f"{path}: is a link that leads out of the bundle; copy the file itself")
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+    if path.stat().st_size != record["bytes"] or digest.hexdigest() != record["sha256"]:
         raise BundleError(f"{path}: is damaged (its checksum differs); copy the folder again")
 
 
-def write_image(path: str | Path, pixels: Array, zoom: int | None = None) -> None:
+def _read_array(path: Path, shape: tuple[int, ...]) -> Array:
+    """The numbers of an .npy file, which are looked at before memory is taken for them."""
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of five classes for the kinds of damage
+        raise BundleError(f"{path}: is no complete .npy file of numbers") from error
+    fits = isinstance(found, np.ndarray) and found.shape == shape and found.dtype.kind == "f"
+    if not fits or not np.isfinite(found).all():
+        raise BundleError(f"{path}: does not hold finite numbers of shape {shape}")
+    return np.array(found)
+
+
+def write_image(
+    path: str | Path, pixels: Array, zoom: int | None = None, *, force: bool = False
+) -> None:
     """Write pictures (B, H, W, c) uint8, c = 1 or 3, as one grid into a PNG file.
 
     Args:
-        path: the file; written under a temporary name and renamed.
+        path: the file, see `write_file`.
         pixels: the pictures.
         zoom: every pixel becomes a square of this side; None makes the pictures at least 64 pixels
             wide.
+        force: replace any file.
+
+    Raises:
+        BundleError: the place cannot be written, or holds something else.
     """
     count, height, width, channels = pixels.shape
     side = zoom or max(1, 64 // width)
@@ -296,41 +434,92 @@ def write_image(path: str | Path, pixels: Array, zoom: int | None = None) -> Non
     )
     kind = 0 if channels == 1 else 2
     header = struct.pack(">IIBBBBB", grid.shape[1], grid.shape[0], 8, kind, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
+    picture = zlib.compress(lines.tobytes(), 9)
+    words = b"Software\0" + MARK
+    chunks = ((b"IHDR", header), (b"tEXt", words), (b"IDAT", picture), (b"IEND", b""))
     body = b"".join(
         struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
         for tag, data in chunks
     )
-    _write(path, b"\x89PNG\r\n\x1a\n" + body)
+    write_file(path, b"\x89PNG\r\n\x1a\n" + body, force=force)
 
 
-def _write(path: str | Path, data: bytes) -> None:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_samples(path: str | Path, samples: Array, *, force: bool = False) -> None:
+    """Write samples as an .npy file, behind whose numbers `MARK` stands; see `write_file`.
+
+    Raises:
+        BundleError: the place cannot be written, or holds something else.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, samples, allow_pickle=False)
+    write_file(path, buffer.getvalue() + MARK, force=force)
+
+
+def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
+    """Write a file that appears complete or not at all, for a runner that has no effformer.
+
+    Args:
+        path: the place: new, or earlier samples; a link to a regular file is written through.
+        data: the content.
+        force: replace any regular file.
+
+    Raises:
+        BundleError: the place cannot be written, or holds something else.
+    """
+    target = check_place(path, force=force)
+    for left in target.parent.glob(".effformer-*.part"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    temporary = target.with_name(f".effformer-{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(temporary, target)
     except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
+        full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise BundleError(f"{path}: cannot be written ({full}); choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _save(path: Path, bundle: Bundle, samples: Array) -> None:
+def check_place(path: str | Path, *, force: bool = False) -> Path:
+    """The file that `write_file` writes for a path.
+
+    Raises:
+        BundleError: a folder, a device, a link to nowhere or in a circle, or a file of others.
+    """
+    target, why = Path(os.path.realpath(path)), ""
+    try:
+        if os.path.islink(path) and not target.exists():
+            why = "is a symbolic link to nowhere or in a circle"
+        elif target.exists() and not target.is_file():
+            why = "is a folder or a device"
+        elif not target.parent.is_dir():
+            why = "lies in no folder"
+        elif target.exists() and not force:
+            with target.open("rb") as file:
+                ends = file.read(4096)
+                file.seek(max(file.tell(), target.stat().st_size - 4096))
+                if MARK not in ends + file.read():
+                    why = "holds something else than samples; add --force to replace it"
+    except OSError as error:
+        why = f"cannot be written ({error.strerror})"
+    if why:
+        raise BundleError(f"{path}: {why}, or choose another place")
+    return target
+
+
+def _save(path: Path, bundle: Bundle, samples: Array, *, force: bool = False) -> None:
     if path.suffix == ".npy":
-        import io
-
-        buffer = io.BytesIO()
-        np.save(buffer, samples, allow_pickle=False)
-        _write(path, buffer.getvalue())
-    elif path.suffix == ".png":
-        write_image(path, bundle.images(samples))
+        write_samples(path, samples, force=force)
     else:
-        raise BundleError(
-            f"{path}: samples are written as .png or .npy, not as {path.suffix or 'this'}"
-        )
+        write_image(path, bundle.images(samples), force=force)
 
 
 def parse_labels(text: str) -> list[int]:
@@ -341,14 +530,16 @@ def parse_labels(text: str) -> list[int]:
     """
     labels: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise BundleError(f"--labels {text!r}: expected class ids such as 0,1,2 or 0-9")
-        if int(last or first) - int(first) >= MOST:
-            raise BundleError(f"--labels {text!r}: at most {MOST} pictures at once")
-        labels += range(int(first), int(last or first) + 1)
+        found = re.fullmatch(r" *([0-9]+)(?:-([0-9]+))? *", part)
+        if found is None:
+            shown = reprlib.repr(text)
+            raise BundleError(f"--labels {shown}: expected class ids such as 0,1,2 or 0-9")
+        first, last = (int(digits[-18:]) for digits in (found[1], found[2] or found[1]))
+        if len(labels) + last - first >= MOST or max(map(len, found.groups(""))) > 18:
+            raise BundleError(f"--labels {reprlib.repr(text)}: at most {MOST} pictures at once")
+        labels += range(first, last + 1)
     if not labels:
-        raise BundleError(f"--labels {text!r}: the range is empty")
+        raise BundleError(f"--labels {reprlib.repr(text)}: the range is empty")
     return labels
 
 
@@ -376,20 +567,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--self-test", action="store_true", help="compare with the recorded velocity and stop"
     )
+    parser.add_argument("--force", action="store_true", help="replace whatever file is at --out")
     given = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters of a path
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if given.threads is not None and not 1 <= given.threads <= 1024:
-            raise BundleError(f"--threads must lie in 1..1024, got {given.threads}")
+        if not given.self_test:
+            if given.out.suffix not in (".npy", ".png"):
+                raise BundleError(f"{given.out}: samples are written as .png or .npy")
+            check_place(given.out, force=given.force)
+        labels = parse_labels(given.labels) if given.labels else []
         bundle = Bundle(given.folder, given.threads)
         if given.self_test:
             print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
             return 0
         options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
-        labels = parse_labels(given.labels) if given.labels else []
-        _save(given.out, bundle, bundle.sample(labels, **options))
+        _save(given.out, bundle, bundle.sample(labels, **options), force=given.force)
     except BundleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(given.out)
     return 0
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from effformer import registry
 from effformer.config import Config
+from effformer.values import Count
 
 from .graph import GraphFacts
 
@@ -23,8 +24,8 @@ class Target(Config):
         providers: execution providers of ONNX Runtime.
     """
 
-    opset: int = 20
-    newest: int = 23
+    opset: Count = 20
+    newest: Count = 23
     domains: tuple[str, ...] = ()
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 

@@ -5,8 +5,13 @@ compared.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +21,9 @@ from torch import Tensor, nn
 from effformer.calls import Call, Inputs, evaluating
 from effformer.wrapped import unwrapping
 
+from .conditions import holds, outside
 from .graph import GraphFacts, read_graph
-from .inputs import Axes, graph_call, resized, sizes
+from .inputs import Axes, as_it_was, graph_call, resized, sizes
 from .lengths import Lengths, Ranges, candidates, farther
 from .session import Session
 
@@ -26,7 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Case", "OutputError", "VerificationError", "VerifyReport", "verify_onnx"]
 
-TRACED, RANGES = "effformer.traced", "effformer.ranges"
+TRACED, RANGES, CONDITIONS = "effformer.traced", "effformer.ranges", "effformer.conditions"
+_MANY = 2**20
+"""Elements of the inputs up to which a model runs at lengths for the sake of one branch."""
+_HALF = (torch.float16, torch.bfloat16)
 _BATCHES = (1, 3, 2)
 _REFUSALS = (ValueError, RuntimeError, AssertionError, IndexError)
 
@@ -37,16 +46,19 @@ class OutputError:
 
     Attributes:
         name: name of the output.
-        max_abs: ``max |onnx - torch|``; infinite where shapes, types or finiteness differ.
+        max_abs: ``max |onnx - torch|``; infinite where shapes, types or finiteness differ. Torch
+            computes in float64 for models in half precision.
         max_rel: ``max |onnx - torch| / max |torch|``.
         constant: torch's output is one number everywhere, so that agreement says little (a DiT
             before training is 0).
+        allowed: largest accepted ``max_rel``.
     """
 
     name: str
     max_abs: float
     max_rel: float
     constant: bool
+    allowed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +80,12 @@ class VerifyReport:
 
     Attributes:
         path: the file.
-        tolerance: largest accepted ``max_rel``.
+        tolerance: largest accepted ``max_rel``; in half precision see `verify_onnx`.
         cases: the comparisons.
         lengths: the lengths of every symbol, case by case.
         ranges: symbol -> least and largest length that the tracer holds the graph for, where it
             does not hold it for all (None: any).
+        conditions: what else the tracer took for granted about lengths.
     """
 
     path: Path
@@ -80,6 +93,7 @@ class VerifyReport:
     cases: tuple[Case, ...]
     lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ranges: Ranges = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     @property
     def max_abs(self) -> float:
@@ -94,7 +108,7 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         """Every difference is within the tolerance."""
-        return all(o.max_rel <= self.tolerance for c in self.cases for o in c.outputs)
+        return all(o.max_rel <= o.allowed for c in self.cases for o in c.outputs)
 
     @property
     def constant(self) -> bool:
@@ -112,6 +126,7 @@ class VerifyReport:
                         "max_abs": o.max_abs,
                         "max_rel": o.max_rel,
                         "constant": o.constant,
+                        "allowed": o.allowed,
                     }
                     for o in c.outputs
                 ],
@@ -123,6 +138,7 @@ class VerifyReport:
             "max_abs": self.max_abs, "max_rel": self.max_rel, "constant": self.constant,
             "lengths": {s: list(n) for s, n in self.lengths.items()},
             "ranges": {s: list(r) for s, r in self.ranges.items()},
+            "conditions": list(self.conditions),
             "cases": cases,
         }  # fmt: skip
 
@@ -156,8 +172,12 @@ def verify_onnx(
     ... The others go, in this order, far: four times their length in ``inputs``, and beyond twice
     every chunk, window or number of landmarks of the model (`effformer.attention.Core.turns`), and
     past the end of the range that the tracer gave; to 1, or 2; to one and a half times, half, ...
-    their length. Sizes that the model itself refuses are passed over. A graph without symbols is
-    compared at its one shape with other values.
+    their length. For every branch on lengths that the tracer took, the graph is compared on the
+    other side, too, up to a length of 1,024. Sizes that the model itself refuses are passed over. A graph
+    without symbols is compared at its one shape with other values.
+
+    A graph in half precision is compared with the model in float64, from which it may differ by
+    four times as much as the model itself does in half precision, and one rounding.
 
     Args:
         path: the file.
@@ -179,15 +199,21 @@ def verify_onnx(
     call = graph_call(model, inputs, where="verify")
     axes = _axes(graph, call)
     draws = torch.Generator().manual_seed(0) if generator is None else generator
-    found, lengths = [], []
-    ranges = read_ranges(graph)
+    found: list[Case] = []
+    lengths: list[Lengths] = []
+    ranges, conditions = read_ranges(graph), read_conditions(graph)
     with evaluating(model):
-        runs = _other_runs(model, call, axes, graph, draws)
-        for (some, other, expected), _ in zip(runs, range(cases), strict=False):
-            found.append(_compare(session, other, expected, _beyond(some, ranges)))
+        exact = _exact(model, call)
+        first = islice(_other_runs(model, call, axes, graph, draws), cases)
+        more = _other_sides(model, call, axes, conditions, ranges, draws, lengths)
+        for some, other, expected in chain(first, more):
+            allowed = _allowed(exact, other, expected, tolerance)
+            beyond = _beyond(some, ranges, conditions)
+            found.append(_compare(session, other, expected, allowed, beyond))
             lengths.append(some)
     report = VerifyReport(
         path=Path(path), tolerance=tolerance, cases=tuple(found), ranges=ranges,
+        conditions=conditions,
         lengths={symbol: tuple(some[symbol] for some in lengths) for symbol in lengths[0]},
     )  # fmt: skip
     if not report.passed:
@@ -201,6 +227,11 @@ def read_ranges(graph: GraphFacts) -> dict[str, tuple[int, int | None]]:
     """
     given = json.loads(graph.metadata.get(RANGES, "{}"))
     return {symbol: (least, most) for symbol, (least, most) in given.items()}
+
+
+def read_conditions(graph: GraphFacts) -> tuple[str, ...]:
+    """What else the tracer took for granted about lengths."""
+    return tuple(map(str, json.loads(graph.metadata.get(CONDITIONS, "[]"))))
 
 
 def check_tolerance(tolerance: float, where: str) -> None:
@@ -242,7 +273,7 @@ def _other_runs(
     base = sizes(call, axes)
     while not base:
         other = resized(call, axes, base, draws)
-        yield {}, other, other.run(model)
+        yield {}, other, _run(model, other)
     batches = {by[0] for by in axes.values() if 0 in by}
     traced = json.loads(graph.metadata.get(TRACED, "{}"))
     seen, error = [base | dict(traced)], None
@@ -258,7 +289,7 @@ def _other_runs(
                 continue
             other = resized(call, axes, lengths, draws)
             try:
-                expected = other.run(model)
+                expected = _run(model, other)
             except _REFUSALS as refused:
                 error = refused
                 continue
@@ -271,8 +302,76 @@ def _other_runs(
     ) from error
 
 
-def _beyond(lengths: Lengths, ranges: Ranges) -> str:
-    """What to add to a difference at lengths outside of the range of the trace."""
+def _other_sides(
+    model: nn.Module,
+    call: Call,
+    axes: Axes,
+    conditions: tuple[str, ...],
+    ranges: Ranges,
+    draws: torch.Generator,
+    seen: list[Lengths],
+) -> Iterator[tuple[Lengths, Call, list[Tensor]]]:
+    """Calls at lengths at which what the tracer took for granted does not hold, if the model runs
+    there and none of those in ``seen`` is one.
+    """
+    batches = {by[0] for by in axes.values() if 0 in by}
+    sides = outside(conditions, ranges, sizes(call, axes), batches)
+    for condition, choices in sides.items():
+        for lengths in choices:
+            if any(holds(condition, some) is False for some in seen):
+                break
+            if _elements(call, axes, lengths) > max(_MANY, 4 * _elements(call, axes, {})):
+                continue
+            other = resized(call, axes, lengths, draws)
+            try:
+                expected = _run(model, other)
+            except _REFUSALS:
+                continue
+            yield lengths, other, expected
+
+
+def _elements(call: Call, axes: Axes, lengths: Lengths) -> int:
+    """Elements of the inputs, at other lengths of some symbols."""
+    return sum(
+        prod(lengths.get(axes.get(name, {}).get(axis, ""), n) for axis, n in enumerate(x.shape))
+        for name, x in call.tensors.items()
+    )
+
+
+def _run(model: nn.Module, call: Call) -> list[Tensor]:
+    """One run does not find what another has left behind."""
+    with as_it_was(model):
+        return call.run(model)
+
+
+def _exact(model: nn.Module, call: Call) -> nn.Module | None:
+    """The model in float64 if it computes in half precision."""
+    tensors = (*model.parameters(), *model.buffers(), *call.leaves)
+    if not any(x.dtype in _HALF for x in tensors):
+        return None
+    return deepcopy(model).double()
+
+
+def _allowed(
+    exact: nn.Module | None, call: Call, expected: list[Tensor], tolerance: float
+) -> list[float]:
+    """Largest accepted error of every output; in half precision ``expected`` is replaced by what
+    the model gives in float64.
+    """
+    if exact is None:
+        return [tolerance] * len(expected)
+    wide = call.map(lambda x: x.double() if x.is_floating_point() else x)
+    allowed, half = [], list(expected)
+    expected[:] = _run(exact, wide)
+    for rounded, true in zip(half, expected, strict=True):
+        own = _difference("", rounded.float().numpy(), true, 0.0).max_rel
+        one = torch.finfo(rounded.dtype).eps if rounded.is_floating_point() else 0.0
+        allowed.append(max(tolerance, 4 * own + one))
+    return allowed
+
+
+def _beyond(lengths: Lengths, ranges: Ranges, conditions: tuple[str, ...]) -> str:
+    """What to add to a difference at lengths at which the trace does not hold."""
     for symbol, n in lengths.items():
         least, most = ranges.get(symbol, (1, None))
         if n < least or (most is not None and n > most):
@@ -282,10 +381,18 @@ def _beyond(lengths: Lengths, ranges: Ranges) -> str:
                 "one side of a length at which a part changes its form: give another example, or "
                 "leave this axis out of 'dynamic'"
             )
+    for condition in conditions:
+        if holds(condition, lengths) is False:
+            return (
+                f"; the trace holds where {condition} only, because the example lies on one side of "
+                "a branch: give another example, or leave such an axis out of 'dynamic'"
+            )
     return ""
 
 
-def _compare(session: Session, call: Call, expected: list[Tensor], beyond: str) -> Case:
+def _compare(
+    session: Session, call: Call, expected: list[Tensor], allowed: list[float], beyond: str
+) -> Case:
     shapes = {n: tuple(x.shape) for n, x in call.tensors.items()}
     try:
         actual = session.run(call.tensors)
@@ -299,37 +406,42 @@ def _compare(session: Session, call: Call, expected: list[Tensor], beyond: str) 
             f"verify: the model returns {len(expected)} tensors, the graph {len(actual)}"
         )
     outputs = tuple(
-        _difference(n, a, e) for (n, a), e in zip(actual.items(), expected, strict=True)
+        _difference(n, a, e, most)
+        for (n, a), e, most in zip(actual.items(), expected, allowed, strict=True)
     )
     return Case(shapes=shapes, outputs=outputs)
 
 
-def _difference(name: str, array: np.ndarray[Any, Any], expected: Tensor) -> OutputError:
+def _difference(
+    name: str, array: np.ndarray[Any, Any], expected: Tensor, allowed: float
+) -> OutputError:
     actual = torch.from_numpy(array)
     constant = expected.numel() == 0 or bool((expected == expected.flatten()[0]).all())
-    worst = OutputError(name=name, max_abs=float("inf"), max_rel=float("inf"), constant=constant)
+    made = partial(OutputError, name=name, constant=constant, allowed=allowed)
+    worst = made(max_abs=math.inf, max_rel=math.inf)
     if actual.shape != expected.shape or actual.is_floating_point() != expected.is_floating_point():
         return worst
     a, e = actual.double(), expected.double()
     if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(e).all()):
         return worst
     if e.numel() == 0:
-        return OutputError(name=name, max_abs=0.0, max_rel=0.0, constant=constant)
+        return made(max_abs=0.0, max_rel=0.0)
     absolute, scale = float((a - e).abs().max()), float(e.abs().max())
     relative = absolute / scale if scale else float("inf") if absolute else 0.0
-    return OutputError(name=name, max_abs=absolute, max_rel=relative, constant=constant)
+    return made(max_abs=absolute, max_rel=relative)
 
 
 def _explain(report: VerifyReport) -> str:
     place, output = max(
         ((i, o) for i, c in enumerate(report.cases) for o in c.outputs),
-        key=lambda pair: pair[1].max_rel,
+        key=lambda pair: pair[1].max_rel / pair[1].allowed,
     )
     shapes = ", ".join(f"{n} {s}" for n, s in report.cases[place].shapes.items())
-    beyond = _beyond({s: n[place] for s, n in report.lengths.items()}, report.ranges)
+    lengths = {s: n[place] for s, n in report.lengths.items()}
+    beyond = _beyond(lengths, report.ranges, report.conditions)
     if output.max_rel == float("inf"):
         what = "differs in shape or type from torch's, or is not finite"
     else:
         what = f"differs from torch's by {output.max_rel:.2e} of its largest value"
-        what += f" (allowed {report.tolerance:.0e})"
+        what += f" (allowed {output.allowed:.0e})"
     return f"verify: output {output.name!r} {what}, at {shapes}{beyond}"

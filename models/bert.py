@@ -15,18 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
-from effformer.checks import check_shape
+from effformer.checks import check_ids, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import check_tokens, draw_tokens
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, Positive
 
 from .base import Model, Preset, register_presets
-from .layouts.bert import HUGGINGFACE
+from .layouts.bert import HUGGINGFACE, ROBERTA
 
 __all__ = ["PRESETS", "Bert", "BertOutput"]
 
@@ -71,7 +72,7 @@ class Bert(Model):
 
     FAMILY: ClassVar[str] = "bert"
     ROLES: ClassVar[Mapping[str, str]] = {"pooler": "head"}
-    LAYOUTS: ClassVar[tuple[Layout, ...]] = (HUGGINGFACE,)
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = (HUGGINGFACE, ROBERTA)
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BackboneConfig):
@@ -87,18 +88,12 @@ class Bert(Model):
 
         ffn: BaseConfig = part("ffn", MLP.Config(act="gelu"))
         block: BaseConfig = part("block", PostNorm.Config())
-        dropout: float = 0.1
-        vocab: int = 30522
-        context: int = 512
-        segments: int = 2
-        norm_eps: float = 1e-12
+        dropout: Chance = 0.1
+        vocab: Count = 30522
+        context: Count = 512
+        segments: Count = 2
+        norm_eps: Positive = 1e-12
         pooler: bool = True
-
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("vocab", "context", "segments"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def __init__(self, config: Bert.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -149,9 +144,10 @@ class Bert(Model):
             TypeError: ids are not integers, or the mask is not bool.
             CapabilityError: ``packed``, but a token mixer cannot run packed.
         """
-        check_tokens(tokens, mask, where=self.name, longest=self.config.context)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name, longest=self.config.context)
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
+            check_ids(segments, self.segment_embed.num_embeddings, where=f"{self.name}: segments")
         packing = None if mask is None or not packed else Packing.from_mask(mask)
         h = self.embedding(tokens, segments, packing)
         ctx = Context(
@@ -192,6 +188,7 @@ class Bert(Model):
             return hidden.new_zeros(hidden.shape[0], 0)
         return torch.tanh(self.pooler(hidden[:, 0]))
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

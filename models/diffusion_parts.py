@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import Context, Ledger, Rope, Tap
+from effformer.context import Context, Ledger, Rope, Tap, explained
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, Positive
 
 from .base import Model, Preset
 
@@ -48,21 +49,17 @@ class LatentConfig(BackboneConfig):
     """
 
     block: Config = part("block", AdaLNZero.Config())
-    input_size: int = 32
-    channels: int = 4
-    patch: int = 2
-    num_classes: int = 1000
-    label_dropout: float = 0.1
+    input_size: Count = 32
+    channels: Count = 4
+    patch: Count = 2
+    num_classes: Count = 1000
+    label_dropout: Chance = 0.1
     learn_sigma: bool = True
     positions: Literal["sincos", "learned"] = "sincos"
     time_freq_shift: Literal[0, 1] = 0
-    ffn_norm_eps: float = 1e-6
+    ffn_norm_eps: Positive = 1e-6
 
-    def __post_init__(self) -> None:
-        BackboneConfig.__post_init__(self)
-        for name in ("input_size", "channels", "patch", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    def check(self) -> None:
         if self.input_size % self.patch:
             fit = [p for p in range(1, self.input_size + 1) if not self.input_size % p]
             raise ValueError(
@@ -71,8 +68,6 @@ class LatentConfig(BackboneConfig):
             )
         if self.dim % 4:
             raise ValueError(f"dim must be divisible by 4 for 2-D positions, got {self.dim}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -231,9 +226,12 @@ class LatentTransformer(Model):
 
     Attributes:
         STEPS: time counts steps 0..STEPS - 1; None means that it lies in [0, 1].
+        LATENT_SCALE: the published weights saw latents of an autoencoder times this; None if it is
+            more than one number.
     """
 
     STEPS: ClassVar[int | None] = None
+    LATENT_SCALE: ClassVar[float | None] = None
 
     def __init__(
         self, config: LatentConfig, name: str | None, norm: NormRule, *, rope: int | None = None
@@ -309,6 +307,14 @@ class LatentTransformer(Model):
             ledger=ledger, tap=tap, complete=complete,
         )  # fmt: skip
 
+    def assumed(self) -> Mapping[str, Any] | None:
+        drops = self.STEPS is not None and self.config.learn_sigma  # SiT's head drops it itself
+        return {
+            "convention": {"name": self.CONVENTION, "variance": drops},
+            "null": self.config.label_dropout > 0,
+            "latent_scale": self.LATENT_SCALE,
+        }
+
     def places(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Rope | None]:
         """Coordinates of the tokens and rotary tables made of them, where a family has them."""
         return None, None
@@ -325,6 +331,7 @@ class LatentTransformer(Model):
         height, width = ctx.grid
         return unpatchify(self.final(h, ctx.cond), height, width, self.config.patch)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

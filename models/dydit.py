@@ -40,6 +40,7 @@ class DyDiT(LatentTransformer):
     FAMILY: ClassVar[str] = "dydit"
     CONVENTION: ClassVar[str | None] = "dit"
     STEPS: ClassVar[int | None] = 1000
+    LATENT_SCALE: ClassVar[float | None] = 0.18215
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (OFFICIAL, DIFFUSERS)
 
     @dataclass(frozen=True, slots=True, kw_only=True)

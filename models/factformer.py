@@ -21,11 +21,12 @@ from effformer.blocks import BackboneConfig, Iterate, Needs, PreNorm, build_stac
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.layout import Layout
 from effformer.nn.embeddings import FourierPositions
 from effformer.nn.positions import grid_positions
 from effformer.site import NormRule, Site
+from effformer.values import Count, Positive
 
 from .base import Model, Preset, register_presets
 from .layouts.factformer import IFACTFORMER
@@ -48,27 +49,22 @@ class GridOperatorConfig(BackboneConfig):
     """
 
     ffn: BaseConfig | None = part("ffn", optional=True)
-    channels: int = 3
-    out_channels: int | None = None
-    window: int = 1
-    grid: tuple[int, ...] = (32, 32, 32)
-    lengths: tuple[float, ...] | None = None
+    channels: Count = 3
+    out_channels: Count | None = None
+    window: Count = 1
+    grid: tuple[Count, ...] = (32, 32, 32)
+    lengths: tuple[Positive, ...] | None = None
     increment: bool = False
 
-    def __post_init__(self) -> None:
-        BackboneConfig.__post_init__(self)
-        for name in ("channels", "window", "fields"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.grid or min(self.grid) < 1:
-            raise ValueError(f"grid: every axis has at least one cell, got {self.grid}")
+    def check(self) -> None:
+        if not self.grid:
+            raise ValueError("grid: give the number of cells along every axis, got none")
         if self.dim % (2 * self.channels):
             raise ValueError(
                 f"dim / 2 must be divisible by channels, got dim={self.dim}, channels={self.channels}"
             )
         if self.lengths is not None and len(self.lengths) != len(self.grid):
             raise ValueError(f"lengths: one for every axis of grid {self.grid}, got {self.lengths}")
-
         if self.increment and self.fields != self.channels:
             raise ValueError(
                 f"increment: {self.fields} fields cannot be added to {self.channels} channels"
@@ -172,7 +168,8 @@ class GridOperator(Model):
         """Coordinates of a grid over the domain of training, both ends included."""
         places = []
         for n, length in zip(grid, self.config.lengths or [1.0] * len(grid), strict=True):
-            steps = torch.arange(n, device=like.device, dtype=like.dtype)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            steps = torch.arange(n, device=like.device, dtype=dtype)
             places.append(steps * (length / steps[-1:].clamp(min=1)))
         return tuple(places)
 
@@ -203,6 +200,7 @@ class GridOperator(Model):
             made.append(self(x, coords))
         return torch.cat(made, dim=1)[:, :steps]
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -300,16 +298,10 @@ class FactFormer(GridOperator):
         attn: BaseConfig = part(
             "attention", FactorizedChained.Config(head_dim=64, multiplier=2, norm="head")
         )
-        steps: int = 1
-        latent_ratio: float = 1.0
+        steps: Count = 1
+        latent_ratio: Positive = 1.0
 
-        def __post_init__(self) -> None:
-            GridOperatorConfig.__post_init__(self)
-            if self.steps < 1 or self.latent_ratio <= 0:
-                raise ValueError(
-                    "steps and latent_ratio must be positive, got "
-                    f"steps={self.steps}, latent_ratio={self.latent_ratio}"
-                )
+        def check(self) -> None:
             if self.latent % FactFormer.GROUPS:
                 raise ValueError(
                     f"the latent width {self.latent} (latent_ratio * dim) is not divisible by "

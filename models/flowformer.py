@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from effformer.attention import Attention
 from effformer.attention.flow import FLOW_PRESETS
 from effformer.blocks import BackboneConfig, Needs, build_stack, init_states
+from effformer.checks import check_batch, check_state
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap, explained
 from effformer.ffn import FFN
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import check_tokens, draw_tokens
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count
 
 from .base import Model, Preset, register_presets
 from .layouts.flowformer import GPT
@@ -79,15 +81,9 @@ class FlowformerGPT(Model):
         """
 
         attn: BaseConfig = part("attention", Attention.Config(core=FLOW_PRESETS["gpt"]))
-        dropout: float = 0.1
-        vocab: int = 50257
-        context: int = 1024
-
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("vocab", "context"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        dropout: Chance = 0.1
+        vocab: Count = 50257
+        context: Count = 1024
 
     def __init__(self, config: FlowformerGPT.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -137,7 +133,7 @@ class FlowformerGPT(Model):
             ValueError: a shape does not fit, or there are more tokens than positions.
             TypeError: ids are not integers, or the mask is not bool.
         """
-        check_tokens(tokens, mask, where=self.name, longest=self.config.context)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name, longest=self.config.context)
         if mask is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
@@ -146,14 +142,17 @@ class FlowformerGPT(Model):
             tokens, positions, Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         )
 
+    @explained
     def init_state(self, batch: int) -> GPTState:
         """The state before the first token.
 
         Raises:
             CapabilityError: a token mixer cannot stream.
         """
+        check_batch(batch, where=f"{self.name}: init_state")
         return GPTState(0, init_states(self, batch, like=self.head.weight))
 
+    @explained
     def step(self, tokens: Tensor, state: GPTState) -> tuple[Tensor, GPTState]:
         """Read the next tokens.
 
@@ -168,8 +167,9 @@ class FlowformerGPT(Model):
             ValueError: a shape does not fit, or the text outgrows the positions.
             TypeError: ids are not integers.
         """
-        left = self.config.context - state.position
-        check_tokens(tokens, None, where=f"{self.name}: step", longest=left)
+        left = self.config.context - getattr(state, "position", 0)
+        check_tokens(tokens, None, self.config.vocab, where=f"{self.name}: step", longest=left)
+        check_state(state, GPTState, tokens.shape[0], where=f"{self.name}: step")
         last = state.position + tokens.shape[1]
         positions = torch.arange(state.position, last, device=tokens.device)
         stream = Stream(state.mixers)
@@ -183,6 +183,7 @@ class FlowformerGPT(Model):
         logits: Tensor = self.head(self.norm(h))
         return logits
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

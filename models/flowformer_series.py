@@ -18,11 +18,12 @@ from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.nn.norms import make_norm
 from effformer.nn.text import sinusoids
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count
 
 from .base import Model, Preset, register_presets
 
@@ -61,16 +62,10 @@ class FlowformerSeries(Model):
         attn: BaseConfig = part("attention", Attention.Config(core=FLOW_PRESETS["time-series"]))
         ffn: BaseConfig = part("ffn", MLP.Config(hidden=512, act="gelu"))
         block: BaseConfig = part("block", PostNorm.Config())
-        dropout: float = 0.1
-        channels: int = 3
-        length: int = 1751
-        num_classes: int = 4
-
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("channels", "length", "num_classes"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        dropout: Chance = 0.1
+        channels: Count = 3
+        length: Count = 1751
+        num_classes: Count = 4
 
     def __init__(self, config: FlowformerSeries.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -133,6 +128,7 @@ class FlowformerSeries(Model):
         logits: Tensor = self.head(h.flatten(1))
         return logits
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -18,13 +18,14 @@ from effformer.blocks import Needs, PreNorm, StackConfig, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import truncated_normal_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, NonNegative, Positive
 
 from .base import Model, Preset, register_presets
 from .layouts.flowformer import VISION
@@ -69,22 +70,21 @@ class FlowformerVision(Model):
         attn: BaseConfig = part("attention", Attention.Config(core=FLOW_PRESETS["vision"]))
         ffn: BaseConfig = part("ffn", MLP.Config(act="gelu"))
         block: BaseConfig = part("block", PreNorm.Config(scale_attn=False))
-        drop_path: float = 0.2
-        dims: tuple[int, ...] = (96, 192, 384, 768)
-        depths: tuple[int, ...] = (3, 3, 10, 3)
-        heads: int = 12
-        input_size: int = 224
-        channels: int = 3
-        patch: int = 4
-        num_classes: int = 1000
-        layer_scale: float | None = 1e-5
-        norm_eps: float = 1e-6
+        drop_path: Chance = 0.2
+        dims: tuple[Count, ...] = (96, 192, 384, 768)
+        depths: tuple[Count, ...] = (3, 3, 10, 3)
+        heads: Count = 12
+        input_size: Count = 224
+        channels: Count = 3
+        patch: Count = 4
+        num_classes: Count = 1000
+        layer_scale: NonNegative | None = 1e-5
+        norm_eps: Positive = 1e-6
 
-        def __post_init__(self) -> None:
-            StackConfig.__post_init__(self)
-            if len(self.dims) != len(self.depths) or not self.dims or min(self.depths) < 1:
+        def check(self) -> None:
+            if len(self.dims) != len(self.depths) or not self.dims:
                 raise ValueError(
-                    f"dims {self.dims} and depths {self.depths} must have one entry >= 1 per stage"
+                    f"dims {self.dims} and depths {self.depths} must have one entry per stage"
                 )
             step = self.patch * 2 ** (len(self.dims) - 1)
             if self.input_size < step or self.input_size % step:
@@ -171,6 +171,7 @@ class FlowformerVision(Model):
         pooled: Tensor = self.norm(h).mean(dim=1)
         return pooled
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

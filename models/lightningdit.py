@@ -19,6 +19,7 @@ from effformer.ffn import SwiGLU
 from effformer.layout import Layout
 from effformer.nn.rope import GridRope
 from effformer.site import NormRule
+from effformer.values import Count
 
 from .base import Preset, register_presets
 from .diffusion_parts import LatentConfig, LatentTransformer
@@ -64,15 +65,14 @@ class LightningDiT(LatentTransformer):
         """
 
         ffn: BaseConfig = part("ffn", SwiGLU.Config())
-        input_size: int = 16
-        channels: int = 32
-        patch: int = 1
+        input_size: Count = 16
+        channels: Count = 32
+        patch: Count = 1
         learn_sigma: bool = False
         norm: Literal["rms", "layer"] = "rms"
         rope: GridRope.Config | None = GridRope.Config(temperature=10000.0)
 
-        def __post_init__(self) -> None:
-            LatentConfig.__post_init__(self)
+        def check(self) -> None:
             if self.rope is not None and self.rope.kind == "mixed":
                 raise ValueError("rope: kind 'mixed' differs by layer; use 'axial' or 'centered'")
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from effformer.attention import LMU, SpikingLMU
-from effformer.checks import check_shape
+from effformer.checks import check_batch, check_shape, check_state
 from effformer.config import Config as BaseConfig
+from effformer.context import explained
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
+from effformer.nn.precision import running_mean, widened
 from effformer.site import Site
+from effformer.values import Chance, Count, Range
 
 from .base import Model, Preset, register_presets
 
@@ -79,25 +82,16 @@ class LMUSequence(Model):
             length: steps of an example input; any other number is accepted.
         """
 
-        channels: int = 1
-        front: int | None = 3
-        memory: int = 468
-        theta: float = 784.0
-        hidden: int = 346
-        num_classes: int = 10
+        channels: Count = 1
+        front: Count | None = 3
+        memory: Count = 468
+        theta: Annotated[float, Range(1)] = 784.0
+        hidden: Count = 346
+        num_classes: Count = 10
         pool: Literal["mean", "last"] = "mean"
-        dropout: float = 0.4
+        dropout: Chance = 0.4
         neurons: LIF.Config | None = None
-        length: int = 784
-
-        def __post_init__(self) -> None:
-            for name in ("channels", "memory", "hidden", "num_classes", "length"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-            if self.front is not None and self.front < 1:
-                raise ValueError(f"front must be at least 1 or None, got {self.front}")
-            if not 0 <= self.dropout < 1:
-                raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        length: Count = 784
 
     def __init__(self, config: LMUSequence.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -129,17 +123,19 @@ class LMUSequence(Model):
         """Logits (B, N, num_classes) of every prefix; the last row is `forward`."""
         h = self._read(x)
         if self.config.pool == "mean":
-            count = torch.arange(1, h.shape[1] + 1, device=h.device, dtype=h.dtype)
-            h = h.cumsum(dim=1) / count[:, None]
+            h, _ = running_mean(h)
         logits: Tensor = self.head(self.drop(h))
         return logits
 
+    @explained
     def init_state(self, batch: int) -> LMUSequenceState:
         """The state before the first step."""
+        check_batch(batch, where=f"{self.name}: init_state")
         like = self.head.weight
-        total = like.new_zeros(batch, self.config.hidden)
+        total = widened(like.new_zeros(batch, self.config.hidden))
         return LMUSequenceState(self.unit.init_state(batch, like=like), total, 0)
 
+    @explained
     def step(self, x: Tensor, state: LMUSequenceState) -> tuple[Tensor, LMUSequenceState]:
         """Read the next steps.
 
@@ -155,16 +151,15 @@ class LMUSequence(Model):
             ValueError: a shape does not fit, or the model is in training mode.
         """
         self._check(x, "step")
+        check_state(state, LMUSequenceState, x.shape[0], where=f"{self.name}: step")
         if self.training:
             raise ValueError(f"{self.name}: streaming needs evaluation mode; call eval()")
         h, unit = self.unit.step(self.front(x), state.unit)
-        totals = state.total[:, None] + h.cumsum(dim=1)
-        end = state.steps + h.shape[1]
-        if self.config.pool == "mean":
-            count = torch.arange(state.steps + 1, end + 1, device=h.device, dtype=h.dtype)
-            h = totals / count[:, None]
-        return self.head(h), LMUSequenceState(unit, totals[:, -1], end)
+        means, total = running_mean(h, state.total, state.steps)
+        after = LMUSequenceState(unit, total, state.steps + h.shape[1])
+        return self.head(means if self.config.pool == "mean" else h), after
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -22,16 +22,18 @@ from effformer.blocks import (
     build_stack,
     init_states,
 )
-from effformer.checks import check_shape
+from effformer.checks import check_batch, check_shape, check_state
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Stream, Tap
+from effformer.context import Context, Ledger, Stream, Tap, explained
 from effformer.ffn import ConvChannel, SpikingConvChannel
 from effformer.layout import Layout
 from effformer.nn.frames import ConvEmbed, EmbedState, SpikingConvEmbed
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
+from effformer.nn.precision import running_mean, widened
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Model, Preset, register_presets
 from .layouts.lmuformer import DENSE, SPIKING
@@ -99,16 +101,10 @@ class LMUFormer(Model):
         attn: BaseConfig = part("attention", LMU.Config())
         ffn: BaseConfig = part("ffn", ConvChannel.Config())
         block: BaseConfig = part("block", LMUBlock.Config())
-        heads: int = 1
-        channels: int = 128
-        frames: int = 128
-        num_classes: int = 35
-
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("channels", "frames", "num_classes"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        heads: Count = 1
+        channels: Count = 128
+        frames: Count = 128
+        num_classes: Count = 35
 
     def __init__(self, config: LMUFormer.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -159,24 +155,26 @@ class LMUFormer(Model):
         ends at position t. The last row is `forward`.
         """
         h = self._features(x, Context())
-        count = torch.arange(1, h.shape[1] + 1, device=h.device, dtype=h.dtype)
-        logits: Tensor = self.head(h.cumsum(dim=1) / count[:, None])
+        logits: Tensor = self.head(running_mean(h)[0])
         return logits
 
+    @explained
     def init_state(self, batch: int) -> LMUFormerState:
         """The state before the first frame.
 
         Raises:
             CapabilityError: a token mixer cannot stream.
         """
+        check_batch(batch, where=f"{self.name}: init_state")
         like = self.head.weight
         return LMUFormerState(
             self.embed.init_state(batch, like=like),
             init_states(self, batch, like=like),
-            like.new_zeros(batch, self.config.dim),
+            widened(like.new_zeros(batch, self.config.dim)),
             0,
         )
 
+    @explained
     def step(self, x: Tensor, state: LMUFormerState) -> tuple[Tensor, LMUFormerState]:
         """Read the next frames.
 
@@ -193,6 +191,7 @@ class LMUFormer(Model):
             ValueError: a shape does not fit, or the model is in training mode.
         """
         self._check(x, "step")
+        check_state(state, LMUFormerState, x.shape[0], where=f"{self.name}: step")
         return self._advance(x, state, last=False)
 
     def finish(self, state: LMUFormerState) -> Tensor:
@@ -233,11 +232,9 @@ class LMUFormer(Model):
         for block in self.blocks:
             h = block(h, Context(stream=stream))
         h, head = self._read_out(h, state.head)
-        totals = state.total[:, None] + h.cumsum(dim=1)
+        means, total = running_mean(h, state.total, state.positions)
         end = state.positions + h.shape[1]
-        count = torch.arange(state.positions + 1, end + 1, device=h.device, dtype=h.dtype)
-        logits: Tensor = self.head(totals / count[:, None])
-        return logits, LMUFormerState(embed, stream.after, totals[:, -1], end, head)
+        return self.head(means), LMUFormerState(embed, stream.after, total, end, head)
 
     def _check(self, x: Tensor, what: str) -> None:
         channels = self.config.channels
@@ -246,6 +243,7 @@ class LMUFormer(Model):
         if x.shape[1] < 1:
             raise ValueError(f"{where}: expected at least one frame, got {tuple(x.shape)}")
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -300,6 +298,7 @@ class SpikingLMUFormer(LMUFormer):
         self.head_norm = TokenBatchNorm(config.dim)
         self.head_lif = LIF(config.lif)
 
+    @explained
     def init_state(self, batch: int) -> LMUFormerState:
         rest = self.head_lif.init_state(batch, self.config.dim, like=self.head.weight)
         return super().init_state(batch)._replace(head=rest)

@@ -17,13 +17,14 @@ from effformer.attention import Attention
 from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack, layer_pattern
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.text import Padding, Positions, check_tokens, draw_tokens, make_positions
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, Natural
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import TRANSLATION
@@ -117,36 +118,32 @@ class MacaronNet(Model):
         ffn: BaseConfig = part("ffn", MLP.Config(act="relu"))
         block: BaseConfig = part("block", Macaron.Config())
         cross: BaseConfig = part("attention", Attention.Config())
-        dropout: float = 0.1
-        decoder_depth: int | None = None
-        decoder_heads: int | None = None
+        dropout: Chance = 0.1
+        decoder_depth: Count | None = None
+        decoder_heads: Count | None = None
         decoder_layers: Mapping[str, Any] = field(
             default_factory=dict, metadata={"short": layer_pattern}
         )
         final_norm: bool = True
         decoder_final_norm: bool | None = None
-        vocab: int = 32768
-        target_vocab: int | None = None
-        pad: int = 1
+        vocab: Count = 32768
+        target_vocab: Count | None = None
+        pad: Natural = 1
         share: Literal["all", "target", "none"] = "all"
         source_padding: Padding = "left"
         target_padding: Padding = "right"
         positions: Positions = "sinusoidal"
         decoder_positions: Positions | None = None
-        context: int = 1024
-        decoder_context: int | None = None
+        context: Count = 1024
+        decoder_context: Count | None = None
 
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            if not 0 <= self.pad < min(self.vocab, self.target_vocab or self.vocab):
+        def check(self) -> None:
+            if self.pad >= min(self.vocab, self.target_vocab or self.vocab):
                 raise ValueError(f"pad must be a token id, got {self.pad}")
             if self.share == "all" and self.target_vocab not in (None, self.vocab):
                 raise ValueError(
                     f"share='all' needs one vocabulary, got {self.vocab} and {self.target_vocab}"
                 )
-            for name in ("decoder_depth", "decoder_heads", "context", "decoder_context"):
-                if (value := getattr(self, name)) is not None and value < 1:
-                    raise ValueError(f"{name} must be at least 1, got {value}")
 
         def decoder(self) -> MacaronNet.Config:
             """The same config with the decoder's own values as the main ones."""
@@ -249,7 +246,7 @@ class MacaronNet(Model):
         complete: bool = False,
     ) -> Tensor:
         """The source as memory of the decoder, (B, M, D); arguments as in `forward`."""
-        check_tokens(source, source_mask, where=f"{self.name}: source")
+        check_tokens(source, source_mask, self.embed.num_embeddings, where=f"{self.name}: source")
         mask = source != self.config.pad if source_mask is None else source_mask
         h: Tensor = self.drop(scaled_tokens(self.embed, source, mask, self.positions))
         out: Tensor = self.encoder(h, Context(mask=mask, ledger=ledger, tap=tap, complete=complete))
@@ -267,9 +264,9 @@ class MacaronNet(Model):
         complete: bool = False,
     ) -> Tensor:
         """Logits from the result of `encode`; the other arguments as in `forward`."""
-        check_tokens(target, target_mask, where=f"{self.name}: target")
-        real = target != self.config.pad if target_mask is None else target_mask
         table = self.embed if self.config.share == "all" else self.target_embed
+        check_tokens(target, target_mask, table.num_embeddings, where=f"{self.name}: target")
+        real = target != self.config.pad if target_mask is None else target_mask
         h: Tensor = self.drop(scaled_tokens(table, target, real, self.target_positions))
         ctx = Context(
             memory=memory,
@@ -283,6 +280,7 @@ class MacaronNet(Model):
         weight = self.head.weight if self.config.share == "none" else table.weight
         return nn.functional.linear(h, weight)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import BackboneConfig, Macaron, Needs, build_stack
-from effformer.checks import check_shape
+from effformer.checks import check_ids, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.norms import make_norm
 from effformer.nn.text import Positions, check_tokens, draw_tokens, make_positions
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count, Natural
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import BERT
@@ -95,21 +96,18 @@ class MacaronBert(Model):
 
         ffn: BaseConfig = part("ffn", MLP.Config(act="gelu"))
         block: BaseConfig = part("block", Macaron.Config(first_act="relu"))
-        dropout: float = 0.1
-        vocab: int = 32768
-        pad: int = 1
+        dropout: Chance = 0.1
+        vocab: Count = 32768
+        pad: Natural = 1
         norm_affine: bool = False
         final_norm: bool = True
         positions: Positions = "sinusoidal"
-        context: int = 512
+        context: Count = 512
         tied: bool = True
 
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            if not 0 <= self.pad < self.vocab:
+        def check(self) -> None:
+            if self.pad >= self.vocab:
                 raise ValueError(f"pad must be a token id below {self.vocab}, got {self.pad}")
-            if self.context < 1:
-                raise ValueError(f"context must be at least 1, got {self.context}")
 
     def __init__(self, config: MacaronBert.Config, name: str | None = None) -> None:
         super().__init__(config, name)
@@ -195,12 +193,13 @@ class MacaronBert(Model):
         complete: bool = False,
     ) -> Tensor:
         """Features (B, N, D); arguments as in `forward`."""
-        check_tokens(tokens, mask, where=self.name)
+        check_tokens(tokens, mask, self.config.vocab, where=self.name)
         if mask is None:
             mask = tokens != self.config.pad
         h = scaled_tokens(self.embed, tokens, mask, self.positions)
         if segments is not None:
             check_shape(segments, "(B, N)", tuple(tokens.shape), where=f"{self.name}: segments")
+            check_ids(segments, self.segment_embed.num_embeddings, where=f"{self.name}: segments")
             h = h + self.segment_embed(segments)
         ctx = Context(mask=mask, ledger=ledger, tap=tap, complete=complete)
         if packed:
@@ -212,6 +211,7 @@ class MacaronBert(Model):
         out: Tensor = self.norm(h)
         return out if ctx.packing is None else ctx.packing.unpack(out)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

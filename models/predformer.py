@@ -18,7 +18,7 @@ from effformer.blocks import BackboneConfig, Branch, Gated, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Tap
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import SwiGLU
 from effformer.layout import Layout
 from effformer.nn.embeddings import sincos_1d
@@ -26,6 +26,7 @@ from effformer.nn.init import truncated_normal_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
+from effformer.values import Chance, Count
 
 from .base import Model, Preset, register_presets
 from .layouts.predformer import FACTORIZED, OFFICIAL
@@ -86,24 +87,18 @@ class PredFormer(Model):
         block: BaseConfig = part("block", Gated.Config())
         axes: str = "tsst"
         drop_path_rule: Literal["linear", "uniform"] = "uniform"
-        frames: int = 10
-        channels: int = 1
-        size: tuple[int, int] = (64, 64)
-        patch: int = 8
-        attn_dropout: float | None = None
+        frames: Count = 10
+        channels: Count = 1
+        size: tuple[Count, Count] = (64, 64)
+        patch: Count = 8
+        attn_dropout: Chance | None = None
         transposed_head: bool = False
 
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("frames", "channels", "patch"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-            if any(side < 1 or side % self.patch for side in self.size):
+        def check(self) -> None:
+            if any(side % self.patch for side in self.size):
                 raise ValueError(f"size {self.size} is not divisible by patch {self.patch}")
             if self.dim % 2:
                 raise ValueError(f"dim must be even for sines and cosines, got {self.dim}")
-            if self.attn_dropout is not None and not 0 <= self.attn_dropout < 1:
-                raise ValueError(f"attn_dropout must lie in [0, 1), got {self.attn_dropout}")
 
         @property
         def grid(self) -> tuple[int, int, int]:
@@ -129,6 +124,11 @@ class PredFormer(Model):
         if config.attn_dropout is not None:
             self._set_mixer_dropout(config.attn_dropout)
         truncated_normal_linears(self.blocks)
+
+    def reset_buffers(self) -> None:
+        """Compute the positions again."""
+        tokens, dim = self.positions.shape
+        self.positions = _positions(tokens, dim).to(self.positions)
 
     def forward(
         self,
@@ -212,6 +212,7 @@ class PredFormer(Model):
             made.append(self(made[-1]))
         return torch.cat(made, dim=1)[:, :frames]
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

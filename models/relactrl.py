@@ -18,9 +18,10 @@ from effformer.attention.tdsm import TDSM
 from effformer.blocks import Branch
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, Ledger, Tap
+from effformer.context import EMPTY, Context, Ledger, Tap, explained
 from effformer.nn.norms import Modulation
 from effformer.site import Site
+from effformer.values import Count, Natural
 
 from .base import Model, Preset, register_presets
 from .diffusion_parts import LatentTransformer
@@ -201,12 +202,12 @@ class RelaCtrl(Model):
 
         backbone: str = "dit-xl-2"
         changes: Mapping[str, Any] = field(default_factory=dict)
-        positions: tuple[int, ...] = POSITIONS
-        groups: tuple[int, ...] = GROUPS
+        positions: tuple[Natural, ...] = POSITIONS
+        groups: tuple[Count, ...] = GROUPS
         mixer: TDSM.Config = TDSM.Config()
         reuse_skip: bool = False
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if not self.positions or list(self.positions) != sorted({*self.positions}):
                 raise ValueError(f"relactrl: positions must increase, got {self.positions}")
             if len(self.groups) != len(self.positions):
@@ -229,6 +230,18 @@ class RelaCtrl(Model):
         self.control = ControlBranch(config, Site(dim=dim, length=rows * columns, path="control"))
         self.modulation = Modulation(dim, dim, 3)
         self.train()
+
+    @property
+    def trained(self) -> dict[str, Any] | None:
+        """What the backbone was trained to predict; the branch only moves it."""
+        return self.backbone.trained
+
+    @trained.setter
+    def trained(self, record: BaseConfig | Mapping[str, Any] | None) -> None:
+        self.backbone.trained = record
+
+    def assumed(self) -> Mapping[str, Any] | None:
+        return self.backbone.assumed()
 
     def train(self, mode: bool = True) -> Self:
         """Set the branch's mode; the backbone stays frozen and in evaluation."""
@@ -278,6 +291,7 @@ class RelaCtrl(Model):
                 skip = None
         return self.backbone.head(h, ctx)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from effformer.site import NormRule
 
 from .base import register_presets
 from .diffusion_parts import DIT_PARAMS, LatentConfig, LatentTransformer, dit_presets
-from .layouts.dit import DIFFUSERS, OFFICIAL
+from .layouts.dit import DIFFUSERS, SIT_OFFICIAL
 
 __all__ = ["PRESETS", "SiT"]
 
@@ -36,7 +36,8 @@ class SiT(LatentTransformer):
 
     FAMILY: ClassVar[str] = "sit"
     CONVENTION: ClassVar[str | None] = "sit"
-    LAYOUTS: ClassVar[tuple[Layout, ...]] = (OFFICIAL, DIFFUSERS)
+    LATENT_SCALE: ClassVar[float | None] = 0.18215
+    LAYOUTS: ClassVar[tuple[Layout, ...]] = (SIT_OFFICIAL, DIFFUSERS)
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(LatentConfig):

@@ -17,13 +17,14 @@ from effformer.blocks import BackboneConfig, Joint, Needs, build_stack, head_wid
 from effformer.checks import CapabilityError, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap
+from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.nn.embeddings import TimeEmbedding, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.nn.rope import GridRope
 from effformer.site import NormRule, Site
+from effformer.values import Count
 
 from .base import Model, Preset, register_presets
 from .diffusion_parts import FinalLayer
@@ -50,6 +51,7 @@ class JointDiT(Model):
     """
 
     FAMILY: ClassVar[str] = "joint-dit"
+    CONVENTION: ClassVar[str | None] = "effformer"
     ROLES: ClassVar[Mapping[str, str]] = {"text_embed": "patch_embed", "pooled_embed": "t_mlp"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +69,15 @@ class JointDiT(Model):
         """
 
         block: BaseConfig = part("block", Joint.Config())
-        input_size: int = 16
-        channels: int = 4
-        patch: int = 2
-        text_dim: int = 32
-        text_length: int = 8
-        pooled_dim: int | None = 32
+        input_size: Count = 16
+        channels: Count = 4
+        patch: Count = 2
+        text_dim: Count = 32
+        text_length: Count = 8
+        pooled_dim: Count | None = 32
         rope: GridRope.Config | None = None
 
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name in ("input_size", "channels", "patch", "text_dim", "text_length"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        def check(self) -> None:
             if self.input_size % self.patch:
                 raise ValueError(
                     f"input_size {self.input_size} is not divisible by patch {self.patch}"
@@ -181,6 +179,7 @@ class JointDiT(Model):
             h, y = block(h, y, image, words)
         return unpatchify(self.final(h, cond), rows, columns, self.config.patch)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

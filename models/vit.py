@@ -18,7 +18,7 @@ from effformer.blocks import BackboneConfig, Branch, Needs, build_stack, head_wi
 from effformer.blocks.base import below, make_ffn
 from effformer.checks import check_shape
 from effformer.config import Config, part
-from effformer.context import EMPTY, Context, Ledger, Merging, Rope, Tap
+from effformer.context import EMPTY, Context, Ledger, Merging, Rope, Tap, explained
 from effformer.ffn import ACM, MLP
 from effformer.layout import Layout
 from effformer.nn.embeddings import resize_positions
@@ -28,6 +28,7 @@ from effformer.nn.patch import PatchEmbed
 from effformer.nn.rope import GridRope
 from effformer.nn.stems import Stem, build_stem
 from effformer.site import NormRule, Site
+from effformer.values import Count, Natural, NonNegative, Positive
 
 from .base import Model, Preset, register_presets
 from .layouts.vit import LAYOUTS
@@ -46,12 +47,8 @@ class Prefix(Config):
     """
 
     class_token: bool = True
-    registers: int = 0
+    registers: Natural = 0
     positions: bool = True
-
-    def __post_init__(self) -> None:
-        if self.registers < 0:
-            raise ValueError(f"prefix: registers must not be negative, got {self.registers}")
 
     @property
     def count(self) -> int:
@@ -83,7 +80,7 @@ class Norm(Config):
     """
 
     kind: Literal["layer", "rms"] = "layer"
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     before: bool = False
 
 
@@ -102,7 +99,7 @@ class Head(Config):
     pool: Literal["token", "avg", "map"] = "token"
     norm: Literal["tokens", "pooled", "none"] = "tokens"
     prefix: bool = False
-    heads: int | None = None
+    heads: Count | None = None
     ffn: Config = part("ffn", MLP.Config(act="gelu"))
 
 
@@ -168,7 +165,7 @@ class Classifier(nn.Module):
         if merging is None or merging.sizes is None:
             return x.mean(dim=1)
         sizes = merging.sizes[..., None]
-        return (x * sizes).sum(dim=1) / sizes.sum(dim=1)
+        return ((x * sizes).sum(dim=1) / sizes.sum(dim=1)).to(x.dtype)
 
 
 class ViT(Model):
@@ -207,23 +204,19 @@ class ViT(Model):
         """
 
         ffn: Config = part("ffn", MLP.Config(act="gelu"))
-        image_size: int | tuple[int, int] = 224
-        channels: int = 3
-        patch: int = 16
-        num_classes: int = 1000
+        image_size: Count | tuple[Count, Count] = 224
+        channels: Count = 3
+        patch: Count = 16
+        num_classes: Natural = 1000
         stem: Stem | None = None
         prefix: Prefix = Prefix()
         positions: Positions = Positions()
         norm: Norm = Norm()
-        layer_scale: float | None = None
+        layer_scale: NonNegative | None = None
         head: Head = Head()
 
-        def __post_init__(self) -> None:
-            BackboneConfig.__post_init__(self)
-            for name, least in (("channels", 1), ("patch", 1), ("num_classes", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-            if any(size < 1 or size % self.stride for size in self.size):
+        def check(self) -> None:
+            if any(size % self.stride for size in self.size):
                 raise ValueError(
                     f"image_size {self.image_size} is not divisible by {self.stride} "
                     f"(patch {self.patch}{'' if self.stem is None else ' times the stem stride'})"
@@ -390,6 +383,7 @@ class ViT(Model):
         model.to(next(self.parameters())).load_state_dict(state)
         return model.train(self.training)
 
+    @explained
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

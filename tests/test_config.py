@@ -108,7 +108,7 @@ def test_configs_are_frozen_and_comparable() -> None:
         ),
         ({"size": 1, "ffn": None}, TypeError, "Outer.ffn: a model cannot be without it"),
         ({"size": 1, "ffn": Softmax.Config()}, TypeError, "not the config of a registered ffn"),
-        ({"size": 1, "ffn": {"ratio": -1.0}}, ValueError, "inner width must be positive"),
+        ({"size": 1, "ffn": {"ratio": -1.0}}, ValueError, "Outer.ffn.ratio must be positive"),
     ],
 )
 def test_bad_values(data: dict[str, Any], error: type[Exception], message: str) -> None:

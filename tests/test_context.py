@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contract
 import pytest
 import torch
 
+import effformer
 from effformer import registry
 from effformer.checks import CapabilityError, check_shape
-from effformer.context import EMPTY, Context, Ledger, Packing, Rope, Tap, check_context
+from effformer.config import resolve
+from effformer.context import EMPTY, Context, Ledger, Merging, Packing, Rope, Tap, check_context
 from effformer.registry import Caps
+from effformer.site import Site
+
+TOKENS = torch.zeros(2, 3, 8)
 
 
 def test_packing_takes_any_mask() -> None:
@@ -65,16 +71,134 @@ def test_tap_reads_and_replaces() -> None:
 
 def test_parts_refuse_what_they_cannot_honour() -> None:
     able = Caps(mask="key", rope=False)
-    check_context(EMPTY, able, "core", "here")
-    check_context(Context(mask=torch.ones(2, 3, dtype=torch.bool)), able, "core", "here")
+    check_context(EMPTY, able, "core", "here", TOKENS)
+    check_context(Context(mask=torch.ones(2, 3, dtype=torch.bool)), able, "core", "here", TOKENS)
     full = Context(mask=torch.ones(2, 1, 3, 3, dtype=torch.bool))
     with pytest.raises(CapabilityError, match="here: this core cannot honour mask=full") as caught:
-        check_context(full, able, "core", "here")
+        check_context(full, able, "core", "here", TOKENS)
     for name in registry.core.names(mask="full"):
         assert name in str(caught.value)
     rope = Context(rope=Rope(torch.ones(1, 2), torch.zeros(1, 2)))
     with pytest.raises(CapabilityError, match=r"cannot honour rope=True; .*softmax"):
-        check_context(rope, able, "core", "here")
+        check_context(rope, able, "core", "here", TOKENS)
+
+
+YES = torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"mask": YES.float()}, TypeError, r"ctx.mask: expected bool, .* got torch.float32"),
+        ({"memory_mask": YES.long()}, TypeError, r"ctx.memory_mask: expected bool"),
+        ({"mask": [[True]]}, TypeError, r"ctx.mask: expected a tensor \(B, N\)"),
+        ({"mask": YES[0]}, ValueError, r"ctx.mask: expected shape"),
+        ({"cond": YES}, TypeError, r"ctx.cond: expected floating-point values"),
+        ({"cond": TOKENS}, ValueError, r"ctx.cond: expected shape \(B, Dc\)"),
+        ({"positions": TOKENS[0]}, ValueError, r"ctx.positions: expected shape"),
+        ({"memory": TOKENS[0]}, ValueError, r"ctx.memory: expected shape"),
+        ({"rope": TOKENS}, TypeError, r"ctx.rope: expected Rope, got Tensor"),
+        ({"grid": [1, 3]}, TypeError, r"ctx.grid: expected tuple"),
+        ({"packing": YES}, TypeError, r"ctx.packing: expected Packing"),
+    ],
+)
+def test_a_context_refuses_values_of_another_kind(
+    given: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Context(**given)  # type: ignore[arg-type]
+
+
+def test_places_refuse_values_of_another_kind() -> None:
+    table = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="both tables have one shape"):
+        Rope(table, table[:, :2])
+    with pytest.raises(ValueError, match="tables are floating-point"):
+        Rope(table.long(), table.long())
+    with pytest.raises(TypeError, match="a cosine table goes with a sine table"):
+        Rope(table, table, key_cos=table)
+    with pytest.raises(TypeError, match="indices must be a row of int64"):
+        Packing(table, torch.tensor([0, 3]), (3,), 3)
+    with pytest.raises(ValueError, match=r"3 indices of 1 samples, but lengths \(2,\)"):
+        Packing(torch.arange(3), torch.tensor([0, 3]), (2,), 3)
+    with pytest.raises(TypeError, match="sizes must be floating-point"):
+        Merging(tokens=3, sizes=torch.ones(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mask": torch.ones(2, 4, dtype=torch.bool)},
+        {"mask": torch.ones(2, 1, dtype=torch.bool)},
+        {"mask": torch.ones(3, 3, dtype=torch.bool)},
+        {"mask": torch.ones(1, 1, 3, 4, dtype=torch.bool)},
+        {"memory": torch.ones(3, 5, 8)},
+        {"positions": torch.ones(1, 4, 2)},
+        {"cond": torch.ones(3, 8)},
+        {"width": torch.ones(3, 2)},
+        {"rope": Rope(torch.ones(4, 4), torch.ones(4, 4))},
+        {"merging": Merging(tokens=4, sizes=torch.ones(2, 4))},
+        {"mask": torch.ones(2, 3, dtype=torch.bool, device="meta")},
+    ],
+    ids=str,
+)
+def test_a_part_refuses_what_is_about_other_tokens(given: dict[str, object]) -> None:
+    able = Caps(mask="full", rope=True, cross=True, packed=True, width=True, sizes=True)
+    name = next(iter(given))
+    with pytest.raises(ValueError, match=rf"here: ctx\.{name}"):
+        check_context(Context(**given), able, "core", "here", TOKENS)  # type: ignore[arg-type]
+
+
+def test_a_size_of_one_stands_for_all_samples() -> None:
+    able = Caps(mask="full", rope=True)
+    table = torch.ones(1, 3, 4)
+    for mask in (YES[:1], torch.ones(1, 1, 1, 3, dtype=torch.bool)):
+        ctx = Context(mask=mask, rope=Rope(table, table), positions=torch.ones(1, 3, 2))
+        check_context(ctx, able, "core", "here", TOKENS)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear", "flow"])
+def test_attention_refuses_a_float_mask_and_foreign_tables(name: str) -> None:
+    part = resolve("attention", name).build(Site(dim=8, heads=2))
+    with pytest.raises(TypeError, match="expected bool"):
+        part(TOKENS, Context(mask=YES.float()))
+    with pytest.raises(ValueError, match="rope: tables for heads of width 2, but these have 4"):
+        part(TOKENS, Context(rope=Rope(torch.ones(3, 2), torch.zeros(3, 2))))
+
+
+@pytest.mark.parametrize("name", contract.mixers(streaming=True))
+def test_a_state_of_something_else_is_refused(name: str) -> None:
+    part = contract.make_mixer(name, causal=True).eval()
+    x = torch.zeros(2, 1, contract.DIM)
+    state = part.init_state(2, like=x)
+    with pytest.raises(TypeError, match=f"step: expected {type(state).__name__} from init_state"):
+        part.step(x, (state,), EMPTY)
+    with pytest.raises(ValueError, match="a state of 3 samples, but tokens of 2"):
+        part.step(x, part.init_state(3, like=x), EMPTY)
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match=f"samples must be at least 1, got {batch}"):
+            part.init_state(batch, like=x)
+    with pytest.raises(TypeError, match="expected a number of samples"):
+        part.init_state(1.5, like=x)
+    part.step(x, state, EMPTY)
+
+
+@pytest.mark.parametrize(("name", "other"), [("softmax", "topk"), ("linear", "sana")])
+def test_a_state_of_another_core_is_refused(name: str, other: str) -> None:
+    x = torch.zeros(2, 1, contract.DIM)
+    part, twin = (contract.make_mixer(n, causal=True).eval() for n in (name, other))
+    with pytest.raises(ValueError, match=f"the state is one of '{other}', but this .* {name!r}"):
+        part.step(x, twin.init_state(2, like=x), EMPTY)
+    model = effformer.build_model(
+        "flowformer-gpt-mini", dim=24, depth=1, heads=2, vocab=20, context=8
+    ).eval()
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="a state of 1 samples, but tokens of 2"):
+        model.step(ids, model.init_state(1))
+    with pytest.raises(TypeError, match="step: expected GPTState from init_state"):
+        model.step(ids, None)
+    with pytest.raises(ValueError, match="init_state: the number of samples must be at least 1"):
+        model.init_state(-1)
 
 
 def test_contexts_are_immutable() -> None:

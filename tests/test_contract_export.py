@@ -66,9 +66,11 @@ def _serves_every_length(part: nn.Module, folder: Path, target: str = "onnx-cpu"
     """One graph, traced with few tokens, gives what the part gives at any number of them."""
     alone, axes = _Alone(part), {"x": {0: "batch", 1: "tokens"}}
     inputs, path = torch.randn(2, 7, part.site.dim), folder / "part.onnx"
-    export_onnx(alone, path, inputs, dynamic=axes, target=target, verify=False)
+    report = export_onnx(alone, path, inputs, dynamic=axes, target=target, verify=False)
     session = Session(path, threads=1)
-    most = getattr(getattr(part, "core", None), "tokens", max(LENGTHS))
+    most = getattr(getattr(part, "core", None), "tokens", part.site.length or max(LENGTHS))
+    assert report.conditions == ()
+    assert all(end in (None, most) for _, end in report.ranges.values())
     for n in (n for n in LENGTHS if n <= most):
         x = torch.randn(3 if n > 7 else 1, n, part.site.dim)
         with torch.no_grad():

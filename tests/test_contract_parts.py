@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from contract import (
     unrolled,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from effformer import registry
 from effformer.checks import CapabilityError
@@ -143,6 +145,45 @@ def test_compiles_without_graph_breaks(part: nn.Module) -> None:
     torch.compiler.reset()
     compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, ctx), expected)
+
+
+COMPILED = [*PARTS, *((f"causal {n}", make_mixer(n, causal=True)) for n in mixers(causal=True))]
+QUICK = ("attention lmu", "attention spiking-lmu", "ffn spiking-conv-channel", "causal linear")
+"""Parts with a loop or a block whose length varies, and that are traced in a second."""
+MOST_GRAPHS = 3
+"""Graphs of `torch.compile(dynamic=True)` over all numbers of tokens above 1, which torch sets apart."""
+
+
+def _graphs(part: nn.Module, lengths: Sequence[int], backend: str, *, learns: bool) -> int:
+    """Compile a part without a break, run it, compare it with itself uncompiled, count graphs."""
+    counter = CompileCounterWithBackend(backend)
+    torch.compiler.reset()
+    compiled = torch.compile(part, fullgraph=True, dynamic=True, backend=counter)
+    core: Any = getattr(part, "core", None)
+    fixed = getattr(part, "order", None) is not None  # permutations are constants
+    most = part.site.length or getattr(core, "tokens", None) or max(lengths)  # type: ignore[union-attr]
+    for n in (11,) if fixed else (n for n in lengths if n <= most):
+        x = tokens(n, 2 + n % 2).requires_grad_(learns)
+        ctx = context_for(part, x)
+        found, expected = compiled(x, ctx), part(x, ctx)
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        if learns:
+            weights = torch.randn_like(expected)
+            grads = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected))
+            assert_close(*grads, rtol=1e-4, atol=1e-5)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_few_compiled_graphs_serve_every_length(name: str) -> None:
+    assert _graphs(dict(COMPILED)[name], (11, 70, 300), "eager", learns=False) <= MOST_GRAPHS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [p for _, p in COMPILED], ids=[name for name, _ in COMPILED])
+def test_few_graphs_of_every_part_serve_every_length_and_learn(part: nn.Module) -> None:
+    lengths = (2, 7, 16, 33, 64, 150, 300, 301)
+    assert _graphs(part, lengths, "aot_eager", learns=True) <= MOST_GRAPHS
 
 
 @pytest.mark.parametrize("name", mixers(causal=True))

@@ -15,23 +15,25 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {
-    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "version",
+    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "values", "version",
     "wrapped",
 }  # fmt: skip
-TOP = BASE | {"io", "build"}
+READ = {"loading", "pickled", "weights"}  # files of weights
+TOP = BASE | READ | {"io", "build"}
 PARTS = {"nn", "attention", "ffn", "blocks"}
 # what the modules of a group may import beside their own group, deferred imports included
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
     "": TOP | {"compress", "export", "flow", "models", "profile", "train"},
     "build": BASE,
-    "io": BASE,
+    **{name: BASE | READ for name in READ},
+    "io": BASE | READ,
     "nn": BASE,
     "attention": BASE | {"nn"},
     "ffn": BASE | {"nn"},
     "blocks": BASE | {"nn", "attention", "ffn"},
     "models": BASE | PARTS,
-    "flow": {"checks", "registry", "config"},
+    "flow": {"wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile"},

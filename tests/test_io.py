@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,15 @@ def test_a_failed_rename_puts_the_old_folder_back(
     target = tmp_path / "m"
     target.mkdir()
     (target / "marker").write_text("old")
-    rename = Path.replace
+    rename = os.rename
 
-    def replace(self: Path, other: Path) -> Path:
-        if other == target and not self.name.endswith(".old"):
+    def broken(one: Path, other: Path) -> None:
+        if other == target and not one.name.endswith(".old"):
             raise OSError(5, "Input/output error")
-        return rename(self, other)
+        rename(one, other)
 
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr("effformer.files._exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", broken)
     with pytest.raises(OSError, match="Input/output"), atomic_folder(target, marker="marker") as t:
         (t / "marker").write_text("new")
     monkeypatch.undo()
@@ -238,6 +241,17 @@ def test_pickles_are_never_executed(
     with pytest.raises(FormatError, match="reads data, not code"):
         effformer.load_weights(small(), path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_archives_that_unpack_to_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data/0", bytes(1000))
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<I", raw, raw.index(b"PK\x01\x02") + 24, 3 * 2**30)
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"would unpack from .* to 3,221,225,472 bytes"):
+        read_weights(path)
 
 
 def test_files_without_tensors(tmp_path: Path) -> None:

@@ -181,14 +181,20 @@ def test_a_core_of_a_plugin_is_an_attention_everywhere(plug_in: Callable[..., No
 def test_many_threads_look_at_once() -> None:
     code = (
         "import threading, effformer\n"
+        "from effformer import registry\n"
         "found = []\n"
         "def look(): found.append(effformer.build_model('dit-nano').name)\n"
-        "threads = [threading.Thread(target=look) for _ in range(6)]\n"
+        "def direct(): import effformer.models, effformer.attention\n"
+        "def every(): assert all(len(r) for r in registry.KINDS.values())\n"
+        "works = [look] * 6 + [direct, every] * 3\n"
+        "threads = [threading.Thread(target=w, daemon=True) for w in works]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
         "assert found == ['dit-nano'] * 6, found\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["core", "attention", "ffn", "block", "model"])

@@ -31,6 +31,7 @@ from effformer.config import Config
 from effformer.context import Ledger
 from effformer.ffn import ACM, FFNConfig
 from effformer.nn.learners import Gate, Learners
+from effformer.values import Count, NonNegative, Portion, Positive, checker
 from effformer.wrapped import unwrapped, unwrapping
 
 from .adaptive_losses import acm_losses, distillation_loss, gate_labels, gate_loss
@@ -59,18 +60,13 @@ class AdaptiveScheme(Config):
 
     ffn: bool = True
     projections: bool = True
-    learners: int = 4
-    size: float = 1.0
+    learners: Count = 4
+    size: Positive = 1.0
     gate: Gate.Config = Gate.Config()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.ffn and not self.projections:
             raise ValueError("acmize: nothing to replace; set ffn or projections")
-        if self.learners < 1 or self.size <= 0:
-            raise ValueError(
-                f"acmize: learners must be at least 1 and size positive, got "
-                f"learners={self.learners}, size={self.size}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +120,7 @@ def acmize(model: M, scheme: AdaptiveScheme | None = None) -> tuple[M, AdaptiveR
         module.reset_parameters()
     student.load_state_dict(kept, strict=False)
     student.to(next(model.parameters())).train(model.training)
+    student.trained = getattr(model, "trained", None)
     report = AdaptiveReport(
         places=tuple(learners),
         copied=len(kept),
@@ -224,6 +221,9 @@ class GatePretraining:
     task: Objective
     threshold: float = 1.2
 
+    def __post_init__(self) -> None:
+        checker(Positive)(self.threshold, "GatePretraining.threshold")
+
     def __call__(
         self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
@@ -256,8 +256,9 @@ class Budgeted:
     diversity: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.target <= 1:
-            raise ValueError(f"acm: the budget must lie in (0, 1], got {self.target}")
+        checker(Portion)(self.target, "Budgeted.target")
+        for name in ("budget", "entropy", "diversity"):
+            checker(NonNegative)(getattr(self, name), f"Budgeted.{name}")
 
     def __call__(
         self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from effformer.context import Ledger
 from effformer.ledger import Choice
 from effformer.nn.learners import Learners
+from effformer.nn.precision import widened
 
 __all__ = [
     "acm_losses", "budget_loss", "distillation_loss", "diversity_loss", "entropy_loss", "gate_labels",
@@ -113,7 +114,7 @@ def distillation_loss(learners: Learners, x: Tensor, y: Tensor, *, detach: bool 
         detach: learner k fits only what the learners before it left over.
     """
     outputs = learners.every(x, detach=detach)
-    return F.mse_loss(outputs, y.unsqueeze(-2).expand_as(outputs))
+    return F.mse_loss(widened(outputs), widened(y).unsqueeze(-2).expand_as(outputs))
 
 
 def gate_labels(errors: Tensor, threshold: float = 1.2) -> Tensor:

@@ -16,6 +16,7 @@ from effformer.blocks import Block, Branch, Joint
 from effformer.calls import evaluating, takes
 from effformer.checks import CapabilityError, check_shape
 from effformer.context import Context, Ledger
+from effformer.values import Natural, NonNegative, Portion, checker
 from effformer.wrapped import bare, unwrapping
 
 from .work import WorkTarget, write_work_loss
@@ -137,8 +138,12 @@ class Frugal:
     complete: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, (int, float)) and not 0 < self.target <= 1:
-            raise ValueError(f"Frugal: the target must lie in (0, 1], got {self.target}")
+        for name, hint in (
+            ("target", Portion | WorkTarget),
+            ("weight", NonNegative),
+            ("complete", Natural),
+        ):
+            checker(hint)(getattr(self, name), f"Frugal.{name}")
 
     def __call__(
         self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger

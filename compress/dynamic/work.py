@@ -14,6 +14,7 @@ from torch import Tensor
 from effformer.config import Config
 from effformer.context import Ledger
 from effformer.ledger import Share
+from effformer.values import Natural, Portion
 
 __all__ = ["WorkTarget", "executed_ratio", "work_loss", "write_work_loss"]
 
@@ -86,16 +87,9 @@ class WorkTarget(Config):
         [1.0, 0.75, 0.5]
     """
 
-    share: float
-    warmup: int = 1000
-    hold: int = 100
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.warmup < 0 or self.hold < 0:
-            raise ValueError(
-                "WorkTarget: share must lie in (0, 1], warmup and hold must not be negative, got "
-                f"share={self.share}, warmup={self.warmup}, hold={self.hold}"
-            )
+    share: Portion
+    warmup: Natural = 1000
+    hold: Natural = 100
 
     def __call__(self, step: int) -> float:
         """The target at a step, counted from 0."""

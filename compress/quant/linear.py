@@ -36,6 +36,7 @@ class PackedWeight(nn.Module):
         scheme: the format.
         shape: (N, K).
         dtype: type of the decoded weight.
+        frozen: the dense weight was not trained, and is not where it comes back.
         backend: "torch" or "bitsandbytes".
     """
 
@@ -54,6 +55,7 @@ class PackedWeight(nn.Module):
         for name, (shape, dtype) in self.scheme.layout(n, k).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         self.dtype = torch.float32
+        self.frozen = False
         self.backend: Backend = select_backend(
             backend, self.scheme, self.get_buffer("codes").device
         )
@@ -61,6 +63,11 @@ class PackedWeight(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
         return dict(self.named_buffers(recurse=False))
+
+    def tie(self, other: PackedWeight) -> None:
+        """Take the packed tensors of a layer with the same weight."""
+        for name, tensor in other.tensors().items():
+            self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # half() and to(dtype) change what the weight decodes to, never the stored scales
@@ -165,13 +172,14 @@ class QuantLinear(PackedWeight):
             linear.in_features, linear.out_features, scheme,
             bias=linear.bias is not None, backend=backend, device=linear.weight.device,
         )  # fmt: skip
+        packed.frozen = not linear.weight.requires_grad
         return packed.to(linear.weight.dtype).train(linear.training)
 
     def to_dense(self) -> nn.Linear:
         """A linear layer with the decoded weight."""
         bias = self.bias is not None
         dense = nn.Linear(self.in_features, self.out_features, bias=bias, device="meta")
-        dense.weight = nn.Parameter(self.weight)
+        dense.weight = nn.Parameter(self.weight, requires_grad=not self.frozen)
         dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
@@ -237,11 +245,12 @@ class QuantEmbedding(PackedWeight):
             table.num_embeddings, table.embedding_dim, scheme,
             backend=backend, device=table.weight.device,
         )  # fmt: skip
+        packed.frozen = not table.weight.requires_grad
         return packed.to(table.weight.dtype).train(table.training)
 
     def to_dense(self) -> nn.Embedding:
         """A table with the decoded weight."""
-        return nn.Embedding.from_pretrained(self.weight, freeze=False).train(self.training)
+        return nn.Embedding.from_pretrained(self.weight, freeze=self.frozen).train(self.training)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integer ids -> (..., K)."""

@@ -21,6 +21,7 @@ from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
 from .schemes import Scheme, make_scheme
+from .swap import irreplaceable, swap
 
 __all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
 
@@ -104,11 +105,14 @@ def quantize_(
     packed: dict[str, Packed] = {}
     layers = []
     for name, dense in chosen.items():
-        used = careful if covers(SENSITIVE, name) else main
+        tied = [n for n, other in chosen.items() if other.weight is dense.weight]
+        used = careful if any(covers(SENSITIVE, n) for n in tied) else main
         by = backend if used is main else "torch"  # the few layers of another format
         packed[name] = _pack(dense, used, by, f"{name}.weight")
+        if tied[0] != name:
+            packed[name].tie(packed[tied[0]])
         layers.append(_describe(name, dense, packed[name]))
-    _swap(model, {chosen[name]: layer for name, layer in packed.items()})
+    swap(model, {chosen[name]: layer for name, layer in packed.items()})
     _record(model, packed)
     error = None
     if reference is not None and inputs is not None:
@@ -132,7 +136,7 @@ def dequantize(model: M) -> M:
     packed = {m: m.to_dense() for m in changed.modules() if isinstance(m, Packed)}
     if not packed:
         raise ValueError("dequantize: no layer of this model is quantized")
-    _swap(changed, packed)
+    swap(changed, packed)
     forget(changed, "quantize")
     return changed
 
@@ -158,7 +162,7 @@ def _replay(model: M, record: Mapping[str, Any]) -> M:
             )
         kind = QuantLinear if isinstance(dense, nn.Linear) else QuantEmbedding
         packed[dense] = kind.like(dense, scheme.config)  # type: ignore[arg-type]
-    _swap(model, packed)
+    swap(model, packed)
     return model
 
 
@@ -168,7 +172,7 @@ def _choose(
     """Layers to pack by path, and the layers with weights that stay."""
     modules = {name: m for name, m in model.named_modules() if name}
     ready = {n: m for n, m in modules.items() if type(m) in (nn.Linear, nn.Embedding)}
-    able = {n: m for n, m in ready.items() if getattr(m, "max_norm", None) is None}
+    able = {n: m for n, m in ready.items() if irreplaceable(m) is None}
     done = [n for n, m in modules.items() if isinstance(m, PackedWeight)]
     if not able and not done:
         raise ValueError(
@@ -206,8 +210,8 @@ def _kept(
             reason = f"already {module.scheme.name}"
         elif name in able:
             reason = f"matches skip={list(skip)}" if covers(skip, name) else "outside where"
-        elif isinstance(module, nn.Embedding):
-            reason = "max_norm rewrites the table in every call"
+        elif type(module) in (nn.Linear, nn.Embedding):
+            reason = irreplaceable(module) or ""
         else:
             reason = f"{kind} is not a linear layer or embedding"
         size = sum(t.numel() * t.element_size() for t in own)
@@ -233,14 +237,6 @@ def _describe(name: str, dense: Dense, packed: Packed) -> PackedLayer:
     )
 
 
-def _swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
-    """Replace modules wherever they hang; a layer shared by two parents stays shared."""
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):  # named_children() hides repetitions
-            if child in new:
-                setattr(parent, key, new[child])
-
-
 def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, layer in packed.items():
@@ -252,7 +248,8 @@ def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
 
 def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     found = run(model, inputs, where="quantize")
-    if floats := [x for x in found if x.is_floating_point()]:
+    # copied: a model may return a buffer that its next call writes into
+    if floats := [x.clone() for x in found if x.is_floating_point()]:
         return floats
     raise TypeError(f"quantize: {type(model).__name__} returns no floating-point tensor to compare")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from effformer import registry
 from effformer.config import Config, Spec, resolve
+from effformer.values import Count
 
 from . import blockwise as bw
 from .activations import quantize_rowwise
@@ -99,13 +100,6 @@ class Scheme(ABC):
         return None
 
 
-def _check_block(config: Any) -> None:
-    if config.block is not None and config.block < 1:
-        raise ValueError(
-            f"block must be at least 1, got {config.block}; common sizes are 32, 64, 128"
-        )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowConfig(Config):
     """Knobs of the row formats.
@@ -116,11 +110,8 @@ class RowConfig(Config):
         symmetric: no zero points; False fits blocks whose values lie on one side of 0.
     """
 
-    block: int | None
+    block: Count | None
     symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        _check_block(self)
 
 
 class RowScheme(Scheme):
@@ -193,7 +184,7 @@ class Int8(RowScheme):
         smallest.
         """
 
-        block: int | None = None
+        block: Count | None = None
 
 
 @registry.quantizer.register("int4")
@@ -206,7 +197,7 @@ class Int4(RowScheme):
     class Config(RowConfig):
         """Knobs of `Int4`; see `RowConfig`."""
 
-        block: int | None = 64
+        block: Count | None = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,10 +208,7 @@ class FlatConfig(Config):
         block: values per absmax in the row-major flattened weight.
     """
 
-    block: int = 64
-
-    def __post_init__(self) -> None:
-        _check_block(self)
+    block: Count = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,7 +294,7 @@ class Int8Dynamic(Scheme):
     class Config(FlatConfig):
         """Knobs of `Int8Dynamic`; see `FlatConfig`."""
 
-        block: int = 128
+        block: Count = 128
 
     def layout(self, n: int, k: int) -> Layout:
         absmax = ((-(-n * k // self.config.block),), torch.float32)

@@ -16,6 +16,7 @@ from effformer.nn.lepe import LePE, Reduction
 from effformer.nn.resample import averages, stretch_grid
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Odd
 
 from .agent_bias import AgentBias
 from .lin import GridMixer, joined
@@ -63,18 +64,16 @@ class Agent(GridMixer):
             kernel: side of the convolution, odd.
         """
 
-        agents: int = 49
+        agents: Count = 49
         bias: Literal["none", "maps", "full"] = "full"
         qkv_bias: bool = True
         proj_bias: bool = True
-        reduction: int = 1
-        kernel: int = 3
+        reduction: Count = 1
+        kernel: Odd = 3
 
-        def __post_init__(self) -> None:
-            if self.agents < 1 or isqrt(self.agents) ** 2 != self.agents:
+        def check(self) -> None:
+            if isqrt(self.agents) ** 2 != self.agents:
                 raise ValueError(f"agent: agents must be a square number, got {self.agents}")
-            if self.reduction < 1:
-                raise ValueError(f"agent: reduction must be at least 1, got {self.reduction}")
 
     NAME = "agent"
 

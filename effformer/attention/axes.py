@@ -161,7 +161,7 @@ class Axes(Mixer):
         over: str = "w"
         mixer: BaseConfig = part("attention", Attention.Config())
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             inside = "".join(letter for letter in _LETTERS if letter in self.over)
             if not self.over or self.over != inside:
                 raise ValueError(
@@ -201,7 +201,7 @@ class Axes(Mixer):
         self.mixer: Mixer = config.mixer.build(config.place(site))
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, self.caps, "attention", self.site.path or "axes")
+        check_context(ctx, self.caps, "attention", self.site.path or "axes", x)
         lines = self._lines(x.shape[1], ctx.grid)
         inner = replace(
             ctx,

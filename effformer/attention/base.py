@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effformer.checks import CapabilityError
 from effformer.config import Config
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Callee, Context
 from effformer.registry import Caps
 from effformer.site import Needs, Site
 
@@ -43,7 +43,7 @@ class CoreConfig(Config):
         return {}
 
 
-class Core(nn.Module, ABC):
+class Core(Callee, ABC):
     """Kind "core": what happens between the heads of an attention.
 
     ``forward(q, k, v, ctx, **further)`` mixes q (B, H, N, K), k (B, H, M, K), v (B, H, M, V) to (B,
@@ -75,6 +75,10 @@ class Core(nn.Module, ABC):
         super().__init__()
         self.config: Any = config
         self.site = site
+
+    def fitting(self) -> dict[str, Tensor]:
+        """As `Callee.fitting`: queries, keys and values (B, H, N, K)."""
+        return {name: torch.empty(2, 1, 4, self.site.dim) for name in "qkv"}
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, **further: Tensor) -> Tensor:
         """Mix every sequence of a packed row alone: q (1, H, T, K), k and v likewise -> (1, H, T,
@@ -116,7 +120,7 @@ class Core(nn.Module, ABC):
         return self
 
 
-class Mixer(nn.Module, ABC):
+class Mixer(Callee, ABC):
     """Kind "attention": any token mixer, (B, N, D) -> (B, N, D).
 
     Args:

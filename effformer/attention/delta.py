@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from effformer.nn.precision import widened
 from effformer.registry import core
 from effformer.site import Site
+from effformer.values import NonNegative, Range
 
 from .decays import start_bias, start_rates
 from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, unit_length, wide
@@ -34,7 +35,7 @@ class DeltaConfig(GatedConfig):
     """
 
     negative: bool = False
-    eps: float = 1e-6
+    eps: NonNegative = 1e-6
 
 
 class DeltaCore(GatedCore):
@@ -150,12 +151,7 @@ class KDA(DeltaCore):
                 the form above.
         """
 
-        bound: float | None = None
-
-        def __post_init__(self) -> None:
-            GatedConfig.__post_init__(self)
-            if self.bound is not None and self.bound >= 0:
-                raise ValueError(f"kda: bound must be negative or None, got {self.bound}")
+        bound: Annotated[float, Range(high=0, below=True)] | None = None
 
         def inputs(self, head_dim: int, value_dim: int) -> Mapping[str, Input]:
             return {"decay": Input(head_dim, rank=value_dim), "beta": Input()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Chance, Positive
 
 from .backends import attend
 from .base import Core, CoreConfig
@@ -59,8 +60,8 @@ class Differential(Core):
             eps: epsilon of the norm.
         """
 
-        lambda_init: float | None = None
-        eps: float = 1e-5
+        lambda_init: Chance | None = None
+        eps: Positive = 1e-5
 
     def __init__(self, config: Differential.Config, site: Site) -> None:
         super().__init__(config, site)

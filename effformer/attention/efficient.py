@@ -43,7 +43,7 @@ class Efficient(Core):
     class Config(CoreConfig):
         """Knobs of `Efficient`."""
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if self.causal:
                 raise ValueError("efficient: has no causal form; use linear, performer or flow")
 

@@ -21,9 +21,11 @@ from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context, check_context
 from effformer.nn.norms import make_norm
 from effformer.nn.positions import grid_axes
+from effformer.nn.precision import exactly, widened
 from effformer.places import rotate
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Positive
 
 from .base import Mixer
 
@@ -53,26 +55,16 @@ class FactorizedConfig(BaseConfig):
             whose values vanish beside ``eps``; they take long to grow.
     """
 
-    axes: int | None = None
-    head_dim: int | None = None
-    multiplier: int = 3
-    latent_dim: int | None = None
-    scale: float | None = None
+    axes: Count | None = None
+    head_dim: Count | None = None
+    multiplier: Count = 3
+    latent_dim: Count | None = None
+    scale: Positive | None = None
     rope: bool = True
-    rope_scale: float = 64.0
+    rope_scale: Positive = 64.0
     norm: Literal["instance", "head"] = "instance"
-    eps: float | None = None
-    gain: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("axes", "head_dim", "multiplier", "latent_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"factorized: {name} must be at least 1, got {value}")
-        if (self.eps is not None and self.eps <= 0) or self.gain <= 0:
-            raise ValueError(
-                f"factorized: eps and gain must be positive, got eps={self.eps}, gain={self.gain}"
-            )
+    eps: Positive | None = None
+    gain: Positive = 0.02
 
 
 class AxisKernel(nn.Module):
@@ -122,13 +114,14 @@ class AxisKernel(nn.Module):
             z: (B, n, D) means over the other axes.
             coords: (n,) coordinates along this axis.
         """
-        qk = _wide(self.qk(self.summary(z)))
+        qk = widened(self.qk(self.summary(z)))
         q, k = qk.unflatten(-1, (2, self.heads, self.width)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.config.rope:
             cos, sin = self._tables(coords)
             q = rotate(q, cos, sin, interleaved=False)
             k = rotate(k, cos, sin, interleaved=False)
-        kernel = q @ k.transpose(-2, -1)
+        with exactly(z):
+            kernel = q @ k.transpose(-2, -1)
         scale = self._scale
         return kernel if scale == 1.0 else kernel * scale
 
@@ -192,12 +185,13 @@ class _Factorized(Mixer):
         """Apply one kernel (B, H, n, n) per axis to v (B, H, G, C) -> (B, H, G, slots C)."""
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, self.caps, "attention", self.site.path or "factorized")
+        check_context(ctx, self.caps, "attention", self.site.path or "factorized", x)
         grid = self._grid(x, ctx)
         kernels = self._kernels(x, grid, ctx)
-        v = _wide(self.v(x)).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        v = widened(self.v(x)).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         v = self._tapped("v", v, ctx)
-        mixed = self.mix(kernels, v.unflatten(2, grid))
+        with exactly(x):  # sums over K times n products without a bound
+            mixed = self.mix(kernels, v.unflatten(2, grid))
         mixed = self._tapped("mixed", mixed.flatten(2, -2), ctx)
         normed = self._tapped("normed", self._normed(mixed), ctx)
         h = normed.transpose(1, 2).flatten(2).to(x.dtype)
@@ -370,8 +364,3 @@ def along(kernel: Tensor, v: Tensor, *, axis: int) -> Tensor:
     moved = v.movedim(2 + axis, 2)
     mixed = kernel @ moved.flatten(3)
     return mixed.unflatten(3, moved.shape[3:]).movedim(2, 2 + axis)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Kernels are sums over K times n products without a bound: never in half precision."""
-    return x if x.dtype == torch.float64 else x.float()

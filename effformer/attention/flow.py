@@ -14,6 +14,7 @@ from torch import Tensor
 from effformer.context import EMPTY, Context, Rope
 from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, core
+from effformer.values import Count, NonNegative, Positive
 
 from .base import Core, CoreConfig
 from .scan import causal_product, causal_product_macs, running_sum, scan_slices
@@ -124,16 +125,10 @@ class Flow(Core):
         """
 
         kernel: Literal["sigmoid", "relu"] = "sigmoid"
-        clamp: float | None = 1.0
-        eps: float = 1e-6
-        flow_eps: float = 0.0
-        chunk: int = 128
-
-        def __post_init__(self) -> None:
-            if self.clamp is not None and self.clamp <= 0:
-                raise ValueError(f"flow: clamp must be positive or None, got {self.clamp}")
-            if self.chunk < 1:
-                raise ValueError(f"flow: chunk must be at least 1, got {self.chunk}")
+        clamp: Positive | None = 1.0
+        eps: Positive = 1e-6
+        flow_eps: NonNegative = 0.0
+        chunk: Count = 128
 
     rotates = "inside"
     competes = True

@@ -14,6 +14,7 @@ from effformer.nn.lepe import LePE
 from effformer.nn.precision import widened
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Odd, Positive
 
 from .lin import CodedMixer, joined, lin, lin_macs
 
@@ -63,18 +64,11 @@ class Focused(CodedMixer):
 
         qkv_bias: bool = True
         proj_bias: bool = True
-        power: float = 3.0
+        power: Positive = 3.0
         positions: bool = True
-        reduction: int = 1
-        kernel: int = 5
-        eps: float = 1e-6
-
-        def __post_init__(self) -> None:
-            if self.reduction < 1 or self.power <= 0:
-                raise ValueError(
-                    "focused: needs reduction >= 1 and power > 0, got "
-                    f"reduction={self.reduction}, power={self.power}"
-                )
+        reduction: Count = 1
+        kernel: Odd = 5
+        eps: Positive = 1e-6
 
     NAME = "focused"
 

@@ -17,6 +17,7 @@ from effformer.nn.cut import put, twin
 from effformer.nn.precision import widened
 from effformer.registry import Caps
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Core, CoreConfig
 from .gated_scan import gated_scan, gated_scan_macs
@@ -42,11 +43,7 @@ class GatedConfig(CoreConfig):
 
     GROUPED: ClassVar[bool] = True
     direction: Literal["both", "both-exclusive", "alternate"] = "both"
-    chunk: int = 64
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"gated scan: chunk must be at least 1, got {self.chunk}")
+    chunk: Count = 64
 
 
 class Terms(NamedTuple):
@@ -90,7 +87,10 @@ class GatedCore(Core):
         """Decays and gates of every token, in float32 at least."""
 
     def leave(self, out: Tensor, v: Tensor) -> Tensor:
-        """The output (B, H, N, V) of the recurrence on values v, of which a part may go on as it is."""
+        """The output (B, H, N, V) of the recurrence on values v, of which a part may go on as it is,
+        in float32 at least: it has no normaliser, and may not fit half precision before the norm of
+        the heads.
+        """
         return out
 
     def forward(
@@ -118,6 +118,7 @@ class GatedCore(Core):
         return F.pad(back, (0, 0, 0, 1))[:, :, 1:] if shifted else back
 
     def _scan(self, terms: Terms, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        terms = terms._replace(v=widened(terms.v))
         return gated_scan(
             *terms, state, delta=self.DELTA, scale=self.scale, chunk=self.config.chunk
         )
@@ -142,8 +143,7 @@ class GatedCore(Core):
 
     def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> Tensor:
         """Empty memory (B, H, K, V), in float32 at least."""
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return like.new_zeros(batch, heads, head_dim, self.value_dim, dtype=wide)
+        return widened(like.new_zeros(batch, heads, head_dim, self.value_dim))
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, ctx: Context = EMPTY,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from effformer.nn.precision import widened
 from effformer.registry import core
+from effformer.values import Count, Positive
 
 from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, wide
 from .outputs import Input
@@ -51,16 +52,8 @@ class GLA(GatedCore):
             slowness: the decay is a sigmoid to the power of one over this.
         """
 
-        rank: int = 16
-        slowness: float = 16.0
-
-        def __post_init__(self) -> None:
-            GatedConfig.__post_init__(self)
-            if self.rank < 1 or self.slowness <= 0:
-                raise ValueError(
-                    f"gla: rank and slowness must be positive, got rank={self.rank}, "
-                    f"slowness={self.slowness}"
-                )
+        rank: Count = 16
+        slowness: Positive = 16.0
 
         def inputs(self, head_dim: int, value_dim: int) -> Mapping[str, Input]:
             return {"decay": Input(head_dim, rank=self.rank, bias=True)}
@@ -91,7 +84,7 @@ class SimpleGLA(GatedCore):
             slowness: the decay is a sigmoid to the power of one over this.
         """
 
-        slowness: float = 16.0
+        slowness: Positive = 16.0
 
         def inputs(self, head_dim: int, value_dim: int) -> Mapping[str, Input]:
             return {"decay": Input()}

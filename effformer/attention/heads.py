@@ -218,9 +218,13 @@ class Heads(Mixer):
         return Opened(q, k, v, {n: ctx.tap(f"{path}.{n}", y) for n, y in further.items()})
 
     def close(self, out: Tensor, x: Tensor, ctx: Context, work: Work) -> Tensor:
-        """What the core made (B, H, N, V) of tokens x, back to tokens (B, N, D)."""
+        """What the core made (B, H, N, V) of tokens x, in their precision or a higher one, back to
+        tokens (B, N, D).
+        """
         if self.output is not None:
             out = self.output(out, x)
+        if out.dtype.itemsize > x.dtype.itemsize:
+            out = out.to(x.dtype)
         if ctx.width is not None:
             out = out * _spread_width(ctx.width, ctx)[..., None].to(out.dtype)
         out = out.transpose(1, 2).flatten(2)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from effformer.config import Config
+from effformer.values import Count, Natural, Positive
 
 from .outputs import OutputGate
 from .projections import AdaptiveProjections
@@ -45,24 +46,18 @@ class HeadsConfig(Config):
     proj_bias: bool = True
     proj: bool = True
     qk_norm: bool | Literal["across-heads"] = False
-    qk_norm_eps: float | None = None
-    head_dim: int | None = None
-    value_dim: int | None = None
-    kv_heads: int | None = None
-    qk_heads: int | None = None
-    short_conv: int = 0
+    qk_norm_eps: Positive | None = None
+    head_dim: Count | None = None
+    value_dim: Count | None = None
+    kv_heads: Count | None = None
+    qk_heads: Count | None = None
+    short_conv: Natural = 0
     short_conv_bias: bool = False
     gate: OutputGate | Literal["head", "element"] | None = None
     projections: AdaptiveProjections | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         object.__setattr__(self, "gate", _gate(self.gate))
-        for name in ("head_dim", "value_dim", "kv_heads", "qk_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"attention: {name} must be at least 1, got {value}")
-        if self.short_conv < 0:
-            raise ValueError(f"attention: short_conv must not be negative, got {self.short_conv}")
         if self.kv_heads is not None and self.qk_heads is not None:
             raise ValueError("attention: give kv_heads or qk_heads, not both")
         if self.projections is not None and not self.proj:

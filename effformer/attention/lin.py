@@ -134,7 +134,7 @@ class GridMixer(Mixer):
         """Dense multiply-adds of one image."""
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, self.caps, "attention", self.where)
+        check_context(ctx, self.caps, "attention", self.where, x)
         if ctx.grid is None or len(ctx.grid) < 2:
             raise self.refusal(f"needs ctx.grid with rows and columns, got {ctx.grid}")
         *frames, height, width = ctx.grid

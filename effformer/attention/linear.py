@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from effformer.context import EMPTY, Context, Rope
 from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, core
+from effformer.values import Count, Positive
 
 from .base import Core, CoreConfig
 from .gated_onnx import linear_scan_onnx
@@ -78,8 +79,8 @@ class Linear(Core):
             chunk: tokens per chunk of the causal form; changes speed, not results.
         """
 
-        eps: float = 1e-6
-        chunk: int = 128
+        eps: Positive = 1e-6
+        chunk: Count = 128
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         with exactly(q):
@@ -203,7 +204,7 @@ class Sana(Linear):
     class Config(Linear.Config):
         """Knobs of `Sana`; see `Linear.Config`."""
 
-        eps: float = 1e-15
+        eps: Positive = 1e-15
 
     @staticmethod
     def phi(x: Tensor) -> Tensor:

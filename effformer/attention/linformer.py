@@ -13,6 +13,7 @@ from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Core, CoreConfig
 
@@ -55,17 +56,13 @@ class Linformer(Core):
             share: E also projects the values; "none" or "key-value".
         """
 
-        tokens: int | None = None
-        projected: int = 256
+        tokens: Count | None = None
+        projected: Count = 256
         share: Literal["none", "key-value"] = "none"
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if self.causal:
                 raise ValueError("linformer: has no causal form; use linear, performer or flow")
-            if self.projected < 1:
-                raise ValueError(f"linformer: projected must be at least 1, got {self.projected}")
-            if self.tokens is not None and self.tokens < 1:
-                raise ValueError(f"linformer: tokens must be at least 1, got {self.tokens}")
 
     def __init__(self, config: Linformer.Config, site: Site) -> None:
         super().__init__(config, site)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from effformer.checks import CapabilityError
+from effformer.checks import CapabilityError, check_batch, check_state
 from effformer.config import Config as BaseConfig
-from effformer.context import EMPTY, Context, check_context
+from effformer.context import EMPTY, Context, check_context, explained
 from effformer.nn.legendre import LegendreMemory
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Range
 
 from .base import Mixer, check_streamed
 from .slices import over_sequences
@@ -75,17 +76,10 @@ class LMU(Mixer):
             proj: a linear map follows; False returns h.
         """
 
-        memory: int | None = None
-        theta: float = 128.0
-        hidden: int | None = None
+        memory: Count | None = None
+        theta: Annotated[float, Range(1)] = 128.0
+        hidden: Count | None = None
         proj: bool = True
-
-        def __post_init__(self) -> None:
-            for name in ("memory", "hidden"):
-                if (value := getattr(self, name)) is not None and value < 1:
-                    raise ValueError(f"lmu: {name} must be at least 1 or None, got {value}")
-            if self.theta < 1:
-                raise ValueError(f"lmu: theta must be at least 1 token, got {self.theta}")
 
     def __init__(self, config: LMU.Config, site: Site) -> None:
         super().__init__(config, site)
@@ -98,7 +92,7 @@ class LMU(Mixer):
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_context(ctx, _CAPS, "attention", self.where, x)
         if ctx.packing is None:
             return self.drop(self.proj(self._mix(x, ctx.mask)))
         if ctx.mask is not None:
@@ -109,10 +103,13 @@ class LMU(Mixer):
     def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> LMUState:
         """The empty memory, in float32 at least."""
+        check_batch(batch, where=f"{self.where}: init_state")
         return LMUState(self.memory.init_state(batch))
 
+    @explained
     def step(self, x: Tensor, state: LMUState, ctx: Context = EMPTY) -> tuple[Tensor, LMUState]:
         """Feed the next tokens x (B, n, D).
 
@@ -120,7 +117,8 @@ class LMU(Mixer):
             CapabilityError: the context carries what cannot be honoured.
         """
         check_streamed(ctx, self.where)
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_state(state, LMUState, x.shape[0], where=f"{self.where}: step")
+        check_context(ctx, _CAPS, "attention", self.where, x)
         m, memory = self.memory.step(self._write(x, None), state.memory)
         return self.proj(self._read(m, x)), LMUState(memory)
 

@@ -13,6 +13,7 @@ from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context, Rope, check_context
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Even, Natural
 
 from .backends import attend
 from .base import Mixer
@@ -64,20 +65,14 @@ class Longformer(Mixer):
             proj_bias: the output projection has a bias.
         """
 
-        window: int = 512
-        global_tokens: int = 0
+        window: Even = 512
+        global_tokens: Natural = 0
         marked: bool = False
         causal: bool = False
         qkv_bias: bool = True
         proj_bias: bool = True
 
-        def __post_init__(self) -> None:
-            if self.window < 2 or self.window % 2:
-                raise ValueError(f"longformer: window must be even and positive, got {self.window}")
-            if self.global_tokens < 0:
-                raise ValueError(
-                    f"longformer: global_tokens must be at least 0, got {self.global_tokens}"
-                )
+        def check(self) -> None:
             if self.marked and self.global_tokens:
                 raise ValueError("longformer: global tokens are either leading or marked, not both")
 
@@ -103,7 +98,7 @@ class Longformer(Mixer):
     def forward(self, x: Tensor, ctx: Context = EMPTY, *, marks: Tensor | None = None) -> Tensor:
         """Mix tokens (B, N, D); marks (B, N) bool says which are global (``marked`` only)."""
         where = self.site.path or "longformer"
-        check_context(ctx, _CAPS, "attention", where)
+        check_context(ctx, _CAPS, "attention", where, x)
         if self.config.marked != (marks is not None):
             raise ValueError(
                 f"{where}: marks of global tokens go with marked=True; global_tokens=1 makes the "
@@ -139,7 +134,7 @@ class Longformer(Mixer):
             )
         places, real = self._globals(x, mask, marks)
         near = self._near(x, mask, places, real)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or not known_length(q):
             out = self._window(q, k, v, near, places, real)
         else:
             out = self._blocks(q, k, v, near, places, real)

@@ -14,6 +14,7 @@ from effformer.nn.precision import widened
 from effformer.places import rotate
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Odd, Positive
 
 from .lin import GridMixer, axial_tables, elu_features, joined, lin, lin_macs
 
@@ -56,9 +57,9 @@ class MLLA(GridMixer):
 
         qk_bias: bool = True
         rope: bool = True
-        base: float = 10_000.0
-        kernel: int = 3
-        eps: float = 1e-6
+        base: Positive = 10_000.0
+        kernel: Odd = 3
+        eps: Positive = 1e-6
 
     NAME = "mlla"
 

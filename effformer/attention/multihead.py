@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from effformer import registry
-from effformer.checks import CapabilityError
+from effformer.checks import CapabilityError, check_batch, check_state
 from effformer.config import part
-from effformer.context import EMPTY, Context, Rope, check_context
+from effformer.context import EMPTY, Context, Rope, check_context, explained
 from effformer.registry import Caps, Entry, attention, core
 from effformer.site import Site
 
@@ -31,10 +31,12 @@ class AttentionState(NamedTuple):
     Attributes:
         core: state of the core; of a cross-attention, what it made of the memory.
         conv: the last inputs of the convolution, None if there is none.
+        of: name of the core; empty: any.
     """
 
     core: Any
     conv: Tensor | None = None
+    of: str = ""
 
 
 @attention.register(
@@ -132,7 +134,7 @@ class Attention(Heads):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         given, ctx = ctx, replace(ctx, memory=None) if self.aligned else ctx
-        self._check(ctx)
+        self._check(ctx, x)
         work = Work(ctx.ledger, self.site.path, ctx.complete)
         opened, _ = self.open(x, given, work)
         out = self.mix(opened, ctx)
@@ -171,7 +173,7 @@ class Attention(Heads):
             return ctx.rope
         return ctx.rope.heads(self.kept)
 
-    def _check(self, ctx: Context) -> None:
+    def _check(self, ctx: Context, x: Tensor) -> None:
         """Refuse what the core cannot honour, and masks of the wrong tokens."""
         if all(
             x is None for x in (ctx.mask, ctx.memory_mask, ctx.memory, ctx.rope, ctx.width)
@@ -193,7 +195,7 @@ class Attention(Heads):
                 f"{self.where}: rotary tables of the queries alone would turn one side only; give "
                 "key_cos and key_sin for the memory, or no tables"
             )
-        check_context(ctx.far() if far else ctx, self.caps, "attention", self.where)
+        check_context(ctx.far() if far else ctx, self.caps, "attention", self.where, x)
         if ctx.packing is not None:
             for name in ("mask", "memory", "merging"):
                 if getattr(ctx, name) is not None:
@@ -227,20 +229,22 @@ class Attention(Heads):
         small.kept = units if self.kept is None else self.kept.index_select(0, units)
         return small
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> AttentionState:
         """State before the first token; a cross-attention has seen no memory yet.
 
         Raises:
             CapabilityError: the core has no streaming form, or is not causal.
         """
+        check_batch(batch, where=f"{self.where}: init_state")
         if self.cross and not self.aligned:
-            return AttentionState(())
+            return AttentionState((), of=self.config.title)
         self._check_streaming()
         state = self.core.init_state(batch, heads=self.heads, head_dim=self.head_dim, like=like)
-        return AttentionState(
-            state, self.conv.init_state(batch, like=like) if self.config.short_conv else None
-        )
+        conv = self.conv.init_state(batch, like=like) if self.config.short_conv else None
+        return AttentionState(state, conv, self.config.title)
 
+    @explained
     def step(
         self, x: Tensor, state: AttentionState, ctx: Context = EMPTY
     ) -> tuple[Tensor, AttentionState]:
@@ -249,9 +253,17 @@ class Attention(Heads):
         Raises:
             CapabilityError: the core has no streaming form, or the context carries a mask of the
                 tokens or factors on heads.
+            TypeError: no state of an attention.
+            ValueError: the state of another core, or of other samples.
         """
+        check_state(state, AttentionState, x.shape[0], where=f"{self.where}: step")
+        if state.of not in ("", self.config.title):
+            raise ValueError(
+                f"{self.where}: step: the state is one of {state.of!r}, but this attention mixes by "
+                f"{self.config.title!r}; begin with its own init_state"
+            )
         check_streamed(ctx, self.where)
-        self._check(ctx)
+        self._check(ctx, x)
         work = Work(None, self.site.path)
         if self.cross and not self.aligned:
             if self.core.competes:
@@ -260,12 +272,14 @@ class Attention(Heads):
                     f"later ones would change what was said; choices: {', '.join(steady())}"
                 )
             seen = self._remembered(x, state, ctx, work)
-            return self.close(self.mix(seen, ctx), x, ctx, work), AttentionState(tuple(seen[1:]))
+            return self.close(self.mix(seen, ctx), x, ctx, work), AttentionState(
+                tuple(seen[1:]), of=self.config.title
+            )
         self._check_streaming()
         opened, conv = self.open(x, ctx, work, state.conv)
         q, k, v, further = self._turned(opened, ctx)
         out, inner = self.core.step(q, k, v, state.core, self._inside(ctx), **further)
-        return self.close(out, x, ctx, work), AttentionState(inner, conv)
+        return self.close(out, x, ctx, work), AttentionState(inner, conv, self.config.title)
 
     def _remembered(self, x: Tensor, state: AttentionState, ctx: Context, work: Work) -> Opened:
         """Queries of these tokens; keys and values of the memory from the state, if it has them."""

@@ -13,10 +13,11 @@ from effformer.context import EMPTY, Context
 from effformer.nn.cut import put, twin
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Count, Odd
 
 from .backends import attend
 from .base import Core, CoreConfig
-from .slices import Rows, capturing, pieces
+from .slices import Rows, capturing, known_length, pieces
 
 __all__ = ["Nystrom", "iterative_pinv"]
 
@@ -68,19 +69,14 @@ class Nystrom(Core):
                 take part).
         """
 
-        landmarks: int = 64
-        iterations: int = 6
-        conv: int | None = 33
+        landmarks: Count = 64
+        iterations: Count = 6
+        conv: Odd | None = 33
         compat: Literal["none", "transformers", "nystrom-attention"] = "none"
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if self.causal:
                 raise ValueError("nystrom: has no causal form; use softmax, flow or linear")
-            for name in ("landmarks", "iterations"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"nystrom: {name} must be at least 1")
-            if self.conv is not None and (self.conv < 1 or self.conv % 2 == 0):
-                raise ValueError(f"nystrom: conv needs an odd number of taps, got {self.conv}")
 
     def __init__(self, config: Nystrom.Config, site: Site) -> None:
         super().__init__(config, site)
@@ -96,9 +92,9 @@ class Nystrom(Core):
             out = self._transformers(*_scaled(q, k), v, mask)
         elif self.config.compat == "nystrom-attention":
             return self._padded_in_front(q, k, v, mask)
-        elif mask is None and self._exact(q.shape[2]):
+        elif mask is None and self._exact(q):
             out = F.scaled_dot_product_attention(q, k, v)
-        elif mask is None and self._divides(q.shape[2]):
+        elif mask is None and self._divides(q):
             out = self._kernels(q, k, self._means(q), self._means(k), v)
         else:
             v = v if mask is None else v * mask[..., None]
@@ -138,11 +134,11 @@ class Nystrom(Core):
             before = block[:, :, block.shape[2] - half :]
         return outputs.joined()
 
-    def _exact(self, n: int) -> bool:
-        return not torch.compiler.is_exporting() and n <= self.config.landmarks
+    def _exact(self, x: Tensor) -> bool:
+        return known_length(x) and x.shape[2] <= self.config.landmarks
 
-    def _divides(self, n: int) -> bool:
-        return not torch.compiler.is_exporting() and n % self.config.landmarks == 0
+    def _divides(self, x: Tensor) -> bool:
+        return known_length(x) and x.shape[2] % self.config.landmarks == 0
 
     def _means(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.config.landmarks, -1)).mean(dim=3)

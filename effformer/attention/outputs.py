@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from effformer.config import Config
 from effformer.nn.activations import ACTIVATIONS
 from effformer.nn.cut import cut_linear, put, twin
+from effformer.values import Count, Positive
 
 __all__ = ["HeadOutput", "Input", "OutputGate", "cut_input", "make_input"]
 
@@ -80,18 +81,12 @@ class OutputGate(Config):
 
     per: Literal["element", "head", "none"] = "element"
     act: Literal["sigmoid", "silu", "identity"] = "sigmoid"
-    rank: int | Literal["head"] | None = None
+    rank: Count | Literal["head"] | None = None
     bias: bool = False
     norm: Literal["head", "groups", "none"] = "none"
-    groups: int = 1
-    eps: float = 1e-5
+    groups: Count = 1
+    eps: Positive = 1e-5
     first: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "groups"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"gate: {name} must be at least 1, got {value}")
 
 
 class HeadOutput(nn.Module):

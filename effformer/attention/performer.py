@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context
+from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Count, NonNegative, Positive, Seed
 
 from .base import Core, CoreConfig
 from .slices import Rows, known_length, pieces, token_slices
@@ -99,20 +101,14 @@ class Performer(Core):
             chunk: tokens per chunk of the causal form; changes speed, not results.
         """
 
-        features: int | None = None
+        features: Count | None = None
         kernel: Literal["softmax", "relu"] = "softmax"
-        eps: float | None = None
-        causal_eps: float = 1e-6
+        eps: NonNegative | None = None
+        causal_eps: Positive = 1e-6
         lengths: Literal["gaussian", "constant"] = "gaussian"
         stabilizer: Literal["running", "global"] = "running"
-        seed: int = 0
-        chunk: int = 128
-
-        def __post_init__(self) -> None:
-            if self.features is not None and self.features < 1:
-                raise ValueError(f"performer: features must be at least 1, got {self.features}")
-            if self.chunk < 1:
-                raise ValueError(f"performer: chunk must be at least 1, got {self.chunk}")
+        seed: Seed = 0
+        chunk: Count = 128
 
     projection: Tensor
 
@@ -140,14 +136,13 @@ class Performer(Core):
         self.projection.copy_(torch.cat(blocks)[:rows] * lengths)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
-        dtype = v.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            q, k, v = q.float(), k.float(), v.float()
         mask = None if ctx.mask is None else ctx.mask[:, None]
-        mixed = (
-            self._scan(q, k, v, mask, None)[0] if self.config.causal else self._mix(q, k, v, mask)
-        )
-        return mixed.to(dtype)
+        with exactly(q):
+            wide = widened(q), widened(k), widened(v)
+            mixed = (
+                self._scan(*wide, mask, None)[0] if self.config.causal else self._mix(*wide, mask)
+            )
+        return mixed.to(v.dtype)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The parallel form, a few tokens at a time.
@@ -355,8 +350,7 @@ class Performer(Core):
 
     def init_state(self, batch: int, *, heads: int, head_dim: int, like: Tensor) -> PerformerState:
         """Zero sums, in float32 at least."""
-        like = like.float() if like.dtype in (torch.float16, torch.bfloat16) else like
-        return _empty(batch, heads, self.features, head_dim, like)
+        return _empty(batch, heads, self.features, head_dim, widened(like))
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, ctx: Context = EMPTY
@@ -371,8 +365,8 @@ class Performer(Core):
                 f"{self.site.path or 'performer'}: stabilizer='global' looks at later tokens and "
                 "cannot stream; use stabilizer='running'"
             )
-        q, k, values = (x.to(state.v.dtype) for x in (q, k, v))
-        out, state = self._scan(q, k, values, None, state)
+        with exactly(q):
+            out, state = self._scan(widened(q), widened(k), widened(v), None, state)
         return out.to(v.dtype), state
 
 

@@ -14,6 +14,7 @@ from effformer.nn.lepe import LePE
 from effformer.nn.precision import widened
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Odd, Positive
 
 from .lin import CodedMixer, joined, lin, lin_macs
 
@@ -61,18 +62,11 @@ class PolaFormer(CodedMixer):
 
         qkv_bias: bool = True
         proj_bias: bool = True
-        alpha: float = 4.0
+        alpha: Positive = 4.0
         positions: bool = True
-        reduction: int = 1
-        kernel: int = 5
-        eps: float = 1e-6
-
-        def __post_init__(self) -> None:
-            if self.reduction < 1 or self.alpha <= 0:
-                raise ValueError(
-                    "polaformer: needs reduction >= 1 and alpha > 0, got "
-                    f"reduction={self.reduction}, alpha={self.alpha}"
-                )
+        reduction: Count = 1
+        kernel: Odd = 5
+        eps: Positive = 1e-6
 
     NAME, UNIT = "polaformer", 2
 

@@ -10,6 +10,7 @@ from effformer.config import Config
 from effformer.context import Ledger
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.learners import Gate, Learners, Run
+from effformer.values import Count, Natural, Positive
 
 __all__ = ["AdaptiveProjections", "Work", "project"]
 
@@ -38,30 +39,25 @@ class AdaptiveProjections(Config):
     Inference, 2023, arXiv 2312.10193.
     """
 
-    learners: int = 4
-    width: int | None = None
-    size: float = 1.0
+    learners: Count = 4
+    width: Count | None = None
+    size: Positive = 1.0
     act: Activation = "identity"
     bias: bool = True
     out_bias: bool = False
-    least: int = 1
-    fixed: int | None = None
+    least: Natural = 1
+    fixed: Natural | None = None
     gate: Gate.Config = Gate.Config()
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.least < self.learners:
+    def check(self) -> None:
+        if self.least >= self.learners:
             raise ValueError(
-                f"projections: needs 0 <= least < learners, got least={self.least}, "
+                f"projections: needs least < learners, got least={self.least}, "
                 f"learners={self.learners}"
             )
         if self.fixed is not None and not self.least <= self.fixed <= self.learners:
             raise ValueError(
                 f"projections: fixed must lie in [{self.least}, {self.learners}], got {self.fixed}"
-            )
-        if self.size <= 0 or (self.width is not None and self.width < 1):
-            raise ValueError(
-                f"projections: size and width must be positive, got size={self.size}, "
-                f"width={self.width}"
             )
 
     def build(self, dim: int, out_dim: int, dropout: float = 0.0) -> Learners:

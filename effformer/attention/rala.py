@@ -14,6 +14,7 @@ from effformer.nn.precision import widened
 from effformer.places import rotate
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Odd, Positive
 
 from .lin import GridMixer, axial_tables, elu_features, joined, lin, lin_macs
 
@@ -58,9 +59,9 @@ class RALA(GridMixer):
         proj_bias: bool = True
         weighted: bool = True
         rope: bool = True
-        base: float = 10_000.0
-        kernel: int = 5
-        eps: float = 1e-6
+        base: Positive = 10_000.0
+        kernel: Odd = 5
+        eps: Positive = 1e-6
 
     NAME = "rala"
 

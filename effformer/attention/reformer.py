@@ -16,9 +16,10 @@ from effformer.context import EMPTY, Context, Rope, check_context
 from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Even, Seed
 
 from .base import Mixer
-from .slices import over_sequences, token_slices
+from .slices import known_length, over_sequences, token_slices
 
 __all__ = ["Reformer"]
 
@@ -79,23 +80,18 @@ class Reformer(Mixer):
             seed: seed of the rotations.
         """
 
-        chunk: int = 64
-        rounds: int = 4
-        buckets: int | None = None
+        chunk: Count = 64
+        rounds: Count = 4
+        buckets: Even | None = None
         causal: bool = False
-        head_dim: int | None = None
+        head_dim: Count | None = None
         across: bool = True
         once: bool = False
         compat: Literal["none", "transformers", "reformer-pytorch"] = "none"
         proj_bias: bool = True
-        seed: int = 0
+        seed: Seed = 0
 
-        def __post_init__(self) -> None:
-            for name in ("chunk", "rounds"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"reformer: {name} must be at least 1")
-            if self.buckets is not None and (self.buckets < 2 or self.buckets % 2):
-                raise ValueError(f"reformer: buckets must be even, got {self.buckets}")
+        def check(self) -> None:
             if self.causal and self.once and self.compat == "none":
                 raise ValueError("reformer: once is not offered for the causal form")
 
@@ -132,7 +128,7 @@ class Reformer(Mixer):
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
         where = self.site.path or "reformer"
-        check_context(ctx, _CAPS, "attention", where)
+        check_context(ctx, _CAPS, "attention", where, x)
         if ctx.packing is None:
             return self.drop(self.proj(self._mix(x, ctx, ctx.mask, ctx.rope)))
         if ctx.mask is not None or ctx.tap is not None:
@@ -160,10 +156,11 @@ class Reformer(Mixer):
     def _attend(self, q: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
         n, chunk = q.shape[2], self.config.chunk
         turned = q if rope is None else rope.query(q)
-        if n <= chunk and not self.strict and not torch.compiler.is_exporting():
+        known = known_length(q)
+        if known and n <= chunk and not self.strict:
             return self._plain(turned, v, mask)
         pad = (-n) % chunk
-        if pad:
+        if not known or pad:
             mask = q.new_ones(q.shape[0], n, dtype=torch.bool) if mask is None else mask
             q, turned, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, turned, v))
             mask = F.pad(mask, (0, pad))

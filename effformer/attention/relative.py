@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context
 from effformer.nn.cut import cut_linear, twin
+from effformer.nn.precision import exactly, widened
 from effformer.registry import Caps, core
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Core, CoreConfig
 
@@ -52,9 +54,9 @@ class Relative(Core):
             hidden: inner width of the bias function.
         """
 
-        hidden: int = 128
+        hidden: Count = 128
 
-        def __post_init__(self) -> None:
+        def check(self) -> None:
             if self.causal:
                 raise ValueError("relative: has no causal form; use softmax, flow or linear")
 
@@ -71,15 +73,18 @@ class Relative(Core):
         front = q.shape[2] - prod(ctx.grid)
         if front < 0:
             raise ValueError(f"{where}: {q.shape[2]} tokens do not fill the grid {ctx.grid}")
-        bias = self.bias(height, width)
+        with exactly(q):  # every pair of tokens has a part in its gradient
+            bias = self.bias(height, width)
         if frames:
             bias = bias.repeat(1, prod(frames), prod(frames))
         bias = F.pad(bias, (front, 0, front, 0))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
 
     def bias(self, height: int, width: int) -> Tensor:
-        """The bias between the cells of a grid, (H, height * width, height * width)."""
-        weight = self.fc1.weight
+        """The bias between the cells of a grid, (H, height * width, height * width), in float32 at
+        least.
+        """
+        weight = widened(self.fc1.weight)
         rows, columns = (
             torch.arange(size, device=weight.device, dtype=torch.int64) for size in (height, width)
         )
@@ -87,7 +92,8 @@ class Relative(Core):
             torch.arange(1 - height, height, device=weight.device),
             torch.arange(1 - width, width, device=weight.device),
         ).to(weight.dtype)
-        values = self.fc2(F.relu(self.fc1(distances.sign() * distances.abs().log1p())))
+        inner = F.linear(distances.sign() * distances.abs().log1p(), weight, widened(self.fc1.bias))
+        values = F.linear(F.relu(inner), widened(self.fc2.weight), widened(self.fc2.bias))
         table = values.T.unflatten(1, (2 * height - 1, 2 * width - 1))
         down = rows[:, None] - rows + height - 1
         right = columns[:, None] - columns + width - 1

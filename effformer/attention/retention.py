@@ -61,6 +61,10 @@ class Retention(GatedCore):
         # whole numbers stay exact in a model of half precision
         self.register_buffer("head", torch.arange(site.heads), persistent=False)
 
+    def reset_buffers(self) -> None:
+        """Number the heads again."""
+        self.head = torch.arange(self.site.heads, device=self.head.device)
+
     def terms(self, q: Tensor, k: Tensor, v: Tensor, **further: Tensor) -> Terms:
         head, site = self.head.to(torch.promote_types(v.dtype, torch.float32)), self.site
         if self.config.rates == "retnet":

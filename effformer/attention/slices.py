@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from effformer.context import Context, Rope
 
@@ -31,15 +32,13 @@ def capturing() -> bool:
 
 
 def known_length(x: Tensor) -> bool:
-    """The number of tokens of x (B, H, N, K) may decide what runs; an exported graph serves every
-    length.
+    """The number of tokens of x (B, H, N, K) may decide what runs; a graph that is captured for
+    every length, exported or compiled, has one form for all of them.
 
     A form for unknown lengths must never have one chunk alone: tracers take a length of 1 for a
     constant. So it pads to one chunk more than it needs.
     """
-    if not torch.compiler.is_exporting():
-        return True
-    return type(x.shape[2]) is int and not torch.compiler.is_dynamo_compiling()
+    return not torch.compiler.is_compiling() or has_static_value(x.shape[2])
 
 
 def over_heads(
@@ -48,7 +47,8 @@ def over_heads(
     """``function(q, k, v, heads)`` on slices of the heads, joined again.
 
     Heads do not see each other, so the result does not depend on the slices; temporaries of about
-    1 MiB stay in cache and are not paged in anew by every operator. An exported graph is not cut.
+    1 MiB stay in cache and are not paged in anew by every operator. A graph for every length is not
+    cut.
 
     Args:
         function: maps q (B, h, N, K), k (B, h, M, K), v (B, h, M, V), and the slice of the heads that
@@ -57,7 +57,7 @@ def over_heads(
         k: (B, H, M, K).
         v: (B, H, M, V).
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or not (known_length(q) and known_length(k)):
         return function(q, k, v, slice(None))
     per_head = q.shape[0] * max(q.shape[2], k.shape[2]) * q.shape[3]
     size = max(

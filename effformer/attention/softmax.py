@@ -10,6 +10,7 @@ from torch import Tensor
 
 from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
+from effformer.values import Positive
 
 from .backends import attend, attend_packed
 from .base import Core, CoreConfig
@@ -64,7 +65,7 @@ class Softmax(Core):
         """
 
         backend: Literal["sdpa", "xformers", "reference"] = "sdpa"
-        scale: float | None = None
+        scale: Positive | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         mask = ctx.mask

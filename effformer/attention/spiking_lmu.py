@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effformer.context import EMPTY, Context, check_context
+from effformer.checks import check_batch, check_state
+from effformer.context import EMPTY, Context, check_context, explained
 from effformer.nn.legendre import LegendreMemory
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
@@ -97,7 +98,7 @@ class SpikingLMU(Mixer):
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_context(ctx, _CAPS, "attention", self.where, x)
         if ctx.packing is None:
             h, _ = self._run(x, None)
         else:
@@ -108,14 +109,17 @@ class SpikingLMU(Mixer):
         """Dense work: products with spikes count like any other."""
         return self.memory.macs(n) + n * lmu_maps(self.config, self.site)
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> SpikingLMUState:
         """The empty memory, and neurons at rest."""
+        check_batch(batch, where=f"{self.where}: init_state")
         order, hidden = self.memory.order, self.read.out_features
         write, recall, read = (
             self.read_lif.init_state(batch, width, like=like) for width in (1, order, hidden)
         )
         return SpikingLMUState(self.memory.init_state(batch), write, recall, read)
 
+    @explained
     def step(
         self, x: Tensor, state: SpikingLMUState, ctx: Context = EMPTY
     ) -> tuple[Tensor, SpikingLMUState]:
@@ -125,7 +129,8 @@ class SpikingLMU(Mixer):
             CapabilityError: the context carries what cannot be honoured.
         """
         check_streamed(ctx, self.where)
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_state(state, SpikingLMUState, x.shape[0], where=f"{self.where}: step")
+        check_context(ctx, _CAPS, "attention", self.where, x)
         h, after = self._run(x, state)
         return self.proj(h), after
 

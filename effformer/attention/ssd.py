@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from effformer.nn.precision import widened
 from effformer.registry import core
 from effformer.site import Site
+from effformer.values import NonNegative, Positive
 
 from .decays import start_bias, start_rates
 from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, wide
@@ -56,11 +57,10 @@ class SSD(GatedCore):
             most: largest d, None for no bound.
         """
 
-        least: float = 0.0
-        most: float | None = None
+        least: NonNegative = 0.0
+        most: Positive | None = None
 
-        def __post_init__(self) -> None:
-            GatedConfig.__post_init__(self)
+        def check(self) -> None:
             if self.most is not None and not self.least < self.most:
                 raise ValueError(f"ssd: least={self.least} is not below most={self.most}")
 
@@ -78,4 +78,4 @@ class SSD(GatedCore):
         return Terms(q, k, widened(v) * d[..., None], -widened(self.rate).exp()[:, None] * d)
 
     def leave(self, out: Tensor, v: Tensor) -> Tensor:
-        return (out + widened(self.skip)[:, None, None] * v).to(v.dtype)
+        return out + widened(self.skip)[:, None, None] * v

@@ -15,6 +15,7 @@ from effformer.config import part
 from effformer.context import EMPTY, Context, check_context
 from effformer.registry import Caps, attention
 from effformer.site import Site
+from effformer.values import Count, Seed
 
 from .base import CoreConfig, Mixer
 from .multihead import Attention
@@ -161,18 +162,15 @@ class TDSM(Mixer):
             core: what attends inside a segment.
         """
 
-        groups: int = 4
-        segments: int = 4
-        heads: int = 4
-        unit: int | None = None
-        seed: int = 0
-        tokens: int | None = None
+        groups: Count = 4
+        segments: Count = 4
+        heads: Count = 4
+        unit: Count | None = None
+        seed: Seed = 0
+        tokens: Count | None = None
         core: CoreConfig = part("core", Softmax.Config())
 
-        def __post_init__(self) -> None:
-            for name in ("groups", "segments", "heads"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"tdsm: {name} must be at least 1, got {getattr(self, name)}")
+        def check(self) -> None:
             if self.core.causal:
                 raise ValueError("tdsm: shuffled scalars have no order; use causal=False")
 
@@ -202,6 +200,7 @@ class TDSM(Mixer):
         self.inverse: Tensor | None
         self.register_buffer("order", None, persistent=False)
         self.register_buffer("inverse", None, persistent=False)
+        self.shuffle: Shuffle | None = None
         if self.length is not None:
             self.use(self.drawn(self.length))
 
@@ -218,10 +217,16 @@ class TDSM(Mixer):
         """
         order = shuffle.order(self.widths)
         self.length = order.numel() // self.site.dim
-        self.order, self.inverse = order, _inverse(order)
+        self.shuffle, self.order, self.inverse = shuffle, order, _inverse(order)
+
+    def reset_buffers(self) -> None:
+        """Make the permutations in use again, where they are."""
+        if self.shuffle is not None and self.order is not None:
+            order = self.shuffle.order(self.widths).to(self.order.device)
+            self.order, self.inverse = order, _inverse(order)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        check_context(ctx, _CAPS, "attention", self.where)
+        check_context(ctx, _CAPS, "attention", self.where, x)
         n, segments = x.shape[1], self.config.segments
         if n % segments:
             raise ValueError(

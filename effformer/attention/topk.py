@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context
 from effformer.registry import Caps, core
+from effformer.values import Count
 
 from .base import Core, CoreConfig
+from .slices import known_length
 from .softmax import SoftmaxState
 
 __all__ = ["TopK"]
@@ -68,12 +70,8 @@ class TopK(Core):
                 the chosen values; changes speed, not results.
         """
 
-        keep: int = 32
+        keep: Count = 32
         path: Literal["dense", "gather"] = "dense"
-
-        def __post_init__(self) -> None:
-            if self.keep < 1:
-                raise ValueError(f"topk: keep must be at least 1, got {self.keep}")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         mask = ctx.mask
@@ -89,7 +87,8 @@ class TopK(Core):
         """All queries, a slice at a time; query i stands at position first + i."""
         n, m = q.shape[2], k.shape[2]
         size = max(1, _ELEMENTS // max(q.shape[0] * q.shape[1] * m, 1))
-        if torch.compiler.is_exporting() or size >= n:
+        known = known_length(q) and known_length(k)
+        if torch.compiler.is_exporting() or not known or size >= n:
             return self._attend(q, k, v, self._allowed(mask, 0, n, first, k))
         outputs = []
         for start in range(0, n, size):

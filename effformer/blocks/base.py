@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from effformer import registry
 from effformer.attention import Mixer, Streaming
-from effformer.checks import CapabilityError
+from effformer.checks import CapabilityError, check_batch
 from effformer.config import Config
-from effformer.context import EMPTY, Context, Stream
+from effformer.context import EMPTY, Callee, Context, Stream
 from effformer.ffn import FFN
 from effformer.nn.cut import Forms
 from effformer.nn.drop import DropPath
@@ -136,7 +136,7 @@ class Branch(nn.Module):
         return self.drop_path(h)
 
 
-class Block(nn.Module):
+class Block(Callee):
     """Kind "block": its branches run in the order of ``order``; with ``site.cond_dim`` each is
     modulated.
 
@@ -283,6 +283,7 @@ def init_states(module: nn.Module, batch: int, *, like: Tensor) -> dict[str, Any
     Raises:
         CapabilityError: a token mixer cannot stream.
     """
+    check_batch(batch, where="init_states")
     states: dict[str, Any] = {}
     for branch in module.modules():
         if isinstance(branch, Branch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from effformer.nn.gates import Switch, values_known
 from effformer.nn.routers import TimeRouter, TokenRouter
 from effformer.registry import Caps, tokens, width
 from effformer.site import Layer, Needs, Site
+from effformer.values import Count, Positive, Range, Real
 
 from .base import Branch
 from .slots import TokenPart, WidthPart, report
@@ -64,15 +65,10 @@ class DynamicWidth(WidthPart):
         """
 
         over: Literal["all", "ffn"] = "all"
-        groups: int | None = None
-        bias: float = 15.0
-        tau: float = 5.0
-        threshold: float = 0.5
-
-        def __post_init__(self) -> None:
-            _check_gate(self, "width")
-            if self.groups is not None and self.groups < 2:
-                raise ValueError(f"width 'dynamic': groups must be at least 2, got {self.groups}")
+        groups: Annotated[int, Range(2)] | None = None
+        bias: Real = 15.0
+        tau: Positive = 5.0
+        threshold: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
 
     def __init__(
         self, config: DynamicWidth.Config, site: Site, branches: Mapping[str, Branch]
@@ -170,17 +166,10 @@ class DynamicTokens(TokenPart):
             threshold: of the gates, in (0, 1).
         """
 
-        reduction: int = 16
-        bias: float = 35.0
-        tau: float = 5.0
-        threshold: float = 0.5
-
-        def __post_init__(self) -> None:
-            _check_gate(self, "tokens")
-            if self.reduction < 1:
-                raise ValueError(
-                    f"tokens 'dynamic': reduction must be at least 1, got {self.reduction}"
-                )
+        reduction: Count = 16
+        bias: Real = 35.0
+        tau: Positive = 5.0
+        threshold: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
 
     def __init__(
         self, config: DynamicTokens.Config, site: Site, branches: Mapping[str, Branch]
@@ -241,14 +230,6 @@ class DynamicTokens(TokenPart):
 
     def macs(self, n: int) -> int:
         return sum(gate.macs(n) for gate in self.gates.values())  # type: ignore[operator]
-
-
-def _check_gate(config: DynamicWidth.Config | DynamicTokens.Config, kind: str) -> None:
-    if config.tau <= 0 or not 0 < config.threshold < 1:
-        raise ValueError(
-            f"{kind} 'dynamic': tau must be positive and threshold lie in (0, 1), got "
-            f"tau={config.tau}, threshold={config.threshold}"
-        )
 
 
 def _switch(config: DynamicWidth.Config | DynamicTokens.Config, site: Site, name: str) -> Switch:

@@ -11,6 +11,7 @@ from effformer.context import EMPTY, Context
 from effformer.nn.norms import make_norm
 from effformer.registry import Caps, block
 from effformer.site import Site
+from effformer.values import Count
 
 from .prenorm import PreNorm
 
@@ -52,11 +53,7 @@ class Gated(PreNorm):
             unit: number of blocks of a unit; units are counted from the first block of the stack.
         """
 
-        unit: int = 1
-
-        def __post_init__(self) -> None:
-            if self.unit < 1:
-                raise ValueError(f"gated: unit must be at least 1, got {self.unit}")
+        unit: Count = 1
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from effformer.config import part
 from effformer.context import EMPTY, Context, Ledger
 from effformer.registry import Caps, block
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Block, Branch, below
 from .prenorm import PreNorm
@@ -62,12 +63,8 @@ class Iterate(Block):
             body: the block; where none is named, the one that it takes the place of.
         """
 
-        times: int = 4
+        times: Count = 4
         body: BaseConfig = part("block", PreNorm.Config())
-
-        def __post_init__(self) -> None:
-            if self.times < 1:
-                raise ValueError(f"iterate: times must be at least 1, got {self.times}")
 
         def caps(self) -> Caps:
             """What the body can do."""

@@ -134,7 +134,7 @@ class Joint(Block):
     ) -> tuple[Tensor, Tensor]:
         """(B, N, D) and (B, M, D) -> the same; in a packed row N or M counts all tokens."""
         streams, ctxs, tokens = (self.y, self.x), (y_ctx, ctx), (y, x)
-        self._check(ctxs)
+        self._check(ctxs, tokens)
         modulated = self.site.cond_dim is not None
         mods = [s.modulations(c) if modulated else None for s, c in zip(streams, ctxs, strict=True)]
         attns = [stream.branches[0] for stream in streams]
@@ -150,10 +150,10 @@ class Joint(Block):
             made.append(stream.walk(attn.leave(s, h, m), c, m, start=1))
         return made[1], made[0]
 
-    def _check(self, ctxs: Sequence[Context]) -> None:
+    def _check(self, ctxs: Sequence[Context], tokens: Sequence[Tensor]) -> None:
         """Refuse what two streams, or the core, cannot honour."""
         packed = any(c.packing is not None for c in ctxs)
-        for c in ctxs:
+        for c, x in zip(ctxs, tokens, strict=True):
             for name in ("merging", "stream"):
                 if getattr(c, name) is not None:
                     raise CapabilityError(f"{self.where}: two streams do not take ctx.{name}")
@@ -166,7 +166,7 @@ class Joint(Block):
                 raise CapabilityError(
                     f"{self.where}: a packed stream goes with no mask, in either stream; pack both"
                 )
-            check_context(c, self.meeting.heads[0].config.caps(), "attention", self.where)
+            check_context(c, self.meeting.heads[0].config.caps(), "attention", self.where, x)
 
     def _narrowed(self, hs: list[Tensor], ctxs: Sequence[Context]) -> list[Tensor | None]:
         """The attention with the heads that are switched on: by multiplying in training and in

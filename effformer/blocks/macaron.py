@@ -10,6 +10,7 @@ from effformer.ffn import FFNConfig
 from effformer.nn.activations import Activation
 from effformer.registry import Caps, block
 from effformer.site import Site
+from effformer.values import Count, Portion, Positive
 
 from .base import Block, Branch, below, make_ffn, mixer_branches
 
@@ -56,17 +57,11 @@ class Macaron(Block):
             post_norm: norms stand behind the sums.
         """
 
-        share: float = 0.5
-        factor: float = 0.5
+        share: Portion = 0.5
+        factor: Positive = 0.5
         first_act: Activation | None = None
-        first_hidden: int | None = None
+        first_hidden: Count | None = None
         post_norm: bool = False
-
-        def __post_init__(self) -> None:
-            if not 0 < self.share <= 1:
-                raise ValueError(f"macaron: share must lie in (0, 1], got {self.share}")
-            if self.factor <= 0:
-                raise ValueError(f"macaron: factor must be positive, got {self.factor}")
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from effformer.nn.drop import DropPath
 from effformer.nn.norms import branch_norm, modulate
 from effformer.registry import Caps, block
 from effformer.site import Site
+from effformer.values import Count
 
 from .base import Block, Branch, below, make_ffn, make_mixer
 
@@ -108,11 +109,7 @@ class ParallelBranches(Block):
             copies: number of attentions and of FFNs.
         """
 
-        copies: int = 2
-
-        def __post_init__(self) -> None:
-            if self.copies < 1:
-                raise ValueError(f"parallel-branches: copies must be at least 1, got {self.copies}")
+        copies: Count = 2
 
     def __init__(
         self, config: ParallelBranches.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig

@@ -15,6 +15,7 @@ from effformer.checks import unknown
 from effformer.config import Config, part, resolve
 from effformer.ffn import MLP
 from effformer.site import Layer, Needs, Site
+from effformer.values import Chance, Count
 
 from .admission import check_layer, slot_needs
 from .base import Block
@@ -87,15 +88,9 @@ class StackConfig(Config):
     tokens: Config | None = part("tokens", optional=True)
     layers: Mapping[str, Any] = field(default_factory=dict, metadata={"short": layer_pattern})
     axes: str = ""
-    dropout: float = 0.0
-    drop_path: float = 0.0
+    dropout: Chance = 0.0
+    drop_path: Chance = 0.0
     drop_path_rule: Literal["linear", "uniform"] = "linear"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", layer_pattern(self.layers))
-        for name in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,15 +103,9 @@ class BackboneConfig(StackConfig):
         heads: number of attention heads.
     """
 
-    dim: int
-    depth: int
-    heads: int
-
-    def __post_init__(self) -> None:
-        StackConfig.__post_init__(self)
-        for name in ("dim", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    dim: Count
+    depth: Count
+    heads: Count
 
     def at(self, path: str) -> Any:
         """The value at a dotted path, also of a block: ``config.at("blocks.3.ffn")``.

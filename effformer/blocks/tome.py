@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from effformer.context import Context, Merging
 from effformer.nn.merging import Matching, match_tokens, merge_schedule
 from effformer.registry import Caps, tokens
 from effformer.site import Layer, Needs, Site
+from effformer.values import Natural, Range
 
 from .base import Branch
 from .slots import TokenPart, dense_macs
@@ -68,13 +70,12 @@ class ToMe(TokenPart):
             restore: copy the attention's output back to all tokens; None: if the model needs them.
         """
 
-        r: int | tuple[int, ...] = 8
-        inflection: float = 0.0
+        r: Natural | tuple[Natural, ...] = 8
+        inflection: Annotated[float, Range(-1, 1)] = 0.0
         proportional: bool = True
         restore: bool | None = None
 
-        def __post_init__(self) -> None:
-            merge_schedule(self.r, 1, self.inflection)  # refuses what is no schedule
+        def check(self) -> None:
             if isinstance(self.r, tuple) and self.inflection:
                 raise ValueError(
                     f"tome: r={list(self.r)} says what every block does; leave inflection out"

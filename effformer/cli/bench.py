@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Batch, Json, Out, Threads, check_report, emit, load, overrides, stages
+from .common import Batch, Force, Json, Out, Threads, check_report, emit, load, overrides, stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +23,11 @@ def bench(
         ),
     ],
     batch: Batch = 1,
-    runs: Annotated[int, typer.Option(help="Timed calls of each.", min=1)] = 7,
-    warmup: Annotated[int, typer.Option(help="Untimed calls of each.", min=0)] = 2,
+    runs: Annotated[int, typer.Option(help="Timed calls of each.", min=1, max=10**6)] = 7,
+    warmup: Annotated[int, typer.Option(help="Untimed calls of each.", min=0, max=10**6)] = 2,
     threads: Threads = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Time models in turns (medians, ratios within one run) beside what they cost on paper.
@@ -36,7 +37,7 @@ def bench(
     """
     from ..profile import compare
 
-    check_report(out)
+    check_report(out, "comparison", force=force)
     built = []
     for spec in models:
         name, _, changes = spec.partition(":")
@@ -53,7 +54,7 @@ def bench(
             progress=stage,
         )
         if out is not None:
-            result.save(out)
+            result.save(out, force=force)
     emit(result.to_dict(), str(result), as_json)
 
 

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from .common import FFN, Attn, Block, Json, Out, Seed, Set, emit, load, overrides
+from .common import (
+    FFN,
+    Attn,
+    Averaged,
+    Block,
+    Force,
+    Json,
+    Keep,
+    Out,
+    Seed,
+    Set,
+    Strict,
+    emit,
+    load,
+    loaded,
+    overrides,
+)  # fmt: skip
 
 
 def build(
@@ -19,8 +36,12 @@ def build(
     weights: Annotated[
         str | None, typer.Option(help="Load a safetensors or torch file of any known layout.")
     ] = None,
+    strict: Strict = "yes",
+    use: Averaged = "auto",
+    keep: Keep = None,
     seed: Seed = 0,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Build a model from parts; save it as a folder with --out.
@@ -29,15 +50,19 @@ def build(
     `effformer build sit-xl --weights SiT-XL-2-256.pt -o sit-xl`
     """
     from ..io import load_weights, save_pretrained
+    from ..profile import count_parameters
 
     model = load(name, overrides(attn, ffn, block, pairs), seed=seed)
-    report = None if weights is None else load_weights(model, weights)
-    folder = None if out is None else str(save_pretrained(model, out))
+    report = None
+    if weights is not None:
+        report = load_weights(model, weights, strict=strict == "yes", weights=use, keep=keep or ())
+    folder = None if out is None else str(save_pretrained(model, out, by="build", force=force))
     data = {
         "name": model.name,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "config": model.config.to_dict(),
         "layout": report and report.layout,
+        "loaded": report and asdict(report),
         "saved": folder,
     }
     lines = [
@@ -45,6 +70,6 @@ def build(
         json.dumps(data["config"], indent=2),
     ]
     if report is not None:
-        lines.append(f"weights: {weights} ({report.layout} layout)")
+        lines.append(f"weights: {weights} ({loaded(report)})")
     lines.append(f"saved in {folder}" if folder else "not saved; add --out FOLDER")
     emit(data, "\n".join(lines), as_json)

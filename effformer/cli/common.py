@@ -10,23 +10,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, ParamSpec
 
 import typer
 
-from ..checks import MissingExtra
+from ..checks import is_refusal
 from ..retired import RetiredWarning
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from effformer.flow import FlowConvention
+    from effformer.loading import LoadReport
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Batch", "Block", "Json", "Out", "Seed", "Set", "Threads", "check_report", "convention", "emit",
-    "guard", "load", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
+    "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
+    "guard", "load", "loaded", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
@@ -49,22 +49,46 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
 ]
-Batch = Annotated[int, typer.Option(help="Samples per call.", min=1)]
+Batch = Annotated[int, typer.Option(help="Samples per call.", min=1, max=10**6)]
+Strict = Annotated[
+    Literal["yes", "no"],
+    typer.Option(help="no: load what fits, although keys are missing or the network differs."),
+]
+Averaged = Annotated[
+    str,
+    typer.Option("--use", help="Which weights of a checkpoint: auto, ema, raw or an entry's name."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A module that keeps its own values, such as a head of other classes. May be repeated.",
+        metavar="NAME",
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace what is at --out, also if another verb or nobody of ours wrote it."
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
-# These are the user's to solve, and one sentence says how; every other exception is a bug and
-# keeps its traceback. The variable shows the traceback of these as well.
-USER_ERRORS = (ValueError, TypeError, MissingExtra, OSError)
+# Refusals and what the system says about files are the user's to solve, and one sentence says how;
+# every other exception is a bug and keeps its traceback. The variable shows that of these as well.
 TRACEBACK = "EFFFORMER_TRACEBACK"
 
 
-def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
+def guard(verb: Callable[P, None], *, intact: str | Callable[..., str]) -> Callable[P, None]:
     """Turn user errors into one sentence on stderr and exit code 2, Ctrl-C into exit code 130.
 
     Args:
         verb: the function behind a verb.
-        intact: what an interrupted run leaves behind, a sentence.
+        intact: what an interrupted run leaves behind, a sentence, or a function that tells it from
+            the arguments of the verb.
     """
+
+    def left(given: dict[str, Any]) -> str:
+        return intact if isinstance(intact, str) else intact(**given)
 
     @functools.wraps(verb)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -73,16 +97,13 @@ def guard(verb: Callable[P, None], *, intact: str) -> Callable[P, None]:
                 verb(*args, **kwargs)
         except BrokenPipeError:
             raise
-        except USER_ERRORS as error:
-            if os.environ.get(TRACEBACK):
+        except Exception as error:
+            sentence = _sentence(error, lambda: left(kwargs))
+            if sentence is None or os.environ.get(TRACEBACK):
                 raise
-            _fail(_sentence(error), 2)
-        except (MemoryError, RuntimeError) as error:
-            if os.environ.get(TRACEBACK) or not _out_of_memory(error):
-                raise
-            _fail(f"not enough memory; {intact}; choose a smaller batch or model", 2)
+            _fail(sentence, 2)
         except KeyboardInterrupt:
-            _fail(f"interrupted; {intact}", 130)
+            _fail(f"interrupted; {left(kwargs)}", 130)
 
     return guarded
 
@@ -113,10 +134,15 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: Exception, left: Callable[[], str]) -> str | None:
+    """What to tell the user; None for a bug."""
+    if _out_of_memory(error):
+        return f"not enough memory; {left()}; choose a smaller batch or model"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'file'}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) or is_refusal(error):
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -191,11 +217,22 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def loaded(report: LoadReport) -> str:
+    """What was loaded, in words."""
+    words = [f"{report.layout} layout"]
+    if report.weights:
+        words.append(f"{'averaged weights' if report.averaged else 'weights'} {report.weights!r}")
+    for name in ("missing", "unexpected", "ignored", "kept"):
+        if keys := getattr(report, name):
+            words.append(f"{name} {len(keys)}: {', '.join(keys[:3])}{', ...' if keys[3:] else ''}")
+    return "; ".join([*words, *(f"differs: {what}" for what in report.differs)])
+
+
 def parse_value(text: str) -> Any:
     """JSON if it is JSON, else the string itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of more digits than Python reads
         return text
 
 
@@ -272,28 +309,17 @@ def save_to(out: Path | None, verb: str) -> Path:
     return out
 
 
-def check_report(out: Path | None) -> None:
-    """Refuse the name of a report before anything is measured.
+def check_report(out: Path | None, kind: str, *, force: bool) -> None:
+    """Refuse the place of a report before anything is measured.
 
     Raises:
-        ValueError: a suffix that reports are not written as.
+        ValueError: a suffix that reports are not written as, or something else is there.
     """
+    from ..files import check_file
     from ..profile import SUFFIXES
 
-    if out is not None and out.suffix not in SUFFIXES:
+    if out is None:
+        return
+    if out.suffix not in SUFFIXES:
         raise ValueError(f"--out {out}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-
-
-def convention(model: Model) -> FlowConvention | None:
-    """How the network of a model counts; None: as we do.
-
-    Published DiTs predict noise, SiT is our own convention.
-    """
-    from ..flow import FlowConvention, get_convention
-
-    if model.CONVENTION is None:
-        return None
-    found = get_convention(model.CONVENTION)
-    if found == FlowConvention(data_at=1):
-        return None
-    return found.replace(variance=model.config.learn_sigma) if found.variance else found
+    check_file(out, kind, force=force)

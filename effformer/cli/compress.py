@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, Out, Set, emit, load, overrides, save_to
+from .common import Force, Json, Out, Set, emit, load, overrides, save_to
 
 
 def compress(
@@ -23,6 +23,7 @@ def compress(
     backend: Annotated[str, typer.Option(help="torch, bitsandbytes or auto.")] = "torch",
     pairs: Set = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Quantize the weights of a saved model; prints errors and sizes per layer.
@@ -33,7 +34,7 @@ def compress(
     """
     from ..compress import quantize
     from ..files import check_folder
-    from ..io import MODEL_FOLDER, save_pretrained
+    from ..io import model_folder, save_pretrained
 
     target = save_to(out, "compress")
     if target.resolve() == model.resolve():
@@ -41,11 +42,11 @@ def compress(
             f"compress: --out {target} is the model itself, whose dense weights would be lost; "
             "choose another folder"
         )
-    check_folder(target, **MODEL_FOLDER)
+    check_folder(target, **model_folder("compressed", by="compress", force=force))
     dense = load(str(model))
     small, report = quantize(
         dense, {"name": scheme, **overrides(pairs=pairs)}, where or "*", skip=skip or (),
         backend=backend, inputs=dense.example_inputs(),
     )  # fmt: skip
-    save_pretrained(small, target)
+    save_pretrained(small, target, by="compress", force=force)
     emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)

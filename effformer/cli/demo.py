@@ -70,7 +70,9 @@ def _claim(out: Path) -> None:
 
     if out.exists() and not out.is_dir():
         raise FormatError(f"demo: {out} is a file; choose a folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).exists():
+    marker = out / _MARKER
+    ours = marker.is_file() and '"effformer demo"' in marker.read_text("utf-8", errors="replace")
+    if out.is_dir() and any(out.iterdir()) and not ours:
         raise FormatError(
             f"demo: {out} holds other things and no {_MARKER}; choose a new or an empty folder "
             "with --out"

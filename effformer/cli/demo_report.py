@@ -119,7 +119,7 @@ def page(demo: Demo) -> str:
         "with numpy and onnxruntime alone: <code>python bundle/run.py --labels 0,1,2 --out "
         "samples.png</code></p>",
     ]
-    return document("effformer demo", "\n".join(body))
+    return document("effformer demo", "\n".join(body), "demo report")
 
 
 def _tiles(demo: Demo) -> str:

@@ -141,7 +141,7 @@ class Demo:
         order = [row * classes + c for c in range(classes) for row in range(10)]
         file = self.out / "images" / f"{key}.png"
         file.parent.mkdir(exist_ok=True)
-        write_image(file, pixels(samples[order]), zoom=4)
+        write_image(file, pixels(samples[order]), zoom=4, force=True)
         self.grids.append(Grid(title, note, file))
 
     def judged(self, samples: np.ndarray[Any, Any]) -> float:
@@ -211,7 +211,7 @@ def _train(demo: Demo, attn: str) -> Model:
         folder = demo.out / "runs" / f"{attn}-{config.steps}-{demo.seed}"
         model = _build(demo, attn)
         result = train(model, demo.data, recipe.objective, config, out=folder, resume=True)
-        save_pretrained(model.eval(), demo.out / "models" / attn)
+        save_pretrained(model.eval(), demo.out / "models" / attn, force=True)
         demo.losses[attn] = read_metrics(folder)
     demo.say(f"attn={attn}: {result.steps} steps, loss {result.loss:.4f}")
     return model
@@ -231,7 +231,8 @@ def _quantize(demo: Demo, models: dict[str, Model]) -> dict[str, Model]:
         for attn, model in models.items():
             for scheme in SCHEMES:
                 small, report = quantize(model, scheme)
-                folder = save_pretrained(small, demo.out / "models" / f"{attn}-{scheme}")
+                folder = demo.out / "models" / f"{attn}-{scheme}"
+                save_pretrained(small, folder, force=True)
                 made[f"{attn} {scheme}"] = load_model(folder)
                 demo.say(f"{attn} {scheme}: {report.ratio:.2f}x the bytes")
     return made
@@ -259,7 +260,8 @@ def _export(demo: Demo, name: str, model: Model) -> Path:
     file = demo.out / "onnx" / f"{name}.onnx"
     inputs = model.example_inputs(2)
     with demo.step("export and verify"):
-        report = export_onnx(model, file, inputs, dynamic={key: {0: "batch"} for key in inputs})
+        axes = {key: {0: "batch"} for key in inputs}
+        report = export_onnx(model, file, inputs, dynamic=axes, force=True)
     assert report.parity is not None  # verification is on by default
     demo.parity[name] = report.parity
     demo.forms.append(Form(name=name, runtime=RUNTIME, bytes=report.graph.bytes))
@@ -276,12 +278,14 @@ def _bundle(demo: Demo, model: Model) -> Path:
     folder, target = demo.out / "bundle", demo.out / "images" / "bundle.npy"
     recipe = demo.recipe
     with demo.step("export and verify"):
-        report = export_bundle(model, folder, steps=recipe.steps, guidance=recipe.guidance)
+        report = export_bundle(
+            model, folder, steps=recipe.steps, guidance=recipe.guidance, force=True
+        )
     assert report.parity is not None  # verification is on by default
     demo.parity[EDGE] = report.parity
     with demo.step("run the bundle"):
         labels = ",".join(map(str, demo.labels))
-        words = ["--labels", labels, "--seed", str(demo.seed), "--out", str(target)]
+        words = ["--labels", labels, "--seed", str(demo.seed), "--out", str(target), "--force"]
         command = [sys.executable, str(folder / "run.py"), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,10 +12,10 @@ from .common import (
     FFN,
     Attn,
     Block,
+    Force,
     Json,
     Out,
     Set,
-    convention,
     emit,
     load,
     overrides,
@@ -37,19 +38,30 @@ def export(
     quantize: Annotated[
         Quantize | None, typer.Option(help="Quantize the graph by ONNX Runtime.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="onnx: samples of the traced call.", min=1)] = 2,
+    batch: Annotated[
+        int, typer.Option(help="onnx: samples of the traced call.", min=1, max=10**6)
+    ] = 2,
     opset: Annotated[int | None, typer.Option(help="onnx: default is the target's.")] = None,
     target: Annotated[str, typer.Option(help="onnx: effformer list targets.")] = "onnx-cpu",
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
     verify: Annotated[bool, typer.Option(help="Compare with torch at three other shapes.")] = True,
     sampler: Annotated[str, typer.Option(help="bundle: its sampler.")] = "euler",
-    steps: Annotated[int, typer.Option(help="bundle: steps of the sampler.", min=1)] = 10,
-    guidance: Annotated[float, typer.Option(help="bundle: scale of the guidance.")] = 2.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="bundle: steps of the sampler; default: 10, or as distilled.", min=1, max=10_000
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="bundle: scale of the guidance; default: 2, or 1 without a null class."),
+    ] = None,
     attn: Attn = None,
     ffn: FFN = None,
     block: Block = None,
     pairs: Set = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Export a model, verified against torch.
@@ -65,19 +77,28 @@ def export(
     with stages() as stage:
         stage(f"exporting {network.name}")
         if form == "bundle":
-            options = {"sampler": sampler, "steps": steps, "guidance": guidance}
+            options = {"sampler": sampler, "steps": steps, "guidance": guidance, "force": force}
             data, size = _bundle(network, place, quantize, options, verify)
         else:
             options = {"opset": opset, "target": target, "tolerance": tolerance, "verify": verify}
-            data, size = _onnx(network, place, quantize, options, batch)
+            data, size = _onnx(network, place, quantize, options, batch, force=force)
     parity = data["parity"]
     lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]
     lines.append(_verified(parity) if parity else "not verified")
+    lines += _held(data if "ranges" in data else parity or {})
     if packed := data.get("quantized"):
         lines.append(
             f"quantized by ONNX Runtime: {packed['quantized']} products, {packed['ratio']:.2f}x"
         )
     emit(data, "\n".join(lines), as_json)
+
+
+def _held(data: dict[str, Any]) -> list[str]:
+    """The lengths that a graph was traced for, if not for all."""
+    ranges = data.get("ranges", {})
+    held = [f"{s} {a} to {'any' if b is None else b}" for s, (a, b) in ranges.items()]
+    held += data.get("conditions", [])
+    return [f"holds for: {', '.join(held)}"] if held else []
 
 
 def _verified(parity: dict[str, Any]) -> str:
@@ -92,24 +113,34 @@ def _bundle(
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_bundle
 
-    report = export_bundle(
-        model, place, **options, convention=convention(model), quantize=quantize, verify=verify
-    )
+    report = export_bundle(model, place, **options, quantize=quantize, verify=verify)
     return report.to_dict(), report.bytes
 
 
 def _onnx(
-    model: Model, place: Path, quantize: Quantize | None, options: dict[str, Any], batch: int
+    model: Model,
+    place: Path,
+    quantize: Quantize | None,
+    options: dict[str, Any],
+    batch: int,
+    *,
+    force: bool,
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_onnx, quantize_onnx
+    from ..export.quantize import QUANTIZED
+    from ..files import check_file
 
-    report = export_onnx(model, place, model.example_inputs(batch), **options)
-    data, size = report.to_dict() | {"quantized": None}, report.graph.bytes
-    if quantize is not None:
-        packed = (
-            quantize_onnx(place, place, "dynamic-uint8")
-            if quantize == "dynamic-uint8"
-            else quantize_onnx(place, place, "matmul-nbits", bits=8 if quantize == "int8" else 4)
-        )
-        data["quantized"], size = packed.to_dict(), packed.bytes_after
-    return data, size
+    inputs = model.example_inputs(batch)
+    if quantize is None:
+        report = export_onnx(model, place, inputs, **options, force=force)
+        return report.to_dict() | {"quantized": None}, report.graph.bytes
+    check_file(place, "graph", force=force)
+    compared = (model, inputs) if options["verify"] else None
+    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+        # what is at the place stays until there is something quantized to replace it
+        dense = Path(folder) / "dense.onnx"
+        report = export_onnx(model, dense, inputs, **options)
+        packed = quantize_onnx(dense, place, **QUANTIZED[quantize], compared=compared, force=force)
+    data = report.to_dict() | {"quantized": packed.to_dict(), "path": str(place)}
+    data["parity"] = data["quantized"].pop("parity")
+    return data, packed.bytes_after

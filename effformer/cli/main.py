@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -38,14 +41,14 @@ app = typer.Typer(
 
 _NOTHING = "nothing was written"
 _OLD = "what was at the target before is intact"
-_VERBS: tuple[tuple[str, Callable[..., None], str], ...] = (
+_VERBS: tuple[tuple[str, Callable[..., None], str | Callable[..., str]], ...] = (
     ("demo", demo.demo, "run the same command again: finished steps are kept"),
     ("list", list_parts.list_parts, _NOTHING),
     ("show", show.show, _NOTHING),
     ("build", build.build, _OLD),
     ("profile", profile.profile, _OLD),
-    ("bench", bench.bench, _NOTHING),
-    ("train", train.train, "the last checkpoint is intact, --resume goes on from it"),
+    ("bench", bench.bench, _OLD),
+    ("train", train.train, train.left),
     ("sample", sample.sample, _OLD),
     ("compress", compress.compress, _OLD),
     ("export", export.export, _OLD),
@@ -77,6 +80,12 @@ def _root(
 
 def main() -> None:
     """Run the command line."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters of a message
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -11,6 +11,7 @@ from .common import (
     Attn,
     Batch,
     Block,
+    Force,
     Json,
     Out,
     Set,
@@ -37,6 +38,7 @@ def profile(
     time: Annotated[bool, typer.Option("--latency", help="Measure wall time as well.")] = False,
     threads: Threads = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Count multiply-adds by module and operator, parameters, activation memory.
@@ -48,7 +50,7 @@ def profile(
     """
     from .. import profile as library
 
-    check_report(out)
+    check_report(out, "profile", force=force)
     set_threads(threads)
     built = load(model, overrides(attn, ffn, block, pairs))
     inputs = built.example_inputs(batch)
@@ -59,7 +61,7 @@ def profile(
             stage("measuring latency")
             wall = library.latency(built, inputs, threads=threads)
         if out is not None:
-            cost.save(out)
+            cost.save(out, force=force)
     data = cost.to_dict()
     text = str(cost)
     if wall is not None:

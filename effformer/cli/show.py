@@ -82,11 +82,16 @@ def _folder(folder: str) -> dict[str, Any]:
 
 
 def _model(model: Any) -> dict[str, Any]:
+    from ..flow import trained_of
+    from ..profile import count_parameters
+
+    record = trained_of(model)
     return {
         "family": model.FAMILY,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "layouts": ["effformer", *(layout.name for layout in model.LAYOUTS)],
         "config": model.config.to_dict(),
+        "trained": None if record is None else record.to_dict(),
     }
 
 

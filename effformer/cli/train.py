@@ -34,11 +34,13 @@ def train(
         str,
         typer.Option(help="digits, mnist:DIR, cifar10:DIR, ..., or a folder of images by class."),
     ] = "digits",
-    size: Annotated[int | None, typer.Option(help="Resize images to this side.", min=1)] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Samples per step.")] = 128,
+    size: Annotated[
+        int | None, typer.Option(help="Resize images to this side.", min=1, max=2**14)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", max=10**9)] = 1000,
+    batch: Annotated[int, typer.Option(help="Samples per step.", max=10**6)] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.", max=10**9)] = 100,
     train_pairs: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +60,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
     ] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", max=10**9)] = 500,
     seed: Seed = 0,
     threads: Threads = None,
     out: Out = None,
@@ -71,7 +73,8 @@ def train(
 
     Examples: `effformer train sit-tiny --set patch=1 --attn flow -o runs/digits`
     """
-    from ..io import save_pretrained
+    from ..files import check_folder
+    from ..io import model_folder, save_pretrained
     from ..train import Generation, TrainConfig, load_data
     from ..train import train as run
 
@@ -79,6 +82,7 @@ def train(
         note("train: --objective is now called --loss")
         loss = objective
     folder = save_to(out, "train")
+    check_folder(folder / "model", **model_folder("trained", by="train"))
     if Path(model).is_dir():
         raise ValueError(f"train: {model} is a saved model; training starts from a model's name")
     set_threads(threads)
@@ -92,7 +96,7 @@ def train(
     goal = Generation.from_dict({"loss": loss, "label_drop": label_drop}, where="train")
     network = load(model, changes, seed=seed)
     result = run(network, images, goal, config, out=folder, resume=resume, save_every=save_every)
-    saved = save_pretrained(network, folder / "model")
+    saved = save_pretrained(network, folder / "model", by="train")
     data_out = {
         "model": str(saved), "steps": result.steps, "seconds": result.seconds, "loss": result.loss,
         "resumed": result.resumed, "checkpoint": str(result.checkpoint),
@@ -101,6 +105,13 @@ def train(
         f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}; model in {saved}"
     )
     emit(data_out, text, as_json)
+
+
+def left(out: Path | None = None, **_: object) -> str:
+    """What an interrupted training leaves behind."""
+    if out is not None and any((out / "checkpoints").glob("step-*.safetensors")):
+        return "the last checkpoint is intact, --resume goes on from it"
+    return "there is no checkpoint yet, the training begins anew"
 
 
 def _fit(model: str, images: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def verify(
     model: Annotated[
         str | None, typer.Argument(help="For ONNX files: the saved model (or name) it came from.")
     ] = None,
-    cases: Annotated[int, typer.Option(help="Number of other shapes.", min=1)] = 3,
+    cases: Annotated[int, typer.Option(help="Number of other shapes.", min=1, max=1000)] = 3,
     tolerance: Annotated[float, typer.Option(help="Largest relative difference.")] = 1e-4,
     attn: Attn = None,
     ffn: FFN = None,

@@ -11,6 +11,7 @@ from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.learners import Gate, Learners
 from effformer.registry import Caps, ffn
 from effformer.site import Site
+from effformer.values import Count, Natural
 
 from .base import FFN, FFNConfig
 
@@ -51,17 +52,15 @@ class ACM(FFN):
 
         act: Activation = "gelu"
         out_bias: bool = False
-        learners: int = 4
-        least: int = 0
-        fixed: int | None = None
+        learners: Count = 4
+        least: Natural = 0
+        fixed: Natural | None = None
         gate: Gate.Config = Gate.Config()
 
-        def __post_init__(self) -> None:
-            FFNConfig.__post_init__(self)
-            if not 0 <= self.least < self.learners:
+        def check(self) -> None:
+            if self.least >= self.learners:
                 raise ValueError(
-                    f"acm: needs 0 <= least < learners, got least={self.least}, "
-                    f"learners={self.learners}"
+                    f"acm: needs least < learners, got least={self.least}, learners={self.learners}"
                 )
             if self.fixed is not None and not self.least <= self.fixed <= self.learners:
                 raise ValueError(

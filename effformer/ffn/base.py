@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from effformer import registry
 from effformer.checks import CapabilityError
 from effformer.config import Config
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Callee, Context
 from effformer.nn.activations import Activation
 from effformer.site import Site
+from effformer.values import Count, Positive
 
 __all__ = ["FFN", "FFNConfig", "InnerConfig", "refuse_fields"]
 
@@ -29,15 +30,9 @@ class InnerConfig(Config):
         bias: the linear layers have biases.
     """
 
-    ratio: float = 4.0
-    hidden: int | None = None
+    ratio: Positive = 4.0
+    hidden: Count | None = None
     bias: bool = True
-
-    def __post_init__(self) -> None:
-        if self.ratio <= 0 or (self.hidden is not None and self.hidden < 1):
-            raise ValueError(
-                f"ffn: inner width must be positive, got ratio={self.ratio}, hidden={self.hidden}"
-            )
 
     def width(self, dim: int) -> int:
         """Inner width for tokens of width ``dim``."""
@@ -60,7 +55,7 @@ class FFNConfig(InnerConfig):
     act: Activation = "gelu-tanh"
 
 
-class FFN(nn.Module, ABC):
+class FFN(Callee, ABC):
     """Kind "ffn": acts on every token alone, (B, N, D) -> (B, N, D).
 
     Networks that look beyond a token say so: ``caps.axes`` for neighbours, ``caps.causal ==

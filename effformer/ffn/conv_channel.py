@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from effformer.context import EMPTY, Context
+from effformer.context import EMPTY, Context, explained
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.lif import LIF
 from effformer.nn.norms import TokenBatchNorm
@@ -97,10 +97,12 @@ class SpikingConvChannel(FFN):
         out, _ = self.step(x, self.init_state(x.shape[0], like=x), ctx)
         return self.drop(out)
 
+    @explained
     def init_state(self, batch: int, *, like: Tensor) -> Tensor:
         """Potentials (B, hidden) before the first token."""
         return self.lif.init_state(batch, self.hidden, like=like)
 
+    @explained
     def step(self, x: Tensor, state: Tensor, ctx: Context = EMPTY) -> tuple[Tensor, Tensor]:
         """Feed the next tokens x (B, n, D)."""
         self.check_width(ctx)

@@ -13,6 +13,7 @@ from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.nn.cut import cut_linear, twin
 from effformer.registry import Caps, ffn
 from effformer.site import Site
+from effformer.values import Positive
 
 from .base import FFN, FFNConfig, switched
 
@@ -72,7 +73,7 @@ class SwiGLU(_Gated):
     class Config(FFNConfig):
         """Knobs of `SwiGLU`; see `FFNConfig`."""
 
-        ratio: float = 8 / 3
+        ratio: Positive = 8 / 3
         act: Activation = "silu"
 
 
@@ -90,5 +91,5 @@ class GEGLU(_Gated):
     class Config(FFNConfig):
         """Knobs of `GEGLU`; see `FFNConfig`."""
 
-        ratio: float = 8 / 3
+        ratio: Positive = 8 / 3
         act: Activation = "gelu"

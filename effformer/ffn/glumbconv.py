@@ -13,6 +13,7 @@ from effformer.context import EMPTY, Context
 from effformer.nn.activations import ACTIVATIONS, Activation
 from effformer.registry import Caps, ffn
 from effformer.site import Site
+from effformer.values import Odd, Positive
 
 from .base import FFN, FFNConfig, refuse_fields
 
@@ -48,14 +49,9 @@ class GLUMBConv(FFN):
             kernel: side of the convolution, odd.
         """
 
-        ratio: float = 2.5
+        ratio: Positive = 2.5
         act: Activation = "silu"
-        kernel: int = 3
-
-        def __post_init__(self) -> None:
-            FFNConfig.__post_init__(self)
-            if self.kernel < 1 or self.kernel % 2 == 0:
-                raise ValueError(f"glumbconv: kernel must be odd, got {self.kernel}")
+        kernel: Odd = 3
 
     def __init__(self, config: GLUMBConv.Config, site: Site) -> None:
         super().__init__(config, site)

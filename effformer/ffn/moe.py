@@ -13,6 +13,7 @@ from effformer.nn.activations import Activation
 from effformer.nn.gates import values_known
 from effformer.registry import Caps, ffn
 from effformer.site import Site
+from effformer.values import Count, Natural, NonNegative
 
 from .base import FFN, FFNConfig
 from .mlp import MLP
@@ -57,21 +58,17 @@ class MoE(FFN):
         """
 
         act: Activation = "gelu"
-        experts: int = 8
-        top_k: int = 2
-        shared: int = 1
+        experts: Count = 8
+        top_k: Count = 2
+        shared: Natural = 1
         renormalise: bool = False
-        balance: float = 0.01
+        balance: NonNegative = 0.01
 
-        def __post_init__(self) -> None:
-            FFNConfig.__post_init__(self)
-            if not 1 <= self.top_k <= self.experts:
+        def check(self) -> None:
+            if self.top_k > self.experts:
                 raise ValueError(
-                    f"moe: needs 1 <= top_k <= experts, got top_k={self.top_k}, "
-                    f"experts={self.experts}"
+                    f"moe: needs top_k <= experts, got top_k={self.top_k}, experts={self.experts}"
                 )
-            if self.shared < 0:
-                raise ValueError(f"moe: shared must not be negative, got {self.shared}")
 
     def __init__(self, config: MoE.Config, site: Site) -> None:
         super().__init__(config, site)

@@ -15,11 +15,13 @@ from __future__ import annotations
 from . import reference as reference
 from .conventions import CONVENTIONS as CONVENTIONS
 from .conventions import FlowConvention as FlowConvention
+from .conventions import Trained as Trained
 from .conventions import Velocity as Velocity
 from .conventions import VelocityField as VelocityField
 from .conventions import adapt as adapt
 from .conventions import flip as flip
 from .conventions import get_convention as get_convention
+from .conventions import trained_of as trained_of
 from .diffusion import Diffusion as Diffusion
 from .diffusion import DiffusionLoss as DiffusionLoss
 from .diffusion import PosteriorMean as PosteriorMean

@@ -3,26 +3,34 @@
 Inside effformer t = 0 is noise, t = 1 is data and v = dx/dt. Published networks count the other
 way, scale or flip the time that they are told, change the sign, or predict something else. A
 `FlowConvention` says all of it explicitly; nothing is inferred.
+
+It belongs to trained weights, not to a class of networks: a `Trained` says what weights were trained
+to predict. ``model.trained`` carries it as JSON values, and with it every file of weights;
+`trained_of` is the one place that reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor
 
+from effformer.values import Count, Positive, Real
+
 from ..checks import unknown
 from ..config import Config
+from ..wrapped import bare
 from .paths import DDPM, Linear, Path, Prediction, get_path
 
 __all__ = [
     "CONVENTIONS", "DIT", "EFFFORMER", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "LIGHTNINGDIT", "MDT_DIST",
     "RECTIFIED_DIFFUSION", "RECTIFIED_FLOW", "RFPP", "SD3", "SIT", "SIT_PAPER", "SLIMFLOW",
-    "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Velocity",
-    "VelocityField", "adapt", "batch_times", "flip", "get_convention",
+    "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Trained", "Velocity", "VelocityField",
+    "adapt", "as_velocity", "batch_times", "flip", "get_convention", "recorded",
+    "trained_of",
 ]  # fmt: skip
 
 
@@ -55,8 +63,8 @@ class FlowConvention(Config):
     """
 
     data_at: Literal[0, 1]
-    label_scale: float = 1.0
-    label_offset: float = 0.0
+    label_scale: Real = 1.0
+    label_offset: Real = 0.0
     label_flip: bool = False
     label_log: bool = False
     label_round: bool = False
@@ -64,6 +72,18 @@ class FlowConvention(Config):
     path: Path = Linear()
     prediction: Prediction = "velocity"
     variance: bool = False
+
+    def check(self) -> None:
+        if self.label_scale == 0:
+            raise ValueError("label_scale must not be 0: the network would be told no time")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build from plain values; with ``"name"`` they are changes of the convention of that name."""
+        if "name" not in data:
+            return super(FlowConvention, cls).from_dict(data, where=where)
+        changes = {k: v for k, v in data.items() if k != "name"}
+        return cast(Self, get_convention(data["name"]).replace(where=where, **changes))
 
     def time(self, t: Tensor) -> Tensor:
         """The authors' time of our time t. The map is its own inverse."""
@@ -81,6 +101,13 @@ class FlowConvention(Config):
     def velocity(self, v: Tensor) -> Tensor:
         """Our dx/dt from the authors' velocity, or back (the map is its own inverse)."""
         return v if self.data_at * 2 - 1 == self.sign else -v
+
+    def __str__(self) -> str:
+        """What differs from our own convention, in words."""
+        own, said = EFFFORMER.to_dict(), self.to_dict()
+        changed = [f"{key}={said[key]!r}" for key in own if said[key] != own[key]]
+        noted = f" ({', '.join(changed)})" if changed else ", t = 0 noise, t = 1 data"
+        return f"the {self.prediction}{noted}"
 
     def flip(self) -> FlowConvention:
         """The same network described with time running the other way: t' = 1 - t and v' = -v."""
@@ -141,6 +168,99 @@ def get_convention(convention: FlowConvention | str) -> FlowConvention:
     return CONVENTIONS[convention]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained(Config):
+    """What the weights of a generator were trained to predict, and on what.
+
+    It travels with the weights: ``model.trained`` holds it as JSON values, copies of a model keep
+    it, and folders of models, weight files, checkpoints and bundles carry it.
+
+    Attributes:
+        convention: how the network counts and what it answers, or the name of it.
+        null: labels were dropped in training, so that there is a null class to guide from.
+        steps: number of equal steps that the weights were distilled to, None for any number.
+        value_range: values of black and white in the data, None if they are no pictures or it is
+            not known.
+        latent_scale: the data are latents of an autoencoder times this number, None if they are no
+            latents or it is not known.
+    """
+
+    convention: FlowConvention = field(metadata={"short": get_convention})
+    null: bool = False
+    steps: Count | None = None
+    value_range: tuple[Real, Real] | None = None
+    latent_scale: Positive | None = None
+
+    def check(self) -> None:
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            low, high = self.value_range
+            raise ValueError(f"value_range must increase, got {low} and {high}")
+
+    def settings(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
+        """Steps and scale of guidance as they are given; where not, what suits the weights: the steps
+        that they were distilled to, or 10, and a scale of 2 where there is a null class, else 1.
+        """
+        if steps is None:
+            steps = self.steps or 10
+        if guidance is None:
+            guidance = 2.0 if self.null else 1.0
+        return steps, guidance
+
+
+def trained_of(network: object) -> Trained | None:
+    """What the weights of a network were trained to predict.
+
+    That is what ``network.trained`` says, JSON values of a `Trained`. A model of ours without such a
+    record (randomly initialised, or saved by a version that wrote none) is taken for one of the
+    published models of its family; `effformer.models.base.Model.assumed` tells of them.
+
+    Returns:
+        None for a network that says nothing: functions, other libraries' modules, models that
+        generate nothing.
+
+    Raises:
+        ValueError: the record is damaged, or a newer version wrote it.
+        TypeError: a value of it has the wrong type.
+    """
+    facts, where = recorded(network), f"{_name_of(network)}: trained"
+    assumed = getattr(bare(network), "assumed", None)
+    if facts is None and callable(assumed):
+        facts = assumed()
+    return None if facts is None else Trained.from_dict(facts, where=where)
+
+
+def as_velocity(network: VelocityField, *, where: str) -> VelocityField:
+    """A network with a record as our velocity, anything else as it is.
+
+    Raises:
+        ValueError: a model without a record whose family counts another way: whether it is meant to
+            be our velocity nobody can tell.
+    """
+    record = trained_of(network)
+    if record is None or record.convention == EFFFORMER:
+        return network
+    if recorded(network) is None:
+        raise ValueError(
+            f"{where}: {_name_of(network)} does not say what its weights were trained to predict; "
+            "give adapt(model) if it is what published models of its family predict, else "
+            "adapt(model, convention), where 'effformer' is a velocity with t = 0 noise, t = 1 data"
+        )
+    return Velocity(network, record.convention)
+
+
+def recorded(network: object) -> Mapping[str, Any] | None:
+    """The record of a network as JSON values, None if it has none: other libraries' modules may call
+    something else ``trained``.
+    """
+    facts = getattr(bare(network), "trained", None)
+    return facts if isinstance(facts, Mapping) else None
+
+
+def _name_of(network: object) -> str:
+    network = bare(network)
+    return str(getattr(network, "name", type(network).__name__))
+
+
 def batch_times(t: Tensor | float, x: Tensor) -> Tensor:
     """Times (B,) for a batch, at least float32.
 
@@ -191,7 +311,7 @@ class Velocity:
 
 def adapt(
     network: Callable[..., Tensor],
-    convention: FlowConvention | str,
+    convention: FlowConvention | str | None = None,
     *,
     path: Path | str | None = None,
     prediction: Prediction | None = None,
@@ -201,12 +321,14 @@ def adapt(
     Args:
         network: called as ``network(x, label, **cond)`` with x (B, ...), label (B,) at least
             float32.
-        convention: its convention or the name of one.
+        convention: its convention or the name of one; None: what its weights were trained to
+            predict, see `trained_of`.
         path: replaces the convention's path.
         prediction: replaces the convention's prediction.
 
     Raises:
         ValueError: unknown convention, path or prediction.
+        TypeError: no convention is given, and the network does not say its own.
 
     Example:
         >>> import torch
@@ -221,12 +343,22 @@ def adapt(
         changes["path"] = get_path(path)
     if prediction is not None:
         changes["prediction"] = prediction
+    if convention is None:
+        record = trained_of(network)
+        if record is None:
+            raise TypeError(
+                f"adapt: {_name_of(network)} does not say what it was trained to predict; give "
+                "convention, 'effformer' for a velocity with t = 0 noise, t = 1 data"
+            )
+        convention = record.convention
     found = get_convention(convention)
     return Velocity(network, found.replace(where="adapt", **changes) if changes else found)
 
 
 def flip(velocity: VelocityField) -> VelocityField:
     """Turn time around: ``v'(x, t) = -v(x, 1 - t)``; twice is the identity."""
+
+    velocity = as_velocity(velocity, where="flip")
 
     def flipped(x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
         return -velocity(x, 1 - batch_times(t, x), **cond)

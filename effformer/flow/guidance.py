@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..checks import unknown
-from .conventions import VelocityField, batch_times
+from ..values import Count, Real, check_fields
+from .conventions import VelocityField, as_velocity, batch_times
 
 __all__ = ["Guidance", "Guided", "forward_with_cfg", "guided"]
 
-Channels = Literal["all"] | int
+Channels = Literal["all"] | Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +41,16 @@ class Guidance:
     2404.07724.
     """
 
-    scale: float
+    scale: Real
     null: Mapping[str, Tensor | float]
     channels: Channels = "all"
-    interval: tuple[float, float] | None = None
+    interval: tuple[Real, Real] | None = None
     batched: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.null:
             raise ValueError("guidance: null is empty; give the null condition, e.g. {'y': 10}")
-        if self.channels != "all" and (
-            not isinstance(self.channels, int)
-            or isinstance(self.channels, bool)
-            or self.channels < 1
-        ):
-            raise ValueError(f"guidance: channels is 'all' or >= 1, got {self.channels!r}")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"guidance: the interval {self.interval} is empty")
 
@@ -63,7 +59,7 @@ class Guided:
     """A guided velocity field; made by `guided`."""
 
     def __init__(self, velocity: VelocityField, guidance: Guidance) -> None:
-        self.velocity = velocity
+        self.velocity = as_velocity(velocity, where="guided")
         self.guidance = guidance
 
     def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:

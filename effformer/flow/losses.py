@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effformer.values import NonNegative, Positive
+
 from .. import config as _config
 from ..registry import loss as registry
-from .conventions import VelocityField
+from .conventions import FlowConvention, VelocityField
 from .paths import Path, PathSample, Prediction, expand, get_path
 from .times import TimeLaw, get_time_law
 
@@ -74,6 +76,16 @@ class _Objective:
     def __init__(self, path: Path | str, time: TimeLaw | str) -> None:
         self.path = get_path(path)
         self.time = get_time_law(time)
+
+    @property
+    def convention(self) -> FlowConvention:
+        """What a network trained with this loss answers: our time, told as it is, on the path."""
+        return FlowConvention(data_at=1, path=self.path)
+
+    @property
+    def steps(self) -> int | None:
+        """Number of equal steps that it distils a network to, None for any."""
+        return self.time.steps
 
     def _draw(
         self,
@@ -143,7 +155,7 @@ class FlowMatching(_Objective):
         weight: Weight = "none"
         time: TimeLaw | str = "uniform"
         reduction: Literal["mean", "half-sum"] = "mean"
-        cosine: float = 0.0
+        cosine: NonNegative = 0.0
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.path, config.time)
@@ -155,6 +167,10 @@ class FlowMatching(_Objective):
             )
         if config.cosine < 0:
             raise ValueError(f"flow-matching: cosine must be at least 0, got {config.cosine}")
+
+    @property
+    def convention(self) -> FlowConvention:
+        return FlowConvention(data_at=1, path=self.path, prediction=self.config.prediction)
 
     def __call__(
         self,
@@ -217,7 +233,7 @@ class PseudoHuber(_Objective):
 
         path: Path | str = "linear"
         time: TimeLaw | str = "u-shaped"
-        factor: float = 0.00054
+        factor: Positive = 0.00054
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.path, config.time)
@@ -271,8 +287,8 @@ class Distillation(_Objective):
         """
 
         time: TimeLaw | str = "fixed"
-        l2: float = 1.0
-        perceptual: float = 0.0
+        l2: NonNegative = 1.0
+        perceptual: NonNegative = 0.0
 
     def __init__(self, config: Config, perceptual: Perceptual | None = None) -> None:
         super().__init__("linear", config.time)
@@ -291,12 +307,21 @@ class Distillation(_Objective):
         network: VelocityField,
         data: Tensor,
         *,
-        noise: Tensor,
+        noise: Tensor | None = None,
         t: Tensor | None = None,
         generator: torch.Generator | None = None,
         **cond: Any,
     ) -> LossOutput:
-        """Evaluate the loss; as `FlowMatching.__call__`, with the noise that data was made from."""
+        """Evaluate the loss; as `FlowMatching.__call__`, with the noise that data was made from.
+
+        Raises:
+            ValueError: there is no noise, or shapes that do not fit.
+        """
+        if noise is None:
+            raise ValueError(
+                "distillation: the noise that every sample was generated from is missing; give noise, "
+                "in training as the tensor 'noise' of the data set"
+            )
         noise, t = self._draw(data, noise, t, generator)
         point, value = self._ask(network, data, noise, t, cond)
         per_sample = self.config.l2 * _squares(value - point.velocity).mean(1)

@@ -12,11 +12,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from effformer.values import Chance, Count, NonNegative, Positive, Range
 
 from ..checks import unknown
 from ..config import Config
@@ -187,7 +189,7 @@ class Linear(Path):
     """
 
     name: ClassVar[str] = "linear"
-    sigma_min: float = 0.0
+    sigma_min: Chance = 0.0
 
     def alpha(self, t: Tensor) -> Tensor:
         return t
@@ -266,8 +268,8 @@ class VP(VariancePreserving):
     """
 
     name: ClassVar[str] = "vp"
-    beta0: float = 0.1
-    beta1: float = 20.0
+    beta0: NonNegative = 0.1
+    beta1: Positive = 20.0
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return -((1 - t) ** 2) * (self.beta1 - self.beta0) / 4 - (1 - t) * self.beta0 / 2
@@ -293,9 +295,9 @@ class DDPM(VariancePreserving):
     """
 
     name: ClassVar[str] = "ddpm"
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
+    steps: Count = 1000
+    beta_start: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-4
+    beta_end: Annotated[float, Range(0, 1, above=True, below=True)] = 2e-2
     schedule: Literal["linear", "scaled-linear"] = "linear"
 
     def log_alpha(self, t: Tensor) -> Tensor:

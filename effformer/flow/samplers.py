@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from effformer.values import Count, Positive
+
 from .. import config as _config
 from ..config import Spec, resolve
 from ..registry import sampler as registry
-from .conventions import VelocityField, batch_times
+from .conventions import VelocityField, as_velocity, batch_times
 from .guidance import Guidance, Guided
 from .solvers import (
     EULER,
@@ -245,9 +247,9 @@ class Dopri5(Sampler):
             max_steps: attempted steps after which to give up.
         """
 
-        rtol: float = 1e-5
-        atol: float = 1e-5
-        max_steps: int = 1000
+        rtol: Positive = 1e-5
+        atol: Positive = 1e-5
+        max_steps: Count = 1000
 
     def state_dtype(self, x: Tensor) -> torch.dtype:
         return torch.float64
@@ -280,7 +282,8 @@ def sample(
     """Solve dx = v(x, t, **cond) dt from noise (t = 0) to data (t = 1).
 
     Args:
-        velocity: our velocity field; see `adapt` for networks of other conventions.
+        velocity: our velocity field, or a model that says what it was trained to predict
+            (``model.trained``); see `adapt` for other networks.
         x0: the start (B, ...), floating point; noise, or data with ``reverse``.
         sampler: name, dict or config: euler, midpoint, heun, rk4, dopri5, sde-euler, ...
         steps: number of equal steps; ignored by adaptive samplers and if ``grid`` is given.
@@ -313,6 +316,7 @@ def sample(
     solver = _solver(sampler, reverse)
     times = solver.grid(steps) if grid is None else grid
     times = times.reversed() if reverse else times
+    velocity = as_velocity(velocity, where="sample")
     field = velocity if guidance is None else Guided(velocity, guidance)
     run = Run(field, cond, x0, len(times), generator, noise, trajectory, progress)
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):

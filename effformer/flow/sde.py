@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from effformer.values import Chance, NonNegative
+
 from .. import config as _config
 from ..registry import sampler as registry
 from .conventions import batch_times
@@ -75,9 +77,9 @@ class _SDE(Sampler):
 
         path: Path | str = "linear"
         form: DiffusionForm = "sigma"
-        norm: float = 1.0
+        norm: NonNegative = 1.0
         last_step: LastStep = "mean"
-        last_step_size: float = 0.04
+        last_step_size: Chance = 0.04
 
     def __init__(self, config: Options) -> None:
         super().__init__(config)
@@ -199,9 +201,9 @@ class StochasticEuler(Sampler):
             noise_scale: s, standard deviation of x0 in that formula.
         """
 
-        sigma: float = 1.0
+        sigma: NonNegative = 1.0
         repo_formula: bool = False
-        noise_scale: float = 1.0
+        noise_scale: NonNegative = 1.0
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

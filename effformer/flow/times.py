@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from effformer.values import Chance, Count, Fraction, NonNegative, Positive, Real, check_fields
+
 from ..checks import unknown
 from ..config import Config
 
@@ -24,6 +26,13 @@ class TimeLaw(Config):
     """Base of the distributions of training times; t = 0 noise, t = 1 data."""
 
     name: ClassVar[str]
+
+    @property
+    def steps(self) -> int | None:
+        """Number of equal steps that a network trained at these times alone can be sampled in, None
+        for any.
+        """
+        return None
 
     def sample(
         self,
@@ -71,8 +80,8 @@ class Uniform(TimeLaw):
     """
 
     name: ClassVar[str] = "uniform"
-    low: float = 0.0
-    high: float = 1.0
+    low: Fraction = 0.0
+    high: Fraction = 1.0
 
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
@@ -96,13 +105,9 @@ class Stratified(TimeLaw):
     """
 
     name: ClassVar[str] = "stratified"
-    strata: int = 4
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.strata < 1:
-            raise ValueError(f"stratified times: strata must be at least 1, got {self.strata}")
+    strata: Count = 4
+    low: Fraction = 0.0
+    high: Fraction = 1.0
 
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
@@ -126,8 +131,8 @@ class LogitNormal(TimeLaw):
     """
 
     name: ClassVar[str] = "logit-normal"
-    mean: float = 0.0
-    std: float = 1.0
+    mean: Real = 0.0
+    std: Positive = 1.0
 
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
@@ -159,9 +164,9 @@ class UShaped(TimeLaw):
     """
 
     name: ClassVar[str] = "u-shaped"
-    a: float = 4.0
-    low: float = 1e-5
-    high: float = 1 - 1e-5
+    a: NonNegative = 4.0
+    low: Fraction = 1e-5
+    high: Fraction = 1 - 1e-5
 
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
@@ -187,7 +192,11 @@ class Fixed(TimeLaw):
     """
 
     name: ClassVar[str] = "fixed"
-    t: float = 1e-3
+    t: Fraction = 1e-3
+
+    @property
+    def steps(self) -> int | None:
+        return 1
 
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
@@ -207,8 +216,12 @@ class KStep(TimeLaw):
     """
 
     name: ClassVar[str] = "k-step"
-    k: int = 4
-    eps: float = 1e-3
+    k: Count = 4
+    eps: Chance = 1e-3
+
+    @property
+    def steps(self) -> int | None:
+        return self.k
 
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
@@ -251,10 +264,11 @@ class TimeGrid:
         widths: (N) step widths dt; None: the differences of the points.
     """
 
-    points: tuple[float, ...]
-    widths: tuple[float, ...] | None = None
+    points: tuple[Real, ...]
+    widths: tuple[Real, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.points) < 2:
             raise ValueError(f"TimeGrid: at least 1 step (2 points) is needed, got {self.points}")
         if self.widths is not None and len(self.widths) != len(self.points) - 1:

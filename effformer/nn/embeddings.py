@@ -9,6 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from effformer.checks import check_ids
+
+from .precision import exactly, widened
+
 __all__ = [
     "FourierPositions",
     "LabelEmbedding",
@@ -32,7 +36,12 @@ def time_features(t: Tensor, dim: int = 256, *, freq_shift: int = 0, period: flo
 
     Returns:
         (B, dim).
+
+    Raises:
+        TypeError: complex times.
     """
+    if t.is_complex():
+        raise TypeError(f"times t must be real numbers, got {t.dtype}")
     half = dim // 2
     t = t if t.dtype == torch.float64 else t.float()
     steps = torch.arange(half, dtype=t.dtype, device=t.device)
@@ -85,8 +94,9 @@ class LabelEmbedding(nn.Module):
         """Map labels y (B,) to (B, D); where ``drop`` (B,) is True the null class is taken.
 
         Raises:
-            ValueError: ``drop`` is given but there is no null class.
+            ValueError: ``drop`` is given but there is no null class, or a label is no class.
         """
+        check_ids(y, self.table.num_embeddings, where="labels y")
         if drop is not None:
             if not self.null:
                 raise ValueError(
@@ -181,5 +191,7 @@ class FourierPositions(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         """(N, axes) -> (N, D)."""
-        angles = 2 * math.pi * cells @ self.frequencies
-        return self.proj(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        with exactly(cells):
+            angles = 2 * math.pi * widened(cells) @ widened(self.frequencies)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.proj(waves.to(self.proj.weight.dtype))

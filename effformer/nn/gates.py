@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context
 
-from .precision import exactly
+from .precision import exactly, widened
 
 __all__ = ["GateLinear", "Switch", "gumbel_like", "straight_through", "values_known"]
 
@@ -31,13 +31,14 @@ def values_known(x: Tensor) -> bool:
 
 
 def gumbel_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise ``-log(-log(u))`` of the shape of ``x``.
+    """Standard Gumbel noise ``-log(-log(u))`` of the shape of ``x``, in float32 at least: smaller
+    types draw zeros, whose logarithm is infinite.
 
     Args:
-        x: shape, dtype and device.
+        x: shape and device.
         generator: source of randomness; None means torch's default generator, as `nn.Dropout` does.
     """
-    exponential = torch.empty_like(x, memory_format=torch.contiguous_format)
+    exponential = torch.empty_like(widened(x), memory_format=torch.contiguous_format)
     return -exponential.exponential_(generator=generator).log()
 
 
@@ -76,10 +77,9 @@ class GateLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        wide = widened(x)
         with exactly(x):
-            return F.linear(x, weight, bias)
+            return F.linear(wide, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
 
 
 class Switch(nn.Module):

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from effformer.config import Config as BaseConfig
 from effformer.context import Ledger
+from effformer.values import Count, Positive
 
 from .gates import gumbel_like, straight_through, values_known
+from .precision import widened
 
 __all__ = ["Gate", "Learners", "Run"]
 
@@ -50,17 +52,10 @@ class Gate(nn.Module):
                 the gate; "none": only auxiliary losses do.
         """
 
-        depth: int = 3
-        hidden: int = 16
-        tau: float = 0.8
+        depth: Count = 3
+        hidden: Count = 16
+        tau: Positive = 0.8
         gradient: Literal["straight-through", "none"] = "straight-through"
-
-        def __post_init__(self) -> None:
-            if self.depth < 1 or self.hidden < 1 or self.tau <= 0:
-                raise ValueError(
-                    "gate: depth and hidden must be at least 1 and tau positive, got "
-                    f"depth={self.depth}, hidden={self.hidden}, tau={self.tau}"
-                )
 
     def __init__(
         self,
@@ -80,8 +75,8 @@ class Gate(nn.Module):
         self.net = nn.Sequential(*(nn.Linear(a, b) for a, b in self.sizes))
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., K + 1 - least), choices from ``least`` on."""
-        return self.net(x)
+        """(..., D) -> (..., K + 1 - least), choices from ``least`` on, in float32 at least."""
+        return widened(self.net(x))
 
     def soft(self, logits: Tensor, noise: Tensor) -> Tensor:
         """``softmax((logits + noise) / tau)`` over 0..K: (..., K + 1)."""
@@ -89,7 +84,7 @@ class Gate(nn.Module):
         return self._padded(scores.softmax(dim=-1))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """One-hot choices (..., K + 1) for tokens (..., D).
+        """One-hot choices (..., K + 1) for tokens (..., D), in float32 at least: they are counted.
 
         Args:
             x: the tokens.
@@ -97,7 +92,8 @@ class Gate(nn.Module):
                 evaluation.
         """
         if noise is None and not self.training:
-            return self.one_hot(self.chosen(x)).to(x.dtype)
+            logits = self.logits(x)
+            return self.one_hot(self._best(logits)).to(logits.dtype)
         logits = self.logits(x)
         if noise is None:
             noise = gumbel_like(logits, self.generator)
@@ -105,7 +101,10 @@ class Gate(nn.Module):
 
     def chosen(self, x: Tensor) -> Tensor:
         """The choices of evaluation, int64 (...), for tokens (..., D)."""
-        return self.logits(x).argmax(dim=-1) + self.least
+        return self._best(self.logits(x))
+
+    def _best(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1) + self.least
 
     def one_hot(self, chosen: Tensor) -> Tensor:
         """Choices (...) as (..., K + 1) integers that are one at the choice."""
@@ -257,7 +256,7 @@ class Learners(nn.Module):
         if run.gated:
             choice = run.choice
             if choice is None:
-                choice = self.gate.one_hot(run.chosen).to(run.out.dtype)
+                choice = widened(self.gate.one_hot(run.chosen).to(run.out.dtype))
             ledger.choose(name, choice, self.cost)
         n = run.chosen.shape[1]
         return self._gate_macs(n) + self.cost * run.chosen.sum(dim=1).float()
@@ -268,7 +267,8 @@ class Learners(nn.Module):
         out = self._zero(x)
         for i in range(1, self.count + 1):
             runs = choice[..., i:].sum(dim=-1, keepdim=True)
-            out = torch.addcmul(out, runs, self.learner(i, x))
+            done = self.learner(i, x)
+            out = torch.addcmul(out, runs.to(done.dtype), done)
         return out
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class Learners(nn.Module):
                 if not tokens:
                     break
                 self._add(i, chosen_x[:tokens], more[:tokens])
-            out = out.index_add_(0, rows, more)
+            out = out.index_add_(0, rows, more.to(out.dtype))
         return out.unflatten(0, x.shape[:-1])
 
     def _prefix(self, x: Tensor, k: int) -> Tensor:
@@ -302,13 +302,14 @@ class Learners(nn.Module):
         return out
 
     def _add(self, i: int, x: Tensor, out: Tensor) -> None:
-        """Add ``f_i`` of tokens (..., D) to out (..., E); a plain matrix adds while it multiplies."""
-        last = self.fc2[i - 1]
-        if type(last) is not nn.Linear:
-            out.add_(self.learner(i, x))
+        """Add ``f_i`` of tokens (..., D) to out (..., E); a plain matrix adds while it multiplies, if
+        autocast leaves all of one type.
+        """
+        last, h = self.fc2[i - 1], self._inner(i, x)
+        if type(last) is not nn.Linear or not h.dtype == last.weight.dtype == out.dtype:
+            out.add_(last(h))
             return
-        h = self._inner(i, x).flatten(0, -2)
-        out.view(-1, self.out_dim).addmm_(h, last.weight.t())
+        out.view(-1, self.out_dim).addmm_(h.flatten(0, -2), last.weight.t())
         if last.bias is not None:
             out.add_(last.bias)
 

@@ -9,7 +9,10 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
+
+from .precision import exactly
 
 __all__ = ["LegendreMemory", "legendre_system"]
 
@@ -116,23 +119,28 @@ class LegendreMemory(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        self.reset_buffers()
+        return self
+
+    def reset_buffers(self) -> None:
+        """Compute the matrices again, where they are."""
         transition, write = legendre_system(self.order, self.theta)
         dtype = torch.promote_types(self.response.dtype, torch.float32)
         self.transition = transition.to(self.transition.device, dtype)
         self.write = write.to(self.write.device, dtype)
         self.response = _response(self.order, self.theta).to(self.response.device, dtype)
-        return self
 
     def forward(self, u: Tensor) -> Tensor:
         """Coefficients (B, N, q) after every sample of u (B, N)."""
-        signal = u.to(self.response.dtype)
+        with exactly(u):
+            return self._coefficients(u.to(self.response.dtype)).to(u.dtype)
+
+    def _coefficients(self, u: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            m = self.convolve(signal)
-        elif min(u.shape[1], self.reach) <= _DIRECT:
-            m = self.multiply(signal)
-        else:
-            m = self.transform(signal)
-        return m.to(u.dtype)
+            return self.convolve(u)
+        if self._taps(u) <= _DIRECT:
+            return self.multiply(u)
+        return self.transform(u)
 
     def convolve(self, u: Tensor) -> Tensor:
         """One convolution operator with the whole kernel, whatever the length of u (B, N)."""
@@ -141,7 +149,7 @@ class LegendreMemory(nn.Module):
 
     def multiply(self, u: Tensor) -> Tensor:
         """Every sample's past, u (B, N) as (B, N, K), times the response (K, q)."""
-        taps = min(u.shape[1], self.reach)
+        taps = self._taps(u)
         return F.pad(u, (taps - 1, 0)).unfold(1, taps, 1) @ self.response[:taps].flip(0)
 
     def transform(self, u: Tensor) -> Tensor:
@@ -150,8 +158,8 @@ class LegendreMemory(nn.Module):
         A block is twice as long as the response, so that the circular convolution is the causal one
         on its last ``hop`` samples.
         """
-        n = u.shape[1]
-        taps, length, hop, blocks = self._blocks(n)
+        n, taps = u.shape[1], self._taps(u)
+        length, hop, blocks = _blocks(n, taps)
         padded = F.pad(u, (length - hop, blocks * hop - n))
         spectrum = torch.fft.rfft(self.response[:taps].T, n=length)
         product = torch.fft.rfft(padded.unfold(1, length, hop))[:, :, None] * spectrum
@@ -169,9 +177,10 @@ class LegendreMemory(nn.Module):
             Coefficients (B, n, q) after every sample, and the last of them (B, q).
         """
         rows = []
-        for sample in u.to(self.write.dtype).unbind(1):
-            m = torch.addmm(torch.outer(sample, self.write), m, self.transition.T)
-            rows.append(m)
+        with exactly(u):
+            for sample in u.to(self.write.dtype).unbind(1):
+                m = torch.addmm(torch.outer(sample, self.write), m, self.transition.T)
+                rows.append(m)
         return torch.stack(rows, dim=1).to(u.dtype), m
 
     def init_state(self, batch: int) -> Tensor:
@@ -182,17 +191,23 @@ class LegendreMemory(nn.Module):
         """Multiply-adds of `forward` on n samples; a real Fourier transform of length L is counted
         as 5/4 L log2 L.
         """
-        taps, length, _, blocks = self._blocks(n)
+        taps = min(n, self.reach)
+        length, _, blocks = _blocks(n, taps)
         if taps <= _DIRECT:
             return n * taps * self.order
         return blocks * (1 + self.order) * round(1.25 * length * math.log2(length))
 
-    def _blocks(self, n: int) -> tuple[int, int, int, int]:
-        """Taps of the response, length of a block, new samples per block, number of blocks."""
-        taps = min(n, self.reach)
-        length = 1 << (2 * taps - 1).bit_length()
-        hop = length - taps + 1
-        return taps, length, hop, -(-n // hop)
+    def _taps(self, u: Tensor) -> int:
+        """How much of the response meets u (B, N); a graph for every length holds all of it."""
+        known = not torch.compiler.is_compiling() or has_static_value(u.shape[1])
+        return min(u.shape[1], self.reach) if known else self.reach
 
     def extra_repr(self) -> str:
         return f"order={self.order}, theta={self.theta:g}"
+
+
+def _blocks(n: int, taps: int) -> tuple[int, int, int]:
+    """Length of a block, new samples per block, number of blocks."""
+    length = 1 << (2 * taps - 1).bit_length()
+    hop = length - taps + 1
+    return length, hop, -(-n // hop)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
-from torch.autograd.function import once_differentiable
 
 from effformer.config import Config as BaseConfig
+from effformer.values import Positive, Range, Real
+
+from .precision import widened
 
 __all__ = ["LIF"]
 
@@ -28,9 +30,9 @@ class LIF(nn.Module):
         v  = (1 - s) v' + s reset        reset=None: v = v' - s threshold
 
     A spike has no derivative. Its gradient is the derivative of ``sigmoid(alpha (v' - threshold))``;
-    with ``detach_reset`` no gradient passes through the reset. In eager mode the backward pass is a
-    loop of its own (two operations per token). A compiled graph holds the loop unrolled; an exported
-    one holds it as a loop (ONNX: Scan).
+    with ``detach_reset`` no gradient passes through the reset. The loop and its backward pass (two
+    operations per token) are one operator each, so that a compiled graph serves every number of
+    tokens; an exported one holds a loop (ONNX: Scan).
 
     Args:
         config: the knobs.
@@ -57,18 +59,14 @@ class LIF(nn.Module):
             alpha: steepness of the surrogate gradient.
         """
 
-        tau: float = 2.0
-        threshold: float = 1.0
-        reset: float | None = 0.0
+        tau: Annotated[float, Range(1, above=True)] = 2.0
+        threshold: Real = 1.0
+        reset: Real | None = 0.0
         decay_input: bool = True
         detach_reset: bool = True
-        alpha: float = 4.0
+        alpha: Positive = 4.0
 
-        def __post_init__(self) -> None:
-            if self.tau <= 1 or self.alpha <= 0:
-                raise ValueError(
-                    f"lif: tau must exceed 1 and alpha 0, got tau={self.tau}, alpha={self.alpha}"
-                )
+        def check(self) -> None:
             if self.threshold <= (self.reset or 0.0):
                 raise ValueError(
                     f"lif: threshold must exceed the reset potential, got threshold={self.threshold}, "
@@ -80,8 +78,8 @@ class LIF(nn.Module):
         self.config = config
 
     def init_state(self, batch: int, channels: int, *, like: Tensor) -> Tensor:
-        """Potential (B, D) before the first token."""
-        return like.new_full((batch, channels), self.config.reset or 0.0)
+        """Potential (B, D) before the first token, in float32 at least."""
+        return widened(like.new_full((batch, channels), self.config.reset or 0.0))
 
     def forward(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Spikes of every token.
@@ -92,28 +90,23 @@ class LIF(nn.Module):
 
         Returns:
             Spikes (B, N, ...), 0 or 1 in the dtype of x, and the potential (B, ...) after the last
-            token.
+            token, in float32 at least.
         """
+        dtype, x = x.dtype, widened(x)
         if v is None:
             v = torch.full_like(x[:, 0], self.config.reset or 0.0)
+        spikes, last = self._fired(x, widened(v))
+        return spikes.to(dtype), last
+
+    def _fired(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Potentials are sums over many tokens: x and v in float32 at least, and of one type."""
         if torch.compiler.is_exporting():
             return self.scanned(x, v)
-        if torch.compiler.is_compiling():
-            return self.unrolled(x, v)
-        spikes, last = _Fire.apply(x, v, self.config)
+        c = self.config
+        spikes, last, _ = fire(
+            x, v, c.tau, c.threshold, c.reset, c.decay_input, c.detach_reset, c.alpha
+        )
         return spikes, last
-
-    def unrolled(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The equations, token by token, differentiated by autograd."""
-        c, fired = self.config, []
-        for token in x.unbind(1):
-            charged = _charge(token, v, c)
-            above = charged - c.threshold
-            soft = torch.sigmoid(c.alpha * above)
-            spike = (above >= 0).to(x.dtype) + (soft - soft.detach())
-            v = _reset(charged, spike.detach() if c.detach_reset else spike, c)
-            fired.append(spike)
-        return torch.stack(fired, dim=1), v
 
     def scanned(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The loop as one operator, whose graph serves every number of tokens; inference only."""
@@ -154,46 +147,81 @@ def _settle(charged: Tensor, c: LIF.Config) -> Tensor:
     return charged.masked_fill(fires, c.reset)
 
 
-class _Fire(torch.autograd.Function):
-    """The loop of `LIF`, and its surrogate gradient as a loop backward in time.
+@torch.library.custom_op("effformer::fire", mutates_args=())
+def fire(
+    x: Tensor, v: Tensor, tau: float, threshold: float, reset: float | None, decay_input: bool,
+    detach_reset: bool, alpha: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loop of `LIF`, whose knobs follow x and v.
+
+    Returns:
+        Spikes (B, N, ...), the potential (B, ...) after the last token, and the potentials
+        (B, N, ...) before firing.
+    """
+    c = LIF.Config(tau=tau, threshold=threshold, reset=reset, decay_input=decay_input)
+    charges, v = torch.empty_like(x), v.clone()
+    for tokens, place in zip(x.split(_TOKENS, dim=1), charges.split(_TOKENS, dim=1), strict=True):
+        charged = []
+        for token in tokens.unbind(1):
+            charged.append(_charge(token, v, c))
+            v = _settle(charged[-1], c)
+        place.copy_(torch.stack(charged, dim=1))
+    return (charges >= threshold).to(x.dtype), v, charges
+
+
+@fire.register_fake
+def _(x: Tensor, v: Tensor, *knobs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(v), torch.empty_like(x)
+
+
+@torch.library.custom_op("effformer::fire_backward", mutates_args=())
+def _fire_backward(
+    grad_spikes: Tensor, grad_last: Tensor, charges: Tensor, tau: float, threshold: float,
+    reset: float | None, detach_reset: bool, alpha: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The surrogate gradient of `fire` as a loop backward in time, and what reaches the potential
+    before the first token.
 
     With G_t the gradient of v'_t and d_t the derivative of the surrogate,
-    ``G_t = d_t g_t + (1 - 1 / tau) G_(t+1) dv_t / dv'_t`` and ``dL / dx_t = G_t / tau``.
+    ``G_t = d_t g_t + (1 - 1 / tau) G_(t+1) dv_t / dv'_t``.
     """
+    soft = torch.sigmoid(alpha * (charges - threshold))
+    slope = alpha * soft * (1 - soft)
+    spikes = (charges >= threshold).to(charges.dtype)
+    if reset is None:
+        kept = torch.ones_like(spikes) if detach_reset else 1 - threshold * slope
+    else:
+        kept = 1 - spikes
+        if not detach_reset:
+            kept = kept + (reset - charges) * slope
+    direct, carry, leak, total = slope * grad_spikes, grad_last.clone(), 1 - 1 / tau, []
+    for own, share in zip(reversed(direct.unbind(1)), reversed(kept.unbind(1)), strict=True):
+        total.append(torch.addcmul(own, carry, share))
+        carry = total[-1] * leak
+    return torch.stack(total[::-1], dim=1), carry
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, config: LIF.Config) -> tuple[Tensor, Tensor]:
-        charges = torch.empty_like(x)
-        pairs = zip(x.split(_TOKENS, dim=1), charges.split(_TOKENS, dim=1), strict=True)
-        for tokens, place in pairs:
-            charged = []
-            for token in tokens.unbind(1):
-                charged.append(_charge(token, v, config))
-                v = _settle(charged[-1], config)
-            place.copy_(torch.stack(charged, dim=1))
-        spikes = (charges >= config.threshold).to(x.dtype)
-        ctx.config = config
-        ctx.save_for_backward(charges, spikes)
-        return spikes, v
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad_spikes, carry), c = grads, ctx.config
-        charges, spikes = ctx.saved_tensors
-        soft = torch.sigmoid(c.alpha * (charges - c.threshold))
-        slope = c.alpha * soft * (1 - soft)
-        direct = slope * grad_spikes
-        if c.reset is None:
-            kept = torch.ones_like(spikes) if c.detach_reset else 1 - c.threshold * slope
-        else:
-            kept = 1 - spikes
-            if not c.detach_reset:
-                kept = kept + (c.reset - charges) * slope
-        leak, out = 1 - 1 / c.tau, []
-        for own, share in zip(reversed(direct.unbind(1)), reversed(kept.unbind(1)), strict=True):
-            grad = torch.addcmul(own, carry, share)
-            carry = grad * leak
-            out.append(grad)
-        total = torch.stack(out[::-1], dim=1)
-        return (total / c.tau if c.decay_input else total), carry, None
+@_fire_backward.register_fake
+def _(
+    grad_spikes: Tensor, grad_last: Tensor, charges: Tensor, *knobs: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(charges), torch.empty_like(grad_last)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, *ctx.knobs = inputs
+    ctx.save_for_backward(output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(
+    ctx: Any, grad_spikes: Tensor, grad_last: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    tau, threshold, reset, decay_input, detach_reset, alpha = ctx.knobs
+    total, carry = _fire_backward(
+        grad_spikes, grad_last, *ctx.saved_tensors, tau, threshold, reset, detach_reset, alpha
+    )
+    return total / tau if decay_input else total, carry, *[None] * len(ctx.knobs)
+
+
+fire.register_autograd(_differentiate, setup_context=_save)

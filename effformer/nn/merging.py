@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .precision import widened
+from .precision import exactly, widened
 
 __all__ = ["Matching", "match_every", "match_tokens", "merge_schedule", "most_merges"]
 
@@ -57,8 +57,7 @@ class Matching:
             sizes: (B, N) before merging; None means one each.
         """
         if sizes is None:
-            wide = torch.promote_types(like.dtype, torch.float32)
-            sizes = torch.ones_like(self.groups, dtype=wide)
+            sizes = widened(torch.ones_like(self.groups, dtype=like.dtype))
         return self.sum(sizes[..., None])[..., 0]
 
     def unmerge(self, y: Tensor) -> Tensor:
@@ -106,9 +105,10 @@ def match_tokens(metric: Tensor, r: int, *, front: int = 0) -> Matching:
     if r == 0:
         groups = torch.arange(n, device=metric.device).expand(metric.shape[:2])
         return Matching(groups, n)
-    metric = F.normalize(metric, dim=-1)
+    metric = F.normalize(widened(metric), dim=-1)  # cosines near one have no places left in half
     even, odd = metric[:, ::2], metric[:, 1::2]
-    scores = even @ odd.transpose(1, 2)
+    with exactly(metric):
+        scores = even @ odd.transpose(1, 2)
     scores = F.pad(scores[:, (front + 1) // 2 :], (0, 0, (front + 1) // 2, 0), value=-torch.inf)
     scores = F.pad(scores[:, :, front // 2 :], (front // 2, 0), value=-torch.inf)
     best, target = scores.max(dim=-1)
@@ -152,9 +152,10 @@ def match_every(metric: Tensor, k: int) -> Matching:
     n = metric.shape[1]
     if k < 2 or n % k:
         raise ValueError(f"match_every: k must be at least 2 and divide the {n} tokens, got {k}")
-    cells = F.normalize(metric, dim=-1).unflatten(1, (n // k, k))
+    cells = F.normalize(widened(metric), dim=-1).unflatten(1, (n // k, k))
     movers, stays = cells[:, :, : k - 1], cells[:, :, k - 1]
-    target = (movers.flatten(1, 2) @ stays.transpose(1, 2)).argmax(dim=-1)
+    with exactly(metric):
+        target = (movers.flatten(1, 2) @ stays.transpose(1, 2)).argmax(dim=-1)
     own = torch.arange(n // k, device=metric.device).expand(metric.shape[0], -1)
     groups = torch.cat([target.unflatten(1, (n // k, k - 1)), own[..., None]], dim=-1)
     return Matching(groups.flatten(1), n // k)

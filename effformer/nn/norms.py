@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch.nn import functional as F
 
 from effformer.checks import unknown
 from effformer.site import Site
+
+from .precision import widened
 
 __all__ = ["Modulation", "TokenBatchNorm", "branch_norm", "make_norm", "modulate"]
 
@@ -55,15 +59,36 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """Batch norm of every channel over all tokens (B, N, D).
 
     In training a sample sees the others, and padded tokens enter the statistics; in evaluation the
-    running statistics make it an affine map.
+    running statistics make it an affine map. They are running sums, and kept in float32 at least.
 
     Reference: Batch Normalization: Accelerating Deep Network Training by Reducing Internal
     Covariate Shift, 2015, arXiv 1502.03167.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return super().forward(x.flatten(0, 1)).view_as(x)
+        weight, bias = widened(self.weight), widened(self.bias)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        out = F.batch_norm(
+            widened(x.flatten(0, 1)), self.running_mean, self.running_var, weight, bias,
+            self.training, self.momentum, self.eps,
+        )  # fmt: skip
+        return out.view_as(x).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {"running_mean": self.running_mean, "running_var": self.running_var}
+        super()._apply(fn, recurse)
+        for name, exact in kept.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != widened(moved).dtype:  # a cast to half precision
+                setattr(self, name, exact.to(moved.device))
+        return self
 
 
 class Modulation(nn.Module):

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["exactly", "widened"]
+__all__ = ["exactly", "running_mean", "widened"]
 
 
 def widened(x: Tensor) -> Tensor:
@@ -21,3 +21,20 @@ def exactly(x: Tensor) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def running_mean(x: Tensor, total: Tensor | None = None, count: int = 0) -> tuple[Tensor, Tensor]:
+    """Means up to every token of a sequence that may go on.
+
+    Args:
+        x: the next tokens (B, N, D).
+        total: sum (B, D) of those before, None for none.
+        count: their number.
+
+    Returns:
+        The means (B, N, D), of the dtype of x, and the sum (B, D) of all, in float32 at least.
+    """
+    totals = widened(x).cumsum(dim=1)
+    totals = totals if total is None else total[:, None] + totals
+    counts = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=totals.dtype) + count
+    return (totals / counts[:, None]).to(x.dtype), totals[:, -1]

@@ -27,9 +27,8 @@ def stretch(x: Tensor, size: int, dim: int) -> Tensor:
     place = ((2 * steps + 1) * old - size).clamp(min=0)  # in units of half a new place: integers
     lower = place // (2 * size)
     upper = (lower + 1).clamp(max=old - 1)
-    share = ((place - 2 * size * lower).to(x.dtype) / (2 * size)).reshape(
-        -1, *(1,) * (x.dim() - dim - 1)
-    )
+    share = (place - 2 * size * lower).to(torch.promote_types(x.dtype, torch.float32)) / (2 * size)
+    share = share.to(x.dtype).reshape(-1, *(1,) * (x.dim() - dim - 1))
     return torch.lerp(x.index_select(dim, lower), x.index_select(dim, upper), share)
 
 

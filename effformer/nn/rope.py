@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effformer.config import Config as BaseConfig
 from effformer.places import Rope
+from effformer.values import Count, Positive, Real
 
 from .positions import grid_positions
 
@@ -63,15 +64,13 @@ class GridRope(nn.Module):
         """
 
         kind: Literal["axial", "centered", "mixed"] = "axial"
-        temperature: float = 100.0
+        temperature: Positive = 100.0
         first: Literal["row", "column"] = "row"
-        offset: float = 0.0
-        reference: tuple[int, int] | None = None
+        offset: Real = 0.0
+        reference: tuple[Count, Count] | None = None
         interleaved: bool = True
 
-        def __post_init__(self) -> None:
-            if not 0 < self.temperature < math.inf:
-                raise ValueError(f"rope: temperature must be positive, got {self.temperature}")
+        def check(self) -> None:
             if self.kind == "mixed" and not self.interleaved:
                 raise ValueError("rope: kind 'mixed' has interleaved pairs; use interleaved=True")
             if self.kind != "axial" and self.reference is not None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from effformer.checks import need
 from effformer.config import Config
+from effformer.values import Count
 
 __all__ = ["Stem", "build_stem"]
 
@@ -26,7 +27,7 @@ class Stem(Config):
     """
 
     kind: Literal["resnetv2", "resnet-d", "conv"] = "resnetv2"
-    layers: tuple[int, ...] = ()
+    layers: tuple[Count, ...] = ()
 
     @property
     def stride(self) -> int:
@@ -44,13 +45,11 @@ class Stem(Config):
             return dim
         return 256 * 2 ** (len(self.layers) - 1) if self.layers else 64
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if (self.kind == "conv") == bool(self.layers) and self.kind != "resnetv2":
             raise ValueError(f"stem {self.kind!r}: layers={self.layers} does not fit this kind")
-        if len(self.layers) > 4 or any(n < 1 for n in self.layers):
-            raise ValueError(
-                f"stem: layers must be at most four positive numbers, got {self.layers}"
-            )
+        if len(self.layers) > 4:
+            raise ValueError(f"stem: layers must be at most four numbers, got {self.layers}")
 
 
 def build_stem(config: Stem, channels: int, dim: int) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from effformer.checks import check_shape
+from effformer.checks import check_ids, check_shape
 
 __all__ = [
     "LearnedPositions",
@@ -27,23 +27,24 @@ Positions = Literal["sinusoidal", "learned", "none"]
 
 
 def check_tokens(
-    tokens: Tensor, mask: Tensor | None, *, where: str, longest: int | None = None
+    tokens: Tensor, mask: Tensor | None, vocab: int, *, where: str, longest: int | None = None
 ) -> None:
     """Check token ids (B, N) and their mask (B, N).
 
     Args:
         tokens: int64 or int32 ids.
         mask: bool, True = real token, or None.
+        vocab: number of ids.
         where: the public entry point that was called.
         longest: most tokens that the model has positions for.
 
     Raises:
         TypeError: ids are not integers, or the mask is not bool.
-        ValueError: a shape does not fit, or there are more tokens than positions.
+        ValueError: a shape does not fit, an id is none of the vocabulary, or there are more tokens
+            than positions.
     """
     check_shape(tokens, "(B, N)", (None, None), where=f"{where}: tokens")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{where}: tokens must be int64 ids, got {tokens.dtype}")
+    check_ids(tokens, vocab, where=f"{where}: tokens")
     if longest is not None and tokens.shape[1] > longest:
         raise ValueError(f"{where}: {tokens.shape[1]} tokens, but positions for {longest} only")
     if mask is not None:

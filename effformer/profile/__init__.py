@@ -12,7 +12,7 @@ from .latency import Latency, SideBySide, interleave, latency
 from .machine import Machine, machine
 from .memory import Memory, MemoryTracker, peak_memory, peak_rss
 from .operators import register_formula
-from .profiler import profile
+from .profiler import count_parameters, profile
 from .result import Profile
 from .save import SUFFIXES
 
@@ -28,6 +28,7 @@ __all__ = [
     "Profile",
     "SideBySide",
     "compare",
+    "count_parameters",
     "interleave",
     "latency",
     "machine",

@@ -19,7 +19,7 @@ from .latency import Latency, interleave
 from .plots import Pareto
 from .profiler import Progress, profile
 from .result import Profile
-from .save import save_report
+from .save import COMPARISON, save_report
 from .tables import amount, size, table
 
 __all__ = ["METRICS", "Comparison", "ComparisonRow", "Metric", "compare"]
@@ -140,17 +140,19 @@ class Comparison:
         """Plain JSON values."""
         return {"rows": [row.to_dict() for row in self.rows]}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write as .json, .html (one self-contained page) or .txt.
 
         Raises:
             ValueError: another suffix.
-            FormatError: the file cannot be written; what was there before is intact.
+            FormatError: the file cannot be written, or is no earlier comparison (``force`` replaces
+                it all the same); what was there before is intact.
         """
         profiles = [row.profile for row in self.rows]
         save_report(
-            path, data=self.to_dict, text=self.__str__, page=lambda: report_page(profiles, self)
-        )
+            path, COMPARISON, data=self.to_dict, text=self.__str__,
+            page=lambda: report_page(profiles, self), force=force,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         lines = [table(*self.table())]

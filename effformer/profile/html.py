@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from effformer.files import mark
+
 from .parts import PART_LABELS
+from .save import COMPARISON, PROFILE
 from .tables import amount, size
 from .tree import Node, module_tree
 
@@ -70,10 +73,11 @@ details.more > summary { color: var(--soft); }
 """
 
 
-def page(title: str, body: str) -> str:
-    """A complete document around a body."""
+def page(title: str, body: str, kind: str) -> str:
+    """A complete document around a body; ``kind`` is that of `effformer.files.mark`."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="generator" content="{mark(kind)}">'
         f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
@@ -94,7 +98,7 @@ def report_page(profiles: Sequence[Profile], comparison: Comparison | None = Non
             section = f'<details class="model">{head}{section}</details>'
         body.append(section)
     body.append(f"<p>Convention: {escape(profiles[0].convention)}.</p>")
-    return page(title, "\n".join(body))
+    return page(title, "\n".join(body), PROFILE if comparison is None else COMPARISON)
 
 
 def profile_section(profile: Profile) -> str:

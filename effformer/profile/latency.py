@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from effformer.calls import Inputs, bind, evaluating
-from effformer.wrapped import bare
+from effformer.wrapped import bare, is_compiled
 
 from .fake import on_real
 from .machine import Machine, machine
@@ -35,7 +35,7 @@ class Latency:
         threads: torch's threads during the measurement.
         dtype: type of the parameters.
         device: where it ran.
-        compiled: the model went through ``torch.compile``.
+        compiled: the model, or a part of it, went through ``torch.compile``.
         machine: CPU, flags and versions.
         samples: every timed call, in order.
     """
@@ -217,7 +217,7 @@ def _latency(
         threads=facts.threads,
         dtype="-" if p is None else str(p.dtype).removeprefix("torch."),
         device="cpu" if p is None else str(p.device),
-        compiled=compiled and isinstance(candidate, nn.Module),
+        compiled=isinstance(candidate, nn.Module) and (compiled or is_compiled(candidate)),
         machine=facts,
         samples=tuple(samples),
     )

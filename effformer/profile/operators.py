@@ -100,7 +100,7 @@ _ELEMENTWISE_NAMES = """
     _log_softmax_backward_data native_layer_norm_backward native_group_norm_backward
     native_batch_norm_backward _fused_rms_norm_backward gelu_backward silu_backward
     threshold_backward glu glu_backward tril triu dropout bernoulli bucketize searchsorted
-    masked_fill _masked_softmax avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+    masked_fill _masked_softmax fire fire_backward avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
     _adaptive_avg_pool3d max_pool2d_with_indices upsample_nearest1d upsample_nearest2d
     upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     grid_sampler_2d mse_loss _foreach_add _foreach_mul _thnn_fused_lstm_cell

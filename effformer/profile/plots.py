@@ -92,14 +92,15 @@ class Pareto:
         _label(figure, axes, self.points, front=[p[1:] for p in on])
         return figure
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write as .png, .svg or .pdf, by the suffix.
 
         Raises:
             ValueError: a suffix that matplotlib cannot write.
-            FormatError: the file cannot be written; an existing one is intact.
+            FormatError: the file cannot be written, or is no earlier figure (``force`` replaces it
+                all the same); an existing one is intact.
         """
-        save_figure(path, self.figure(), where="Pareto.save")
+        save_figure(path, self.figure(), where="Pareto.save", force=force)
 
     def svg(self) -> str:
         """The plot as an SVG element for a page."""

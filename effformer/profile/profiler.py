@@ -85,7 +85,7 @@ def profile(
         calls=costs.calls("counted"),
         elements=costs.elements(),
         uncounted=costs.calls("unknown"),
-        params=_parameters(model),
+        params=count_parameters(model),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         memory=usage,
         notes=tuple(notes),
@@ -93,10 +93,17 @@ def profile(
     )
 
 
-def _parameters(model: nn.Module) -> int:
-    """Parameters, those of packed weights (modules with a ``scheme`` and a ``shape``) included."""
-    packed = (getattr(m, "shape", (0,)) for m in model.modules() if hasattr(m, "scheme"))
-    return sum(p.numel() for p in model.parameters()) + sum(prod(shape) for shape in packed)
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, those of packed weights (modules with a ``scheme`` and a ``shape``) included; tied
+    ones count once.
+    """
+    packed = {
+        next((id(x) for x in m.buffers()), id(m)): getattr(m, "shape", (0,))
+        for m in model.modules()
+        if hasattr(m, "scheme")
+    }
+    dense = sum(p.numel() for p in model.parameters())
+    return dense + sum(prod(shape) for shape in packed.values())
 
 
 def _silent(stage: str) -> None:

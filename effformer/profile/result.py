@@ -11,7 +11,7 @@ from .formulas import CONVENTION
 from .html import report_page
 from .memory import Memory
 from .parts import PART_LABELS
-from .save import save_report
+from .save import PROFILE, save_report
 from .tables import amount, size, table
 from .tree import tree_text
 
@@ -79,14 +79,18 @@ class Profile:
         """Plain JSON values."""
         return asdict(self) | {"flops": self.flops, "inputs": [list(s) for s in self.inputs]}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the profile; the suffix decides: .json, .html (one self-contained page) or .txt.
 
         Raises:
             ValueError: another suffix.
-            FormatError: the file cannot be written; what was there before is intact.
+            FormatError: the file cannot be written, or is no earlier profile (``force`` replaces it
+                all the same); what was there before is intact.
         """
-        save_report(path, data=self.to_dict, text=self.__str__, page=lambda: report_page([self]))
+        save_report(
+            path, PROFILE, data=self.to_dict, text=self.__str__, page=lambda: report_page([self]),
+            force=force,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         """Everything, for a terminal."""

@@ -9,34 +9,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effformer.files import atomic_path
+from effformer.files import atomic_path, mark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SUFFIXES", "save_figure", "save_report"]
+__all__ = ["COMPARISON", "PROFILE", "SUFFIXES", "save_figure", "save_report"]
 
 SUFFIXES = (".json", ".html", ".txt")
+PROFILE, COMPARISON, FIGURE = "profile", "comparison", "figure"
 
 
 def save_report(
     path: str | Path,
+    kind: str,
     *,
     data: Callable[[], Any],
     text: Callable[[], str],
     page: Callable[[], str],
+    force: bool = False,
 ) -> None:
     """Write a result as .json, .html or .txt.
 
     Args:
-        path: the file.
+        path: the file: new, or an earlier result of the same kind.
+        kind: of result, see `effformer.files.mark`; the page carries it already.
         data: gives plain JSON values.
         text: gives the text for a terminal.
         page: gives the HTML document.
+        force: replace any file.
 
     Raises:
         ValueError: another suffix.
-        FormatError: the file cannot be written; an existing one is intact.
+        FormatError: the file cannot be written, or is something else; an existing one is intact.
     """
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
@@ -44,28 +49,31 @@ def save_report(
             f"save: {str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         )
     if suffix == ".json":
-        content = json.dumps(data(), indent=2) + "\n"
+        content = json.dumps({"generator": mark(kind), **data()}, indent=2) + "\n"
     else:
-        content = page() if suffix == ".html" else f"{text()}\n"
-    with atomic_path(path) as temporary:
+        content = page() if suffix == ".html" else f"{text()}\n\n{mark(kind)}\n"
+    with atomic_path(path, kind, force=force) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
-def save_figure(path: str | Path, figure: Figure, *, where: str) -> None:
+def save_figure(path: str | Path, figure: Figure, *, where: str, force: bool = False) -> None:
     """Write a figure as .png, .svg, .pdf or whatever else matplotlib knows.
 
     Args:
-        path: the file.
+        path: the file: new, or an earlier .png, .svg or .pdf of this function.
         figure: what to draw.
         where: the public entry point, for messages.
+        force: replace any file.
 
     Raises:
         ValueError: a suffix that matplotlib cannot write.
-        FormatError: the file cannot be written; an existing one is intact.
+        FormatError: the file cannot be written, or is something else; an existing one is intact.
     """
     suffix = Path(path).suffix.lstrip(".")
     known = sorted(figure.canvas.get_supported_filetypes())
     if suffix not in known:
         raise ValueError(f"{where}: cannot write {str(path)!r}; suffixes: {', '.join(known)}")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=suffix)
+    keys = {"png": "Software", "svg": "Creator", "pdf": "Creator"}
+    facts = {keys[suffix]: mark(FIGURE)} if suffix in keys else None
+    with atomic_path(path, FIGURE, force=force) as temporary:
+        figure.savefig(temporary, format=suffix, metadata=facts)

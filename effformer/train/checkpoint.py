@@ -9,9 +9,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
+import math
 import os
+import re
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +26,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import FormatError, unknown
+from ..files import atomic_path, disk_errors, write_json
 from ..retired import rename
 from ..wrapped import unwrapping
+from .lock import hold, release
 
 __all__ = ["RunFolder", "load_checkpoint", "read_checkpoint", "read_metrics"]
 
 FORMAT = 1
-_RUN, _METRICS, _CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+_RUN, _METRICS, _CHECKPOINTS, _LOCK = "run.json", "metrics.jsonl", "checkpoints", "run.lock"
+_SUM = "sha256"
+_NAME = re.compile(r"step-\d+\.safetensors")
+Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class RunFolder:
-    """A folder that belongs to one training run.
+    """A folder that belongs to one training run, and to one process until it is closed.
+
+    A run without a checkpoint is none: it failed or was killed before it came to something, and
+    another one begins in its place.
 
     Args:
         path: the folder; made if it is missing.
@@ -42,8 +54,8 @@ class RunFolder:
         renew: brings what an older version wrote about a run up to date; it may raise ValueError.
 
     Raises:
-        ValueError: the folder cannot be written, holds a run and ``resume`` is False, or holds a
-            different run.
+        ValueError: the folder cannot be written, is in use by another process, holds a run and
+            ``resume`` is False, or holds a different run.
         FormatError: the folder holds something else, or a run of a newer version.
     """
 
@@ -59,54 +71,89 @@ class RunFolder:
         self.metrics = path / _METRICS
         identity = {"format": FORMAT, **json.loads(json.dumps(identity))}
         try:
-            present = self._read_identity()
-            if present is not None:
-                self._check(present if renew is None else renew(present), identity, resume)
+            self._read_identity()  # a foreign folder is left before anything is written to it
             path.mkdir(parents=True, exist_ok=True)
-            if present is None:
-                _write_text(path / _RUN, json.dumps(identity, indent=1) + "\n")
-            (path / _CHECKPOINTS).mkdir(exist_ok=True)
-            for leftover in (path / _CHECKPOINTS).glob("*.part"):
-                leftover.unlink()
+            lock = hold(path / _LOCK)
+            self.close = weakref.finalize(self, release, lock, path / _LOCK, os.getpid())
+            try:
+                self._enter(identity, resume, renew)
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise ValueError(
                 f"train: cannot write a run to {path} ({error}); choose another folder"
             ) from error
-        self.rewind(0 if (newest := self.newest()) is None else _step(newest))
+
+    def _enter(
+        self,
+        identity: dict[str, Any],
+        resume: bool,
+        renew: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    ) -> None:
+        present = self._read_identity()
+        if present is not None and self._begun():
+            self._check(present if renew is None else renew(present), identity, resume)
+        else:
+            write_json(self.path / _RUN, identity)
+        (self.path / _CHECKPOINTS).mkdir(exist_ok=True)
+        for leftover in (self.path / _CHECKPOINTS).glob("*.part"):  # of earlier versions
+            leftover.unlink()
 
     def newest(self) -> Path | None:
         """The latest checkpoint."""
-        return max(self._all(), key=_step, default=None)
+        return max(_checkpoints(self.path), key=_step, default=None)
+
+    def restore(self) -> tuple[Path, Checkpoint] | None:
+        """The latest checkpoint that is whole, and what `read_checkpoint` gives for it; None if there
+        is no checkpoint. Damaged later ones are renamed, and metrics after it dropped.
+
+        Raises:
+            FormatError: none is whole.
+        """
+        found, damaged = _latest(self.path)
+        for path in damaged:
+            os.replace(path, path.with_suffix(".damaged"))
+        self.rewind(0 if found is None else _step(found[0]))
+        return found
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int
     ) -> Path:
         """Write a checkpoint, which appears complete or not at all; only the last ``keep`` stay."""
         path = self.path / _CHECKPOINTS / f"step-{step:08d}.safetensors"
-        part = path.with_suffix(".part")
-        try:
-            save_file(_unshared(tensors), part, metadata={"effformer": json.dumps(state)})
-            _sync(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        for old in sorted(self._all(), key=_step)[:-keep]:
+        own, words = _unshared(tensors), json.dumps(state)
+        with atomic_path(path) as part:
+            save_file(own, part, metadata={"effformer": words, _SUM: _digest(own, words)})
+        for old in sorted(_checkpoints(self.path), key=_step)[:-keep]:
             old.unlink()
         return path
 
     def log(self, record: Mapping[str, float]) -> None:
         """Append a line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with disk_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop metrics after ``step``, which a resumed run measures again."""
         if self.metrics.exists():
             kept = [record for record in read_metrics(self.metrics) if record["step"] <= step]
-            _write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+            with atomic_path(self.metrics) as part:
+                lines = "".join(json.dumps(record) + "\n" for record in kept)
+                part.write_text(lines, encoding="utf-8")
 
-    def _all(self) -> list[Path]:
-        return list((self.path / _CHECKPOINTS).glob("step-*.safetensors"))
+    def _entries(self) -> set[str]:
+        """What lies in the folder beside the description of the run, its lock and what a killed
+        process left.
+        """
+        passing = re.compile(rf"{_RUN}(\.part)?|{_LOCK}|\.effformer-.*")
+        return {p.name for p in self.path.iterdir() if not passing.fullmatch(p.name)}
+
+    def _begun(self) -> bool:
+        """Whether there is anything that a run under another description would destroy."""
+        places = self.path / _CHECKPOINTS
+        kept = [p for p in places.glob("*") if p.suffix != ".part" and not p.is_dir()]
+        return bool(kept or self._entries() - {_METRICS, _CHECKPOINTS})
 
     def _read_identity(self) -> dict[str, Any] | None:
         if not self.path.exists():
@@ -115,7 +162,7 @@ class RunFolder:
             raise FormatError(f"train: {self.path} is a file; a run needs a folder")
         file = self.path / _RUN
         if not file.exists():
-            if others := sorted(p.name for p in self.path.iterdir() if p.name != f"{_RUN}.part"):
+            if others := sorted(self._entries()):
                 raise FormatError(
                     f"train: {self.path} holds other things ({', '.join(others[:3])}) but no "
                     f"{_RUN}; choose a new or an empty folder"
@@ -183,38 +230,74 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
     """Read a checkpoint.
 
     Args:
-        source: a checkpoint file, or a run folder (its latest checkpoint).
+        source: a checkpoint file, or a run folder (its latest checkpoint; a damaged one is passed
+            over with a warning where there is an older one).
 
     Returns:
-        Tensors named ``model.*``, ``ema.*``, ``optimizer.*``, and the JSON state with ``step`` and
-        ``seconds``.
+        Tensors named ``model.*``, ``ema.*``, ``optimizer.*``, and the JSON state with ``step``,
+        ``seconds`` and ``trained``, what the weights are trained to predict.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        FormatError: the file is truncated or not a checkpoint of a training run.
+        FormatError: the file is damaged or not a checkpoint of a training run.
     """
     path = Path(source)
-    if path.is_dir():
-        newest = max((path / _CHECKPOINTS).glob("step-*.safetensors"), key=_step, default=None)
-        if newest is None:
-            raise FileNotFoundError(f"{path}: no checkpoint in {_CHECKPOINTS}/")
-        path = newest
+    if not path.is_dir():
+        return _read(path)
+    found, _ = _latest(path)
+    if found is None:
+        raise FileNotFoundError(f"{path}: no checkpoint in {_CHECKPOINTS}/")
+    return found[1]
+
+
+def _read(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["effformer"])
+            facts = file.metadata() or {}
+            state = _read_state(facts["effformer"], path)
             # cloned: mapped memory has another alignment, with which products may round differently
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, state  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"{path}: not a readable checkpoint of a training run ({error!r})"
         ) from error
+    # checkpoints of earlier versions have no checksum
+    if _SUM in facts and facts[_SUM] != _digest(tensors, facts["effformer"]):
+        raise FormatError(f"{path}: is damaged (its checksum differs); use an older checkpoint")
+    return tensors, state
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return [p for p in (run / _CHECKPOINTS).glob("*") if _NAME.fullmatch(p.name)]
+
+
+def _latest(run: Path) -> tuple[tuple[Path, Checkpoint] | None, list[Path]]:
+    """The latest checkpoint that is whole, None if there is no checkpoint, and damaged later ones.
+
+    Raises:
+        FormatError: none is whole.
+    """
+    failures: dict[Path, FormatError] = {}
+    for path in sorted(_checkpoints(run), key=_step, reverse=True):
+        try:
+            found = _read(path)
+        except FormatError as error:
+            failures[path] = error
+            continue
+        for why in failures.values():
+            warnings.warn(f"{why}; going on from {path.name}", stacklevel=3)
+        return (path, found), list(failures)
+    if failures:
+        raise next(iter(failures.values()))
+    return None, []
 
 
 @unwrapping
 def load_checkpoint(
     source: str | os.PathLike[str], model: nn.Module, weights: Literal["ema", "raw"] = "ema"
 ) -> int:
-    """Load the weights of a training run into a model.
+    """Load the weights of a training run into a model, and what they are trained to predict into
+    ``model.trained``.
 
     Args:
         source: a checkpoint file, or a run folder (its latest checkpoint).
@@ -234,22 +317,66 @@ def load_checkpoint(
     if weights == "ema" and not averaged:
         raise ValueError(f"load_checkpoint: {source} has no averaged weights; load weights='raw'")
     raw, averaged = (_renewed(found, model) for found in (raw, averaged))
-    try:
-        model.load_state_dict(raw)
-    except RuntimeError as error:
-        raise ValueError(f"load_checkpoint: {source} does not fit the model: {error}") from error
+    # tied weights are averaged under one name, buffers outside the state dict as well
+    own = dict((*model.named_parameters(), *model.named_buffers()))
+    check_fit(raw, model.state_dict(), f"load_checkpoint: {source}")
     if weights == "ema":
-        # tied weights are averaged under one name, buffers outside the state dict as well
+        check_fit(averaged, own, f"load_checkpoint: the averaged weights of {source}")
+    model.load_state_dict(raw)
+    if weights == "ema":
         with torch.no_grad():
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            for name, tensor in own.items():
                 tensor.copy_(averaged[name])
+    if state.get("trained") is not None:
+        model.trained = state["trained"]
     return int(state["step"])
+
+
+def check_fit(found: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """Whether the tensors of a checkpoint are those of a model, by name and shape.
+
+    Raises:
+        ValueError: they are not; the message names the first differences.
+    """
+    wrong = [
+        f"{key} is {tuple(found[key].shape)}, the model has {tuple(own[key].shape)}"
+        for key in sorted(found.keys() & own.keys())
+        if found[key].shape != own[key].shape
+    ]
+    sides = {"wrong shapes": wrong, "missing": own.keys() - found.keys()}
+    sides["unexpected"] = found.keys() - own.keys()
+    if words := [f"{side}: {_some(sorted(keys))}" for side, keys in sides.items() if keys]:
+        raise ValueError(
+            f"{where} does not fit the model: {'; '.join(words)}; build the model with the width, depth "
+            "and parts that were trained"
+        )
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def parts(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """Tensors of one part of a checkpoint: "model", "ema" or "optimizer"."""
     prefix = f"{part}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _read_state(text: str, path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        ValueError: it cannot be so.
+    """
+    state = json.loads(text)
+    step, seconds = state["step"], state["seconds"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step {step!r} is no number of steps")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds {seconds!r} are no time")
+    if re.fullmatch(r"step-\d+", path.stem) and _step(path) != step:
+        raise ValueError(f"it was written at step {step}, its name says {_step(path)}")
+    return dict(state)
 
 
 def _step(path: Path) -> int:
@@ -276,17 +403,14 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    os.replace(part, path)
-
-
-def _sync(path: Path) -> None:
-    """Force a file to the disk before it is renamed: a power cut cannot leave an empty one."""
-    with contextlib.closing(path.open("rb+")) as file:
-        os.fsync(file.fileno())
+def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+    """SHA-256 over the tensors, with their names, types and shapes, and the state."""
+    digest = hashlib.sha256(state.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _renewed(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

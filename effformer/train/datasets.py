@@ -49,6 +49,7 @@ class Dataset:
         tensors: name -> (N, ...).
         classes: names of the classes, empty if there are none.
         target: name of the tensor (N,) int64 that holds an index into ``classes``.
+        value_range: values of black and white in ``x``, None if that is no picture or not known.
 
     Raises:
         TypeError: ``tensors`` is no mapping.
@@ -65,6 +66,7 @@ class Dataset:
     tensors: Mapping[str, Tensor]
     classes: tuple[str, ...] = ()
     target: str = "y"
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         where = f"Dataset {self.name!r}"
@@ -263,4 +265,5 @@ def _dataset(
     images = pixels.float().mul_(2 / peak).sub_(1).contiguous()
     if size is not None:
         images = resize(images, size)
-    return Dataset(name, {"x": images, "y": labels.long()}, tuple(classes))
+    tensors = {"x": images, "y": labels.long()}
+    return Dataset(name, tensors, tuple(classes), value_range=(-1.0, 1.0))

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effformer.nn.precision import widened
+
+from ..flow.conventions import recorded
 from ..wrapped import unwrapped
 
 __all__ = ["EMA", "ema_decay"]
@@ -25,7 +28,9 @@ class EMA:
 
     With warm-up the decay of update n is min(decay, (1 + n) / (10 + n)), so that early averages
     forget the initial weights quickly. The average starts as a copy of the weights. Of a module,
-    floating-point parameters are averaged and all buffers are copied.
+    floating-point parameters are averaged and all buffers are copied; what it was trained to predict
+    (``module.trained``) goes where the average goes. Averages are in float32 at least: in half
+    precision the steps of a slow average are lost to rounding.
 
     Args:
         weights: a module, a mapping name -> tensor, or tensors in a fixed order.
@@ -59,7 +64,12 @@ class EMA:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self.shadow = {name: tensor.detach().clone() for name, tensor in _named(weights).items()}
+        copied = _copied(weights)
+        self.shadow = {
+            name: (tensor if name in copied else _wide(tensor)).detach().clone()
+            for name, tensor in _named(weights).items()
+        }
+        self._trained = recorded(weights)
 
     @torch.no_grad()
     def update(self, weights: Weights) -> None:
@@ -70,9 +80,10 @@ class EMA:
         """
         named = _named(weights)
         self._check_names(named, "update")
+        self._trained = recorded(weights)
         self.updates += 1
         decay = ema_decay(self.decay, self.updates) if self.warmup else self.decay
-        copied = _buffers(weights)
+        copied = _copied(weights)
         for name, tensor in named.items():
             shadow = self.shadow[name]
             if name in copied or not shadow.is_floating_point():
@@ -91,13 +102,16 @@ class EMA:
         self._check_names(named, "copy_to")
         for name, tensor in named.items():
             tensor.copy_(self.shadow[name])
+        if isinstance(weights, nn.Module) and self._trained is not None:
+            weights.trained = self._trained  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly: numbers, and tensors under ``shadow``."""
+        """What `load_state_dict` needs to go on exactly: plain values, and tensors under ``shadow``."""
         return {
             "decay": self.decay,
             "warmup": self.warmup,
             "updates": self.updates,
+            "trained": self._trained,
             "shadow": {name: tensor.clone() for name, tensor in self.shadow.items()},
         }
 
@@ -122,6 +136,7 @@ class EMA:
         self.decay = float(state["decay"])
         self.warmup = bool(state["warmup"])
         self.updates = int(state["updates"])
+        self._trained = state.get("trained", self._trained)
 
     def _check_names(self, given: Mapping[str, Tensor], where: str) -> None:
         missing, extra = sorted(self.shadow.keys() - given), sorted(given.keys() - self.shadow)
@@ -132,11 +147,16 @@ class EMA:
             )
 
 
-def _buffers(weights: Weights) -> set[str]:
+def _copied(weights: Weights) -> set[str]:
+    """Names of what is copied instead of averaged."""
     if not isinstance(weights, nn.Module):
         return set()
     with unwrapped(weights) as plain:
         return {name for name, _ in plain.named_buffers()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return widened(tensor) if tensor.is_floating_point() else tensor
 
 
 def _named(weights: Weights) -> dict[str, Tensor]:

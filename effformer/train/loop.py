@@ -13,7 +13,11 @@ import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +26,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
+
+from ..checks import FormatError
 from ..config import Config
 from ..context import Ledger
+from ..flow.conventions import recorded
 from ..wrapped import bare, unwrapped, unwrapping
-from .checkpoint import RunFolder, parts, read_checkpoint
+from .checkpoint import RunFolder, check_fit, parts
 from .datasets import Dataset
 from .ema import EMA
-from .objectives import Objective
+from .objectives import Objective, trained_by
 from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from .progress import progress_bar
 from .seeding import Order, isolated_randomness, seed_for
@@ -59,41 +67,26 @@ class TrainConfig(Config):
         seed: of data order, objective and dropout; the initial weights are the caller's.
     """
 
-    steps: int = 1000
-    batch: int = 128
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int = 100
+    steps: Count = 1000
+    batch: Count = 128
+    accumulate: Count = 1
+    lr: Positive = 1e-3
+    warmup: Natural = 100
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = 1.0
-    ema: float | None = 0.999
-    seed: int = 0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Chance, Chance] = (0.9, 0.999)
+    clip: Positive | None = 1.0
+    ema: Chance | None = 0.999
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}"
-                )
+    def check(self) -> None:
         if self.batch % self.accumulate:
             raise ValueError(
                 f"TrainConfig: batch {self.batch} is not divisible by accumulate {self.accumulate}"
             )
-        if not 0 <= self.warmup <= self.steps:
+        if self.warmup > self.steps:
             raise ValueError(
                 f"TrainConfig: warmup must lie in 0..{self.steps} (steps), got {self.warmup}"
-            )
-        if not self.lr > 0 or not math.isfinite(self.lr):
-            raise ValueError(f"TrainConfig: lr must be positive, got {self.lr}")
-        if self.weight_decay < 0 or (self.clip is not None and not self.clip > 0):
-            raise ValueError(
-                "TrainConfig: weight_decay must be >= 0 and clip > 0 (None: no clipping)"
-            )
-        if not all(0 <= beta < 1 for beta in (*self.betas, self.ema or 0.0)):
-            raise ValueError(
-                f"TrainConfig: betas {self.betas} and ema {self.ema} must lie in [0, 1)"
             )
 
 
@@ -134,7 +127,9 @@ def train(
     """Train a model in place.
 
     On return the model carries the averaged weights if ``config.ema`` is set; the last checkpoint
-    holds both.
+    holds both. What the objective trains a generator to predict is written to ``model.trained`` and
+    travels with the weights. Ctrl-C waits for the end of a step, of which it leaves a checkpoint; a
+    second one does not wait.
 
     Args:
         model: trained where it is, compiled or wrapped as it is, and named as it is without that, so
@@ -143,7 +138,7 @@ def train(
         data: training samples, named tensors.
         objective: the loss, see `Objective`.
         config: what decides the weights.
-        out: folder of the run; None keeps everything in memory.
+        out: folder of the run, for one process at a time; None keeps everything in memory.
         resume: continue the run in ``out`` from its last checkpoint, or begin it if there is none.
         log_every: steps between records of the metrics.
         save_every: steps between checkpoints; the last step always has one.
@@ -151,9 +146,11 @@ def train(
         progress: show a progress bar on stderr; None: if stderr is a terminal.
 
     Raises:
-        ValueError: the folder cannot be written or holds another run; an option out of range; more
-            classes in the data than in the model.
-        FormatError: the folder holds something else, or a broken checkpoint.
+        ValueError: the folder cannot be written, is in use or holds another run; an option out of
+            range; more classes in the data than in the model; weights that were trained to predict
+            something else than the objective trains.
+        FormatError: the folder holds something else, or broken checkpoints only: a broken last one is
+            passed over with a warning.
         DivergenceError: loss or gradient not finite; the last good checkpoint stays.
 
     Example:
@@ -172,24 +169,47 @@ def train(
             f"train: {data.name!r} has labels up to {most}, the model has "
             f"{classes} classes; build it with num_classes={len(data.classes)}"
         )
+    made = trained_by(objective, model, data)
+    record = recorded(model) if made is None else made.to_dict()
     trainer = _Trainer(model, data, objective, config)
     folder = None
     if out is not None:
-        identity = _identity(model, data, objective, config)
-        folder = RunFolder(Path(out), identity, resume=resume, renew=partial(_renewed, model))
-        if (newest := folder.newest()) is not None:
-            trainer.restore(newest)
+        identity = _identity(model, data, objective, config) | {"trained": record}
+        renew = partial(_renewed, model, record)
+        folder = RunFolder(Path(out), identity, resume=resume, renew=renew)
+    try:
+        if folder is not None and (found := folder.restore()) is not None:
+            trainer.restore(found[0], *found[1])
+        if made is not None:
+            bare(model).trained = record  # type: ignore[assignment]
+        return _finish(trainer, folder, log_every, save_every, keep, progress)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _finish(
+    trainer: _Trainer,
+    folder: RunFolder | None,
+    log_every: int,
+    save_every: int,
+    keep: int,
+    progress: bool | None,
+) -> TrainResult:
+    """Take the steps that are left."""
+    model, config = trainer.model, trainer.config
     resumed, training = trainer.done, model.training
     model.train()
     try:
         with (
             isolated_randomness(trainer.device),
             progress_bar(config.steps, resumed, progress) as show,
+            _interruption(folder is not None) as interrupted,
         ):
             while trainer.done < config.steps:
                 trainer.step()
-                last = trainer.done == config.steps
-                saving = folder is not None and (last or trainer.done % save_every == 0)
+                last, stop = trainer.done == config.steps, interrupted()
+                saving = folder is not None and (last or stop or trainer.done % save_every == 0)
                 if last or saving or trainer.done % log_every == 0:
                     record = trainer.record(folder)
                     if folder is not None:
@@ -197,12 +217,39 @@ def train(
                 show(trainer.done, trainer.loss)
                 if saving and folder is not None:
                     folder.save(trainer.done, trainer.tensors(), trainer.state(), keep=keep)
+                if stop:
+                    raise KeyboardInterrupt
     finally:
         model.train(training)
     if trainer.ema is not None:
         trainer.ema.copy_to(model)
     history, newest = (None, None) if folder is None else (folder.metrics, folder.newest())
     return TrainResult(trainer.done, trainer.seconds(), trainer.loss, resumed, history, newest)
+
+
+@contextmanager
+def _interruption(saves: bool) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, which waits to be asked for so that a step can be saved; the second
+    does not wait. Programs that treat it in their own way go on doing so.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not saves or not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:  # while the last step was saved
+        raise KeyboardInterrupt
 
 
 class _Trainer:
@@ -287,16 +334,42 @@ class _Trainer:
             f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer, self.model).items()
         }
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
-        return {"step": self.done, "seconds": self.seconds(), "loss": self.loss}
+        moments = len(optimizer_tensors(self.optimizer, self.model))
+        return {
+            "step": self.done, "seconds": self.seconds(), "loss": self.loss, "optimizer": moments,
+            "trained": recorded(self.model),
+        }  # fmt: skip
 
-    def restore(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of the same run."""
-        tensors, state = read_checkpoint(checkpoint)
+    def restore(
+        self, checkpoint: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
+        """Continue from a checkpoint of the same run.
+
+        Raises:
+            FormatError: the checkpoint lacks what an exact continuation needs.
+            ValueError: it does not fit the model.
+        """
+        moments, step = parts(tensors, "optimizer"), state["step"]
+        if step > self.config.steps:
+            raise FormatError(
+                f"train: {checkpoint} is at step {step}, beyond the {self.config.steps} of this run"
+            )
+        if len(moments) != state.get("optimizer", len(moments)) or (step and not moments):
+            raise FormatError(
+                f"train: {checkpoint} has {len(moments)} of {state.get('optimizer', 'all')} tensors of "
+                "the optimizer, without which the run does not go on exactly; load its weights with "
+                "load_checkpoint into a model, and train that in another folder"
+            )
+        with unwrapped(self.model) as plain:
+            check_fit(parts(tensors, "model"), plain.state_dict(), f"train: {checkpoint}")
+        if self.ema is not None:
+            averaged = parts(tensors, "ema")
+            check_fit(averaged, self.ema.shadow, f"train: the averaged weights of {checkpoint}")
+        restore_optimizer(self.optimizer, self.model, moments)
         with unwrapped(self.model) as plain:
             plain.load_state_dict(parts(tensors, "model"))
-        restore_optimizer(self.optimizer, self.model, parts(tensors, "optimizer"))
         if self.ema is not None:
             self.ema.load_state_dict(
                 self.ema.state_dict() | {"shadow": parts(tensors, "ema"), "updates": state["step"]}
@@ -348,8 +421,11 @@ def _identity(
 
 
 @unwrapping
-def _renewed(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
-    """What an older version wrote about a run, with the options that came since at their defaults."""
+def _renewed(model: nn.Module, trained: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """What an older version wrote about a run, with the options that came since at their defaults,
+    and with what its objective trains.
+    """
+    found = {"trained": json.loads(json.dumps(trained)), **found}
     own, there = getattr(model, "config", None), dict(found.get("model", {}))
     if not isinstance(own, Config) or not isinstance(there.get("config"), dict):
         return found

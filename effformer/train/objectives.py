@@ -8,13 +8,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from effformer.values import Chance, check_fields
+
 from ..calls import accepted, match, takes
 from ..checks import CapabilityError, unknown
-from ..config import Config, part, resolve
+from ..config import Config, part
 from ..context import Ledger
+from ..flow.conventions import FlowConvention, Trained, recorded, trained_of
 from ..flow.losses import FlowMatching
+from ..nn.precision import widened
+from .datasets import Dataset
 
-__all__ = ["Batch", "Classification", "Generation", "Objective"]
+__all__ = ["Batch", "Classification", "Generation", "Objective", "trained_by"]
 
 
 Batch = dict[str, Tensor]
@@ -27,6 +32,9 @@ class Objective(Protocol):
 
     The loop adds ``ledger.total_loss()`` to the result. Everything random must come from
     ``generator``, which the loop seeds per step: this makes an interrupted run repeat exactly.
+
+    An objective that decides what a generator predicts has a method ``trained(model, data)``, which
+    returns it (`effformer.flow.Trained`); one that adds to another objective calls that ``task``.
     """
 
     def __call__(
@@ -47,8 +55,11 @@ class Classification:
         target: name of the classes (B,) int64 in the batch.
     """
 
-    smoothing: float = 0.0
+    smoothing: Chance = 0.0
     target: str = "y"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
@@ -59,7 +70,7 @@ class Classification:
         call = match(model, others, where="Classification")
         logits = call(model, ledger=ledger) if takes(model, "ledger") else call(model)
         return nn.functional.cross_entropy(
-            logits, batch[self.target], label_smoothing=self.smoothing
+            widened(logits), batch[self.target], label_smoothing=self.smoothing
         )
 
 
@@ -83,12 +94,7 @@ class Generation(Config):
     """
 
     loss: Config = part("loss", FlowMatching.Config())
-    label_drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_drop < 1:
-            raise ValueError(f"Generation: label_drop must lie in [0, 1), got {self.label_drop}")
-        object.__setattr__(self, "loss", resolve("loss", self.loss, where="Generation.loss"))
+    label_drop: Chance = 0.1
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
@@ -109,6 +115,20 @@ class Generation(Config):
         loss: Tensor = self.loss.build()(model, data, generator=generator, **pairs, **cond).loss
         return loss
 
+    def trained(self, model: nn.Module, data: Dataset) -> Trained | None:
+        """What a model trained with this objective predicts; None if the loss does not say it."""
+        loss = self.loss.build()
+        convention: FlowConvention | None = getattr(loss, "convention", None)
+        if convention is None:
+            return None
+        labelled = "y" in data.tensors and takes(model, "y")
+        return Trained(
+            convention=convention,
+            null=labelled and self.label_drop > 0,
+            steps=getattr(loss, "steps", None),
+            value_range=data.value_range,
+        )
+
     def _dropped(
         self, samples: int, generator: torch.Generator, device: torch.device
     ) -> Tensor | None:
@@ -117,3 +137,25 @@ class Generation(Config):
             return None
         chance = torch.rand(samples, generator=generator, device=generator.device)
         return (chance < self.label_drop).to(device)
+
+
+def trained_by(objective: Objective, model: nn.Module, data: Dataset) -> Trained | None:
+    """What a model will have been trained to predict, None if the objective does not decide it.
+
+    Raises:
+        ValueError: the weights of the model were trained to predict something else.
+    """
+    inner: object = objective
+    while not hasattr(inner, "trained") and hasattr(inner, "task"):
+        inner = inner.task
+    if not hasattr(inner, "trained"):
+        return None
+    made: Trained | None = inner.trained(model, data)
+    before = None if recorded(model) is None else trained_of(model)
+    if made is not None and before is not None and made.convention != before.convention:
+        raise ValueError(
+            f"train: the weights of {getattr(model, 'name', type(model).__name__)} were trained to "
+            f"predict {before.convention}, the objective trains {made.convention}; choose an "
+            "objective for the former, or set model.trained = None to begin anew from these weights"
+        )
+    return made

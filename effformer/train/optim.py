@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..checks import FormatError
 from ..wrapped import unwrapping
 
 __all__ = ["adamw", "learning_rate", "optimizer_tensors", "restore_optimizer"]
@@ -72,8 +73,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_tensors`."""
+    """Inverse of `optimizer_tensors`.
+
+    Raises:
+        FormatError: a tensor belongs to no parameter, or is of another shape than it.
+    """
     parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        owner = parameters.get(key.rpartition(".")[0])
+        if owner is None or (value.dim() and value.shape != owner.shape):
+            raise FormatError(
+                f"optimizer: {key} {tuple(value.shape)} fits no parameter of {type(model).__name__}"
+            )
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
         p = parameters[name]

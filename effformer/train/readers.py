@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import warnings
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["find_idx", "read_folder", "read_idx", "resize"]
 
+_MOST_BYTES = 2**30  # of one array, unpacked; the largest published set in this format has 0.64e9
 _SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
@@ -56,21 +58,25 @@ def read_idx(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
 
 
 def _idx_array(path: Path, dims: int) -> Tensor:
+    head = 4 + 4 * dims
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(head)
+            if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) < head:
+                raise FormatError(f"{path}: not an IDX file of uint8 with {dims} dimension(s)")
+            sizes = np.frombuffer(raw, ">i4", dims, 4).tolist()
+            announced = f"{path}: announces {' x '.join(map(str, sizes))} values"
+            if min(sizes) < 1 or math.prod(sizes) > _MOST_BYTES:
+                raise FormatError(f"{announced}; read are 1 to {_MOST_BYTES:,}")
+            values = file.read(math.prod(sizes))
+            found = len(values) + len(file.read(2**20))  # however much there is
+            if found != math.prod(sizes):
+                raise FormatError(f"{announced}, but {found} follow")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise FormatError(
             f"{path}: broken gzip file ({error}); copy or download it again"
         ) from error
-    head = 4 + 4 * dims
-    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) < head:
-        raise FormatError(f"{path}: not an IDX file of uint8 with {dims} dimension(s)")
-    sizes = np.frombuffer(raw, ">i4", dims, 4).tolist()
-    if min(sizes) < 1 or len(raw) - head != math.prod(sizes):
-        raise FormatError(
-            f"{path}: announces {' x '.join(map(str, sizes))} values, but {len(raw) - head} follow"
-        )
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=head).copy()).view(sizes)
+    return torch.from_numpy(np.frombuffer(values, np.uint8).copy()).view(sizes)
 
 
 def read_folder(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
@@ -139,10 +145,17 @@ def _open(path: Path, size: int | None) -> Any:
     """Decode one image to mode L (grey) or RGB."""
     pil, ops = need("PIL.Image"), need("PIL.ImageOps")
     try:
-        with pil.open(path) as file:
-            picture = ops.exif_transpose(file)
-            picture.load()
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            # judged by the size that it announces, before anything is decoded
+            warnings.simplefilter("error", pil.DecompressionBombWarning)
+            with pil.open(path) as file:
+                picture = ops.exif_transpose(file)
+                picture.load()
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
+        raise FormatError(
+            f"{path}: announces more than {pil.MAX_IMAGE_PIXELS:,} pixels; shrink it first"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read as an image ({error})") from error
     if picture.mode.startswith(("I", "F")):
         raise FormatError(

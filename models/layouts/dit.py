@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +13,48 @@ from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.embeddings import sincos_2d
 
-__all__ = ["DIFFUSERS", "NAMES", "OFFICIAL", "check_positions"]
+from .forms import SIZES, Form, same_table
+
+__all__ = ["DIFFUSERS", "FLOW", "LATENT", "NAMES", "OFFICIAL", "SIT_OFFICIAL", "check_positions"]
+
+LATENT = (
+    *SIZES, "input_size", "channels", "patch", "num_classes", "label_dropout", "learn_sigma", "positions",
+    "ffn.ratio", "ffn.hidden",
+)  # fmt: skip
+"""Options of ours that the official DiT and its descendants have."""
+
+FLOW = {"path_type": "Linear", "prediction": "velocity"}
+"""Options of the official training of SiT and its descendants whose convention is ours."""
+
+_GATES = ("groups", "bias", "tau", "reduction")
+_OFFICIAL_FORM = Form(
+    free=(*LATENT, *(f"{slot}.{name}" for slot in ("width", "tokens") for name in _GATES)),
+    choices={"width": (None, "dynamic"), "tokens": (None, "dynamic")},
+)
+_DIFFUSERS_FORM = Form(
+    free=(*SIZES, "input_size", "channels", "patch", "num_classes", "learn_sigma", "ffn_norm_eps"),
+    choices={
+        "label_dropout": lambda rate: rate > 0,  # there is a null class
+        "time_freq_shift": lambda shift: shift == 1,
+        "ffn": ("mlp", "geglu", "swiglu"),
+        "ffn.ratio": lambda ratio: ratio == 4,
+        "ffn.act": ("gelu-tanh", "gelu", "silu"),
+        "width": lambda part: part is None,
+        "tokens": lambda part: part is None,
+    },
+)
+_ACTIVATIONS = {
+    ("mlp", "gelu-tanh"): "gelu-approximate",
+    ("mlp", "gelu"): "gelu",
+    ("mlp", "silu"): "linear-silu",
+    ("geglu", "gelu"): "geglu",
+    ("swiglu", "silu"): "swiglu",
+}
+"""Network and activation of ours -> ``activation_fn`` there."""
 
 NAMES = (
     ("patch_embed.proj", "x_embedder.proj"),
+    ("pos_embed", "pos_embed"),
     ("time_embed.fc1", "t_embedder.mlp.0"),
     ("time_embed.fc2", "t_embedder.mlp.2"),
     ("label_embed.table", "y_embedder.embedding_table"),
@@ -42,7 +82,7 @@ def check_positions(state: StateDict, config: Any) -> StateDict:
         return state
     side = config.input_size // config.patch
     expected = sincos_2d(side, side, config.dim)
-    if table.shape == expected.shape and not torch.allclose(table.float(), expected, atol=1e-4):
+    if table.shape == expected.shape and not same_table(table, expected):
         raise FormatError(
             "pos_embed is not the fixed sin-cos table; build the model with positions='learned'"
         )
@@ -54,7 +94,9 @@ OFFICIAL = Layout(
     recognise=_NAMES.recognise,
     to_ours=lambda state, config: check_positions(_NAMES.to_ours(state, config), config),
     from_ours=_NAMES.from_ours,
+    strange=_OFFICIAL_FORM.strange,
 )
+SIT_OFFICIAL = replace(OFFICIAL, options=lambda config: FLOW)
 
 _EMBED = "transformer_blocks.{}.norm1.emb."
 _SHARED = {
@@ -100,7 +142,18 @@ def _from_diffusers(state: StateDict, config: Any) -> StateDict:
                         )
     side = config.input_size // config.patch
     out.setdefault("pos_embed", sincos_2d(side, side, config.dim))
-    return out | _RENAMES.to_ours(state, config)
+    return out | _RENAMES.to_ours(_turned(state, config), config)
+
+
+def _turned(state: StateDict, config: Any) -> StateDict:
+    """Gated networks hold the rows of the value first, ours those of the gate."""
+    if config.ffn is None or config.ffn.entry.name not in ("geglu", "swiglu"):
+        return state
+    gated = re.compile(r"transformer_blocks\.\d+\.ff\.net\.0\.proj\.(weight|bias)")
+    return {
+        key: torch.cat(value.chunk(2)[::-1]) if gated.fullmatch(key) else value
+        for key, value in state.items()
+    }
 
 
 def _to_diffusers(state: StateDict, config: Any) -> StateDict:
@@ -116,7 +169,36 @@ def _to_diffusers(state: StateDict, config: Any) -> StateDict:
                 out[f"{_EMBED.format(i)}{_SHARED[stem]}.{key.rpartition('.')[2]}"] = value
         else:
             out |= _RENAMES.from_ours({key: value}, config)
-    return out
+    return _turned(out, config)
+
+
+def _strange(config: Any) -> dict[str, str]:
+    found = _DIFFUSERS_FORM.strange(config)
+    if "time_freq_shift" in found:
+        found["time_freq_shift"] = "time_freq_shift=0 (1 there)"
+    if not {"ffn", "ffn.act"} & found.keys() and _activation(config) is None:
+        found["ffn.act"] = f"ffn.act={config.ffn.act!r} in {config.ffn.entry.name!r}"
+    return found
+
+
+def _activation(config: Any) -> str | None:
+    return _ACTIVATIONS.get((config.ffn.entry.name, config.ffn.act))
+
+
+def _options(config: Any) -> Mapping[str, Any]:
+    return {
+        "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.dim // config.heads,
+        "sample_size": config.input_size,
+        "patch_size": config.patch,
+        "activation_fn": _activation(config),
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": config.ffn_norm_eps,
+        "attention_bias": True,
+        "upcast_attention": False,
+    }
 
 
 DIFFUSERS = Layout(
@@ -124,4 +206,6 @@ DIFFUSERS = Layout(
     recognise=_RENAMES.recognise,
     to_ours=_from_diffusers,
     from_ours=_to_diffusers,
+    strange=_strange,
+    options=_options,
 )

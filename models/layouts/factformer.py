@@ -10,6 +10,8 @@ import torch
 from effformer.attention.factorized import ROPE_BASE, FactorizedConfig
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
 
+from .forms import SIZES, Form
+
 __all__ = ["IFACTFORMER", "block_layout"]
 
 Source = Literal["factformer", "ifactformer"]
@@ -138,7 +140,21 @@ def _from_ours(state: StateDict, config: Any) -> StateDict:
     return out
 
 
+_FORM = Form(
+    free=(
+        *SIZES, "channels", "out_channels", "window", "grid", "attn.head_dim", "attn.multiplier", "attn.latent_dim",
+        "attn.gain", "block.times",
+    ),
+    choices={
+        "block": ("prenorm", "iterate"),
+        "attn": ("factorized-parallel", "factorized-chained"),
+    },
+)  # fmt: skip
 IFACTFORMER = Layout(
-    name="official", recognise=_IS_OPERATOR, to_ours=_to_ours, from_ours=_from_ours
+    name="official",
+    recognise=_IS_OPERATOR,
+    to_ours=_to_ours,
+    from_ours=_from_ours,
+    strange=_FORM.strange,
 )
 """The whole operator; its head of linear maps is one of 1x1 convolutions there."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
+
+from .forms import SIZES, Form
 
 __all__ = ["ATTENTION", "CROSS_ATTENTION", "GPT", "VISION", "VISION_ATTENTION"]
 
@@ -58,6 +61,11 @@ GPT = renamed(
     ],
     recognise=has_keys("transformer.wte.weight", "transformer.h.0.attn.query_projection.weight"),
 )
+GPT = replace(
+    GPT,
+    strange=Form(free=(*SIZES, "vocab", "context")).strange,
+    options=lambda config: {"n_head": config.heads},
+)
 
 _FLAT = renamed(
     "official",
@@ -67,6 +75,7 @@ _FLAT = renamed(
         ("blocks.{i}.ffn.norm", "blocks.{i}.norm2"),
         ("blocks.{i}.ffn.part", "blocks.{i}.mlp"),
         ("blocks.{i}.ffn.layer_scale", "blocks.{i}.gamma"),
+        *((name, name) for name in ("pos_embed", "patch_embed.{i}", "norm", "head")),
     ],
     recognise=has_keys("patch_embed.0.proj.weight", "blocks.0.0.attn.qkv.weight"),
 )
@@ -100,4 +109,17 @@ VISION = Layout(
     recognise=_FLAT.recognise,
     to_ours=_vision_to_ours,
     from_ours=_vision_from_ours,
+    strange=Form(
+        free=(
+            "dims",
+            "depths",
+            "heads",
+            "input_size",
+            "channels",
+            "patch",
+            "num_classes",
+            "ffn.ratio",
+            "ffn.hidden",
+        )
+    ).strange,
 )

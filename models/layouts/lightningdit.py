@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.rope import GridRope
 
-from .dit import NAMES, check_positions
+from .dit import FLOW, LATENT, NAMES, check_positions
+from .forms import Form, same_table
 
 __all__ = ["OFFICIAL"]
 
@@ -47,8 +49,8 @@ def _to_ours(state: StateDict, config: Any) -> StateDict:
     """Rename; tables are checked, since the model computes its own."""
     state = dict(state)
     for key, expected in _tables(config).items():
-        table = state.pop(key, expected).to(expected)
-        if table.shape != expected.shape or not torch.allclose(table, expected, atol=1e-4):
+        table = state.pop(key, expected)
+        if not same_table(table, expected):
             raise FormatError(f"{key} is not the rotary table of this model's grid and heads")
     return check_positions(_names(config).to_ours(state, config), config)
 
@@ -57,4 +59,52 @@ def _from_ours(state: StateDict, config: Any) -> StateDict:
     return _names(config).from_ours(state, config) | _tables(config)
 
 
-OFFICIAL = Layout(name="official", recognise=_RECOGNISE, to_ours=_to_ours, from_ours=_from_ours)
+_FORM = Form(
+    # the rotary tables are in the file
+    free=(
+        *LATENT,
+        "block.shift",
+        "norm",
+        "rope.kind",
+        "rope.temperature",
+        "rope.first",
+        "rope.offset",
+        "rope.reference",
+        "attn.head_dim",
+    ),
+    choices={"ffn": ("swiglu", "mlp"), "rope": (None,), "attn.qk_norm": (True, False)},
+)
+
+
+def _strange(config: Any) -> dict[str, str]:
+    """Norms of queries and keys have the epsilon of their kind, wherever it comes from."""
+    found = _FORM.strange(config)
+    found.pop("attn.qk_norm_eps", None)
+    if getattr(config.attn, "qk_norm", False):
+        usual, eps = {"rms": 1e-6, "layer": 1e-5}[config.norm], config.attn.qk_norm_eps or 1e-6
+        if eps != usual:
+            found["attn.qk_norm_eps"] = (
+                f"attn.qk_norm_eps={eps} with norm={config.norm!r} ({usual} there)"
+            )
+    return found
+
+
+def _options(config: Any) -> Mapping[str, Any]:
+    return {
+        **FLOW,
+        "use_qknorm": config.attn.qk_norm,
+        "use_swiglu": config.ffn.entry.name == "swiglu",
+        "use_rope": config.rope is not None,
+        "use_rmsnorm": config.norm == "rms",
+        "wo_shift": not config.block.shift,
+    }
+
+
+OFFICIAL = Layout(
+    name="official",
+    recognise=_RECOGNISE,
+    to_ours=_to_ours,
+    from_ours=_from_ours,
+    strange=_strange,
+    options=_options,
+)

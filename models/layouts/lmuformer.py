@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.legendre import legendre_system
+
+from .forms import Form, same_table
 
 __all__ = ["DENSE", "SPIKING", "UNIT"]
 
@@ -70,12 +73,26 @@ def _constants(order: int, theta: float, frames: int) -> dict[str, Tensor]:
     }
 
 
+def _check_constants(state: StateDict, config: Any) -> None:
+    """Refuse units whose matrices belong to another window than the model's."""
+    for key, stored in state.items():
+        if key.rpartition(".")[2] == "A" and hasattr(config, "attn"):
+            transition, _ = legendre_system(stored.shape[0], config.attn.theta)
+            if not same_table(stored, transition):
+                raise FormatError(
+                    f"{key} is not the transition of a window theta={config.attn.theta}"
+                )
+
+
 def _official(
-    pairs: Iterable[tuple[str, str]], recognise: Callable[[Iterable[str]], bool]
+    pairs: Iterable[tuple[str, str]],
+    recognise: Callable[[Iterable[str]], bool],
+    form: Form | None = None,
 ) -> Layout:
     names = renamed("official", pairs, recognise=recognise)
 
     def to_ours(state: StateDict, config: Any) -> StateDict:
+        _check_constants(state, config)
         kept = {k: v for k, v in state.items() if not _CONSTANT.fullmatch(k)}
         for key in [k for k in kept if k.endswith(".running_mean")]:
             counter = key.removesuffix(".running_mean") + _COUNTER
@@ -94,16 +111,30 @@ def _official(
                 theirs |= {f"{match['unit']}.{name}": x for name, x in made.items()}
         return theirs
 
-    return Layout(name="official", recognise=recognise, to_ours=to_ours, from_ours=from_ours)
+    return Layout(
+        name="official", recognise=recognise, to_ours=to_ours, from_ours=from_ours,
+        strange=(lambda config: {}) if form is None else form.strange,
+    )  # fmt: skip
+
+
+# a unit's matrices are in the file
+_FORM = Form(
+    free=(
+        "dim", "depth", "heads", "channels", "frames", "num_classes", "ffn.ratio", "ffn.hidden", "attn.memory",
+        "attn.theta", "attn.hidden", "*.detach_reset", "*.alpha",
+    )
+)  # fmt: skip
 
 
 DENSE = _official(
     [*_DENSE, *_SHARED],
     has_keys("patch_embed.conv_layers.0.0.weight", "block.0.attn.lmu.W_u.weight"),
+    _FORM,
 )
 SPIKING = _official(
     [*_SPIKING, *_SHARED],
     has_keys("patch_embed.proj_conv.weight", "block.0.attn.lmu.bn_u.weight"),
+    _FORM,
 )
 UNIT = _official(
     [("write", "W_u"), ("read", "W_h"), ("write_norm", "bn_u"), ("recall_norm", "bn_m"),

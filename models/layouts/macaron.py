@@ -6,7 +6,8 @@ is not their order of use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from effformer.checks import FormatError
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
+
+from .forms import SIZES, Form
 
 __all__ = [
     "BERT",
@@ -188,11 +191,49 @@ def _translation_from_ours(state: StateDict, config: Any) -> StateDict:
     return tables | _TRANSLATION[_is_plain(state, "ffn1")].from_ours(state, config)
 
 
+_BODY = (*SIZES, "vocab", "pad", "positions", "context", "final_norm", "ffn.ratio", "ffn.hidden")
+_BLOCKS = {"block": ("macaron", "prenorm", "postnorm"), "block.post_norm": (True, False)}
+_TRANSLATION_FORM = Form(
+    free=(
+        *_BODY, "decoder_depth", "decoder_heads", "decoder_final_norm", "target_vocab", "share", "source_padding",
+        "target_padding", "decoder_positions", "decoder_context", "block.share", "block.first_hidden",
+        "decoder_layers",
+    ),
+    choices=_BLOCKS,
+)  # fmt: skip
+
+
+def _translation_options(config: Any) -> Mapping[str, Any]:
+    before = config.block.entry.name == "prenorm" or not getattr(config.block, "post_norm", True)
+    heads = config.decoder_heads or config.heads
+    return {
+        "encoder_attention_heads": config.heads,
+        "decoder_attention_heads": heads,
+        "encoder_normalize_before": before,
+        "decoder_normalize_before": before,
+        "encoder_learned_pos": config.positions == "learned",
+        "decoder_learned_pos": (config.decoder_positions or config.positions) == "learned",
+        "no_token_positional_embeddings": config.positions == "none",
+    }
+
+
+def _translation_strange(config: Any) -> dict[str, str]:
+    """Blocks of the encoder, and those of the decoder, which may be of other widths."""
+    found = _TRANSLATION_FORM.strange(config)
+    if config.decoder_layers:
+        depth = config.decoder_depth or config.depth
+        changed = config.replace(layers=config.decoder_layers, decoder_layers={}, depth=depth)
+        found |= replace(_TRANSLATION_FORM, layers=True).strange(changed)
+    return found
+
+
 TRANSLATION = Layout(
     name="fairseq",
     recognise=has_keys("encoder.layers.0.self_attn.in_proj_weight", "encoder.embed_tokens.weight"),
     to_ours=_translation_to_ours,
     from_ours=_translation_from_ours,
+    strange=_translation_strange,
+    options=_translation_options,
 )
 
 
@@ -236,4 +277,9 @@ BERT = Layout(
     recognise=has_keys("encoder.embed_segment.weight", "mid_layer.0.weight"),
     to_ours=_bert_to_ours,
     from_ours=_bert_from_ours,
+    strange=Form(
+        free=(*_BODY, "norm_affine", "tied", "block.share", "block.first_hidden"),
+        choices={**_BLOCKS, "ffn.act": ("relu",)},
+    ).strange,
+    options=lambda config: {"encoder_attention_heads": config.heads},
 )

@@ -17,6 +17,8 @@ from effformer.blocks.schedule import axes_of
 from effformer.checks import FormatError
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
 
+from .forms import SIZES, Form
+
 __all__ = ["FACTORIZED", "OFFICIAL"]
 
 _FULL = "space_temporal_transformer"
@@ -128,6 +130,14 @@ def _renaming(config: Any, names: list[str]) -> Layout:
     return renamed("official", pairs, rows=rows, recognise=has_keys())
 
 
+_FORM = Form(
+    free=(
+        *SIZES, "frames", "channels", "size", "patch", "axes", "transposed_head", "block.unit", "block.scale_*", "attn.head_dim",
+        "ffn.ratio", "ffn.hidden",
+    )
+)  # fmt: skip
+
+
 def _layout(
     name: str, names: Callable[[Any], list[str]], recognise: Callable[[Iterable[str]], bool]
 ) -> Layout:
@@ -151,7 +161,9 @@ def _layout(
                 state[key] = state[key].unflatten(0, (-1, c)).transpose(0, 1).flatten(0, 1)
         return _renaming(config, names(config)).from_ours(state, config)
 
-    return Layout(name=name, recognise=recognise, to_ours=to_ours, from_ours=from_ours)
+    return Layout(
+        name=name, recognise=recognise, to_ours=to_ours, from_ours=from_ours, strange=_FORM.strange
+    )
 
 
 def _is_numbered(keys: Iterable[str]) -> bool:

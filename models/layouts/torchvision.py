@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from effformer.blocks import resolve_layers
-from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 
 from .acm import join_learners, split_learners
+from .forms import SIZES, Form
 
 __all__ = ["TORCHVISION"]
 
@@ -67,12 +67,29 @@ def _to_ours(state: StateDict, config: Any) -> StateDict:
     return _READ.to_ours(_each_place(state, config, split_learners), config)
 
 
+_FORM = Form(
+    # the knobs of learners are those of the official adaptive layers
+    free=(
+        *SIZES,
+        "image_size",
+        "channels",
+        "patch",
+        "num_classes",
+        "attn.projections",
+        "ffn.learners",
+        "ffn.least",
+        "ffn.fixed",
+        "ffn.gate",
+        "ffn.out_bias",
+        "ffn.ratio",
+        "ffn.hidden",
+    ),
+    choices={"ffn": ("mlp", "acm")},
+    layers=True,
+)
+
+
 def _from_ours(state: StateDict, config: Any) -> StateDict:
-    if config.block.entry.name != "prenorm" or "class_token" not in state:
-        raise FormatError(
-            "torchvision's vision transformers have pre-norm blocks and a class token; "
-            "layout='effformer' writes any model"
-        )
     return _each_place(_WRITE.from_ours(state, config), config, join_learners)
 
 
@@ -104,5 +121,9 @@ def _learners(layer: Any, place: str) -> int | None:
 
 
 TORCHVISION = Layout(
-    name="torchvision", recognise=_RECOGNISE, to_ours=_to_ours, from_ours=_from_ours
+    name="torchvision",
+    recognise=_RECOGNISE,
+    to_ours=_to_ours,
+    from_ours=_from_ours,
+    strange=_FORM.strange,
 )

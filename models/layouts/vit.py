@@ -1,22 +1,24 @@
 """Key layouts of ViT: those of timm's ``vit_*`` models.
 
 "timm" is the form of ``VisionTransformer`` and, for models with rotary positions, of ``Eva`` with
-fused projections. The others name the same weights in their own way: "timm-eva" (no key bias, gate
-and value of a gated FFN apart), "timm-split" (query, key and value apart), "timm-srelpos" (one
+fused projections. The others name the same weights in their own way: "timm-eva02" (no key bias), "timm-eva" (gate
+and value of a gated FFN apart, too), "timm-split" (query, key and value apart), "timm-srelpos" (one
 relative position function for all blocks). All are read by one function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from effformer.blocks import Parallel, ParallelBranches, PreNorm, ResPost
 from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 
+from .forms import SIZES, Choice, Form
 from .torchvision import TORCHVISION
 
 __all__ = ["LAYOUTS"]
@@ -90,22 +92,67 @@ def _from_timm(state: StateDict, config: Any) -> StateDict:
     return _READ.to_ours(state, config)
 
 
-def _to_timm(state: StateDict, config: Any) -> StateDict:
-    known = (PreNorm.Config, ResPost.Config, Parallel.Config, ParallelBranches.Config)
-    if not isinstance(config.block, known) or any("block" in c for c in config.layers.values()):
-        raise FormatError(
-            f"timm has no vision transformer of {config.block.to_dict()['name']!r} blocks; "
-            "layout='effformer' writes any model"
-        )
-    out = (_WRITE if config.positions.rope is None else _WRITE_EVA).from_ours(state, config)
+_BODY = (
+    *SIZES, "image_size", "channels", "patch", "num_classes", "stem", "prefix.*", "positions.absolute",
+    "positions.rope", "norm.*", "head.*",
+)  # fmt: skip
+_PROJECTIONS = ("qkv_bias", "proj_bias", "head_dim", "kv_heads")
+_FORM = Form(
+    free=(
+        *_BODY, *(f"attn.{name}" for name in _PROJECTIONS), "attn.core.hidden", "attn.core.eps", "ffn.ratio",
+        "ffn.hidden", "ffn.bias", "block.scale_ffn", "block.copies",
+    ),
+    choices={
+        "block": ("prenorm", "respost", "parallel", "parallel-branches"),
+        "attn.core": ("softmax", "relative", "differential"),
+        "attn.qk_norm": (True, False),
+        "ffn": ("mlp", "swiglu"),
+        "ffn.act": ("gelu", "gelu-tanh", "quick-gelu", "silu", "relu"),
+    },
+    layers=True,
+)  # fmt: skip
+
+
+def _strange(form: Form, config: Any) -> dict[str, str]:
+    found = form.strange(config)
+    if "ffn" not in found and config.ffn.entry.name == "swiglu" and config.ffn.act != "silu":
+        found["ffn.act"] = f"ffn.act={config.ffn.act!r} in 'swiglu'"
+    return found
+
+
+def _form(**choices: Choice) -> Form:
+    """The form of networks with fewer choices; two underscores stand for the dot of a path."""
+    fewer = {path.replace("__", "."): choice for path, choice in choices.items()}
+    free = tuple(path for path in _FORM.free if path not in fewer)
+    return replace(_FORM, free=free, choices={**_FORM.choices, **fewer})
+
+
+_EVA_FORM = _form(block=(), attn__core=(), attn__kv_heads=())
+_SPLIT_FORM = _form(block=(), attn__core=())
+_SHARED_FORM = _form(block=("respost",), attn__core=lambda core: core == "relative")
+
+
+def _options(config: Any) -> Mapping[str, Any]:
+    return {
+        "global_pool": config.head.pool,
+        "num_heads": config.heads,
+        "patch_size": config.patch,
+        "class_token": config.prefix.class_token,
+        "no_embed_class": not config.prefix.positions,
+    }
+
+
+def _to_timm(state: StateDict, config: Any, *, eva: bool = False) -> StateDict:
+    names = _WRITE_EVA if eva or config.positions.rope is not None else _WRITE
+    out = names.from_ours(state, config)
     if config.block.entry.name == "parallel":
         for i in range(config.depth):
             _join_parallel(out, f"blocks.{i}")
     return out
 
 
-def _to_timm_eva(state: StateDict, config: Any) -> StateDict:
-    out = _to_timm(state, config)
+def _to_timm_eva02(state: StateDict, config: Any) -> StateDict:
+    out = _to_timm(state, config, eva=True)
     for i in range(config.depth):
         bias = out.pop(f"blocks.{i}.attn.qkv.bias", None)
         if bias is not None:
@@ -113,6 +160,12 @@ def _to_timm_eva(state: StateDict, config: Any) -> StateDict:
             if key.any():
                 raise FormatError(f"blocks.{i}: 'timm-eva' has no key bias, but the model has one")
             out[f"blocks.{i}.attn.q_bias"], out[f"blocks.{i}.attn.v_bias"] = query, value
+    return out
+
+
+def _to_timm_eva(state: StateDict, config: Any) -> StateDict:
+    out = _to_timm_eva02(state, config)
+    for i in range(config.depth):
         mlp = f"blocks.{i}.mlp"
         if out[f"{mlp}.fc1.weight"].shape[0] == out[f"{mlp}.fc2.weight"].shape[1]:
             continue
@@ -240,14 +293,19 @@ TIMM = Layout(
     recognise=_marked("attn.proj.weight", "in_proj.weight", "attns.0.attn.proj.weight"),
     to_ours=_from_timm,
     from_ours=_to_timm,
+    strange=partial(_strange, _FORM),
+    options=_options,
 )
-TIMM_EVA, TIMM_SPLIT, TIMM_SHARED = (
-    Layout(name=name, recognise=_marked(*marks), to_ours=_from_timm, from_ours=write)
-    for name, marks, write in (
-        ("timm-eva", ("attn.q_bias", "mlp.fc1_g.weight"), _to_timm_eva),
-        ("timm-split", ("attn.q_proj.weight",), _to_timm_split),
-        ("timm-srelpos", ("shared_rel_pos.mlp.fc1.weight",), _to_timm_shared),
+TIMM_EVA, TIMM_EVA02, TIMM_SPLIT, TIMM_SHARED = (
+    replace(
+        TIMM, name=name, recognise=_marked(*marks), from_ours=write, strange=partial(_strange, form)
+    )
+    for name, marks, write, form in (
+        ("timm-eva", ("mlp.fc1_g.weight",), _to_timm_eva, _EVA_FORM),
+        ("timm-eva02", ("attn.q_bias",), _to_timm_eva02, _EVA_FORM),
+        ("timm-split", ("attn.q_proj.weight",), _to_timm_split, _SPLIT_FORM),
+        ("timm-srelpos", ("shared_rel_pos.mlp.fc1.weight",), _to_timm_shared, _SHARED_FORM),
     )
 )
 # "timm" is the most general form and comes last
-LAYOUTS = (TORCHVISION, TIMM_SHARED, TIMM_SPLIT, TIMM_EVA, TIMM)
+LAYOUTS = (TORCHVISION, TIMM_SHARED, TIMM_SPLIT, TIMM_EVA, TIMM_EVA02, TIMM)

@@ -317,8 +317,8 @@ def test_rates_begin_as_published() -> None:
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
-    ("gla", {"rank": 0}, "rank and slowness must be positive"),
-    ("kda", {"bound": 0.0}, "bound must be negative or None"),
+    ("gla", {"rank": 0}, "rank must be at least 1"),
+    ("kda", {"bound": 0.0}, "bound must be below 0"),
     ("retention", {"chunk": 0}, "chunk must be at least 1"),
     ("ssd", {"least": 1.0, "most": 0.5}, "least=1.0 is not below most=0.5"),
     ("gla", {"gate": {"rank": 0}}, "rank must be at least 1"),

@@ -126,9 +126,9 @@ def test_bad_input() -> None:
     x, part = tokens(), dense()
     with pytest.raises(ValueError, match=r"without proj the output is hidden=3 wide, but 5 is"):
         dense(hidden=3, proj=False)
-    with pytest.raises(ValueError, match="memory must be at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="memory must be at least 1, got 0"):
         LMU.Config(memory=0)
-    with pytest.raises(ValueError, match=r"theta must be at least 1 token, got 0\.5"):
+    with pytest.raises(ValueError, match=r"theta must be at least 1, got 0\.5"):
         LMU.Config(theta=0.5)
     for one in (part, spiking()):
         state = one.init_state(2, like=x)

@@ -191,10 +191,10 @@ def test_the_profiler_executes_what_the_operators_do() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"least": 4}, "0 <= least < learners, got least=4"),
+        ({"least": 4}, "needs least < learners, got least=4"),
         ({"least": 2, "fixed": 1}, r"fixed must lie in \[2, 4\], got 1"),
-        ({"width": 0}, "must be positive, got size=1.0, width=0"),
-        ({"size": 0.0}, "must be positive, got size=0.0"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"size": 0.0}, "size must be positive, got 0.0"),
         ({"learner": 3}, "unknown option 'learner'; did you mean 'learners'"),
     ],
 )

@@ -337,10 +337,10 @@ def test_other_places_are_refused(kind: Any) -> None:
     ("kind", "knobs", "message"),
     [
         (Agent, {"agents": 8}, "agent: agents must be a square number, got 8"),
-        (Agent, {"reduction": 0}, "agent: reduction must be at least 1, got 0"),
-        (PolaFormer, {"alpha": 0.0}, "polaformer: needs reduction >= 1 and alpha > 0"),
-        (Focused, {"power": 0.0}, "focused: needs reduction >= 1 and power > 0"),
-        (MLLA, {"kernel": 4}, "lepe: the kernel must be odd, got 4"),
+        (Agent, {"reduction": 0}, "reduction must be at least 1, got 0"),
+        (PolaFormer, {"alpha": 0.0}, "alpha must be positive"),
+        (Focused, {"power": 0.0}, "power must be positive"),
+        (MLLA, {"kernel": 4}, "kernel must be one of 1, 3, 5, ..., got 4"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

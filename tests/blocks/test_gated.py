@@ -41,5 +41,5 @@ def test_the_name_reaches_it_in_any_model() -> None:
 
 
 def test_units_are_positive() -> None:
-    with pytest.raises(ValueError, match="gated: unit must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="unit must be at least 1, got 0"):
         Gated.Config(unit=0)

@@ -150,7 +150,7 @@ def test_average_of_ledgers() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"iterate: times must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"times must be at least 1, got 0"):
         Iterate.Config(times=0)
     with pytest.raises(
         CapabilityError, match=r"block.body: 'prenorm' cannot use .*choices: .*macaron"

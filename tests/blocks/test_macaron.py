@@ -119,11 +119,11 @@ def test_causal_attention_keeps_the_block_causal(attn: str) -> None:
 
 def test_bad_configs() -> None:
     for share in (0.0, 1.5):
-        with pytest.raises(ValueError, match=r"macaron: share must lie in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"share must lie in \(0, 1\]"):
             Macaron.Config(share=share)
-    with pytest.raises(ValueError, match=r"macaron: factor must be positive, got 0\.0"):
+    with pytest.raises(ValueError, match=r"factor must be positive, got 0\.0"):
         Macaron.Config(factor=0.0)
-    with pytest.raises(ValueError, match="inner width must be positive"):
+    with pytest.raises(ValueError, match="first_hidden must be at least 1"):
         build(first_hidden=0)
     with pytest.raises(ValueError, match="post_norm has no conditioned form"):
         Macaron(

@@ -295,8 +295,8 @@ def test_refused_at_call() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": -1}, "r must not be negative, got -1"),
-        ({"r": [3, -2]}, "r must not be negative, got -2"),
+        ({"r": -1}, "r must be at least 0, got -1"),
+        ({"r": [3, -2]}, r"r\[1\] must be at least 0, got -2"),
         ({"inflection": 1.5}, r"inflection must lie in \[-1, 1\], got 1.5"),
         ({"r": [3, 2], "inflection": 1.0}, r"r=\[3, 2\] says what every block does"),
         ({"ratio": 0.5}, "unknown option 'ratio'"),

@@ -123,7 +123,7 @@ def test_sample_requests(words: tuple[str, ...], message: str, saved: Path, tmp_
     ("words", "message"),
     [
         (("--set", "attn=null"), "sit-nano.attn: a model cannot be without it"),
-        (("--set", "patch=0"), "sit-nano: patch must be at least 1, got 0"),
+        (("--set", "patch=0"), "sit-nano.patch must be at least 1, got 0"),
         (("--set", "heads=5"), "width 48 is not divisible by 5 heads"),
         (("--set", "attn.causal=true"), "this model attends both ways"),
         (("--attn", "performer", "--set", "attn.causal=true"), "this model attends both ways"),
@@ -245,3 +245,85 @@ def test_every_verb_refuses_unknown_options() -> None:
 
 def test_fine_sizes_are_still_accepted(tmp_path: Path) -> None:
     assert answer("build", "sit-nano", *SMALL, "--set", "patch=8")["parameters"] > 0
+
+
+VALUES = ("nan", "-1", "0", "1.5", "x", "[]", "{}", "null", "true", "1e999", "[[[]]]", "9" * 5000)
+KEYS = (
+    "depth", "dim", "heads", "patch", "input_size", "num_classes", "label_dropout", "attn", "ffn", "block",
+    "layers", "attn.core", "attn.core.scale", "attn.bias", "nothing", "a.b.c",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_values_of_every_kind_are_taken_or_refused_in_a_sentence(key: str) -> None:
+    """An exit code of neither 0 nor 2 is a traceback: the guard lets faults of ours through."""
+    codes = []
+    for value in VALUES:
+        result = CliRunner().invoke(main.app, ["build", "sit-nano", "--set", f"{key}={value}"])
+        assert result.exit_code in (0, 2), f"{value}: {result.exception!r}"
+        codes.append(result.exit_code)
+    assert 2 in codes
+
+
+@pytest.fixture(scope="session")
+def strange(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files and folders of every wrong kind."""
+    folder = tmp_path_factory.mktemp("strange")
+    contents = {
+        "empty.safetensors": b"", "text.onnx": b"hello", "a.json": b'{"a": 1}', "deep.json": b"[" * 100_000,
+        "json.safetensors": b'{"a": 1}', "cut.safetensors": b"\x40" + b"\0" * 7 + b"{", "binary.pt": b"\xff\xfe",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    torch.save([1, 2], folder / "list.pt")
+    for name in ("folder", "model", "bundle"):
+        (folder / name).mkdir()
+    (folder / "model" / "config.json").write_bytes(contents["deep.json"])
+    (folder / "bundle" / "bundle.json").write_bytes(contents["deep.json"])
+    return [*sorted(folder.iterdir()), folder / "none"]
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["show", "profile", "bench", "sample", "compress", "export", "verify", "convert", "train"],
+)
+def test_files_of_every_wrong_kind(
+    verb: str, strange: list[Path], saved: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out.png")
+    options = {
+        "sample": ["-o", out], "compress": ["-o", out], "export": ["-o", out], "train": ["-o", out],
+        "verify": [str(saved)], "convert": ["-m", "sit-nano", "-o", out],
+    }  # fmt: skip
+    for path in strange:
+        refusal(verb, str(path), *options.get(verb, []))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_python_raises_is_a_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch, saved: Path
+) -> None:
+    def faulty(*_: object, **__: object) -> None:
+        int("x")
+
+    monkeypatch.setattr("effformer.profile.profile", faulty)
+    result = CliRunner().invoke(main.app, ["profile", str(saved)])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="redirects as POSIX shells do")
+@pytest.mark.parametrize(
+    "redirected",
+    ["", *(pytest.param(r, marks=pytest.mark.slow) for r in (" >&-", " 2>&-"))],
+)
+def test_terminals_that_cannot_print_a_character(redirected: str) -> None:
+    """Nor anything at all."""
+    command = f"'{sys.executable}' -m effformer.cli.main show 'flöw'{redirected}"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        command, shell=True, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert redirected == " 2>&-" or "effformer: unknown name 'fl" in done.stderr

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from typer.testing import CliRunner
 
 import effformer
@@ -156,6 +158,64 @@ def test_train_resumes(tmp_path: Path) -> None:
     assert "lr" in refusal("train", *words, "--resume", "--lr", "0.5")
 
 
+def test_what_was_trained_is_sampled_and_exported(tmp_path: Path) -> None:
+    """A DiT learns our velocity here, not the noise that published ones predict."""
+    run, bundle = str(tmp_path / "run"), str(tmp_path / "bundle")
+    small = ["--set", "patch=1", "--set", "depth=1", "--set", "dim=24"]
+    words = [
+        "--steps",
+        "50",
+        "--batch",
+        "32",
+        "--lr",
+        "5e-3",
+        "--warmup",
+        "5",
+        "--train",
+        "ema=0.9",
+    ]
+    invoke("train", "dit-nano", *small, *words, "-o", run)
+    model = str(tmp_path / "run" / "model")
+
+    def drawn(source: str, *options: str) -> tuple[dict[str, Any], torch.Tensor]:
+        file = tmp_path / "drawn.npy"
+        facts = answer("sample", source, *options, "-o", str(file))
+        return facts, torch.from_numpy(np.load(file))
+
+    facts, samples = drawn(model)
+    assert (facts["steps"], facts["guidance"], facts["sampler"]) == (10, 2.0, "euler")
+    assert 0.3 < samples.std() < 1.5  # 0.75 in the data, 279 if it were taken for noise
+    assert answer("show", model)[0]["trained"]["convention"]["prediction"] == "velocity"
+    own = {"sampler": "heun", "steps": 3, "guidance": 1.5}
+    options = [word for key, value in own.items() for word in (f"--{key}", str(value))]
+    invoke("export", model, *options, "-o", bundle)
+    facts, exported = drawn(bundle)
+    assert own.items() <= facts.items()
+    assert_close(exported, drawn(model, *options)[1], rtol=1e-4, atol=1e-4)
+    facts, exported = drawn(bundle, "--steps", "2", "--seed", "1")
+    assert (facts["steps"], facts["guidance"], facts["sampler"]) == (2, 1.5, "heun")
+    assert_close(
+        exported, drawn(model, *options, "--steps", "2", "--seed", "1")[1], rtol=1e-4, atol=1e-4
+    )
+    done = invoke("convert", model, "--to", "official", "-o", str(tmp_path / "dit.safetensors"))
+    assert "the weights predict the velocity, t = 0 noise, t = 1 data; who reads the official" in (
+        " ".join(done.stderr.split())
+    )
+
+
+def test_the_error_of_a_quantized_graph_is_its_own(saved: Path, tmp_path: Path) -> None:
+    file, plain = str(tmp_path / "m.onnx"), str(tmp_path / "plain.onnx")
+    model = effformer.load_model(saved)
+    with torch.no_grad():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    folder = str(effformer.save_pretrained(model, tmp_path / "model"))
+    exact = answer("export", folder, "-o", plain)["parity"]["max_rel"]
+    data = answer("export", folder, "--quantize", "int4", "-o", file)
+    assert data["parity"]["max_rel"] > 100 * exact
+    assert data["parity"]["path"] == file
+
+
 def test_train_reads_the_old_name_of_its_loss(tmp_path: Path) -> None:
     words = ["train", "sit-nano", "--set", "patch=4", "--steps", "1", "--batch", "2", "--json"]
     done = invoke(*words, "--objective", "pseudo-huber", "-o", str(tmp_path / "run"))
@@ -173,6 +233,7 @@ def test_train_reads_the_old_name_of_its_loss(tmp_path: Path) -> None:
         (("sit-nano", "--steps", "0", "-o", "run"), "steps must be at least 1"),
         (("sit-nano", "--train", "clipp=1", "-o", "run"), "did you mean 'clip'"),
         (("sit-nano", "--loss", "huber", "-o", "run"), "unknown loss"),
+        (("sit-nano", "--loss", "distillation", "-o", "run"), "the tensor 'noise' of the data set"),
     ],
 )
 def test_train_refuses(

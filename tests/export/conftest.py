@@ -27,4 +27,6 @@ def flow() -> Flow:
 @pytest.fixture(scope="session")
 def bundle(flow: Flow, tmp_path_factory: pytest.TempPathFactory) -> BundleReport:
     folder = tmp_path_factory.mktemp("flow") / "bundle"
-    return export_bundle(flow, folder, shape=(1, 8, 8), num_classes=3, null_label=3)
+    return export_bundle(
+        flow, folder, shape=(1, 8, 8), num_classes=3, null_label=3, convention="effformer"
+    )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnx_ir
 import pytest
 from effformer.export import ExportReport, Session, graph, read_graph
@@ -74,7 +75,47 @@ def test_an_interruption_leaves_what_was_there(
     if stage == "save":
         monkeypatch.setattr(onnx_ir, "save", interrupt)
     elif stage == "rename":
-        monkeypatch.setattr(Path, "replace", interrupt)
+        monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         graph.write_graph(model, path, check=interrupt if stage == "check" else None)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def outside(path: Path, location: str) -> None:
+    """A graph that says that its weights lie at a place."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    weight = kind(name="w", data_type=kind.FLOAT, dims=[2, 2], data_location=kind.EXTERNAL)
+    for key, value in (("location", location), ("length", "16")):
+        weight.external_data.add(key=key, value=value)
+    x, y = (helper.make_tensor_value_info(n, kind.FLOAT, [1, 2]) for n in "xy")
+    made = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight]
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model.producer_name = "effformer"
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("location", ["../notes.txt", "link", "notes.txt"])
+def test_weights_elsewhere_are_neither_read_nor_removed(
+    location: str, exported: ExportReport, tmp_path: Path
+) -> None:
+    """Not even by one who pretends to be us: only files under names of ours are removed."""
+    (tmp_path / "m").mkdir()
+    for notes in (tmp_path / "notes.txt", tmp_path / "m" / "notes.txt"):
+        notes.write_bytes(b"sixteen letters!")
+    (tmp_path / "m" / "link").symlink_to(tmp_path / "notes.txt")
+    path = tmp_path / "m" / "m.onnx"
+    outside(path, location)
+    if location != "notes.txt":
+        with pytest.raises(FormatError, match="outside its folder, where nothing is read"):
+            read_graph(path)
+        with pytest.raises(FormatError, match="cannot load it"):
+            Session(path)
+    with pytest.raises(FormatError, match="did not write as graph"):
+        graph.write_graph(graph.load_graph(exported.path), path)
+    graph.write_graph(graph.load_graph(exported.path), path, force=True)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["link", "m.onnx", "notes.txt"]
+    for notes in (tmp_path / "notes.txt", tmp_path / "m" / "notes.txt"):
+        assert notes.read_bytes() == b"sixteen letters!"
+    assert Session(path).outputs == ("output",)

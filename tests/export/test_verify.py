@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from effformer.export import ExportError, ExportReport, VerificationError, export_onnx, verify_onnx
+from effformer.export import (
+    ExportError,
+    ExportReport,
+    Session,
+    VerificationError,
+    export_onnx,
+    verify_onnx,
+)
+from effformer.export.conditions import holds
 from torch import Tensor, nn
 
 from effformer.attention import Core, CoreConfig
@@ -203,3 +212,140 @@ def test_a_graph_that_fails_where_the_model_runs(tmp_path: Path) -> None:
 
     with pytest.raises(VerificationError, match=r"runs at x \(1, 25, 4\), the graph does not"):
         export_onnx(Pairs(), tmp_path / "m.onnx", torch.randn(2, 6, 4), dynamic=TOKENS)
+
+
+def _export(
+    folder: Path, forward: Callable[[Tensor], Tensor], *shape: int, axes: str = "batch tokens"
+) -> ExportReport:
+    """Export a function of one tensor whose leading axes vary, "-" the fixed ones."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(x)
+
+    names = {i: symbol for i, symbol in enumerate(axes.split()) if symbol != "-"}
+    return export_onnx(Model(), folder / "m.onnx", torch.randn(*shape), dynamic={"x": names})
+
+
+@pytest.mark.parametrize(
+    ("branch", "said"),
+    [
+        (lambda x: x.shape[1] < 100, "2 to 99 'tokens' only"),
+        (lambda x: x.shape[0] < 5, "2 to 4 'batch' only"),
+        (lambda x: x.shape[0] * x.shape[1] < 1000, r"where .*tokens.* < 1000 only"),
+        (lambda x: x.shape[1] % 3 == 0, r"where \(tokens % 3\) == 0 only"),
+    ],
+)
+def test_every_branch_on_lengths_is_compared_on_its_other_side(
+    branch: Callable[[Tensor], bool], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(VerificationError, match=said):
+        _export(tmp_path, lambda x: x * 2 if branch(x) else x * 3, 2, 6, 4)
+
+
+def test_what_the_model_refuses_the_report_says(tmp_path: Path) -> None:
+    def pooled(x: Tensor) -> Tensor:
+        if x.shape[2] % 4:
+            raise ValueError("rows of 4")
+        return nn.functional.avg_pool2d(x, 4)
+
+    report = _export(tmp_path, pooled, 2, 1, 12, 16, axes="batch - height")
+    assert "(height % 4) == 0" in report.conditions
+    assert report.parity is not None
+    assert report.parity.conditions == report.conditions
+    assert "(height % 4) == 0" in report.to_dict()["conditions"]
+
+
+def test_equal_axes_are_said(tmp_path: Path) -> None:
+    def one_form(x: Tensor) -> Tensor:
+        return x * 2 if x.shape[1] == x.shape[2] else x * 3
+
+    report = _export(tmp_path, one_form, 2, 6, 6, axes="batch height width")
+    assert report.conditions == ("height == width",)
+
+
+@pytest.mark.parametrize(
+    ("condition", "holds_at"),
+    [
+        ("n % 4 == 0", True), ("(n // 3)*m > 20 or n == 2", False), ("max(1, n) <= 8", True),
+        ("float(n) ** 0.5 > 3.0", False), ("unknown < 3", None), ("n.real < 3", None),
+        ("__import__('os').getpid() > 0", None), ("n %", None), ("n // 0 == 1", None),
+        ("9**9**9**9 > n", None), ("-" * 100_000 + "n", None),
+    ],
+)  # fmt: skip
+def test_conditions_are_read_as_arithmetic(condition: str, holds_at: bool | None) -> None:
+    assert holds(condition, {"n": 8, "m": 5}) is holds_at
+
+
+class Growing(nn.Module):
+    """A table for as many tokens as it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.most:
+            self.most = x.shape[1]
+            table = torch.arange(self.most, dtype=torch.float32).cos()[:, None]
+            self.register_buffer("table", table, persistent=False)
+        return x * self.table[: x.shape[1]]
+
+
+class First(nn.Module):
+    """Divides by the number of tokens that it sees first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: float | None = None
+        self.masks: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = 1 / x.shape[1]
+            self.masks["first"] = x
+        return x * self.scale
+
+
+@pytest.mark.parametrize("kind", [Growing, First])
+def test_caches_are_filled_in_the_graph_and_not_by_trial_runs(
+    kind: type[nn.Module], tmp_path: Path
+) -> None:
+    model, x = kind(), torch.randn(2, 40, 4)
+    report = export_onnx(model, tmp_path / "m.onnx", x[:, :6], dynamic=TOKENS)
+    assert (report.ranges, report.conditions) == ({}, ())
+    assert not dict(model.named_buffers())
+    assert vars(model).get("scale") is None
+    assert not vars(model).get("masks")
+    found = torch.from_numpy(Session(tmp_path / "m.onnx").run({"x": x})["output"])
+    torch.testing.assert_close(found, model(x))
+
+
+def test_a_model_that_remembers_is_refused(tmp_path: Path) -> None:
+    class Mean(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.mul_(0.9).add_(x.mean((0, 1)))
+            return x - self.seen
+
+    with pytest.raises(ExportError, match=r"changes its buffer 'seen'.*take the state as an input"):
+        export_onnx(Mean(), tmp_path / "m.onnx", torch.randn(2, 6, 4), verify=False)
+
+
+def test_half_graphs_are_held_to_the_error_of_the_half_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64))
+    x = torch.randn(2, 256)
+    report = export_onnx(model.half(), tmp_path / "m.onnx", x.half())
+    assert report.parity is not None
+    allowed = [o.allowed for case in report.parity.cases for o in case.outputs]
+    assert 1e-4 < report.parity.max_rel < max(allowed) < 1e-2
+    with torch.no_grad():
+        model[0].weight.mul_(1.02)
+    with pytest.raises(VerificationError, match="differs from torch's"):
+        verify_onnx(tmp_path / "m.onnx", model, x.half())

@@ -248,7 +248,7 @@ def test_initial_values_are_bounded_as_published() -> None:
 def test_bad_configs() -> None:
     with pytest.raises(ValueError, match="inner width 50 is not divisible by 4 learners"):
         ACM(ACM.Config(hidden=50), Site(dim=DIM))
-    with pytest.raises(ValueError, match="0 <= least < learners, got least=4"):
+    with pytest.raises(ValueError, match="needs least < learners, got least=4"):
         ACM.Config(least=4)
     with pytest.raises(ValueError, match=r"fixed must lie in \[1, 4\], got 0"):
         ACM.Config(least=1, fixed=0)

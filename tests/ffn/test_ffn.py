@@ -62,9 +62,9 @@ def test_dropout_only_in_training() -> None:
 
 
 def test_bad_configs() -> None:
-    with pytest.raises(ValueError, match="inner width must be positive, got ratio=0"):
+    with pytest.raises(ValueError, match="ratio must be positive, got 0"):
         MLP.Config(ratio=0.0)
-    with pytest.raises(ValueError, match=r"inner width must be positive.*hidden=0"):
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         MLP.Config(hidden=0)
     with pytest.raises(ValueError, match="unknown value 'gleu'; did you mean 'gelu'"):
         MLP.Config.from_dict({"act": "gleu"})

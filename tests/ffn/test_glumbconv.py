@@ -76,7 +76,7 @@ def test_context_that_it_cannot_honour() -> None:
             part(x, Context(grid=grid))
     with pytest.raises(ValueError, match=r"grid \(3, 3\) does not fit 6 tokens"):
         part(x, Context(grid=(3, 3)))
-    with pytest.raises(ValueError, match="kernel must be odd, got 4"):
+    with pytest.raises(ValueError, match=r"kernel must be one of 1, 3, 5, \.\.\., got 4"):
         GLUMBConv.Config(kernel=4)
 
 

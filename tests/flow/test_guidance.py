@@ -144,7 +144,7 @@ def test_errors(case: Any) -> None:
         guided(net, 2.0, null={"y": 5})(x, t, y=3)
     with pytest.raises(ValueError, match="null is empty"):
         Guidance(2.0, {})
-    with pytest.raises(ValueError, match="'all' or >= 1"):
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
         Guidance(2.0, {"y": 5}, channels=0)
     with pytest.raises(ValueError, match="is empty"):
         Guidance(2.0, {"y": 5}, interval=(0.7, 0.2))

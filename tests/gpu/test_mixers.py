@@ -1,4 +1,4 @@
-"""Every token mixer on a CUDA device, against the same weights in float64 on the CPU."""
+"""Every part on a device, against the same weights in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -6,54 +6,82 @@ from typing import Any
 
 import pytest
 import torch
-from contract import MIXERS, caps_of, context_for, make_mixer, spikes, tokens
+from contract import (
+    BLOCKS,
+    FFNS,
+    MIXERS,
+    caps_of,
+    context_for,
+    make_block,
+    make_ffn,
+    make_mixer,
+    spikes,
+    tokens,
+)
+from devices import DEVICES
+from precision import KINDS, assert_near, lowered, passed
 from torch import Tensor, nn
 
+from effformer import registry
+
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.parametrize("device", DEVICES),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),
 ]
-FORMS = [(n, c) for n in MIXERS for c in (False, True) if caps_of(n).satisfies(causal=c)]
-SLACK = {torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-CHOOSES = ("reformer", "topk")
-"""Hashes and ranks flip where numbers are rounded."""
+PARTS = [
+    ("attention", n, c) for n in MIXERS for c in (False, True) if caps_of(n).satisfies(causal=c)
+]
+PARTS += [("ffn", n, False) for n in FFNS] + [("block", n, False) for n in BLOCKS]
+CHOOSES = ("acm", "moe", "reformer", "topk")
+"""Hashes, ranks and gates flip where numbers are rounded, as spikes do."""
+LONG = ("flow", "sana", "gla", "gated-delta", "kda", "ssd", "retention")
 
 
-def run(part: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the gradient of the tokens."""
-    x = x.clone().requires_grad_()
-    out = part(x, context_for(part, x))
-    out.float().square().mean().backward()
-    assert x.grad is not None
-    return out.detach(), x.grad
+def made(kind: str, name: str, causal: bool) -> nn.Module:
+    if kind == "attention":
+        return make_mixer(name, causal=causal)
+    if kind == "ffn":
+        return make_ffn(name)
+    return make_block(name, cond=registry.block.get(name).caps.cond != "never")
 
 
-def far(actual: Tensor, expected: Tensor) -> float:
+def call(part: nn.Module, x: Tensor) -> Tensor:
+    return part(x, context_for(part, x))
+
+
+def largest(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest value."""
     return float((actual.double().cpu() - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("dtype", SLACK, ids=str)
-@pytest.mark.parametrize(("name", "causal"), FORMS)
-def test_equals_the_cpu(name: str, causal: bool, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    part: Any = make_mixer(name, causal=causal).to(dtype)
-    x = tokens(dtype=dtype)
-    expected = [y.detach().clone() for y in run(part.double(), x.double())]
-    found = run(part.to(dtype).cuda(), x.cuda())
-    assert all(y.isfinite().all() for y in found)
-    if dtype != torch.float32 and (name in CHOOSES or spikes(part)):
+@pytest.mark.parametrize(("kind", "name", "causal"), PARTS)
+def test_float32(kind: str, name: str, causal: bool, device: str) -> None:
+    part, x = made(kind, name, causal), tokens()
+    weights = torch.randn_like(x).double()
+    found = passed(part.to(device), x.to(device), call, weights, None)
+    right = passed(part.cpu().double(), x.double(), call, weights, None)
+    assert largest(found.out, right.out) < 2e-4
+    assert largest(found.grad, right.grad) < 1e-3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize(("kind", "name", "causal"), PARTS)
+def test_half(kind: str, name: str, causal: bool, precision: str, device: str) -> None:
+    part, x = made(kind, name, causal), tokens()
+    if not spikes(part) and name not in CHOOSES:
+        assert_near(part, x * 10, precision, call, device=device)
         return
-    assert far(found[0], expected[0]) < SLACK[dtype]
-    if dtype == torch.float32:
-        assert far(found[1], expected[1]) < 1e-3
+    low, x, _ = lowered(part, x, precision)
+    weights = torch.randn_like(x).double()
+    found: Any = passed(low.to(device), x.to(device), call, weights, KINDS[precision][1])
+    assert found.out.isfinite().all()
+    assert found.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_autocast_stays_finite(name: str) -> None:
-    part = make_mixer(name).cuda()
-    x = tokens().cuda()
-    for dtype in (torch.float16, torch.bfloat16):
-        with torch.autocast("cuda", dtype):
-            out = part(x, context_for(part, x))
-        assert out.isfinite().all()
+@pytest.mark.parametrize("n", [4096, 16384, 65536])
+@pytest.mark.parametrize("name", LONG)
+def test_many_tokens(name: str, n: int, device: str) -> None:
+    if device == "cpu" and n > 4096:
+        pytest.skip("minutes on a CPU")
+    x, here = tokens(n, 1), {"device": device, "exact_on": device}
+    assert_near(make_mixer(name), x, "bfloat16", call, **here, backward=False)

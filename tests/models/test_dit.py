@@ -148,9 +148,10 @@ def test_swaps(block: str, attn: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 def test_layouts_lose_nothing(layout: str, tmp_path: Path) -> None:
-    model = awake()
+    options = {**SMALL, "time_freq_shift": int(layout == "diffusers")}
+    model = awake(**options)
     path = effformer.save_weights(model, tmp_path / "w.safetensors", layout)
-    again = effformer.build_model("dit-nano", **SMALL).eval()
+    again = effformer.build_model("dit-nano", **options).eval()
     report = effformer.load_weights(again, path)
     assert report.layout == layout
     assert (report.missing, report.unexpected, report.reshaped) == ((), (), ())
@@ -196,7 +197,10 @@ def test_agrees_with_diffusers(shift: int, eps: float, patch: int) -> None:
         "dit-nano", **SMALL, patch=patch, time_freq_shift=shift, ffn_norm_eps=eps
     ).eval()
     state = theirs.state_dict()
-    assert effformer.load_weights(ours, state).layout == "diffusers"
+    # diffusers itself has shift 1; the twin with 0 is patched
+    report = effformer.load_weights(ours, state, strict=shift == 1)
+    assert (report.layout, report.missing, report.unexpected) == ("diffusers", (), ())
+    assert report.differs == (() if shift else ("time_freq_shift=0 (1 there)",))
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 417, 999]), torch.tensor([0, 9, 10])
     expected = theirs(x, timestep=t, class_labels=y).sample
     torch.testing.assert_close(ours(x, t, y), expected, rtol=1e-4, atol=1e-5)
@@ -240,8 +244,8 @@ def test_position_table_is_the_published_one() -> None:
     ("options", "error", "message"),
     [
         ({"input_size": 9}, ValueError, "not divisible by patch 2; patches that fit: 1, 3, 9"),
-        ({"patch": 0}, ValueError, "dit-nano: patch must be at least 1, got 0"),
-        ({"channels": 0}, ValueError, "dit-nano: channels must be at least 1, got 0"),
+        ({"patch": 0}, ValueError, "dit-nano.patch must be at least 1, got 0"),
+        ({"channels": 0}, ValueError, "dit-nano.channels must be at least 1, got 0"),
         ({"input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
         ({"num_classes": -1}, ValueError, "num_classes must be at least 1, got -1"),
         ({"dim": 50}, ValueError, "dim must be divisible by 4"),

@@ -60,9 +60,11 @@ def test_it_is_the_dit_with_both_slots_filled() -> None:
 @pytest.mark.parametrize("name", ["dit-nano", "sit-nano"])
 @pytest.mark.parametrize("layout", ["official", "diffusers", "effformer"])
 def test_starts_as_the_dit_whose_weights_it_loads(name: str, layout: str, tmp_path: Path) -> None:
-    dense = awake(name)
+    shift = int(layout == "diffusers")
+    dense = awake(name, time_freq_shift=shift)
     path = effformer.save_weights(dense, tmp_path / "dit.safetensors", layout)
-    model = effformer.build_model(name, **SMALL, width="dynamic", tokens="dynamic").eval()
+    gates = {"width": "dynamic", "tokens": "dynamic"}
+    model = effformer.build_model(name, **SMALL, **gates, time_freq_shift=shift).eval()
     report = effformer.load_weights(model, path)
     assert report.missing
     assert all(".gates." in key for key in report.missing)
@@ -230,7 +232,7 @@ def test_a_vit_takes_tokens_and_refuses_width() -> None:
         ({"width": {"groups": 1}}, "groups must be at least 2"),
         ({"width": {"tau": 0.0}}, "tau must be positive"),
         ({"tokens": {"reduction": 0}}, "reduction must be at least 1"),
-        ({"tokens": {"threshold": 1.0}}, r"threshold lie in \(0, 1\)"),
+        ({"tokens": {"threshold": 1.0}}, r"threshold must lie in \(0, 1\)"),
         ({"heads": 1}, r"blocks\.0\.width\.attn: a gate needs at least 2 units, got 1"),
         ({"width": "dynamik"}, r"unknown width 'dynamik'; did you mean 'dynamic'\?"),
     ],

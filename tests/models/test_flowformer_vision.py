@@ -71,7 +71,7 @@ def test_saves_and_loads(tmp_path: Path) -> None:
 def test_bad_input_and_configs() -> None:
     with pytest.raises(ValueError, match=r"x: expected shape \(B, 3, 16, 16\), got \(1, 3, 8, 8\)"):
         build()(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"must have one entry >= 1 per stage"):
+    with pytest.raises(ValueError, match=r"must have one entry per stage"):
         build(dims=(12, 24, 48))
     with pytest.raises(ValueError, match="input_size 20 is not divisible by 8"):
         build(input_size=20)

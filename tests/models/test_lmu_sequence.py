@@ -58,7 +58,7 @@ def test_bad_input() -> None:
         model(torch.rand(2, 0, 1))
     with pytest.raises(ValueError, match="streaming needs evaluation mode"):
         model.train().step(torch.rand(2, 1, 1), model.init_state(2))
-    with pytest.raises(ValueError, match="front must be at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="front must be at least 1, got 0"):
         build(front=0)
     with pytest.raises(ValueError, match="hidden must be at least 1"):
         build(hidden=0)

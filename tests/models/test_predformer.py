@@ -239,7 +239,7 @@ def test_two_units_are_written_in_both_ways(tmp_path: Path) -> None:
         ("tsst", {}, "official-factorized", "one unit over space and one over time"),
         ("ts", {"transposed_head": True}, "official", "use layout 'official-factorized'"),
         ("ts", {"block": {"unit": 2}}, "official", "have no official name"),
-        ("ts", {"block": "prenorm"}, "official", "official keys are those of gated blocks"),
+        ("ts", {"block": "prenorm"}, "official", "has no block='prenorm'"),
     ],
 )
 def test_what_has_no_official_form_is_refused(

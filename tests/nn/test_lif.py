@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from effformer.nn.lif import LIF
 
@@ -33,6 +35,23 @@ def by_hand(x: list[float], c: LIF.Config) -> tuple[list[float], float]:
     return spikes, v
 
 
+def unrolled(x: Tensor, v: Tensor, c: LIF.Config) -> tuple[Tensor, Tensor]:
+    """The equations, token by token, differentiated by autograd."""
+    fired, rest = [], c.reset or 0.0
+    for token in x.unbind(1):
+        charged = v + (token - (v - rest)) / c.tau
+        if not c.decay_input:
+            charged = v - (v - rest) / c.tau + token
+        soft = torch.sigmoid(c.alpha * (charged - c.threshold))
+        spike = (charged >= c.threshold).to(x.dtype) + (soft - soft.detach())
+        resets = spike.detach() if c.detach_reset else spike
+        v = charged - resets * c.threshold
+        if c.reset is not None:
+            v = (1 - resets) * charged + resets * c.reset
+        fired.append(spike)
+    return torch.stack(fired, dim=1), v
+
+
 @pytest.mark.parametrize("options", VARIANTS)
 def test_values(options: dict[str, Any]) -> None:
     config = LIF.Config(**options)
@@ -48,13 +67,12 @@ def test_values(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", VARIANTS)
 def test_the_gradient_is_that_of_the_unrolled_equations(options: dict[str, Any]) -> None:
-    lif = LIF(LIF.Config(**options))
+    config = LIF.Config(**options)
     x = (torch.randn(2, 30, 3, dtype=torch.float64) * 2).requires_grad_()
     v = torch.rand(2, 3, dtype=torch.float64).requires_grad_()
     g, h = torch.randn(2, 30, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     results = []
-    for form in (lif, lif.unrolled):
-        spikes, last = form(x, v)
+    for spikes, last in (LIF(config)(x, v), unrolled(x, v, config)):
         grads = torch.autograd.grad((spikes * g).sum() + (last * h).sum(), (x, v))
         results.append((spikes, last, *grads))
     for ours, plain in zip(*results, strict=True):
@@ -82,7 +100,25 @@ def test_pieces_equal_the_whole() -> None:
 
 
 def test_bad_configs() -> None:
-    with pytest.raises(ValueError, match="tau must exceed 1 and alpha 0, got tau=1"):
+    with pytest.raises(ValueError, match="tau must be above 1, got 1"):
         LIF.Config(tau=1.0)
     with pytest.raises(ValueError, match="threshold must exceed the reset potential"):
         LIF.Config(threshold=0.2, reset=0.5)
+
+
+@pytest.mark.parametrize("options", [VARIANTS[0], VARIANTS[-1]])
+def test_one_compiled_graph_serves_every_length_forward_and_backward(
+    options: dict[str, Any],
+) -> None:
+    lif, counter = LIF(LIF.Config(**options)), CompileCounterWithBackend("aot_eager")
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(lif, fullgraph=True, dynamic=True, backend=counter)
+    for n in (5, 300, 7):
+        x = (torch.randn(2, n, 3) * 2).requires_grad_()
+        for found, expected in zip(compiled(x), lif(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        grads = [torch.autograd.grad(form(x)[0].sum(), x)[0] for form in (compiled, lif)]
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1] > 0

@@ -330,11 +330,11 @@ def test_text_json_and_html(tmp_path) -> None:
         assert words in text
     p.save(tmp_path / "cost.json")
     data = json.loads((tmp_path / "cost.json").read_text())
-    assert data == json.loads(json.dumps(p.to_dict()))
+    assert data == {"generator": "effformer:profile", **json.loads(json.dumps(p.to_dict()))}
     assert data["total"] == p.total
     assert data["flops"] == 2 * p.total
     p.save(tmp_path / "cost.txt")
-    assert (tmp_path / "cost.txt").read_text() == text + "\n"
+    assert (tmp_path / "cost.txt").read_text() == f"{text}\n\neffformer:profile\n"
     p.save(tmp_path / "cost.html")
     page = (tmp_path / "cost.html").read_text()
     for words in ("<!doctype html>", "By module", "Other counters", "prefers-color-scheme"):
@@ -350,6 +350,8 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     p = profile(Net(), torch.randn(3, 8))
     target = tmp_path / "cost.json"
     target.write_text("old")
+    with pytest.raises(FormatError, match="did not write as profile"):
+        p.save(target)
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -357,7 +359,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with monkeypatch.context() as broken:
         broken.setattr("os.replace", full_disk)
         with pytest.raises(OSError, match="No space"):
-            p.save(target)
+            p.save(target, force=True)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
     p.save(tmp_path / "new" / "cost.json")

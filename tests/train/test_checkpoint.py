@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,15 +81,20 @@ def test_killed_before_the_description_was_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["format"] == 1
 
 
+def begun(path: Path) -> None:
+    """A run that came to a checkpoint."""
+    run(path).save(5, {"model.a": torch.zeros(1)}, STATE, keep=1)
+
+
 def test_present_run_needs_resume(tmp_path: Path) -> None:
-    run(tmp_path)
+    begun(tmp_path)
     with pytest.raises(ValueError, match="already holds a run; pass resume=True"):
         run(tmp_path)
     run(tmp_path, resume=True)
 
 
 def test_other_run_is_refused_and_says_what_differs(tmp_path: Path) -> None:
-    run(tmp_path)
+    begun(tmp_path)
     other = {"config": {"steps": 10, "lr": 0.2}, "data": {"sha256": "abc", "name": "x"}}
     message = r"config\.lr was 0\.1 and is 0\.2; data\.name was 'absent' and is 'x'$"
     with pytest.raises(ValueError, match=message):
@@ -176,3 +184,124 @@ def test_metrics_that_are_none(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(FormatError, match="line 2"):
         read_metrics(path)
+
+
+# -- one process at a time, and damage ------------------------------------------------------------
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on .*, since 2"):
+        run(tmp_path, resume=True)
+    first.close()
+    run(tmp_path, resume=True).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "run.json"]
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from effformer.train.checkpoint import RunFolder
+held = RunFolder(Path(sys.argv[1]), {"config": {"steps": 10, "lr": 0.1}, "data": {"sha256": "abc"}}, resume=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"is in use by process {owner.pid} on"):
+            run(tmp_path, resume=True)
+    finally:
+        owner.kill()
+        owner.communicate()
+    assert (tmp_path / "run.lock").exists()
+    run(tmp_path, resume=True)
+
+
+def test_where_the_system_has_no_locks_the_owner_must_be_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", none)
+    first = run(tmp_path)
+    with pytest.raises(ValueError, match="is in use by"):
+        run(tmp_path, resume=True)
+    monkeypatch.setattr("effformer.train.lock.alive", lambda pid: False)
+    run(tmp_path, resume=True)
+    first.close()
+
+
+def test_a_run_without_a_checkpoint_gives_way_to_the_corrected_one(tmp_path: Path) -> None:
+    failed = run(tmp_path)
+    failed.log({"step": 1, "loss": 2.0})
+    failed.close()
+    other = {"config": {"steps": 20, "lr": 0.2}}
+    again = run(tmp_path, identity=other)
+    assert again.restore() is None
+    assert read_metrics(tmp_path) == []
+    again.close()
+    (tmp_path / "model").mkdir()  # its checkpoints are gone, what it led to is not
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(tmp_path)
+
+
+def flip(path: Path, where: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[where] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_flipped_bit_is_found_and_the_older_checkpoint_used(tmp_path: Path) -> None:
+    folder = run(tmp_path)
+    for step in (5, 10):
+        state = {**STATE, "step": step}
+        path = folder.save(step, {"model.a": torch.full((9,), float(step))}, state, keep=2)
+        folder.log({"step": step, "loss": 1.0})
+    flip(path, -1)
+    with pytest.raises(FormatError, match=r"step-00000010.* is damaged \(its checksum differs\)"):
+        read_checkpoint(path)
+    with pytest.warns(UserWarning, match=r"step-00000010.*going on from step-00000005"):
+        assert read_checkpoint(tmp_path)[1]["step"] == 5
+    with pytest.warns(UserWarning, match="is damaged"):
+        found = folder.restore()
+    assert found is not None
+    assert found[1][1]["step"] == 5
+    assert [r["step"] for r in read_metrics(tmp_path)] == [5]
+    folder.save(7, {"model.a": torch.zeros(9)}, {**STATE, "step": 7}, keep=1)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000007.safetensors", "step-00000010.damaged",
+    ]  # fmt: skip
+    flip(tmp_path / "checkpoints" / "step-00000007.safetensors", -1)
+    with pytest.raises(FormatError, match="is damaged"):
+        folder.restore()
+
+
+def test_checkpoints_without_a_checksum_are_read(tmp_path: Path) -> None:
+    places = tmp_path / "checkpoints"
+    places.mkdir()
+    save_file(
+        {"model.a": torch.ones(2)},
+        places / "step-00000005.safetensors",
+        metadata={"effformer": json.dumps(STATE)},
+    )
+    assert read_checkpoint(tmp_path)[1] == STATE
+
+
+def test_nothing_is_loaded_unless_everything_fits(tmp_path: Path) -> None:
+    net = nn.Linear(2, 2)
+    tensors = {"model.weight": torch.ones(2, 2), "model.bias": torch.ones(2)}
+    averaged = {"ema.weight": torch.ones(3, 2), "ema.bias": torch.ones(2)}
+    path = run(tmp_path).save(5, tensors | averaged, STATE, keep=1)
+    message = r"averaged weights of .*: weight is \(3, 2\), the model has \(2, 2\); build"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path, net)
+    assert not torch.equal(net.weight, torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"missing: 0\.bias, 0\.weight; unexpected: bias, weight"):
+        load_checkpoint(path, nn.Sequential(net), weights="raw")

@@ -82,3 +82,22 @@ def test_errors() -> None:
     state["shadow"] = {"0": torch.zeros(3)}
     with pytest.raises(ValueError, match=r"0 is \(3,\), expected \(2,\)"):
         ema.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_averages_of_half_precision_move(dtype: torch.dtype) -> None:
+    """A step of 1e-4 of the difference is below the rounding of every half precision."""
+    model = nn.Linear(4, 4).to(dtype)
+    ema, start = EMA(model, decay=0.9999, warmup=False), model.weight.detach().double()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for _ in range(1000):
+        ema.update(model)
+    expected = start + (1 - 0.9999**1000) * (model.weight.double() - start)
+    torch.testing.assert_close(ema.shadow["weight"].double(), expected, rtol=1e-4, atol=1e-4)
+    again = EMA(model, decay=0.5)
+    again.load_state_dict(ema.state_dict())
+    assert torch.equal(again.shadow["weight"], ema.shadow["weight"])
+    ema.copy_to(model)
+    assert model.weight.dtype == dtype
+    again.load_state_dict({**ema.state_dict(), "shadow": dict(model.named_parameters())})

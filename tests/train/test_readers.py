@@ -122,3 +122,18 @@ def test_rotation_of_cameras_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     Image.new("L", (6, 4)).save(tmp_path / "cat" / "a.jpg", exif=exif)
     assert load_data(tmp_path)["x"].shape == (1, 1, 6, 4)
+
+
+def test_what_would_unpack_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    head = bytes([0, 0, 8, 3]) + struct.pack(">3i", 10**6, 10**3, 10)
+    write(tmp_path / "a", head + bytes(100), idx(LABELS))
+    with pytest.raises(FormatError, match="announces 1000000 x 1000 x 10 values; read are 1 to"):
+        load_data(str(tmp_path / "a"))
+    (tmp_path / "b" / "class").mkdir(parents=True)
+    picture = tmp_path / "b" / "class" / "x.bmp"
+    Image.new("L", (4, 4)).save(picture)
+    raw = bytearray(picture.read_bytes())
+    raw[18:26] = struct.pack("<2i", 30_000, 30_000)
+    picture.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"x\.bmp: announces more than .* pixels; shrink it"):
+        load_data(str(tmp_path / "b"))

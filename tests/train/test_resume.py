@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import effformer
@@ -146,6 +151,31 @@ def test_stopped_before_the_first_checkpoint(
         start(tmp_path, interrupted)
     assert read_metrics(tmp_path)[-1]["step"] == 4
     torch.testing.assert_close(start(tmp_path), uninterrupted[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, s: ({k: v for k, v in t.items() if "optimizer" not in k}, s), "has 0 of"),
+        (lambda t, s: (dict(list(t.items())[:-1]), s), "of the optimizer, without which"),
+        (lambda t, s: (t, s | {"step": 39}), "written at step 39, its name says 40"),
+        (lambda t, s: (t, s | {"step": -1}), "step -1 is no number of steps"),
+        (lambda t, s: (t, s | {"step": 40.0}), "step 40.0 is no number of steps"),
+        (lambda t, s: (t, s | {"seconds": None}), "seconds None are no time"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_continued_is_refused(
+    change: Callable[..., Any],
+    message: str,
+    uninterrupted: tuple[dict[str, Tensor], Path],
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(uninterrupted[1], tmp_path / "run")
+    file = max((tmp_path / "run/checkpoints").iterdir())
+    tensors, state = change(*read_checkpoint(file))
+    save_file(tensors, file, metadata={"effformer": json.dumps(state)})
+    with pytest.raises(FormatError, match=message):
+        start(tmp_path / "run")
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted: tuple[dict[str, Tensor], Path]) -> None:

@@ -192,7 +192,7 @@ def test_bad_input() -> None:
         AdaptiveScheme(ffn=False, projections=False)
     with pytest.raises(ValueError, match="learners must be at least 1"):
         AdaptiveScheme(learners=0)
-    with pytest.raises(ValueError, match=r"budget must lie in \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match=r"target must lie in \(0, 1\], got 0"):
         Budgeted(task=Classification(), target=0.0)
     with pytest.raises(CapabilityError, match="no gate reported to the ledger"):
         loss_of(Budgeted(task=Classification(), target=0.5), dense, batch(dense))

@@ -60,7 +60,10 @@ def _check_bert(
         layers=layers,
         pooler=False,
     ).eval()
-    effformer.load_weights(model, golden.weights())
+    # the attention of some blocks approximates that of the weights
+    report = effformer.load_weights(model, golden.weights(), strict=False)
+    assert not report.missing
+    assert not report.unexpected
     if removed is not None:
         _remove(model, removed, c["weight_group_size"])
     with torch.no_grad():

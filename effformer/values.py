@@ -1,0 +1,268 @@
+"""Values of options: what a field accepts stands in its type, and is checked in one place.
+
+``features: Count | None = None`` says that a number must be at least 1 where there is one. A plain
+``int`` or ``float`` is any finite number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from .checks import unknown
+
+__all__ = [
+    "Chance", "Check", "Count", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion", "Positive",
+    "Range", "Real", "Seed", "check_fields", "checker", "plain",
+]  # fmt: skip
+
+Check = Callable[[Any, str], Any]
+"""(value, its place in words) -> the value as it is kept; refuses what does not fit."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """Finite numbers between two ends.
+
+    Attributes:
+        low: smallest number.
+        high: largest number.
+        above: ``low`` itself is excluded.
+        below: ``high`` itself is excluded.
+        step: distance of the numbers from ``low`` on; 0 for all of them.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    step: int = 0
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            -math.inf < value < math.inf
+            and (value > self.low if self.above else value >= self.low)
+            and (value < self.high if self.below else value <= self.high)
+            and (not self.step or (value - self.low) % self.step == 0)
+        )
+
+    def __str__(self) -> str:
+        if self.step:
+            return f"be one of {', '.join(f'{self.low + i * self.step:g}' for i in range(3))}, ..."
+        if self.high < math.inf and self.low > -math.inf:
+            ends = "(" if self.above else "[", ")" if self.below else "]"
+            return f"lie in {ends[0]}{self.low:g}, {self.high:g}{ends[1]}"
+        if self.high < math.inf:
+            return f"be below {self.high:g}" if self.below else f"be at most {self.high:g}"
+        if self.low > -math.inf:
+            positive = "be positive" if self.low == 0 else f"be above {self.low:g}"
+            return positive if self.above else f"be at least {self.low:g}"
+        return "be finite"
+
+
+Natural = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+Odd = Annotated[int, Range(1, step=2)]
+Even = Annotated[int, Range(2, step=2)]
+Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
+Real = Annotated[float, Range()]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Fraction = Annotated[float, Range(0, 1)]
+Portion = Annotated[float, Range(0, 1, above=True)]
+Chance = Annotated[float, Range(0, 1, below=True)]
+
+
+def check_fields(one: Any) -> None:
+    """Check the fields of a dataclass against their types. Lists become tuples where a tuple is asked
+    for, whole numbers become floats, dicts become the configs that they describe.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside of its range or choices.
+    """
+    for name, where, check in _plan(type(one)):  # type: ignore[arg-type]
+        value = getattr(one, name)
+        kept = check(value, where)
+        if kept is not value:
+            object.__setattr__(one, name, kept)
+
+
+@functools.cache
+def _plan(cls: type[Any]) -> tuple[tuple[str, str, Check], ...]:
+    """Name, place and check of every field. A field says in its metadata if it has a check of its own,
+    made of its type, or a ``short`` form, a function of a string that stands for the value.
+    """
+    types_ = typing.get_type_hints(cls, include_extras=True)
+    plan = []
+    for f in dataclasses.fields(cls):
+        check = f.metadata.get("checker", checker)(types_[f.name])
+        if "short" in f.metadata:
+            check = functools.partial(_written_out, f.metadata["short"], check)
+        plan.append((f.name, f"{cls.__qualname__}.{f.name}", check))
+    return tuple(plan)
+
+
+def _written_out(short: Callable[[str], Any], check: Check, value: Any, where: str) -> Any:
+    """Check what a short form stands for."""
+    try:
+        value = short(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return check(value, where)
+
+
+def checker(hint: Any) -> Check:
+    """The check of values against a type.
+
+    Args:
+        hint: a class, ``int`` or ``float`` with or without a `Range`, a union, a tuple, a mapping, a
+            choice (`Literal`), or ``Any``.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return lambda value, where: value
+    if origin is Annotated:
+        rules = [rule for rule in args[1:] if isinstance(rule, Range)]
+        return _number(args[0], rules[0]) if rules else checker(args[0])
+    if hint is int or hint is float:
+        return _number(hint, Range())
+    if origin in (Union, types.UnionType):
+        return _union(args)
+    if origin is Literal:
+        return _choice(args)
+    if origin is tuple:
+        return _tuple(args)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _mapping
+    return _instance(origin or hint)
+
+
+def _number(kind: Any, rule: Range) -> Check:
+    accepted: Any = int if kind is int else (int, float)
+
+    def check(value: Any, where: str) -> Any:
+        if type(value) is kind:
+            if value in rule:
+                return value
+            raise ValueError(f"{where} must {rule}, got {value!r}")
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            raise TypeError(f"{where}: expected {kind.__name__}, got {_shown(value)}")
+        if value in rule and abs(value) < _LARGEST:
+            return kind(value)
+        raise ValueError(f"{where} must {rule}, got {value!r}")
+
+    return check
+
+
+_LARGEST = 10**308  # of whole numbers that a float can hold
+
+
+def _union(args: tuple[Any, ...]) -> Check:
+    empty = type(None) in args
+    options = [option for option in args if option is not type(None)]
+    checks = [checker(option) for option in options]
+
+    def check(value: Any, where: str) -> Any:
+        if value is None and empty:
+            return None
+        errors: list[Exception] = []
+        for one in checks:
+            try:
+                return one(value, where)
+            except (TypeError, ValueError) as error:
+                errors.append(error)
+        outside = [e for e in errors if type(e) is ValueError and not isinstance(value, str)]
+        if outside or len(errors) == 1 or isinstance(value, Mapping):
+            raise (outside or errors)[0]
+        words = " or ".join(map(_words, options))
+        raise TypeError(f"{where}: expected {words}, got {_shown(value)}")
+
+    return check
+
+
+def _choice(args: tuple[Any, ...]) -> Check:
+    kinds = {type(a) for a in args}
+
+    def check(value: Any, where: str) -> Any:
+        if type(value) in kinds and value in args:
+            return value
+        if type(value) not in kinds:
+            raise TypeError(f"{where}: expected {_words(Literal[args])}, got {_shown(value)}")
+        raise unknown("value", str(value), [str(a) for a in args], where=where)
+
+    return check
+
+
+def _tuple(args: tuple[Any, ...]) -> Check:
+    many = args[-1] is Ellipsis
+    each = [checker(a) for a in args if a is not Ellipsis]
+
+    def check(value: Any, where: str) -> Any:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{where}: expected a list, got {_shown(value)}")
+        if not many and len(value) != len(each):
+            raise ValueError(f"{where}: expected {len(each)} values, got {len(value)}")
+        checks = each * len(value) if many else each
+        kept = tuple(
+            one(v, f"{where}[{i}]") for i, (one, v) in enumerate(zip(checks, value, strict=True))
+        )
+        same = type(value) is tuple and all(a is b for a, b in zip(kept, value, strict=True))
+        return value if same else kept
+
+    return check
+
+
+def _mapping(value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where}: expected a dict, got {_shown(value)}")
+    return plain(value)
+
+
+def _instance(kind: Any) -> Check:
+    read = getattr(kind, "from_dict", None)
+
+    def check(value: Any, where: str) -> Any:
+        if isinstance(value, kind):
+            return value
+        if read is not None and isinstance(value, Mapping):
+            return read(value, where=where)
+        raise TypeError(f"{where}: expected {_words(kind)}, got {_shown(value)}")
+
+    return check
+
+
+def _words(hint: Any) -> str:
+    """What a type accepts, for people."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _words(get_args(hint)[0])
+    if origin is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if origin is tuple:
+        return "a list"
+    if hasattr(hint, "from_dict"):
+        return f"{hint.__qualname__} or a dict of its options"
+    return str(getattr(hint, "__name__", hint))
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON values: configs and mappings as dicts, tuples as lists."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

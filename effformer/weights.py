@@ -1,0 +1,257 @@
+"""Files of weights: which of the tensors in them are the model's, and what the files say about the
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from .checks import FormatError
+from .files import read_json
+from .layout import StateDict
+from .pickled import read_pickled
+from .wrapped import COUNT, plain_keys
+
+__all__ = ["TRAINED", "WeightFile", "open_weights", "unshared", "with_trained"]
+
+TRAINED = "effformer.trained"
+"""Key of the metadata of a safetensors file that says what the weights were trained to predict."""
+
+_AVERAGED = re.compile(r"(.*[_.-])?(ema|swa|avg|averaged?|shadow|polyak|teacher)\d*([_.-].*)?")
+_RAW = (
+    "state_dict", "model_state_dict", "model", "module", "model_state", "net", "network", "params", "weights",
+    "student", "online", "generator",
+)  # fmt: skip
+_FACTS = (
+    "args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_kwargs", "model_config", "model_cfg",
+)  # fmt: skip
+_NAMES = ("arch", "architecture", "model_name", "model")
+_FOREIGN = ("model_type", "_class_name", "architecture", "architectures", "effformer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """What a file of weights holds.
+
+    Attributes:
+        where: the file, for messages.
+        tensors: the weights by name.
+        weights: the entry that they stood in, such as "state_dict_ema"; "" for the file itself.
+        averaged: that entry is an average over training.
+        facts: what the file, or the ``config.json`` beside it, says about the model.
+        trained: what the weights were trained to predict, None if the file does not say it.
+    """
+
+    where: str
+    tensors: StateDict
+    weights: str = ""
+    averaged: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    trained: Mapping[str, Any] | None = None
+
+
+def open_weights(
+    source: str | Path | Mapping[str, Any] | WeightFile,
+    weights: str = "auto",
+    config: Mapping[str, Any] | None = None,
+    own: Collection[str] = (),
+) -> WeightFile:
+    """Read weights from safetensors, from a torch file with ``weights_only=True``, or from a state
+    dict that is in memory.
+
+    Args:
+        source: the file, what it would hold, or one that was opened before.
+        weights: "auto" takes averaged weights where there are some, "ema" asks for them, "raw" for
+            those that the optimizer holds; or the name of an entry.
+        config: what the weights' own model was told, instead of what the file says about it.
+        own: keys of the model that the weights are for, which tell its own names from those that
+            wrappers put into keys.
+
+    Raises:
+        FormatError: missing, truncated or foreign file, one that would run code when unpickled, or
+            one without such weights.
+    """
+    entries: Mapping[str, Any]
+    if isinstance(source, WeightFile):
+        return source
+    if isinstance(source, Mapping):
+        where, entries = "state dict", source
+    else:
+        where, entries = str(source), _read_file(Path(source))
+    path, tensors = _find(entries, weights, where)
+    if not tensors:
+        raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
+    averaged = any(_AVERAGED.fullmatch(name) for name in path)
+    names = plain_keys(tensors, own)
+    averaged |= COUNT in tensors.keys() - names  # torch's AveragedModel
+    tensors = {new: tensors[key] for key, new in names.items()}
+    facts = dict(_facts(entries, source)) if config is None else dict(_flat(config))
+    return WeightFile(
+        where=where, tensors=tensors, weights=".".join(path), averaged=averaged, facts=facts,
+        trained=_trained_in(entries, path),
+    )  # fmt: skip
+
+
+def with_trained(tensors: Mapping[str, Tensor], trained: Any) -> StateDict:
+    """A state dict that says what its weights were trained to predict, where torch's do."""
+    state: Any = OrderedDict(tensors)
+    state._metadata = OrderedDict({} if trained is None else {"": {"trained": trained}})
+    return cast(StateDict, state)
+
+
+def _trained_in(entries: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """What the state dict at a path says that its weights were trained to predict."""
+    for name in path:
+        entries = entries[name] if isinstance(entries.get(name), Mapping) else {}
+    modules = getattr(entries, "_metadata", {}).values()
+    return next((facts["trained"] for facts in modules if "trained" in facts), None)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
+    """Contiguous tensors with storage of their own: safetensors refuses tied weights."""
+    seen: set[int] = set()
+    out = {}
+    for key, value in tensors.items():
+        own = value.detach().contiguous()
+        own = own.clone() if own.untyped_storage().data_ptr() in seen else own
+        seen.add(own.untyped_storage().data_ptr())
+        out[key] = own
+    return out
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                said = (file.metadata() or {}).get(TRAINED, "null")
+            return with_trained(load_file(path), json.loads(said))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(
+                f"{path}: is truncated or not a safetensors file ({error})"
+            ) from error
+    found = read_pickled(path)
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{path}: holds a {type(found).__name__}, expected a state dict")
+    return found
+
+
+# -- which weights -----------------------------------------------------------------------------------
+
+
+def _find(
+    entries: Mapping[str, Any], weights: str, where: str
+) -> tuple[tuple[str, ...], StateDict]:
+    """Names of the entries on the way to the weights, and the weights."""
+    nested = {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Mapping)}
+    own = {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    groups = _groups(own) if not any(map(_holds, nested.values())) else {}
+    found = {k: v for k, v in nested.items() if _holds(v)} | groups
+    averaged = [k for k in entries if isinstance(k, str) and _AVERAGED.fullmatch(k)]
+    averaged = [k for k in averaged if k in nested or isinstance(entries[k], (list, tuple))]
+    averaged += [k for k in groups if _AVERAGED.fullmatch(k)]
+    if weights not in ("auto", "ema", "raw"):
+        if weights not in found:
+            names = ", ".join(["auto", "ema", "raw", *found])
+            raise FormatError(f"{where}: has no entry {weights!r}; choices of weights: {names}")
+        return _below(found, weights, "auto", where)
+    if averaged and weights != "raw":
+        return _averaged(found, averaged, where)
+    raw = [k for k in _RAW if k in found]
+    raw += [k for k in found if not averaged and len(found) == 1 and not own and k not in raw]
+    if raw and (groups or not own):
+        return _below(found, raw[0], weights, where)
+    if weights == "ema" and COUNT not in own:
+        raise FormatError(f"{where}: has no averaged weights; weights='raw' takes what there is")
+    return (), own
+
+
+def _averaged(
+    found: Mapping[str, Mapping[str, Any]], names: list[str], where: str
+) -> tuple[tuple[str, ...], StateDict]:
+    if len(names) > 1:
+        raise FormatError(
+            f"{where}: holds several averages ({', '.join(names)}); choose one, for instance "
+            f"weights={names[0]!r}"
+        )
+    if names[0] not in found:
+        raise FormatError(
+            f"{where}: its averaged weights ({names[0]!r}) have no names; weights='raw' takes the others"
+        )
+    return _below(found, names[0], "auto", where)
+
+
+def _below(
+    found: Mapping[str, Mapping[str, Any]], name: str, weights: str, where: str
+) -> tuple[tuple[str, ...], StateDict]:
+    path, tensors = _find(found[name], weights, where)
+    return (name, *path), tensors
+
+
+def _holds(entry: Any) -> bool:
+    """The entry is a mapping with weights by name, directly or in an entry of its own."""
+    return isinstance(entry, Mapping) and any(
+        isinstance(k, str) and (isinstance(v, Tensor) or _holds(v)) for k, v in entry.items()
+    )
+
+
+def _groups(tensors: StateDict) -> dict[str, StateDict]:
+    """Averaged and raw weights that stand side by side in one flat state dict, by their prefixes
+    ("model.", "ema_model."); empty if there are no such two.
+    """
+    heads = {key.partition(".")[0] for key in tensors if "." in key}
+    averages = {head for head in heads if _AVERAGED.fullmatch(head)}
+    raw = next((head for head in _RAW if head in heads), None)
+    if not averages or raw is None:
+        return {}
+    own = {k.removeprefix(f"{raw}."): v for k, v in tensors.items() if k.startswith(f"{raw}.")}
+    made = {raw: own}
+    for head in averages:
+        inside = {
+            k.removeprefix(f"{head}."): v for k, v in tensors.items() if k.startswith(f"{head}.")
+        }
+        inside = {k.removeprefix("module."): v for k, v in inside.items()}
+        # some averages are kept under names without dots; buffers have no average
+        named = {k: inside.get(k, inside.get(k.replace(".", ""), v)) for k, v in own.items()}
+        if any(named[k] is not v for k, v in own.items()):
+            made[head] = named
+    return made
+
+
+# -- what the file says --------------------------------------------------------------------------------
+
+
+def _facts(entries: Mapping[str, Any], source: object) -> Iterator[tuple[str, Any]]:
+    """Options of the weights' own model by name, the outermost last."""
+    beside = None if isinstance(source, Mapping) else Path(str(source)).with_name("config.json")
+    if beside is not None and beside.is_file():
+        try:
+            found = read_json(beside)
+        except FormatError:
+            found = None
+        if isinstance(found, dict) and any(key in found for key in _FOREIGN):
+            yield from ([("effformer", found)] if "effformer" in found else _flat(found))
+    for name in _FACTS:
+        if isinstance(entries.get(name), Mapping) and not _holds(entries[name]):
+            yield from _flat(entries[name])
+    yield from ((k, entries[k]) for k in _NAMES if isinstance(entries.get(k), str))
+
+
+def _flat(options: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Options of nested sections by their own names; outer ones win."""
+    for value in options.values():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+    yield from ((str(k), v) for k, v in options.items() if not isinstance(v, (Mapping, Tensor)))
