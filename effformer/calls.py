@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from inspect import Parameter
 from typing import Any
@@ -175,7 +175,8 @@ def outputs(value: Any) -> list[Tensor]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    with suppress(NotImplementedError):  # what torch.export has captured has one mode for ever
+        model.eval()
     try:
         yield
     finally:

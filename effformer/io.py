@@ -36,6 +36,8 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+TRANSFORMS = "effformer.transforms"
+"""Key of the metadata of a file of weights that says how its model was changed."""
 _WORTH = ("random", "compressed", "trained")
 """What weights are, from what any seed gives again to what nothing gives again."""
 WEIGHTS = tuple(f"{worth} weights" for worth in _WORTH)
@@ -265,7 +267,9 @@ def save_weights(
 def _metadata(model: nn.Module) -> dict[str, str]:
     """What a file of weights says beside its tensors."""
     trained = getattr(model, "trained", None)
-    return {"format": "pt"} | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
+    done = list(getattr(model, "transforms", ()))
+    facts = {"format": "pt"} | ({TRANSFORMS: json.dumps(done)} if done else {})
+    return facts | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
 
 
 def _tensors(model: nn.Module) -> StateDict:

@@ -54,9 +54,9 @@ def bare(model: T) -> T:
 
 
 def _inside(module: object) -> nn.Module | None:
-    children: dict[str, nn.Module | None] = getattr(module, "_modules", {})
+    children: Any = getattr(module, "_modules", {})  # TorchScript's is no dict
     names = ("module",) if isinstance(module, _CLASSES) else _CHILDREN
-    return next((child for name in names if (child := children.get(name)) is not None), None)
+    return next((children[name] for name in names if name in children), None)
 
 
 def is_compiled(model: nn.Module) -> bool:
