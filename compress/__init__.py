@@ -25,7 +25,7 @@ from .kernels import optimize
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
-from .transforms import replay
+from .transforms import replay, restore
 
 __all__ = [
     "SENSITIVE",
@@ -51,5 +51,6 @@ __all__ = [
     "quantize",
     "quantize_",
     "replay",
+    "restore",
     "sort_by_magnitude",
 ]

@@ -17,6 +17,7 @@ from effformer.blocks import Block, Branch
 from effformer.checks import CapabilityError
 from effformer.ffn import MLP
 from effformer.nn.cut import Forms
+from effformer.wrapped import unwrapping
 
 from .quant.swap import hooked, irreplaceable
 
@@ -109,6 +110,7 @@ class LeftLinear(_Frozen):
         return out.t().unflatten(0, x.shape[:-1])
 
 
+@unwrapping
 def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
     """An inference-ready copy for the CPU: same results to rounding, float32, no gradients.
 

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from inspect import Parameter
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from .wrapped import bare
 
 __all__ = [
     "Call", "Inputs", "Named", "accepted", "bind", "bound", "device_of", "evaluating", "match", "misfit", "outputs", "run",
@@ -173,7 +175,8 @@ def outputs(value: Any) -> list[Tensor]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    with suppress(NotImplementedError):  # what torch.export has captured has one mode for ever
+        model.eval()
     try:
         yield
     finally:
@@ -265,6 +268,7 @@ def _kind(x: Tensor) -> str:
 
 
 def _examples(model: Any, batch: int, where: str) -> Inputs:
+    model = bare(model)
     examples = getattr(model, "example_inputs", None)
     if examples is None:
         raise TypeError(
@@ -306,7 +310,7 @@ def _title(model: Callable[..., Any]) -> str:
 
 
 def _signature(model: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(getattr(model, "forward", model))
+    return inspect.signature(getattr(bare(model), "forward", model))
 
 
 def _parameters(model: Callable[..., Any]) -> Mapping[str, Parameter]:

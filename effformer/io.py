@@ -21,7 +21,8 @@ from .files import atomic_folder, atomic_path, mark, read_json, read_whole, writ
 from .layout import Layout, StateDict
 from .loading import LoadReport, by_name, load_weights, model_name
 from .version import VERSION
-from .weights import TRAINED, open_weights, plain_key, unshared, with_trained
+from .weights import TRAINED, open_weights, unshared, with_trained
+from .wrapped import unwrapping
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -35,6 +36,8 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+TRANSFORMS = "effformer.transforms"
+"""Key of the metadata of a file of weights that says how its model was changed."""
 _WORTH = ("random", "compressed", "trained")
 """What weights are, from what any seed gives again to what nothing gives again."""
 WEIGHTS = tuple(f"{worth} weights" for worth in _WORTH)
@@ -71,6 +74,7 @@ def _worth(model: nn.Module) -> str:
     return "compressed" if getattr(model, "transforms", ()) else "trained"
 
 
+@unwrapping
 def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bool = False) -> Path:
     """Write ``config.json`` and ``model.safetensors``; an earlier save at the same place is
     replaced whole.
@@ -225,6 +229,7 @@ def read_weights(source: str | Path | Mapping[str, Tensor], weights: str = "auto
     return with_trained(file.tensors, file.trained)
 
 
+@unwrapping
 def save_weights(
     model: nn.Module,
     path: str | Path,
@@ -262,12 +267,14 @@ def save_weights(
 def _metadata(model: nn.Module) -> dict[str, str]:
     """What a file of weights says beside its tensors."""
     trained = getattr(model, "trained", None)
-    return {"format": "pt"} | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
+    done = list(getattr(model, "transforms", ()))
+    facts = {"format": "pt"} | ({TRANSFORMS: json.dumps(done)} if done else {})
+    return facts | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
 
 
 def _tensors(model: nn.Module) -> StateDict:
-    """Tensors of a model by name, without the names of wrappers in them."""
-    return {plain_key(k): v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    """Tensors of a model by name."""
+    return {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
 
 
 def _translated(model: nn.Module, layout: Layout, state: StateDict) -> StateDict:

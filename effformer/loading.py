@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from . import registry, retired
 from .checks import FormatError, unknown
 from .layout import TRAINING, Layout, StateDict, clashes
-from .weights import WeightFile, open_weights, plain_key
+from .weights import WeightFile, open_weights
+from .wrapped import unwrapping
 
 __all__ = ["LoadReport", "by_name", "fill", "load_weights", "model_name"]
 
@@ -54,6 +55,7 @@ class LoadReport:
     differs: tuple[str, ...] = ()
 
 
+@unwrapping
 def load_weights(
     model: nn.Module,
     source: str | Path | Mapping[str, Any] | WeightFile,
@@ -88,8 +90,8 @@ def load_weights(
             fit, or its model computes something else.
         ValueError: unknown layout, or ``keep`` names nothing.
     """
-    file = open_weights(source, weights, config)
     own = _own(model)
+    file = open_weights(source, weights, config, own)
     new = retired.rename(file.tensors, own.keys())
     state = {new.get(key, key): value for key, value in file.tensors.items()}
     state = _without_prefix(state, own)
@@ -141,9 +143,9 @@ def _advice(differs: Collection[str], wrong: Collection[str]) -> str:
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a model by name, without the names of wrappers in them."""
+    """Tensors of a model by name."""
     state = model.state_dict(keep_vars=True)
-    return {plain_key(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _without_prefix(state: StateDict, own: Collection[str]) -> StateDict:
@@ -286,7 +288,7 @@ def _addable(model: nn.Module, missing: list[str]) -> set[str]:
     gone, found = set(missing), set[str]()
     for path, module in model.named_modules():
         if getattr(module, "neutral_start", False):
-            keys = {plain_key(f"{path}.{key}") for key in module.state_dict()}
+            keys = {f"{path}.{key}" for key in module.state_dict()}
             found |= keys if keys <= gone else set()
     return found
 
@@ -365,28 +367,26 @@ def fill(model: nn.Module, state: StateDict, *, where: str) -> None:
 
     Args:
         model: the model.
-        state: its keys, without the names of wrappers, to tensors of its shapes.
+        state: its keys to tensors of its shapes.
         where: begins the messages.
 
     Raises:
         FormatError: two names of one tensor have different values, a tensor cannot be written, or
             something on the meta device would stay empty.
     """
-    own = model.state_dict(keep_vars=True)
-    names = {plain_key(key): key for key, value in own.items() if isinstance(value, Tensor)}
+    own = _own(model)
     first: dict[int, str] = {}
     for key in state:
-        other = first.setdefault(id(own[names[key]]), key)
+        other = first.setdefault(id(own[key]), key)
         if other != key and not torch.equal(state[other], state[key]):
             raise FormatError(
                 f"{where}: {other} and {key} differ, but are one tensor in this model"
             )
-    _check_empty(model, {names[key] for key in state}, where)
-    before = {name: own[name].detach().clone() for name in names.values() if not own[name].is_meta}
+    _check_empty(model, state.keys(), where)
+    before = {key: value.detach().clone() for key, value in own.items() if not value.is_meta}
     _materialise(model)
-    given = {names[key]: value for key, value in state.items()}
     try:
-        model.load_state_dict(given, strict=False)
+        model.load_state_dict(state, strict=False)
     except Exception as error:  # hooks of foreign modules raise what they like
         model.load_state_dict(before, strict=False)
         raise FormatError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,9 @@ from .checks import FormatError
 from .files import read_json
 from .layout import StateDict
 from .pickled import read_pickled
+from .wrapped import COUNT, plain_keys
 
-__all__ = ["TRAINED", "WeightFile", "open_weights", "plain_key", "unshared", "with_trained"]
+__all__ = ["TRAINED", "WeightFile", "open_weights", "unshared", "with_trained"]
 
 TRAINED = "effformer.trained"
 """Key of the metadata of a safetensors file that says what the weights were trained to predict."""
@@ -33,9 +34,6 @@ _FACTS = (
     "args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_kwargs", "model_config", "model_cfg",
 )  # fmt: skip
 _NAMES = ("arch", "architecture", "model_name", "model")
-_WRAPPED = re.compile(
-    r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\."
-)
 _FOREIGN = ("model_type", "_class_name", "architecture", "architectures", "effformer")
 
 
@@ -64,6 +62,7 @@ def open_weights(
     source: str | Path | Mapping[str, Any] | WeightFile,
     weights: str = "auto",
     config: Mapping[str, Any] | None = None,
+    own: Collection[str] = (),
 ) -> WeightFile:
     """Read weights from safetensors, from a torch file with ``weights_only=True``, or from a state
     dict that is in memory.
@@ -73,6 +72,8 @@ def open_weights(
         weights: "auto" takes averaged weights where there are some, "ema" asks for them, "raw" for
             those that the optimizer holds; or the name of an entry.
         config: what the weights' own model was told, instead of what the file says about it.
+        own: keys of the model that the weights are for, which tell its own names from those that
+            wrappers put into keys.
 
     Raises:
         FormatError: missing, truncated or foreign file, one that would run code when unpickled, or
@@ -89,21 +90,14 @@ def open_weights(
     if not tensors:
         raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
     averaged = any(_AVERAGED.fullmatch(name) for name in path)
-    if "n_averaged" in tensors and all(k == "n_averaged" or _led(k) for k in tensors):
-        averaged = bool(tensors.pop("n_averaged").numel())  # torch's AveragedModel
-    tensors = {plain_key(key): value for key, value in tensors.items()}
-    while all(map(_led, tensors)):
-        tensors = {plain_key(k.removeprefix("module.")): v for k, v in tensors.items()}
+    names = plain_keys(tensors, own)
+    averaged |= COUNT in tensors.keys() - names  # torch's AveragedModel
+    tensors = {new: tensors[key] for key, new in names.items()}
     facts = dict(_facts(entries, source)) if config is None else dict(_flat(config))
     return WeightFile(
         where=where, tensors=tensors, weights=".".join(path), averaged=averaged, facts=facts,
         trained=_trained_in(entries, path),
     )  # fmt: skip
-
-
-def plain_key(key: str) -> str:
-    """A key without the names that compiling and wrapping put into it, wherever they stand."""
-    return _WRAPPED.sub("", key)
 
 
 def with_trained(tensors: Mapping[str, Tensor], trained: Any) -> StateDict:
@@ -131,10 +125,6 @@ def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
         seen.add(own.untyped_storage().data_ptr())
         out[key] = own
     return out
-
-
-def _led(key: str) -> bool:
-    return key.startswith("module.")
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -183,7 +173,7 @@ def _find(
     raw += [k for k in found if not averaged and len(found) == 1 and not own and k not in raw]
     if raw and (groups or not own):
         return _below(found, raw[0], weights, where)
-    if weights == "ema" and "n_averaged" not in own:
+    if weights == "ema" and COUNT not in own:
         raise FormatError(f"{where}: has no averaged weights; weights='raw' takes what there is")
     return (), own
 

@@ -32,6 +32,7 @@ from effformer.flow.conventions import (
 from effformer.flow.guidance import Guidance
 from effformer.flow.samplers import sample
 from effformer.version import VERSION
+from effformer.wrapped import unwrapping
 
 from . import run
 from .onnx import export_onnx
@@ -122,6 +123,7 @@ class _Decoder(nn.Module):
         return out
 
 
+@unwrapping
 def export_bundle(
     model: nn.Module,
     folder: str | Path,

@@ -23,6 +23,7 @@ from effformer.flow.conventions import trained_of
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
+from effformer.wrapped import unwrapping
 
 from .conditions import conditions_of
 from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
@@ -82,6 +83,7 @@ class ExportReport:
         }  # fmt: skip
 
 
+@unwrapping
 def export_onnx(
     model: nn.Module,
     path: str | Path,

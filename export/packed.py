@@ -29,8 +29,9 @@ __all__ = ["decodes_codes", "kernels_for", "translations"]
 class NBitsLinear(nn.Module):
     """What stands in for a `QuantLinear` while it is traced."""
 
-    def __init__(self, weight: MatMulNBits, bias: Tensor | None, accuracy_level: int) -> None:
+    def __init__(self, weight: MatMulNBits, layer: QuantLinear, accuracy_level: int) -> None:
         super().__init__()
+        bias, self._layer = layer.bias, (layer,)  # no child: only what is used is traced
         self.out_features = weight.N
         self.attributes: dict[str, Any] = {
             "K": weight.K, "N": weight.N, "bits": weight.bits,
@@ -41,6 +42,11 @@ class NBitsLinear(nn.Module):
         zeros = weight.zero_points
         self.register_buffer("zero_points", None if zeros is None else zeros.flatten())
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, for modules that read it instead of calling their layer."""
+        return self._layer[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
@@ -77,7 +83,7 @@ def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
                     continue
                 weight = None if child in made else child.to_matmul_nbits()
                 if weight is not None:
-                    made[child] = NBitsLinear(weight, child.bias, accuracy_level)
+                    made[child] = NBitsLinear(weight, child, accuracy_level)
                 if child in made:
                     replaced.append((parent, name, child))
                     setattr(parent, name, made[child])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.calls import Call, Inputs, evaluating
+from effformer.wrapped import unwrapping
 
 from .conditions import holds, outside
 from .graph import GraphFacts, read_graph
@@ -154,6 +155,7 @@ class VerificationError(ValueError):
         self.report = report
 
 
+@unwrapping
 def verify_onnx(
     path: str | Path,
     model: nn.Module,

@@ -16,6 +16,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
 }
 BASE = {
     "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "values", "version",
+    "wrapped",
 }  # fmt: skip
 READ = {"loading", "pickled", "weights"}  # files of weights
 TOP = BASE | READ | {"io", "build"}
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "ffn": BASE | {"nn"},
     "blocks": BASE | {"nn", "attention", "ffn"},
     "models": BASE | PARTS,
-    "flow": {"checks", "registry", "config", "values"},
+    "flow": {"wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile"},

@@ -32,6 +32,7 @@ from effformer.context import Ledger
 from effformer.ffn import ACM, FFNConfig
 from effformer.nn.learners import Gate, Learners
 from effformer.values import Count, NonNegative, Portion, Positive, checker
+from effformer.wrapped import unwrapped, unwrapping
 
 from .adaptive_losses import acm_losses, distillation_loss, gate_labels, gate_loss
 
@@ -85,6 +86,7 @@ class AdaptiveReport:
     params_after: int
 
 
+@unwrapping
 def acmize(model: M, scheme: AdaptiveScheme | None = None) -> tuple[M, AdaptiveReport]:
     """A copy of a model with adaptive computation modules in place of FFNs and projections.
 
@@ -292,10 +294,11 @@ def _watched(
     teacher: nn.Module, student: nn.Module, task: Objective, batch: Any, generator: torch.Generator
 ) -> Iterator[tuple[Learners, Tensor, Tensor]]:
     """Learners of the student with the teacher's inputs and outputs at their place."""
-    places = list(_places(teacher, student))
-    if not places:
-        raise CapabilityError("acm: the student has no learners; make it by acmize(teacher)")
-    with ExitStack() as hooks, evaluating(teacher), torch.no_grad():
+    with ExitStack() as hooks, unwrapped(teacher) as teacher, torch.no_grad():
+        places = list(_places(teacher, student))
+        if not places:
+            raise CapabilityError("acm: the student has no learners; make it by acmize(teacher)")
+        hooks.enter_context(evaluating(teacher))
         for place in places:
             hooks.callback(place.teacher.register_forward_hook(place.watch).remove)
         task(teacher, batch, generator, Ledger())
@@ -306,7 +309,9 @@ def _watched(
 
 def _places(teacher: nn.Module, student: nn.Module) -> Iterator[_Place]:
     dense = dict(teacher.named_modules())
-    for path, module in student.named_modules():
+    with unwrapped(student) as plain:
+        adaptive = dict(plain.named_modules())
+    for path, module in adaptive.items():
         if isinstance(module, ACM) and not isinstance(dense[path], ACM):
             yield _Place(module.learners, dense[path])
         if isinstance(module, Attention) and module.config.projections is not None:

@@ -17,6 +17,7 @@ from effformer.calls import evaluating, takes
 from effformer.checks import CapabilityError, check_shape
 from effformer.context import Context, Ledger
 from effformer.values import Natural, NonNegative, Portion, checker
+from effformer.wrapped import bare, unwrapping
 
 from .work import WorkTarget, write_work_loss
 
@@ -45,6 +46,7 @@ class GateTable:
 
 
 @torch.no_grad()
+@unwrapping
 def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
     """Evaluate the gates of a model with ``width="dynamic"`` over a grid of times.
 
@@ -84,6 +86,7 @@ def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
 
 
 @torch.no_grad()
+@unwrapping
 def prepare_widths(model: nn.Module, times: Tensor) -> GateTable:
     """Cut every part to the units that run at some time of a sampler's grid, ahead of sampling.
 
@@ -172,13 +175,14 @@ class _Complete:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.forward = model.forward  # the names that it takes
+        self.forward = bare(model).forward  # the names that it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, complete=True, **kwargs)
 
 
 @torch.no_grad()
+@unwrapping
 def sort_by_magnitude(model: nn.Module) -> None:
     """Reorder the heads of every attention and the hidden channels of every FFN in place, the
     largest first, so that what dynamic width never switches off is what matters most.

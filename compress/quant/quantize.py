@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from effformer import registry
 from effformer.calls import Inputs, run
 from effformer.checks import FormatError
 from effformer.config import Spec
+from effformer.wrapped import unwrapping
 
 from ..report import KeptLayer, PackedLayer, Report, file_bytes
 from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
+from .foreign import opened
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
 from .schemes import Scheme, make_scheme
 from .swap import irreplaceable, swap
@@ -27,6 +30,7 @@ __all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
 M = TypeVar("M", bound=nn.Module)
 Dense = nn.Linear | nn.Embedding
 Packed = QuantLinear | QuantEmbedding
+_KINDS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding)
 
 SENSITIVE: tuple[str, ...] = ("*label_embed*", "*y_embedder*", "*final*", "*head")
 """Layers that stay int8 when the others have fewer bits: label tables and the last layer.
@@ -37,6 +41,7 @@ too little for their size (4.7 %).
 """
 
 
+@unwrapping
 def quantize(
     model: M,
     scheme: Spec,
@@ -81,6 +86,7 @@ def quantize(
     return changed, quantize_(changed, scheme, where, **options, inputs=inputs)
 
 
+@unwrapping
 def quantize_(
     model: nn.Module,
     scheme: Spec,
@@ -96,20 +102,21 @@ def quantize_(
     careful = main
     if sensitive is not None and main.bits < 8:
         careful = make_scheme(sensitive, where="quantize: sensitive")
-    chosen, kept = _choose(model, patterns(where), patterns(skip))
     before = file_bytes(model.state_dict())
     reference = None if inputs is None else _run(model, inputs)
     packed: dict[str, Packed] = {}
     layers = []
-    for name, dense in chosen.items():
-        tied = [n for n, other in chosen.items() if other.weight is dense.weight]
-        used = careful if any(covers(SENSITIVE, n) for n in tied) else main
-        by = backend if used is main else "torch"  # the few layers of another format
-        packed[name] = _pack(dense, used, by, f"{name}.weight")
-        if tied[0] != name:
-            packed[name].tie(packed[tied[0]])
-        layers.append(_describe(name, dense, packed[name]))
-    swap(model, {chosen[name]: layer for name, layer in packed.items()})
+    with opened(model):
+        chosen, kept = _choose(model, patterns(where), patterns(skip))
+        for name, dense in chosen.items():
+            tied = [n for n, other in chosen.items() if other.weight is dense.weight]
+            used = careful if any(covers(SENSITIVE, n) for n in tied) else main
+            by = backend if used is main else "torch"  # the few layers of another format
+            packed[name] = _pack(dense, used, by, f"{name}.weight")
+            if tied[0] != name:
+                packed[name].tie(packed[tied[0]])
+            layers.append(_describe(name, dense, packed[name]))
+        swap(model, {chosen[name]: layer for name, layer in packed.items()})
     _record(model, packed)
     error = None
     if reference is not None and inputs is not None:
@@ -120,6 +127,7 @@ def quantize_(
     )  # fmt: skip
 
 
+@unwrapping
 def dequantize(model: M) -> M:
     """A copy with dense layers in place of packed ones; their weights are the rounded ones.
 
@@ -132,7 +140,8 @@ def dequantize(model: M) -> M:
     packed = {m: m.to_dense() for m in changed.modules() if isinstance(m, Packed)}
     if not packed:
         raise ValueError("dequantize: no layer of this model is quantized")
-    swap(changed, packed)
+    with opened(changed):
+        swap(changed, packed)
     forget(changed, "quantize")
     return changed
 
@@ -147,6 +156,13 @@ def _replay(model: M, record: Mapping[str, Any]) -> M:
         scheme = make_scheme(record["scheme"], where="transform 'quantize'")
     except (TypeError, ValueError) as error:
         raise FormatError(f"{error}; a newer effformer may have written it") from error
+    with opened(model):
+        swap(model, _empty(model, layers, scheme))
+    return model
+
+
+def _empty(model: nn.Module, layers: Sequence[str], scheme: Scheme) -> dict[nn.Module, nn.Module]:
+    """Layers to load packed tensors into, for the dense ones at some paths."""
     modules = dict(model.named_modules())
     packed: dict[nn.Module, nn.Module] = {}
     for name in layers:
@@ -158,8 +174,7 @@ def _replay(model: M, record: Mapping[str, Any]) -> M:
             )
         kind = QuantLinear if isinstance(dense, nn.Linear) else QuantEmbedding
         packed[dense] = kind.like(dense, scheme.config)  # type: ignore[arg-type]
-    swap(model, packed)
-    return model
+    return packed
 
 
 def _choose(
@@ -167,7 +182,7 @@ def _choose(
 ) -> tuple[dict[str, Dense], list[KeptLayer]]:
     """Layers to pack by path, and the layers with weights that stay."""
     modules = {name: m for name, m in model.named_modules() if name}
-    ready = {n: m for n, m in modules.items() if type(m) in (nn.Linear, nn.Embedding)}
+    ready = {n: m for n, m in modules.items() if type(m) in _KINDS}
     able = {n: m for n, m in ready.items() if irreplaceable(m) is None}
     done = [n for n, m in modules.items() if isinstance(m, PackedWeight)]
     if not able and not done:
@@ -206,7 +221,7 @@ def _kept(
             reason = f"already {module.scheme.name}"
         elif name in able:
             reason = f"matches skip={list(skip)}" if covers(skip, name) else "outside where"
-        elif type(module) in (nn.Linear, nn.Embedding):
+        elif type(module) in _KINDS:
             reason = irreplaceable(module) or ""
         else:
             reason = f"{kind} is not a linear layer or embedding"

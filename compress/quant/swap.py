@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["carry", "hooked", "irreplaceable", "swap"]
+__all__ = ["carry", "hooked", "irreplaceable", "swap", "tampered"]
 
 _RUN = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
@@ -27,12 +27,17 @@ def irreplaceable(layer: nn.Module) -> str | None:
     """Why another layer could not do what this linear layer or table does, None if one could."""
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites the table in every call"
-    if "forward" in vars(layer):
-        return "it has a forward of its own"
     if layer._parameters.get("weight") is None:
         return "its weight is computed in every call"
     if layer._modules or layer._buffers or not layer._parameters.keys() <= {"weight", "bias"}:
         return "it holds more than a weight and a bias"
+    return tampered(layer)
+
+
+def tampered(layer: nn.Module) -> str | None:
+    """What somebody did to a module of a known class that another one would undo, None if nothing."""
+    if "forward" in vars(layer):
+        return "it has a forward of its own"
     if any(getattr(layer, name) for name in _STATE):
         return "it has hooks of its state dict, which know the dense weight"
     return None
@@ -57,7 +62,7 @@ def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
     """Replace modules wherever they hang; a layer shared by two parents stays shared."""
     for old, layer in new.items():
         carry(old, layer)
-    for parent in list(model.modules()):
+    for parent in (*model.modules(), *new.values()):
         for key, child in list(parent._modules.items()):  # named_children() hides repetitions
             if child in new:
                 setattr(parent, key, new[child])

@@ -22,6 +22,7 @@ from effformer.values import Count, Positive, Real
 
 from ..checks import unknown
 from ..config import Config
+from ..wrapped import bare
 from .paths import DDPM, Linear, Path, Prediction, get_path
 
 __all__ = [
@@ -222,7 +223,7 @@ def trained_of(network: object) -> Trained | None:
         TypeError: a value of it has the wrong type.
     """
     facts, where = recorded(network), f"{_name_of(network)}: trained"
-    assumed = getattr(network, "assumed", None)
+    assumed = getattr(bare(network), "assumed", None)
     if facts is None and callable(assumed):
         facts = assumed()
     return None if facts is None else Trained.from_dict(facts, where=where)
@@ -251,11 +252,12 @@ def recorded(network: object) -> Mapping[str, Any] | None:
     """The record of a network as JSON values, None if it has none: other libraries' modules may call
     something else ``trained``.
     """
-    facts = getattr(network, "trained", None)
+    facts = getattr(bare(network), "trained", None)
     return facts if isinstance(facts, Mapping) else None
 
 
 def _name_of(network: object) -> str:
+    network = bare(network)
     return str(getattr(network, "name", type(network).__name__))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from effformer.calls import Inputs, bind, evaluating
+from effformer.wrapped import bare, is_compiled
 
 from .fake import on_real
 from .machine import Machine, machine
@@ -159,7 +160,7 @@ def interleave(
 
 
 def _name(model: nn.Module) -> str:
-    return str(getattr(model, "name", type(model).__name__))
+    return str(getattr(bare(model), "name", type(bare(model)).__name__))
 
 
 def _call(
@@ -174,13 +175,6 @@ def _call(
     given = on_real(candidate, bind(candidate, inputs, where="latency")).inputs
     model: Callable[..., Any] = torch.compile(candidate) if compile else candidate
     return lambda: given(model)
-
-
-def _compiled(model: nn.Module) -> bool:
-    """The model, or a part of it, already is what ``torch.compile`` made."""
-    return any(
-        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()
-    )
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -223,7 +217,7 @@ def _latency(
         threads=facts.threads,
         dtype="-" if p is None else str(p.dtype).removeprefix("torch."),
         device="cpu" if p is None else str(p.device),
-        compiled=isinstance(candidate, nn.Module) and (compiled or _compiled(candidate)),
+        compiled=isinstance(candidate, nn.Module) and (compiled or is_compiled(candidate)),
         machine=facts,
         samples=tuple(samples),
     )

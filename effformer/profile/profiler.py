@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from effformer.calls import Call, Inputs, bind, evaluating, takes
 from effformer.context import Ledger
+from effformer.wrapped import unwrapping
 
 from .attribution import Costs
 from .counter import Counter
@@ -28,6 +29,7 @@ Progress = Callable[[str], None]
 _FAKE_FAILURES = (RuntimeError, NotImplementedError, TypeError)
 
 
+@unwrapping
 def profile(
     model: nn.Module,
     inputs: Inputs | None = None,
@@ -60,7 +62,6 @@ def profile(
     """
     call = bind(model, inputs, where="profile")
     say = progress or _silent
-    model = getattr(model, "_orig_mod", model)  # a compiled module hides its operators
     notes: list[str] = []
     with evaluating(model), visible_operators():
         say("counting operators")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..checks import FormatError, unknown
 from ..files import atomic_path, disk_errors, write_json
 from ..retired import rename
+from ..wrapped import unwrapping
 from .lock import hold, release
 
 __all__ = ["RunFolder", "load_checkpoint", "read_checkpoint", "read_metrics"]
@@ -291,6 +292,7 @@ def _latest(run: Path) -> tuple[tuple[Path, Checkpoint] | None, list[Path]]:
     return None, []
 
 
+@unwrapping
 def load_checkpoint(
     source: str | os.PathLike[str], model: nn.Module, weights: Literal["ema", "raw"] = "ema"
 ) -> int:

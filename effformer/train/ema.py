@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effformer.nn.precision import widened
 
 from ..flow.conventions import recorded
+from ..wrapped import unwrapped
 
 __all__ = ["EMA", "ema_decay"]
 
@@ -148,7 +149,10 @@ class EMA:
 
 def _copied(weights: Weights) -> set[str]:
     """Names of what is copied instead of averaged."""
-    return set(dict(weights.named_buffers())) if isinstance(weights, nn.Module) else set()
+    if not isinstance(weights, nn.Module):
+        return set()
+    with unwrapped(weights) as plain:
+        return {name for name, _ in plain.named_buffers()}
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -157,7 +161,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _named(weights: Weights) -> dict[str, Tensor]:
     if isinstance(weights, nn.Module):
-        return dict(weights.named_parameters()) | dict(weights.named_buffers())
+        with unwrapped(weights) as plain:
+            return dict(plain.named_parameters()) | dict(plain.named_buffers())
     if isinstance(weights, Mapping):
         return dict(weights)
     return {str(i): tensor for i, tensor in enumerate(weights)}

@@ -32,6 +32,7 @@ from ..checks import FormatError
 from ..config import Config
 from ..context import Ledger
 from ..flow.conventions import recorded
+from ..wrapped import bare, unwrapped, unwrapping
 from .checkpoint import RunFolder, check_fit, parts
 from .datasets import Dataset
 from .ema import EMA
@@ -131,7 +132,9 @@ def train(
     second one does not wait.
 
     Args:
-        model: trained where it is; batches are moved to the device of its first parameter.
+        model: trained where it is, compiled or wrapped as it is, and named as it is without that, so
+            that a run resumes with or without wrappers; batches are moved to the device of its first
+            parameter.
         data: training samples, named tensors.
         objective: the loss, see `Objective`.
         config: what decides the weights.
@@ -160,7 +163,7 @@ def train(
     for name, value in (("log_every", log_every), ("save_every", save_every), ("keep", keep)):
         if value < 1:
             raise ValueError(f"train: {name} must be at least 1, got {value}")
-    classes = getattr(getattr(model, "config", None), "num_classes", None)
+    classes = getattr(getattr(bare(model), "config", None), "num_classes", None)
     if classes and data.classes and (most := int(data[data.target].max())) >= classes:
         raise ValueError(
             f"train: {data.name!r} has labels up to {most}, the model has "
@@ -178,7 +181,7 @@ def train(
         if folder is not None and (found := folder.restore()) is not None:
             trainer.restore(found[0], *found[1])
         if made is not None:
-            model.trained = record  # type: ignore[assignment]
+            bare(model).trained = record  # type: ignore[assignment]
         return _finish(trainer, folder, log_every, save_every, keep, progress)
     finally:
         if folder is not None:
@@ -323,7 +326,8 @@ class _Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Model, averaged weights and optimizer, named as `read_checkpoint` documents."""
-        out = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        with unwrapped(self.model) as plain:
+            out = {f"model.{key}": value for key, value in plain.state_dict().items()}
         if self.ema is not None:
             out |= {f"ema.{key}": value for key, value in self.ema.shadow.items()}
         return out | {
@@ -358,12 +362,14 @@ class _Trainer:
                 "the optimizer, without which the run does not go on exactly; load its weights with "
                 "load_checkpoint into a model, and train that in another folder"
             )
-        check_fit(parts(tensors, "model"), self.model.state_dict(), f"train: {checkpoint}")
+        with unwrapped(self.model) as plain:
+            check_fit(parts(tensors, "model"), plain.state_dict(), f"train: {checkpoint}")
         if self.ema is not None:
             averaged = parts(tensors, "ema")
             check_fit(averaged, self.ema.shadow, f"train: the averaged weights of {checkpoint}")
         restore_optimizer(self.optimizer, self.model, moments)
-        self.model.load_state_dict(parts(tensors, "model"))
+        with unwrapped(self.model) as plain:
+            plain.load_state_dict(parts(tensors, "model"))
         if self.ema is not None:
             self.ema.load_state_dict(
                 self.ema.state_dict() | {"shadow": parts(tensors, "ema"), "updates": state["step"]}
@@ -392,6 +398,7 @@ class _Trainer:
             torch.cuda.manual_seed(dropout)
 
 
+@unwrapping
 def _identity(
     model: nn.Module, data: Dataset, objective: Objective, config: TrainConfig
 ) -> dict[str, Any]:
@@ -413,6 +420,7 @@ def _identity(
     }
 
 
+@unwrapping
 def _renewed(model: nn.Module, trained: Any, found: dict[str, Any]) -> dict[str, Any]:
     """What an older version wrote about a run, with the options that came since at their defaults,
     and with what its objective trains.

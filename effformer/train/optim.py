@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FormatError
+from ..wrapped import unwrapping
 
 __all__ = ["adamw", "learning_rate", "optimizer_tensors", "restore_optimizer"]
 
 _FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
+@unwrapping
 def adamw(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
@@ -57,6 +59,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, cosine: bo
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+@unwrapping
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """State of the optimizer as named tensors ``<parameter>.<key>``."""
     return {
@@ -66,6 +69,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
+@unwrapping
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
