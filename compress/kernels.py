@@ -19,7 +19,7 @@ from effformer.ffn import MLP
 from effformer.nn.cut import Forms
 from effformer.wrapped import unwrapping
 
-from .quant.swap import hooked, irreplaceable
+from .quant.swap import hooked, irreplaceable, tampered
 
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
 
@@ -165,16 +165,23 @@ def _narrow(model: nn.Module) -> Iterator[tuple[Forms, nn.Module]]:
 
 
 def _optimize_form(rows: int, chosen: dict[tuple[int, ...], _Form], form: nn.Module) -> nn.Module:
-    _optimize_layers(form, rows, chosen)
+    """A form's weights are cut from those of its part, once, so they are no parameters."""
+    _optimize_layers(form, rows, chosen, refused=tampered)
     return form
 
 
-def _optimize_layers(module: nn.Module, rows: int, chosen: dict[tuple[int, ...], _Form]) -> None:
-    """Replace the linear layers that are children of a module."""
+def _optimize_layers(
+    module: nn.Module,
+    rows: int,
+    chosen: dict[tuple[int, ...], _Form],
+    *,
+    refused: Callable[[nn.Module], str | None] = irreplaceable,
+) -> None:
+    """Replace the linear layers that are children of a module, but for those that are refused."""
     if isinstance(module, MLP) and module.config.act in _IN_PLACE:
         _optimize_mlp(module, rows, chosen)
     for name, child in module.named_children():
-        if type(child) is nn.Linear and not hooked(child) and irreplaceable(child) is None:
+        if type(child) is nn.Linear and not hooked(child) and refused(child) is None:
             setattr(module, name, _optimize_linear(child, rows, chosen))
 
 

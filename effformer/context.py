@@ -171,7 +171,7 @@ _TENSORS = (
 
 _OTHERS: tuple[tuple[str, type], ...] = (
     ("rope", Rope), ("grid", tuple), ("merging", Merging), ("packing", Packing),
-    ("ledger", Ledger), ("stream", Stream),
+    ("ledger", Ledger), ("tap", Tap), ("stream", Stream),
 )  # fmt: skip
 
 EMPTY = Context()
@@ -329,8 +329,8 @@ def _check_sizes(ctx: Context, x: Tensor, where: str) -> None:
         ("cond", ctx.cond, (samples, None)),
         ("time", ctx.time, (samples, None)),
         ("width", ctx.width, (samples, None)),
-        ("memory", ctx.memory, (batch, None, None)),
-        ("mask", None if pairs else ctx.mask, (batch, keys)),
+        ("memory", ctx.memory, (samples, None, None)),
+        ("mask", None if pairs else ctx.mask, (batch if ctx.memory is None else samples, keys)),
         ("mask", ctx.mask if pairs else None, (tokens, keys)),
         ("positions", ctx.positions, (batch, tokens, None)),
         ("rope.cos", None if rope is None else rope.cos, (tokens, None)),

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -190,16 +189,7 @@ def export_bundle(
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)
-    steps, guidance = record.settings(steps, guidance)
-    if steps < 1 or not math.isfinite(guidance):
-        raise ValueError(
-            "export_bundle: steps must be at least 1 and guidance a finite number, "
-            f"got {steps} and {guidance}"
-        )
-    if guidance != 1.0 and null is None:
-        raise ValueError(
-            f"export_bundle: guidance {guidance} needs a null class; give null_label or guidance=1"
-        )
+    steps, guidance = _settings(record, steps, guidance)
     facts: dict[str, Any] = {
         "format": run.FORMAT,
         "effformer": VERSION,
@@ -235,15 +225,28 @@ def export_bundle(
         shutil.copyfile(str(run.__file__), temporary / "run.py")
         _record(temporary, facts, network if verify else None, exact=quantize is None)
         total = sum(f.stat().st_size for f in temporary.iterdir())
-    path = (
-        Path(folder) / "velocity.onnx"
-    )  # the reports name the file as it was while it was checked
+    path = Path(folder) / "velocity.onnx"  # the reports name the file where it was checked
     return BundleReport(
         folder=Path(folder),
         bytes=total,
         parity=None if parity is None else replace(parity, path=path),
         quantized=None if quantized is None else replace(quantized, path=path),
     )
+
+
+def _settings(record: Trained, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Steps and guidance that a bundle records."""
+    steps, guidance = record.settings(steps, guidance)
+    if not 1 <= steps <= run.MOST or not -run.STRONGEST <= guidance <= run.STRONGEST:
+        raise ValueError(
+            f"export_bundle: steps must lie in 1..{run.MOST} and guidance in "
+            f"{-run.STRONGEST}..{run.STRONGEST}, got {steps} and {guidance}"
+        )
+    if guidance != 1.0 and not record.null:
+        raise ValueError(
+            f"export_bundle: guidance {guidance} needs a null class; give null_label or guidance=1"
+        )
+    return steps, guidance
 
 
 def _record_of(model: nn.Module, convention: FlowConvention | str | None) -> Trained:

@@ -212,9 +212,13 @@ def _trace_anew(
     try:
         with as_it_was(model):
             return _trace(model, call, axes, opset, nbits)
-    except ExportError:
-        if not changes(model, call):
-            raise
+    except ExportError as error:
+        try:
+            caches = changes(model, call)
+        except CapabilityError:  # an operator that the target has not
+            caches = False
+        if not caches:
+            raise error from error.__cause__
         return _trace(model, call, axes, opset, nbits)
 
 

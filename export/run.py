@@ -46,6 +46,7 @@ __all__ = [
 FORMAT = 1
 MARK = b"effformer:samples"  # every file of samples carries it, and no other file is replaced
 MOST = 10_000  # pictures at once, and steps: a mistyped number must not fill the memory or the day
+STRONGEST = 1000  # scale of the guidance
 MOST_NUMBERS = 2**28  # of all samples together, 1 GiB
 SEEDS = 2**63 - 1
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -358,7 +359,7 @@ def _fields(facts: dict[str, Any], at: str, **kinds: Any) -> None:
 
 def _check_sampler(options: dict[str, Any], at: str = "") -> None:
     _number(options.get("steps"), 1, MOST, f"{at}steps")
-    _number(options.get("guidance"), -1000, 1000, f"{at}guidance", real=True)
+    _number(options.get("guidance"), -STRONGEST, STRONGEST, f"{at}guidance", real=True)
     name, known = options.get("name"), ", ".join(SAMPLERS)
     if not isinstance(name, str) or name not in SAMPLERS:
         raise BundleError(f"{at}unknown sampler {reprlib.repr(name)}; choices: {known}")

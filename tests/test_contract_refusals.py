@@ -155,7 +155,7 @@ def test_sentences_say_what_would_fit() -> None:
         part(x.double())
     with pytest.raises(ValueError, match=r"x must be \(B, N, 24\), got \(2, 11, 25\)"):
         part(torch.randn(2, 11, 25))
-    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, got -1"):
+    with pytest.raises(ValueError, match="number of samples must be at least 1, got -1"):
         make_mixer("lmu").init_state(-1, like=x)
     dit = build_model("sit-nano", input_size=8).eval()
     given = dit.example_inputs(2)

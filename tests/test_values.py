@@ -24,6 +24,7 @@ from effformer.values import Chance, Count, Even, Range, checker
 
 REQUIRED = {
     "dim": 48, "depth": 1, "heads": 2, "share": 0.5, "data_at": 1, "block": 32, "attn": "softmax",
+    "convention": "sit",
 }  # fmt: skip
 """Values of options without a default."""
 

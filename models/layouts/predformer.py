@@ -133,9 +133,19 @@ def _renaming(config: Any, names: list[str]) -> Layout:
 _FORM = Form(
     free=(
         *SIZES, "frames", "channels", "size", "patch", "axes", "transposed_head", "block.unit", "block.scale_*", "attn.head_dim",
-        "ffn.ratio", "ffn.hidden",
+        "attn.proj", "ffn.ratio", "ffn.hidden",
     )
 )  # fmt: skip
+
+
+def _strange(config: Any) -> dict[str, str]:
+    """One head as wide as the tokens has no output projection there, all others have."""
+    found, proj = _FORM.strange(config), getattr(config.attn, "proj", None)
+    if proj is not None and proj is (
+        config.heads == 1 and config.attn.head_dim in (None, config.dim)
+    ):
+        found["attn.proj"] = f"attn.proj={proj} ({not proj} there)"
+    return found
 
 
 def _layout(
@@ -162,7 +172,7 @@ def _layout(
         return _renaming(config, names(config)).from_ours(state, config)
 
     return Layout(
-        name=name, recognise=recognise, to_ours=to_ours, from_ours=from_ours, strange=_FORM.strange
+        name=name, recognise=recognise, to_ours=to_ours, from_ours=from_ours, strange=_strange
     )
 
 

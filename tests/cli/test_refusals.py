@@ -108,7 +108,7 @@ def test_a_saved_model_says_itself_what_it_is(saved: Path, tmp_path: Path) -> No
         (("--labels", "5-1"), "the range is empty"),
         (("--labels", "10"), "label 10 is not one of the classes 0..9"),
         (("--sampler", "eulr"), "did you mean 'euler'"),
-        (("--guidance", "nan"), "not finite"),
+        (("--guidance", "nan"), "must be finite"),
         (("--threads", "100000"), "--threads"),
         (("--seed", "99999999999999999999"), "--seed"),
         (("--steps", "0"), "--steps"),

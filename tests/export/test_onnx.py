@@ -139,20 +139,22 @@ def test_an_interruption_leaves_what_was_there(
         raise KeyboardInterrupt
 
     target = tmp_path / "m.onnx"
-    target.write_bytes(b"what was there")
+    export_onnx(mlp, target, torch.randn(2, 32))
+    there = target.read_bytes()
     monkeypatch.setattr("effformer.export.onnx.verify_onnx", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(mlp, target, torch.randn(2, 32))
-    assert target.read_bytes() == b"what was there"
+    assert target.read_bytes() == there
     assert [f.name for f in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_a_failed_verification_leaves_what_was_there(tmp_path: Path, mlp: Mlp) -> None:
     target = tmp_path / "m.onnx"
-    target.write_bytes(b"what was there")
+    export_onnx(mlp, target, torch.randn(2, 32))
+    there = target.read_bytes()
     with pytest.raises(VerificationError, match="differs from torch's"):
         export_onnx(mlp, target, torch.randn(2, 32), tolerance=1e-30)
-    assert target.read_bytes() == b"what was there"
+    assert target.read_bytes() == there
     assert [f.name for f in tmp_path.iterdir()] == ["m.onnx"]
 
 

@@ -114,12 +114,15 @@ def _damage(folder: Path) -> None:
         (_damage, "is damaged"),
         (
             _edit(graphs={"velocity": "other.onnx"}),
-            "graph is 'other.onnx', which is none of its files",
+            "'other.onnx' is not one of the files of the bundle",
         ),
-        (_edit(graphs={"velocity": ["x"]}), "the velocity graph is ['x']"),
-        (_edit(graphs={}), "the velocity graph is None"),
-        (_edit(graphs={"velocity": "velocity.onnx", "decoder": "d.onnx"}), "the decoder graph is"),
-        (_edit(files={"velocity.onnx": {"bytes": 1}}), "lists 'velocity.onnx' without a checksum"),
+        (_edit(graphs={"velocity": ["x"]}), "['x'] is not one of the files"),
+        (_edit(graphs={}), "None is not one of the files"),
+        (
+            _edit(graphs={"velocity": "velocity.onnx", "decoder": "d.onnx"}),
+            "'d.onnx' is not one of the files",
+        ),
+        (_edit(files={"velocity.onnx": {"bytes": 1}}), "files.velocity.onnx.sha256 is missing"),
     ],
 )
 def test_broken_bundles_end_with_code_2(
@@ -163,8 +166,8 @@ def test_broken_bundles_end_with_code_2(
             "guidance must be a number in -1000..1000, got nan",
         ),
         (["--labels", "0", "--sampler", "dopri"], "unknown sampler 'dopri'; choices: euler"),
-        (["--labels", "0", "--out", "s.jpg"], "written as .png or .npy, not as .jpg"),
-        (["--labels", "0", "--out", "no/such/folder/s.png"], "cannot be written"),
+        (["--labels", "0", "--out", "s.jpg"], "written as .png or .npy"),
+        (["--labels", "0", "--out", "no/such/folder/s.png"], "lies in no folder"),
     ],
 )
 def test_bad_requests_end_with_code_2(
@@ -181,13 +184,13 @@ def _fields(facts: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tupl
             yield from _fields(value, (*above, name))
 
 
-UNUSED = {"effformer", "model", "convention", "network_convention", "quantization"}
+UNUSED = {"effformer", "model", "convention", "network_convention", "trained", "quantization"}
 HOSTILE: tuple[Any, ...] = (
     None, True, -7, 1e300, math.nan, 10**30, "", "../x", "a\0b", [], [math.nan] * 3, {}, [[[]]],
 )  # fmt: skip
 MEANT = [
     (("sampler", "guidance"), -7), (("sampler", "guidance_channels"), None),
-    (("graphs", "decoder"), None),
+    (("graphs", "decoder"), None), (("self_test", "sample"), None),
 ]  # fmt: skip
 
 

@@ -252,7 +252,7 @@ def test_bad_configs() -> None:
         ACM.Config(least=4)
     with pytest.raises(ValueError, match=r"fixed must lie in \[1, 4\], got 0"):
         ACM.Config(least=1, fixed=0)
-    with pytest.raises(ValueError, match="tau positive"):
+    with pytest.raises(ValueError, match="tau must be positive"):
         ACM.Config.from_dict({"gate": {"tau": 0.0}})
     with pytest.raises(ValueError, match="unknown option 'dept'"):
         ACM.Config.from_dict({"gate": {"dept": 2}})

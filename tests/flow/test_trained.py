@@ -158,7 +158,7 @@ def through_average(model: Any, place: Path) -> Any:
     [
         lambda model, place: effformer.load_model(effformer.save_pretrained(model, place)),
         through_torch, through_torch_alone, through_average, through_weights("effformer"),
-        through_weights("official"), through_weights("diffusers"),
+        through_weights("official"),
         lambda model, place: copy.deepcopy(model),
         lambda model, place: torch.compile(model),
         lambda model, place: quantize(model, "int8", inputs=model.example_inputs())[0],

@@ -5,6 +5,7 @@ cannot be told is refused, and what is written is read back as the same function
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 import effformer
 from effformer import registry
 from effformer.checks import FormatError
-from effformer.config import Config, _hints
+from effformer.config import Config
 from effformer.layout import TRAINING, Layout
 
 TINY: dict[str, dict[str, Any]] = {
@@ -119,7 +120,10 @@ def changes(config: Any, above: str = "") -> Iterator[tuple[str, Any]]:
                 (path, {"0": {"ffn": {"act": "silu"}}}), (path, {"0": {"attn": {"scale": 0.3}}}),
             )  # fmt: skip
         else:
-            yield from ((path, other) for other in others(_hints(type(config))[field.name], value))
+            yield from (
+                (path, other)
+                for other in others(typing.get_type_hints(type(config))[field.name], value)
+            )
         if isinstance(value, Config):
             yield from changes(value, f"{path}.")
 

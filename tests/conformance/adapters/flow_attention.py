@@ -23,7 +23,7 @@ def check(golden: Golden) -> None:
     _check_variant(golden, "cv", "out.cv", "vision", VISION_ATTENTION)
     core = Flow(_core(golden, "time-series"), Site(dim=1))
     q, k, v = (golden.tensor(f"in.heads.{x}").transpose(1, 2) for x in "qkv")
-    out = core(q, k, v, Context(memory=k))
+    out = core(q, k, v, Context(memory=k.transpose(1, 2).flatten(2)))
     golden.assert_close(out.transpose(1, 2), "out.timeseries_core")
 
 
