@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effformer.blocks import Block, Branch
+from effformer.calls import check_parts
 from effformer.checks import CapabilityError
 from effformer.ffn import MLP
 from effformer.nn.cut import Forms
@@ -139,6 +140,7 @@ def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
     """
     if rows < 1:
         raise ValueError(f"optimize: rows must be at least 1, got {rows}")
+    check_parts(model, where="optimize")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     ready.inference_only = True  # type: ignore[assignment]
     chosen: dict[tuple[int, ...], _Form] = {}

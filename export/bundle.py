@@ -235,9 +235,8 @@ def export_bundle(
         shutil.copyfile(str(run.__file__), temporary / "run.py")
         _record(temporary, facts, network if verify else None, exact=quantize is None)
         total = sum(f.stat().st_size for f in temporary.iterdir())
-    path = (
-        Path(folder) / "velocity.onnx"
-    )  # the reports name the file as it was while it was checked
+    # the reports name the file as it was while it was checked
+    path = Path(folder) / "velocity.onnx"
     return BundleReport(
         folder=Path(folder),
         bytes=total,
