@@ -20,7 +20,7 @@ from effformer.ffn import MLP
 from effformer.nn.cut import Forms
 from effformer.wrapped import unwrapping
 
-from .quant.swap import hooked, irreplaceable
+from .quant.swap import hooked, tampered
 
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
 
@@ -176,7 +176,7 @@ def _optimize_layers(module: nn.Module, rows: int, chosen: dict[tuple[int, ...],
     if isinstance(module, MLP) and module.config.act in _IN_PLACE:
         _optimize_mlp(module, rows, chosen)
     for name, child in module.named_children():
-        if type(child) is nn.Linear and not hooked(child) and irreplaceable(child) is None:
+        if type(child) is nn.Linear and not hooked(child) and tampered(child) is None:
             setattr(module, name, _optimize_linear(child, rows, chosen))
 
 
