@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effformer.blocks import Block, Branch
+from effformer.calls import check_parts
 from effformer.checks import CapabilityError
 from effformer.ffn import MLP
 from effformer.nn.cut import Forms
 from effformer.wrapped import unwrapping
 
-from .quant.swap import hooked, irreplaceable, tampered
+from .quant.swap import hooked, tampered
 
 __all__ = ["LeftLinear", "PackedLinear", "optimize"]
 
@@ -139,6 +140,7 @@ def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
     """
     if rows < 1:
         raise ValueError(f"optimize: rows must be at least 1, got {rows}")
+    check_parts(model, where="optimize")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     ready.inference_only = True  # type: ignore[assignment]
     chosen: dict[tuple[int, ...], _Form] = {}
@@ -165,23 +167,16 @@ def _narrow(model: nn.Module) -> Iterator[tuple[Forms, nn.Module]]:
 
 
 def _optimize_form(rows: int, chosen: dict[tuple[int, ...], _Form], form: nn.Module) -> nn.Module:
-    """A form's weights are cut from those of its part, once, so they are no parameters."""
-    _optimize_layers(form, rows, chosen, refused=tampered)
+    _optimize_layers(form, rows, chosen)
     return form
 
 
-def _optimize_layers(
-    module: nn.Module,
-    rows: int,
-    chosen: dict[tuple[int, ...], _Form],
-    *,
-    refused: Callable[[nn.Module], str | None] = irreplaceable,
-) -> None:
-    """Replace the linear layers that are children of a module, but for those that are refused."""
+def _optimize_layers(module: nn.Module, rows: int, chosen: dict[tuple[int, ...], _Form]) -> None:
+    """Replace the linear layers that are children of a module."""
     if isinstance(module, MLP) and module.config.act in _IN_PLACE:
         _optimize_mlp(module, rows, chosen)
     for name, child in module.named_children():
-        if type(child) is nn.Linear and not hooked(child) and refused(child) is None:
+        if type(child) is nn.Linear and not hooked(child) and tampered(child) is None:
             setattr(module, name, _optimize_linear(child, rows, chosen))
 
 

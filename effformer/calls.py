@@ -20,10 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .checks import CapabilityError
 from .wrapped import bare
 
 __all__ = [
-    "Call", "Inputs", "Named", "accepted", "bind", "bound", "device_of", "evaluating", "match", "misfit", "outputs", "run",
+    "Call",
+    "Inputs",
+    "Named",
+    "accepted",
+    "bind",
+    "bound",
+    "check_parts",
+    "device_of",
+    "evaluating",
+    "match",
+    "misfit",
+    "outputs",
+    "run",
     "takes",
 ]  # fmt: skip
 
@@ -174,7 +187,7 @@ def outputs(value: Any) -> list[Tensor]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in model.modules() if getattr(module, "training", False)]
     with suppress(NotImplementedError):  # what torch.export has captured has one mode for ever
         model.eval()
     try:
@@ -195,6 +208,30 @@ def accepted(model: Callable[..., Any], named: Mapping[str, Any]) -> dict[str, A
     if any(p.kind == Parameter.VAR_KEYWORD for p in _parameters(model).values()):
         return dict(named)
     return {name: value for name, value in named.items() if takes(model, name)}
+
+
+def check_parts(model: object, *, where: str) -> None:
+    """Refuse what torch has captured without the modules that it was made of.
+
+    Args:
+        model: what was given as a model.
+        where: the public entry point, for messages.
+
+    Raises:
+        TypeError: it is a `torch.export.ExportedProgram`, or no module at all.
+        CapabilityError: it is TorchScript, or holds some.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        raise TypeError(f"{where}: an ExportedProgram is no module; give what its module() returns")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: expected a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f"{path} is" if path else "the model is"
+            raise CapabilityError(
+                f"{where}: {part} TorchScript ({module.original_name}), whose parts cannot be seen; "
+                "give the module that it was made of"
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -310,7 +347,20 @@ def _title(model: Callable[..., Any]) -> str:
 
 
 def _signature(model: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(getattr(bare(model), "forward", model))
+    method = getattr(bare(model), "forward", model)
+    if isinstance(method, torch.ScriptMethod):  # a traced one has no signature of Python's
+        own = list(method.schema.arguments)[1:]
+        kind = Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature(
+            [
+                Parameter(
+                    a.name, kind,
+                    default=a.default_value if a.has_default_value() else Parameter.empty,
+                )
+                for a in own
+            ]
+        )  # fmt: skip
+    return inspect.signature(method)
 
 
 def _parameters(model: Callable[..., Any]) -> Mapping[str, Parameter]:

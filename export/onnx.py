@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.build import list_attention
-from effformer.calls import Call, Inputs, evaluating
+from effformer.calls import Call, Inputs, check_parts, evaluating
 from effformer.checks import CapabilityError, need
 from effformer.files import check_file
 from effformer.flow.conventions import trained_of
@@ -147,6 +147,7 @@ def export_onnx(
             f"export_onnx: target {target!r} takes opsets 18 to {runtime.newest}, got {version}"
         )
     check_file(path, GRAPH, force=force)
+    check_parts(model, where="export_onnx")
     _check_parts(model)
     check_tolerance(tolerance, "export_onnx")
     call = graph_call(model, inputs, where="export_onnx")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from effformer import registry
-from effformer.calls import Inputs, run
+from effformer.calls import Inputs, check_parts, run
 from effformer.checks import FormatError
 from effformer.config import Spec
 from effformer.wrapped import unwrapping
@@ -81,6 +81,7 @@ def quantize(
         >>> report.layers[0].scheme
         'nf4'
     """
+    check_parts(model, where="quantize")
     options: dict[str, Any] = {"skip": skip, "sensitive": sensitive, "backend": backend}
     changed = copy.deepcopy(model)
     return changed, quantize_(changed, scheme, where, **options, inputs=inputs)
@@ -98,6 +99,7 @@ def quantize_(
     inputs: Inputs | None = None,
 ) -> Report:
     """`quantize` in place; if it raises, the model is as it was."""
+    check_parts(model, where="quantize")
     main = make_scheme(scheme, where="quantize: scheme")
     careful = main
     if sensitive is not None and main.bits < 8:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .fake import visible_operators
-from .operators import Kind, elements, kind, macs
+from .operators import Kind, elements, kind, macs, name
 
 __all__ = ["Counter", "Tally"]
 
@@ -69,6 +70,8 @@ class Counter(TorchDispatchMode):
         64
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.rows: dict[tuple[str, str], Tally] = {}
@@ -105,7 +108,7 @@ class Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         what = kind(func)
-        if what == "unknown":
+        if what == "unknown" and isinstance(func, torch._ops.OpOverload):
             # composite operators reach this place whole in inference mode
             super().__enter__()  # not ``with self``, whose end removes the hooks
             try:
@@ -118,7 +121,7 @@ class Counter(TorchDispatchMode):
         if what == "moved":
             return out
         path = self._stack[-1].path if self._stack else ""
-        tally = self.rows.setdefault((path, func._schema.name), Tally(what))
+        tally = self.rows.setdefault((path, name(func)), Tally(what))
         tally.calls += 1
         if what == "counted":
             count = macs(func, args, kwargs, out)

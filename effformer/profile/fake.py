@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effformer.calls import Call, device_of
 
 __all__ = ["Run", "on_fake", "on_real", "visible_operators"]
+
+
+_EAGER = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+"""Torch's switch for flex_attention without compilation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +40,21 @@ class Run:
 
 @contextmanager
 def visible_operators() -> Iterator[None]:
-    """No fast path of nn.MultiheadAttention: one opaque operator would stand for its products."""
+    """No fast path of nn.MultiheadAttention, where one opaque operator would stand for its products,
+    and no compilation inside flex_attention, whose operator would not be seen.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    eager = getattr(flex, _EAGER, None)
     try:
+        if eager is not None:
+            setattr(flex, _EAGER, True)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+        if eager is not None:
+            setattr(flex, _EAGER, eager)
 
 
 def on_real(model: nn.Module, inputs: Call) -> Run:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effformer.calls import Inputs, bind, evaluating
+from effformer.calls import Inputs, bind, check_parts, evaluating
 from effformer.wrapped import bare, is_compiled
 
 from .fake import on_real
@@ -166,6 +166,8 @@ def _name(model: nn.Module) -> str:
 def _call(
     name: str, candidate: nn.Module | Callable[[], Any], inputs: Inputs | None, compile: bool
 ) -> Callable[[], Any]:
+    if compile or isinstance(candidate, torch.export.ExportedProgram):
+        check_parts(candidate, where="latency")
     if not isinstance(candidate, nn.Module):
         return candidate
     if any(p.is_meta for p in candidate.parameters()):

@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +30,7 @@ class Memory:
         peak: largest sum of live activations (storages made by operators and not yet freed) in a
             forward without gradients. Temporary buffers inside an operator are not seen.
         saved: activations that a forward with gradients keeps for the backward pass, in evaluation
-            mode.
+            mode; None if there is no backward pass.
         weights: parameters and buffers.
         method: how it was found.
     """
@@ -50,6 +51,8 @@ class MemoryTracker(TorchDispatchMode):
         live: bytes alive now.
         peak: largest value of ``live``.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, own: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -115,10 +118,12 @@ def activation_memory(run: Run, *, peak: int, method: str) -> Memory:
 
     saved: int | None = None
     if any(p.requires_grad for p in run.model.parameters()):
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = run.call()
-        saved = sum(storage.nbytes() for storage in kept.values())
-        del out
+        # operators without a backward pass (flex_attention on a CPU) leave it unknown
+        with suppress(NotImplementedError), torch.enable_grad():
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                out = run.call()
+            saved = sum(storage.nbytes() for storage in kept.values())
+            del out
     state = (*run.model.parameters(), *run.model.buffers())
     weights = sum(x.numel() * x.element_size() for x in state)
     return Memory(peak=peak, saved=saved, weights=weights, method=method)

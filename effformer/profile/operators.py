@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Formula", "Kind", "elements", "kind", "macs", "register_formula"]
+__all__ = ["Formula", "Kind", "elements", "kind", "macs", "name", "register_formula"]
 
 Kind = Literal["counted", "elementwise", "moved", "unknown"]
 Formula = Callable[[Sequence[Any], Mapping[str, Any], Any], int]
@@ -53,12 +53,24 @@ def register_formula(*names: str) -> Callable[[Formula], Formula]:
     return add
 
 
-def kind(op: torch._ops.OpOverload) -> Kind:
+Operator = torch._ops.OpOverload | torch._ops.HigherOrderOperator
+
+
+def name(op: Operator) -> str:
+    """Qualified name of an operator; those that take functions are "higher_order::..."."""
+    if isinstance(op, torch._ops.HigherOrderOperator):
+        return f"higher_order::{op.name()}"
+    return op._schema.name
+
+
+def kind(op: Operator) -> Kind:
     """Class of an operator."""
-    name = op._schema.name
-    if name in _FORMULAS:
+    full = name(op)
+    if full in _FORMULAS:
         return "counted"
-    space, _, base = name.partition("::")
+    if isinstance(op, torch._ops.HigherOrderOperator):
+        return "unknown"
+    space, _, base = full.partition("::")
     if base.endswith("_") and not base.endswith("__"):
         base = base[:-1]
     if op.is_view or space == "prim" or base in _MOVED:
@@ -68,11 +80,9 @@ def kind(op: torch._ops.OpOverload) -> Kind:
     return "unknown"
 
 
-def macs(
-    op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
-) -> int:
+def macs(op: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """Multiply-adds of one call of a counted operator."""
-    return int(_FORMULAS[op._schema.name](args, kwargs, out))
+    return int(_FORMULAS[name(op)](args, kwargs, out))
 
 
 def elements(args: Sequence[Any], out: Any) -> int:
@@ -130,6 +140,13 @@ _MOVED = frozenset(_MOVED_NAMES.split())
 def _product(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> int:
     """Every output element is a dot product over the last axis of the first operand."""
     return out.numel() * int(args[0].shape[-1])
+
+
+@register_formula("higher_order::flex_attention")
+def _flex_attention(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """All pairs, as for a mask: queries (B, H, N, K), keys (B, ., M, K), values (B, ., M, V)."""
+    q, k, v = (x.shape for x in args[:3])
+    return int(q[0] * q[1] * q[2] * k[2] * (q[3] + v[3]))
 
 
 @register_formula(

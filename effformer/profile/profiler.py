@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effformer.calls import Call, Inputs, bind, evaluating, takes
+from effformer.calls import Call, Inputs, bind, check_parts, evaluating, takes
 from effformer.context import Ledger
 from effformer.wrapped import unwrapping
 
@@ -54,12 +54,14 @@ def profile(
         progress: called with the name of each stage.
 
     Raises:
-        TypeError: inputs that the model does not accept.
+        TypeError: no module, or inputs that it does not accept.
+        CapabilityError: TorchScript, whose operators have no modules.
 
     Example:
         >>> profile(torch.nn.Linear(8, 4), (torch.zeros(2, 8),)).total
         64
     """
+    check_parts(model, where="profile")
     call = bind(model, inputs, where="profile")
     say = progress or _silent
     notes: list[str] = []
