@@ -184,7 +184,7 @@ class RunFolder:
     def _check(self, present: dict[str, Any], identity: dict[str, Any], resume: bool) -> None:
         if not resume:
             raise ValueError(
-                f"train: {self.path} already holds a run; pass resume=True to continue it, or "
+                f"train: {self.path} already holds a run; --resume (resume=True in Python) continues it, or "
                 "choose another folder"
             )
         there, now = dict(_flat(present)), dict(_flat(identity))

@@ -208,6 +208,7 @@ def test_interruptions_leave_the_old_result(
     assert fingerprint(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_training_interrupted_by_ctrl_c_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     words = [

@@ -203,6 +203,7 @@ def test_what_was_trained_is_sampled_and_exported(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_error_of_a_quantized_graph_is_its_own(saved: Path, tmp_path: Path) -> None:
     file, plain = str(tmp_path / "m.onnx"), str(tmp_path / "plain.onnx")
     model = effformer.load_model(saved)

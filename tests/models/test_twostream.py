@@ -38,6 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "acm": {"ffn": "acm", "attn": {"projections": {}}},
     "bare": {"pooled_dim": None, "ffn": None},
 }
+LONG = ("acm", "layers", "flux")
+"""Exports of many seconds, in the slow tier."""
 
 
 def awake(*, name: str = "joint-dit-nano", **options: Any) -> JointDiT:
@@ -151,7 +153,13 @@ def test_it_learns_what_the_text_says() -> None:
     assert told < 0.35 * silent < misled
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_exported_graphs_serve_other_sizes(options: dict[str, Any], tmp_path: Path) -> None:
     report = export_onnx(awake(**options), tmp_path / "model.onnx")
     assert report.parity is not None

@@ -88,7 +88,7 @@ def begun(path: Path) -> None:
 
 def test_present_run_needs_resume(tmp_path: Path) -> None:
     begun(tmp_path)
-    with pytest.raises(ValueError, match="already holds a run; pass resume=True"):
+    with pytest.raises(ValueError, match="already holds a run; --resume"):
         run(tmp_path)
     run(tmp_path, resume=True)
 
