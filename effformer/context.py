@@ -242,12 +242,13 @@ def _unfit(callee: Callee, given: Mapping[str, Any]) -> str | None:
     if "state" in given and x is not None:
         return _stale(callee, given["state"], x)
     batch, tokens = (1, 1) if x is None or x.dim() < 2 else x.shape[:2]
+    batch = batch if ctx.packing is None else len(ctx.packing.lengths)
     site: Any = getattr(callee, "site", None)
-    for name in ("cond", "time", "memory", "mask", "memory_mask", "positions", "width"):
+    for name in ("cond", "time", "memory", "width"):
         value, wide = getattr(ctx, name), getattr(site, f"{name}_dim", None)
         if value is None:
             continue
-        if value.dim() < 2 or value.shape[0] not in (1, batch):
+        if value.shape[0] not in (1, batch):
             return f"{name} has shape {tuple(value.shape)}, the tokens are {batch} samples"
         if wide is not None and value.shape[-1] != wide:
             return f"{name} has shape {tuple(value.shape)}, its width must be {wide}"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..checks import FormatError, unknown
 from ..files import atomic_path, disk_errors, write_json
 from ..retired import rename
+from ..weights import unshared
 from ..wrapped import unwrapping
 from .lock import hold, release
 
@@ -122,7 +123,7 @@ class RunFolder:
     ) -> Path:
         """Write a checkpoint, which appears complete or not at all; only the last ``keep`` stay."""
         path = self.path / _CHECKPOINTS / f"step-{step:08d}.safetensors"
-        own, words = _unshared(tensors), json.dumps(state)
+        own, words = unshared(tensors), json.dumps(state)
         with atomic_path(path) as part:
             save_file(own, part, metadata={"effformer": words, _SUM: _digest(own, words)})
         for old in sorted(_checkpoints(self.path), key=_step)[:-keep]:
@@ -381,18 +382,6 @@ def _read_state(text: str, path: Path) -> dict[str, Any]:
 
 def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors with storage of their own: safetensors refuses tied weights."""
-    seen: set[int] = set()
-    out = {}
-    for key, value in tensors.items():
-        own = value.detach().contiguous()
-        own = own.clone() if own.untyped_storage().data_ptr() in seen else own
-        seen.add(own.untyped_storage().data_ptr())
-        out[key] = own
-    return out
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
