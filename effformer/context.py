@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,7 +185,6 @@ def explained(method: M) -> M:
     without a trace of it. A failure on arguments that fit stays as it is.
     """
 
-    @functools.wraps(method)
     def call(self: Callee, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
@@ -200,7 +200,7 @@ def explained(method: M) -> M:
         ) as error:
             if is_refusal(error):
                 raise
-            called = self if method.__name__ == "__call__" else method.__get__(self)
+            called = method.__get__(self)
             why = misfit(self, called, args, kwargs, self.fitting())
             if why is None:
                 why = _unfit(self, bound(called, args, kwargs).arguments)
@@ -210,25 +210,24 @@ def explained(method: M) -> M:
                 raise
             raise ValueError(f"{where}: {why}") from error
 
-    return typing.cast(M, call)
+    # torch.compile counts its graphs by code, so every method has one of its own
+    code = call.__code__.replace(co_name=method.__qualname__, co_qualname=method.__qualname__)
+    own = types.FunctionType(code, call.__globals__, method.__name__, None, call.__closure__)
+    return typing.cast(M, functools.update_wrapper(own, method))
 
 
 class Callee(nn.Module):
-    """A part or a model: its calls say which arguments do not fit, see `explained`."""
+    """A part or a model: its ``forward`` says which arguments do not fit, see `explained`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__:
+            cls.forward = explained(cls.__dict__["forward"])
 
     def fitting(self) -> Mapping[str, Tensor]:
         """Inputs that fit, by the names of the arguments: tokens (B, N, D) for a part."""
         site = getattr(self, "site", None)
         return {} if site is None else {"x": torch.empty(2, 4, site.dim)}
-
-    @explained
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``forward``.
-
-        Raises:
-            ValueError: inputs do not fit; one sentence says which.
-        """
-        return super().__call__(*args, **kwargs)
 
 
 def _unfit(callee: Callee, given: Mapping[str, Any]) -> str | None:

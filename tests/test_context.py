@@ -15,6 +15,17 @@ from effformer.site import Site
 TOKENS = torch.zeros(2, 3, 8)
 
 
+def test_every_forward_has_a_code_of_its_own() -> None:
+    """torch.compile counts the graphs of a code: many parts in one process must not share a limit."""
+    builds = {
+        entry.build
+        for kind in ("attention", "core", "ffn", "block")
+        for entry in registry.KINDS[kind]
+    }
+    own = [cls for cls in builds if "forward" in vars(cls)]
+    assert len({cls.forward.__code__ for cls in own}) == len(own) > 20
+
+
 def test_packing_takes_any_mask() -> None:
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
     packing = Packing.from_mask(mask)

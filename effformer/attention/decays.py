@@ -1,4 +1,4 @@
-"""Initial values of learned decays."""
+"""Learned decays: their step widths, and initial values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["start_bias", "start_rates"]
+__all__ = ["start_bias", "start_rates", "step_width"]
+
+
+def step_width(x: Tensor) -> Tensor:
+    """``softplus(x)``. Of a contiguous copy: a captured graph takes the gradient's strides for those of
+    the output, and torch gives it those of the input.
+    """
+    return F.softplus(x.contiguous())
 
 
 def start_rates(heads: int, *, low: float) -> Tensor:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effformer.nn.precision import widened
 from effformer.registry import core
 from effformer.site import Site
 from effformer.values import NonNegative, Range
 
-from .decays import start_bias, start_rates
+from .decays import start_bias, start_rates, step_width
 from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, unit_length, wide
 from .outputs import Input
 
@@ -118,7 +117,7 @@ class GatedDelta(DeltaCore):
         self.bias = nn.Parameter(start_bias(site.heads))
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, beta: Tensor) -> Terms:  # type: ignore[override]
-        time = F.softplus(wide(decay) + self.bias[:, None])
+        time = step_width(wide(decay) + self.bias[:, None])
         fade = -widened(self.rate).exp()[:, None] * time
         return Terms(self.unit(q), self.unit(k), v, fade, self.written(beta))
 
@@ -166,7 +165,7 @@ class KDA(DeltaCore):
         rate = widened(self.rate).exp()[:, None, None]
         raw = widened(decay) + self.bias[:, None]
         if self.config.bound is None:
-            fade = -rate * F.softplus(raw)
+            fade = -rate * step_width(raw)
         else:
             fade = self.config.bound * (rate * raw).sigmoid()
         return Terms(self.unit(q), self.unit(k), v, fade, self.written(beta))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from effformer.checks import CapabilityError, check_shape
 from effformer.nn.onnx_nodes import MICROSOFT, node_domains
@@ -14,7 +13,7 @@ from effformer.nn.precision import exactly
 
 from .gated_chunks import chunk_states, decayed_scores, decays, unit_lower_inverse
 from .gated_onnx import gated_scan_onnx
-from .slices import Rows, capturing, known_length, token_slices
+from .slices import Rows, capturing, known_length, padded, token_slices
 
 __all__ = ["gated_scan", "gated_scan_macs", "retention_decay"]
 
@@ -229,7 +228,7 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
     """
     n, count = x.shape[2], _count(x, chunk)
     if capturing() or count * chunk != n:
-        x = F.pad(x, (0, 0, 0, count * chunk - n))
+        x = padded(x, count * chunk - n)
     return x.unflatten(2, (count, chunk)).movedim(2, 0).flatten(0, 2)
 
 

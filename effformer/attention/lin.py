@@ -61,8 +61,8 @@ def lin_macs(n: int, keys: int, *, heads: int, features: int, values: int) -> in
 
 
 def elu_features(x: Tensor) -> Tensor:
-    """``elu(x) + 1``, positive."""
-    return F.elu(x) + 1
+    """``elu(x) + 1``, positive, contiguous."""
+    return F.elu(x.contiguous()) + 1
 
 
 def joined(x: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Linear(Core):
         """Elu + 1, contiguous: heads cut from a fused projection would be copied by every
         product.
         """
-        return (F.elu(x) + 1).contiguous()
+        return F.elu(x.contiguous()) + 1
 
     def guarded(self, normaliser: Tensor) -> Tensor:
         """The normaliser, never 0."""

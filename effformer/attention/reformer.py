@@ -19,7 +19,7 @@ from effformer.site import Site
 from effformer.values import Count, Even, Seed
 
 from .base import Mixer
-from .slices import known_length, over_sequences, token_slices
+from .slices import known_length, over_sequences, padded, token_slices
 
 __all__ = ["Reformer"]
 
@@ -162,7 +162,7 @@ class Reformer(Mixer):
         pad = (-n) % chunk
         if not known or pad:
             mask = q.new_ones(q.shape[0], n, dtype=torch.bool) if mask is None else mask
-            q, turned, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, turned, v))
+            q, turned, v = (padded(x, pad) for x in (q, turned, v))
             mask = F.pad(mask, (0, pad))
         hashes = self.hash(q, mask)
         rounds, total = hashes.shape[2:]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional as F
 
 from effformer.context import Context, Rope
 
@@ -16,6 +17,7 @@ __all__ = [
     "known_length",
     "over_heads",
     "over_sequences",
+    "padded",
     "pieces",
     "slices_of",
     "token_slices",
@@ -39,6 +41,15 @@ def known_length(x: Tensor) -> bool:
     constant. So it pads to one chunk more than it needs.
     """
     return not torch.compiler.is_compiling() or has_static_value(x.shape[2])
+
+
+def padded(x: Tensor, more: int) -> Tensor:
+    """X (B, H, N, K) with zeros behind its tokens.
+
+    A graph pads a contiguous copy: where ``more`` turns out to be 0, padding keeps strides that torch
+    took for contiguous ones while it captured.
+    """
+    return F.pad(x.contiguous() if capturing() else x, (0, 0, 0, more))
 
 
 def over_heads(

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effformer.nn.precision import widened
 from effformer.registry import core
 from effformer.site import Site
 from effformer.values import NonNegative, Positive
 
-from .decays import start_bias, start_rates
+from .decays import start_bias, start_rates, step_width
 from .gated import GATED_CAPS, GatedConfig, GatedCore, Terms, wide
 from .outputs import Input
 
@@ -74,7 +73,7 @@ class SSD(GatedCore):
         self.skip = nn.Parameter(torch.ones(site.heads))
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, *, time: Tensor) -> Terms:  # type: ignore[override]
-        d = F.softplus(wide(time) + self.bias[:, None]).clamp(self.config.least, self.config.most)
+        d = step_width(wide(time) + self.bias[:, None]).clamp(self.config.least, self.config.most)
         return Terms(q, k, widened(v) * d[..., None], -widened(self.rate).exp()[:, None] * d)
 
     def leave(self, out: Tensor, v: Tensor) -> Tensor:
