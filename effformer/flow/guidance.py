@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import unknown
-from ..values import Count, Real, check_fields
+from ..values import Checked, Count, Real
 from .conventions import VelocityField, as_velocity, batch_times
 
 __all__ = ["Guidance", "Guided", "forward_with_cfg", "guided"]
@@ -19,7 +19,7 @@ Channels = Literal["all"] | Count
 
 
 @dataclass(frozen=True, slots=True)
-class Guidance:
+class Guidance(Checked):
     """How strongly, where and when to guide.
 
     ``v = v_null + scale (v_cond - v_null)`` on the guided channels, v_cond elsewhere.
@@ -47,8 +47,7 @@ class Guidance:
     interval: tuple[Real, Real] | None = None
     batched: bool = True
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def check(self) -> None:
         if not self.null:
             raise ValueError("guidance: null is empty; give the null condition, e.g. {'y': 10}")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:

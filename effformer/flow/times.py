@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from effformer.values import Chance, Count, Fraction, NonNegative, Positive, Real, check_fields
+from effformer.values import Chance, Checked, Count, Fraction, NonNegative, Positive, Real
 
 from ..checks import unknown
 from ..config import Config
@@ -256,7 +256,7 @@ def _class(name: str, where: str) -> type[TimeLaw]:
 
 
 @dataclass(frozen=True, slots=True)
-class TimeGrid:
+class TimeGrid(Checked):
     """The times of a fixed-step sampler: N steps, N + 1 points.
 
     Attributes:
@@ -267,8 +267,7 @@ class TimeGrid:
     points: tuple[Real, ...]
     widths: tuple[Real, ...] | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def check(self) -> None:
         if len(self.points) < 2:
             raise ValueError(f"TimeGrid: at least 1 step (2 points) is needed, got {self.points}")
         if self.widths is not None and len(self.widths) != len(self.points) - 1:
