@@ -202,8 +202,8 @@ def _run(candidate: Candidate, job: dict[str, Any]) -> dict[str, Any]:
         env=os.environ | place | {"PYTHONPATH": paths},
     )  # fmt: skip
     answer = json.loads(done.stdout) if done.returncode == 0 else {}
-    if answer.get("refused"):
-        raise ValueError(f"benchmark: {candidate.name!r}: {answer['error']}")
+    if "refused" in answer:
+        raise ValueError(f"benchmark: {candidate.name!r}: {answer['refused']}")
     if "samples" not in answer:
         said = done.stderr.strip()[-2000:] or f"it ended with code {done.returncode}"
         raise RuntimeError(f"benchmark: the process of {candidate.name!r} failed: {said}")

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, process_time
@@ -32,9 +31,10 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         answer = _timed(job)
-    except Exception as error:
-        traceback.print_exc()
-        answer = {"error": str(error) or type(error).__name__, "refused": is_refusal(error)}
+    except (ValueError, TypeError, ImportError) as error:
+        if not is_refusal(error):
+            raise
+        answer = {"refused": str(error)}
     with answers:
         json.dump(answer, answers)
 
