@@ -20,7 +20,7 @@ from .layout import StateDict
 from .pickled import read_pickled
 from .wrapped import COUNT, plain_keys
 
-__all__ = ["TRAINED", "WeightFile", "open_weights", "unshared", "with_trained"]
+__all__ = ["TRAINED", "WeightFile", "once", "open_weights", "unshared", "with_trained"]
 
 TRAINED = "effformer.trained"
 """Key of the metadata of a safetensors file that says what the weights were trained to predict."""
@@ -113,6 +113,17 @@ def _trained_in(entries: Mapping[str, Any], path: Sequence[str]) -> Any:
         entries = entries[name] if isinstance(entries.get(name), Mapping) else {}
     modules = getattr(entries, "_metadata", {}).values()
     return next((facts["trained"] for facts in modules if "trained" in facts), None)
+
+
+def once(tensors: Mapping[str, Tensor]) -> StateDict:
+    """Tied tensors under their first name only, as files of transformers hold them; the model that
+    they are loaded into knows its ties.
+    """
+    first: dict[Any, str] = {}
+    for name, x in tensors.items():
+        place = x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
+        first.setdefault(place, name)
+    return {name: tensors[name] for name in first.values()}
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
