@@ -7,6 +7,7 @@ says which models it holds.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +23,15 @@ from .layout import TRAINING, Layout, StateDict, clashes
 from .weights import WeightFile, open_weights
 from .wrapped import unwrapping
 
-__all__ = ["LoadReport", "by_name", "fill", "load_weights", "model_name"]
+__all__ = [
+    "LoadReport",
+    "by_name",
+    "fill",
+    "load_weights",
+    "model_name",
+    "tell_not_finite",
+    "unlike",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +265,8 @@ def _fit(state: StateDict, own: Mapping[str, Tensor]) -> tuple[list[str], list[s
     reshaped, wrong = [], []
     for key in sorted(state.keys() & own.keys()):
         given, have = state[key], own[key]
-        if given.is_meta or given.layout != torch.strided or _kind(given) != _kind(have):
-            what = "without values" if given.is_meta else f"{given.dtype}".removeprefix("torch.")
-            wrong.append(f"{key} is {what}, the model has {str(have.dtype).removeprefix('torch.')}")
+        if why := unlike(given, have):
+            wrong.append(f"{key} {why}")
         elif given.shape == have.shape:
             continue
         elif _viewable(given.shape, have.shape):
@@ -269,12 +277,46 @@ def _fit(state: StateDict, own: Mapping[str, Tensor]) -> tuple[list[str], list[s
     return reshaped, wrong
 
 
+def unlike(given: Tensor, have: Tensor) -> str:
+    """Why a tensor of a file cannot be written into one of a model, "" if it can; shapes aside."""
+    dtype, own = (str(x.dtype).removeprefix("torch.") for x in (given, have))
+    if given.is_meta:
+        return f"is without values, the model has {own}"
+    if given.layout != torch.strided:
+        return f"is {given.layout}, the model has dense tensors".replace("torch.", "")
+    if _kind(given) != _kind(have):
+        return f"is {dtype}, the model has {own}"
+    if _kind(given) == "integer" and not torch.equal(given.to(have.dtype).to(given.dtype), given):
+        return f"is {dtype} with values that {own}, which the model has, does not hold"
+    return ""
+
+
 def _kind(x: Tensor) -> str:
     if x.is_quantized:
         return "quantized"
-    if x.is_complex() or x.is_floating_point():
-        return "complex" if x.is_complex() else "floating"
+    if x.is_complex():
+        return "complex"
+    if x.is_floating_point():  # in 8 bits and fewer they mean something with their scales only
+        return "floating" if x.element_size() > 1 else str(x.dtype)
     return "bool" if x.dtype == torch.bool else "integer"
+
+
+def tell_not_finite(model: nn.Module, given: StateDict, *, where: str) -> None:
+    """Warn of values that are not finite, in what was just written into a model."""
+    own = _own(model)
+    bad = [
+        f"{key} (beyond {own[key].dtype})".replace("torch.", "")
+        if given[key].isfinite().all()
+        else key
+        for key in sorted(given.keys() & own.keys())
+        if own[key].is_floating_point() and not own[key].isfinite().all()
+    ]
+    if bad:
+        warnings.warn(
+            f"{where}: NaN or infinite values in {_some(bad)}, and so in what the model computes; "
+            "load sound weights, or train again from a checkpoint before they appeared",
+            stacklevel=2,
+        )
 
 
 def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
@@ -396,6 +438,7 @@ def fill(model: nn.Module, state: StateDict, *, where: str) -> None:
         reset: Callable[[], None] | None = getattr(module, "reset_buffers", None)
         if reset is not None:
             reset()
+    tell_not_finite(model, state, where=where)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, str]]:

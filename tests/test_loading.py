@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import types
 from pathlib import Path
@@ -301,7 +302,10 @@ def test_a_refused_load_changes_nothing() -> None:
         (torch.ones(48, dtype=torch.int64), "norm.weight is int64, the model has float32"),
         (torch.ones(48, device="meta"), "norm.weight is without values"),
         (torch.ones(48, dtype=torch.complex64), "norm.weight is complex64"),
-        (torch.ones(48).to_sparse(), "norm.weight is float32, the model has float32"),
+        (torch.ones(48).to_sparse(), "norm.weight is sparse_coo, the model has dense tensors"),
+        (torch.ones(48).bool(), "norm.weight is bool, the model has float32"),
+        (torch.ones(48).to(torch.float8_e4m3fn), "norm.weight is float8_e4m3fn, the model has"),
+        (torch.ones(48).to(torch.float8_e8m0fnu), "norm.weight is float8_e8m0fnu, the model has"),
     ],
 )
 def test_tensors_of_another_kind(value: Tensor, message: str) -> None:
@@ -310,6 +314,35 @@ def test_tensors_of_another_kind(value: Tensor, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         effformer.load_weights(model, before | {"norm.weight": value})
     assert same(model, before)
+
+
+def test_numbers_that_a_buffer_cannot_hold() -> None:
+    packed, _ = effformer.compress.quantize(nn.Sequential(nn.Linear(32, 4)), "int8")
+    before = packed.state_dict()
+    wide = before | {"0.codes": before["0.codes"].long()}
+    effformer.load_weights(packed, wide)
+    with pytest.raises(FormatError, match=r"0\.codes is int64 with values that uint8, .* not hold"):
+        effformer.load_weights(packed, wide | {"0.codes": wide["0.codes"] + 256})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (torch.float32, math.nan, r"NaN or infinite values in norm\.weight, and so"),
+        (torch.float32, -math.inf, r"NaN or infinite values in norm\.weight, and so"),
+        (torch.float16, 1e5, r"values in norm\.weight \(beyond float16\), and so"),
+    ],
+)
+def test_values_that_are_not_finite_are_told(
+    dtype: torch.dtype, value: float, message: str
+) -> None:
+    model = effformer.build_model("vit-nano").to(dtype)
+    state = {key: x.double() if x.is_floating_point() else x for key, x in state_of(model).items()}
+    effformer.load_weights(model, state)
+    state["norm.weight"][3] = value
+    with pytest.warns(UserWarning, match=message):
+        effformer.load_weights(model, state)
+    assert not model.norm.weight[3].isfinite()
 
 
 class Tied(nn.Module):

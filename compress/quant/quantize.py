@@ -142,7 +142,7 @@ def dequantize(model: M) -> M:
     packed = {m: m.to_dense() for m in changed.modules() if isinstance(m, Packed)}
     if not packed:
         raise ValueError("dequantize: no layer of this model is quantized")
-    weights: dict[Tensor, nn.Parameter] = {}
+    weights: dict[Tensor, Any] = {}
     for layer, dense in packed.items():
         dense.weight = weights.setdefault(layer.get_buffer("codes"), dense.weight)
     with opened(changed):

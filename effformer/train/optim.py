@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FormatError
+from ..loading import unlike
 from ..wrapped import unwrapping
 
 __all__ = ["adamw", "learning_rate", "optimizer_tensors", "restore_optimizer"]
@@ -76,12 +77,13 @@ def restore_optimizer(
     """Inverse of `optimizer_tensors`.
 
     Raises:
-        FormatError: a tensor belongs to no parameter, or is of another shape than it.
+        FormatError: a tensor belongs to no parameter, or is of another shape or kind than it.
     """
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         owner = parameters.get(key.rpartition(".")[0])
-        if owner is None or (value.dim() and value.shape != owner.shape):
+        fits = owner is not None and value.shape == owner.shape and not unlike(value, owner)
+        if owner is None or (value.dim() and not fits):
             raise FormatError(
                 f"optimizer: {key} {tuple(value.shape)} fits no parameter of {type(model).__name__}"
             )
