@@ -134,7 +134,8 @@ def train(
     Args:
         model: trained where it is, compiled or wrapped as it is, and named as it is without that, so
             that a run resumes with or without wrappers; batches are moved to the device of its first
-            parameter.
+            parameter. What is trained is in float32 at least; `torch.autocast` around the call
+            computes in half precision.
         data: training samples, named tensors.
         objective: the loss, see `Objective`.
         config: what decides the weights.
@@ -290,6 +291,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.done)
         self.optimizer.step()
+        torch.clear_autocast_cache()  # around the run it would go on with the weights of its first step
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model)

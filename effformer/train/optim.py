@@ -28,13 +28,20 @@ def adamw(
     Reference: Decoupled Weight Decay Regularization, 2017, arXiv 1711.05101.
 
     Raises:
-        ValueError: nothing is trainable.
+        ValueError: nothing is trainable, or in half precision, which loses its small steps and the
+            averages of its squared gradients.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
+            if p.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"train: {name} is {str(p.dtype).removeprefix('torch.')}, in which the steps of AdamW "
+                    "are lost to rounding; train model.float(), under torch.autocast for the speed of "
+                    "half precision, and convert the result"
+                )
             decays = p.dim() > 1 and name.endswith("weight") and id(p) not in tables
             (decayed if decays else plain).append(p)
     if not decayed and not plain:

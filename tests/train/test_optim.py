@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import effformer
+from effformer.train import Classification, TrainConfig, load_data, train
 from effformer.train.optim import adamw, learning_rate
+
+STEPS = TrainConfig(steps=60, warmup=0, lr=1e-2, ema=None)
 
 
 def test_only_weights_of_maps_decay() -> None:
@@ -59,3 +62,19 @@ def test_fused_is_exact() -> None:
     optimizer.step()
     expected = w * (1 - 0.001) - 0.01 * g.double() / (g.double().abs() + 1e-8)
     torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_trained_in_float32(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Linear(16, 10)).to(dtype)
+    options = {"weight_decay": 0.0, "betas": (0.9, 0.999)}
+    with pytest.raises(
+        ValueError, match=rf"1\.weight is {str(dtype)[6:]}, in which .* model\.float"
+    ):
+        adamw(net, **options)  # type: ignore[arg-type]
+    net[2].float()
+    adamw(net.requires_grad_(False)[2].requires_grad_(), **options)  # type: ignore[arg-type]
+    with torch.autocast("cpu", dtype):
+        result = train(net.float().requires_grad_(), load_data("digits"), Classification(), STEPS)
+    assert result.loss < 1.0  # 2.3 knows nothing
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
