@@ -73,14 +73,15 @@ def load_weights(
     strict: bool = True,
     weights: str = "auto",
     keep: str | Sequence[str] = (),
-    config: Mapping[str, Any] | None = None,
+    config: Any = None,
 ) -> LoadReport:
     """Load weights in our layout or in a published one.
 
     Args:
         model: a model, or a part with its own layout; nothing is changed unless everything fits. A
             model on the meta device is filled on the CPU.
-        source: a safetensors or torch file, or a state dict.
+        source: a safetensors or torch file, a folder or an index of shards as transformers and diffusers
+            write them, or a state dict.
         layout: "auto", "effformer", the name of a published layout of the model's family, or any
             `Layout`.
         strict: missing or unexpected keys are an error, and so is a model that computes something
@@ -91,8 +92,9 @@ def load_weights(
             for those that the optimizer holds; or the name of an entry of the file.
         keep: modules or keys of the model that keep the values they have, as names or glob patterns:
             ``keep="head"`` for another number of classes.
-        config: options of the checkpoint's model (a transformers or diffusers config, a training
-            command line), if the file and the ``config.json`` beside it do not say them.
+        config: options of the checkpoint's model (a training command line, the config of a model of
+            transformers or diffusers: a mapping, or an object with ``to_dict()``), if the file and the
+            ``config.json`` beside it do not say them.
 
     Raises:
         FormatError: the file cannot be read, its layout is not recognised, keys or shapes do not

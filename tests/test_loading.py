@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import effformer
@@ -314,6 +315,50 @@ def test_tensors_of_another_kind(value: Tensor, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         effformer.load_weights(model, before | {"norm.weight": value})
     assert same(model, before)
+
+
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_folders_and_shards_of_transformers(stem: str, tmp_path: Path) -> None:
+    source, write = bert(), save_file if stem.endswith("safetensors") else torch.save
+    state = {k: v.clone() for k, v in theirs(source, "huggingface").items()}
+    names = [f"one-{stem}", f"two-{stem}"]
+    places = {key: names[i % 2] for i, key in enumerate(state)}
+    for name in names:
+        write({k: v for k, v in state.items() if places[k] == name}, tmp_path / name)  # type: ignore[operator]
+    index = tmp_path / f"{stem}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_attention_heads": 3}')
+    for given in (tmp_path, index):
+        model = bert()
+        assert "num_attention_heads" in effformer.load_weights(model, given).confirmed
+        assert same(model, state_of(source))
+    with pytest.raises(FormatError, match="num_attention_heads is 3 there and 6 here"):
+        effformer.load_weights(bert(heads=6), tmp_path)
+    for wrong, message in (
+        (places | {"x": names[0]}, "x and 0 more are not in their files"),
+        (places | {"x": "../w.safetensors"}, "which is no file of weights in its folder"),
+        (places | {"x": index.name}, "which is no file of weights in its folder"),
+        ([], "is not an index of shards"),
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(FormatError, match=message):
+            effformer.load_weights(bert(), tmp_path)
+    index.unlink()
+    with pytest.raises(FormatError, match=r"a folder without weights \(model\.safetensors, "):
+        effformer.load_weights(bert(), tmp_path)
+
+
+def test_configs_may_be_objects() -> None:
+    class Config:
+        def to_dict(self) -> dict[str, Any]:
+            return {"model_type": "bert", "num_attention_heads": 3}
+
+    state = theirs(bert(), "huggingface")
+    assert effformer.load_weights(bert(), state, config=Config()).confirmed
+    with pytest.raises(FormatError, match="num_attention_heads is 3 there and 6 here"):
+        effformer.load_weights(bert(heads=6), state, config=Config())
+    with pytest.raises(TypeError, match="config is a mapping of options, got int"):
+        effformer.load_weights(bert(), state, config=3)
 
 
 def test_numbers_that_a_buffer_cannot_hold() -> None:
