@@ -275,7 +275,7 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def _relative(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """``||a - e|| / ||e||`` over all tensors, 0 if both are zero."""
     square = sum(
-        float((a - e).double().square().sum()) for a, e in zip(actual, expected, strict=True)
+        float((a.double() - e).square().sum()) for a, e in zip(actual, expected, strict=True)
     )
     norm = sum(float(e.double().square().sum()) for e in expected)
     return (square / norm) ** 0.5 if norm > 0 else square**0.5
