@@ -307,11 +307,9 @@ def tell_not_finite(model: nn.Module, given: StateDict, *, where: str) -> None:
     """Warn of values that are not finite, in what was just written into a model."""
     own = _own(model)
     bad = [
-        f"{key} (beyond {own[key].dtype})".replace("torch.", "")
-        if given[key].isfinite().all()
-        else key
+        f"{key} (beyond {own[key].dtype})".replace("torch.", "") if _finite(given[key]) else key
         for key in sorted(given.keys() & own.keys())
-        if own[key].is_floating_point() and not own[key].isfinite().all()
+        if own[key].is_floating_point() and not _finite(own[key])
     ]
     if bad:
         warnings.warn(
@@ -319,6 +317,10 @@ def tell_not_finite(model: nn.Module, given: StateDict, *, where: str) -> None:
             "load sound weights, or train again from a checkpoint before they appeared",
             stacklevel=2,
         )
+
+
+def _finite(x: Tensor) -> bool:
+    return bool((x.float() if x.element_size() == 1 else x).isfinite().all())
 
 
 def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:

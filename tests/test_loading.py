@@ -317,6 +317,13 @@ def test_tensors_of_another_kind(value: Tensor, message: str) -> None:
     assert same(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_fit_eight_bits(dtype: torch.dtype) -> None:
+    source, model = nn.Linear(4, 4).to(dtype), nn.Linear(4, 4).to(dtype)
+    effformer.load_weights(model, source.state_dict())
+    assert torch.equal(model.weight.float(), source.weight.float())
+
+
 @pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
 def test_folders_and_shards_of_transformers(stem: str, tmp_path: Path) -> None:
     source, write = bert(), save_file if stem.endswith("safetensors") else torch.save
