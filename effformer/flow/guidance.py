@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import unknown
 from ..values import Checked, Count, Real
 from .conventions import VelocityField, as_velocity, batch_times
+from .paths import widened
 
 __all__ = ["Guidance", "Guided", "forward_with_cfg", "guided"]
 
@@ -55,7 +56,7 @@ class Guidance(Checked):
 
 
 class Guided:
-    """A guided velocity field; made by `guided`."""
+    """A guided velocity field, in float32 at least; made by `guided`."""
 
     def __init__(self, velocity: VelocityField, guidance: Guidance) -> None:
         self.velocity = as_velocity(velocity, where="guided")
@@ -64,12 +65,12 @@ class Guided:
     def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
         rule, times = self.guidance, batch_times(t, x)
         if rule.scale == 1:
-            return self.velocity(x, times, **cond)
+            return widened(self.velocity(x, times, **cond))
         if rule.interval is not None:
             inside = (times >= rule.interval[0]) & (times <= rule.interval[1])
             if not bool(inside.any()):
-                return self.velocity(x, times, **cond)
-            scale = torch.where(inside, rule.scale, 1.0).to(x).view(-1, *(1,) * (x.dim() - 1))
+                return widened(self.velocity(x, times, **cond))
+            scale = torch.where(inside, rule.scale, 1.0).to(times).view(-1, *(1,) * (x.dim() - 1))
         null = {**cond, **_null(rule.null, cond)}
         if rule.batched:
             both = {name: _twice(value, null[name], x.shape[0]) for name, value in cond.items()}
@@ -132,7 +133,7 @@ def forward_with_cfg(
         cond: conditions (2B, ...), the null condition in the second half.
 
     Returns:
-        (2B, Cout, ...).
+        (2B, Cout, ...), in float32 at least.
 
     Raises:
         ValueError: the batch is odd.
@@ -140,7 +141,7 @@ def forward_with_cfg(
     if x.shape[0] % 2:
         raise ValueError(f"forward_with_cfg: expected an even batch [cond; null], got {x.shape[0]}")
     half = x[: x.shape[0] // 2]
-    out = network(torch.cat([half, half]), t, **cond)
+    out = widened(network(torch.cat([half, half]), t, **cond))
     guided_channels = x.shape[1] if channels == "all" else channels
     v_cond, v_null = out[:, :guided_channels].chunk(2)
     mixed = v_null + scale * (v_cond - v_null)
@@ -150,6 +151,7 @@ def forward_with_cfg(
 
 
 def _mix(v_cond: Tensor, v_null: Tensor, scale: float | Tensor, channels: Channels) -> Tensor:
+    v_cond, v_null = widened(v_cond), widened(v_null)
     if channels == "all":
         return v_null + scale * (v_cond - v_null)
     if channels > v_cond.shape[1]:
