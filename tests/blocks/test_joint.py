@@ -25,14 +25,16 @@ CORES = registry.core.names(order_free=True)
 
 
 def build(
-    attn: Any = "softmax", ffn: Any = "mlp", *, ends: bool = False, cond: bool = True, **slots: str
-) -> Joint:
+    attn: Any = "softmax", ffn: Any = "mlp", *, ends: bool = False, cond: bool = True,
+    norm: NormRule | None = None, **slots: str,
+) -> Joint:  # fmt: skip
     """A block in float64 with open gates."""
     torch.manual_seed(0)
-    there = DIM if cond else None
+    there, rule = DIM if cond else None, NormRule() if norm is None else norm
     site = Site(
-        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, path="b", depth=1 if ends else 2
-    )
+        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, norm=rule, path="b",
+        depth=1 if ends else 2,
+    )  # fmt: skip
     parts = {"attn": resolve("attention", attn), "ffn": resolve("ffn", ffn)}
     block: Joint = Joint.Config().build(site, **parts)
     block.attach(**{kind: resolve(kind, name) for kind, name in slots.items()})
@@ -56,6 +58,12 @@ def table(n: int) -> Rope:
     return made
 
 
+def _normed(x: Tensor, norm: Any, kind: str | None) -> Tensor:
+    if kind == "rms":
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
+    return F.layer_norm(x, (DIM // HEADS,), norm.weight, norm.bias, eps=1e-6)
+
+
 def obvious(
     block: Joint, x: Tensor, y: Tensor, cond: Tensor, mask: Tensor | None, rope: Rope | None
 ) -> tuple[Tensor, Tensor]:
@@ -71,8 +79,7 @@ def obvious(
             kept.append(row.unflatten(-1, (HEADS, -1)).transpose(1, 2))
         for kept, norm in ((q, "q_norm"), (k, "k_norm")):
             if block.x.attn.part.config.qk_norm:
-                weight, bias = getattr(heads, norm).weight, getattr(heads, norm).bias
-                kept[-1] = F.layer_norm(kept[-1], (DIM // HEADS,), weight, bias, eps=1e-6)
+                kept[-1] = _normed(kept[-1], getattr(heads, norm), block.site.norm.qk_kind)
             if rope is not None and stream is block.x:
                 kept[-1] = rotate(kept[-1], rope.cos, rope.sin, interleaved=True)
     q, k, v = (torch.cat(rows, dim=2) for rows in (q, k, v))
@@ -96,9 +103,10 @@ def obvious(
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("placed", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_block_is_its_equation(ends: bool, masked: bool, placed: bool, qk_norm: bool) -> None:
-    block = build({"name": "softmax", "qk_norm": qk_norm}, ends=ends)
+@pytest.mark.parametrize("qk_norm", ["", "layer", "rms"])
+def test_the_block_is_its_equation(ends: bool, masked: bool, placed: bool, qk_norm: Any) -> None:
+    attn = {"name": "softmax", "qk_norm": bool(qk_norm)}
+    block = build(attn, ends=ends, norm=NormRule(qk_kind=qk_norm or None))
     x, y, ctx = inputs()
     mask = torch.tensor([[True, True, False, False], [True] * 4]) if masked else None
     rope = table(N) if placed else None
