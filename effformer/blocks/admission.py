@@ -57,7 +57,9 @@ def check_layer(
     def block_reason(caps: Caps, needs: Needs) -> str | None:
         return _block_reason(caps, layer, needs)
 
-    _check_part(layer.block, every, f"{where}.block", slots, block_reason)
+    # a block of one stream never serves two: models of both kinds have a slot for each
+    alike = [n for n in every if n.joint == needs.joint]
+    _check_part(layer.block, alike, f"{where}.block", slots, block_reason)
     for kind, config in slots.items():
         _check_slot(kind, config, layer, slot_needs(layer, needs), where)
 
