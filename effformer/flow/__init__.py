@@ -56,3 +56,4 @@ from .times import TimeLaw as TimeLaw
 from .times import Uniform as Uniform
 from .times import UShaped as UShaped
 from .times import get_time_law as get_time_law
+from .times import shift_of_length as shift_of_length

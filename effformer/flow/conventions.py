@@ -129,7 +129,7 @@ RECTIFIED_DIFFUSION = FlowConvention(
 MDT_DIST = FlowConvention(data_at=0, label_scale=1000.0, path=Linear(sigma_min=1e-5))
 TRELLIS = MDT_DIST
 SD3 = FlowConvention(data_at=0, label_scale=1000.0)
-FLUX = SD3
+FLUX = FlowConvention(data_at=0)
 TRIPOSG = FlowConvention(data_at=0, label_scale=1000.0, sign=-1)
 TORCHCFM = EFFFORMER
 FLOW_MATCHING = EFFFORMER

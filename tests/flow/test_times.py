@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +17,7 @@ from effformer.flow import (
     Uniform,
     UShaped,
 )
-from effformer.flow.times import TIME_LAWS, get_time_law
+from effformer.flow.times import TIME_LAWS, get_time_law, shift_of_length
 
 ALL = [
     Uniform(),
@@ -124,3 +126,34 @@ def test_bad_grids(make) -> None:  # type: ignore[no-untyped-def]
         TimeGrid((0.0,))
     with pytest.raises(ValueError, match="need 1 widths"):
         TimeGrid((0.0, 1.0), (0.5, 0.5))
+
+
+@given(a=st.floats(0.1, 20), b=st.floats(0.1, 20))
+def test_shifts_multiply_and_keep_both_ends(a: float, b: float) -> None:
+    grid = TimeGrid.uniform(7)
+    both = grid.shifted(a).shifted(b)
+    assert both.points == pytest.approx(grid.shifted(a * b).points)
+    assert (both.start, both.end) == (0.0, 1.0)
+    assert list(both.points) == sorted(set(both.points))
+    noise = [1 - t for t in grid.points]  # in the time of SD3
+    shifted = [a * u / (1 + (a - 1) * u) for u in noise]
+    assert [1 - t for t in grid.shifted(a).points] == pytest.approx(shifted)
+
+
+def test_longer_images_are_shifted_further() -> None:
+    assert [math.log(shift_of_length(n)) for n in (256, 4096)] == pytest.approx([0.5, 1.15])
+    assert shift_of_length(1024) < shift_of_length(2048)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: TimeGrid.uniform(4).shifted(0.0), "positive factor, got 0.0"),
+        (lambda: TimeGrid.uniform(4).shifted(math.nan), "positive factor, got nan"),
+        (lambda: TimeGrid.rectified_flow(4).shifted(3.0), "widths of its own"),
+        (lambda: shift_of_length(0), "number of tokens, got 0"),
+    ],
+)
+def test_bad_shifts(make, match: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=match):
+        make()
