@@ -20,6 +20,7 @@ from .lmu_sequence import LMUSequence
 from .lmuformer import LMUFormer, SpikingLMUFormer
 from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
+from .mmdit import MMDiT
 from .predformer import PredFormer
 from .relactrl import RelaCtrl
 from .sit import SiT
@@ -40,6 +41,7 @@ __all__ = [
     "LMUFormer",
     "LMUSequence",
     "LightningDiT",
+    "MMDiT",
     "MacaronBert",
     "MacaronNet",
     "Model",

@@ -252,10 +252,11 @@ def _mixer_reason(caps: Caps, needs: Needs) -> str | None:
     if needs.cross:
         reasons["cross"] = (True, "cannot attend to a memory")
     if needs.joint:
-        reasons["order_free"] = (
-            True,
-            "depends on the order of the tokens, and two streams have none",
-        )
+        if caps.causal == "never":  # else it reads a row: the tokens of one stream, then the others
+            reasons["order_free"] = (
+                True,
+                "depends on the places of the tokens, and two streams share none",
+            )
         reasons["multihead"] = (
             True,
             "has no queries, keys and values that two streams could share",
