@@ -15,6 +15,7 @@ from .factformer import FactFormer, IFactFormer
 from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
+from .flux import Flux
 from .lightningdit import LightningDiT
 from .lmu_sequence import LMUSequence
 from .lmuformer import LMUFormer, SpikingLMUFormer
@@ -36,6 +37,7 @@ __all__ = [
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",
+    "Flux",
     "IFactFormer",
     "JointDiT",
     "LMUFormer",

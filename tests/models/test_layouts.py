@@ -22,6 +22,7 @@ from effformer.config import Config
 from effformer.layout import TRAINING, Layout
 
 TINY: dict[str, dict[str, Any]] = {
+    "flux-tiny": {},
     "bert-tiny": {"dim": 24, "heads": 2, "vocab": 31, "context": 20},
     "dit-nano": {"input_size": 8, "num_classes": 10},
     "dydit-nano": {"input_size": 8, "num_classes": 10},
