@@ -38,6 +38,7 @@ TINY: dict[str, dict[str, Any]] = {
     "spiking-lmuformer-tiny": {"dim": 24, "attn": {"memory": 8}},
     "macaron-tiny": {"dim": 24},
     "macaron-bert-tiny": {"dim": 24},
+    "mmdit-nano": {"input_size": 8},
     "predformer-tiny": {"dim": 24, "size": (16, 16)},
 }  # fmt: skip
 """Small models of all families that have published layouts."""
