@@ -205,52 +205,53 @@ class MMDiT(Model):
                 f"patch={config.patch})"
             )
         depth = len(self.blocks)
-        if wrong := [i for i in skip if not -depth <= i < depth]:
+        given = skip if isinstance(skip, Sequence) else (skip,)
+        if wrong := [i for i in given if i not in range(-depth, depth)]:
             raise ValueError(
-                f"{self.name}: skip_layers names block {wrong[0]}, but there are {depth} blocks"
+                f"{self.name}: skip_layers names block {wrong[0]!r}, but there are {depth} blocks"
             )
+        if given is not skip:
+            raise TypeError(f"{self.name}: skip_layers lists blocks, such as ({skip!r},)")
 
 
-_TEXT = {"text_dim": 4096, "text_length": 154, "pooled_dim": 2048}
-_LATENT = {"input_size": 128, "channels": 16}
 _NORMED = Attention.Config(qk_norm=True)
-_LICENCE = "Stability AI Community License (research and commerce up to a yearly revenue; gated)"
-_RELEASED = "released weights ({}) and code of arXiv 2403.03206"
+_LICENCE = "Stability AI Community License (research, and commerce up to a yearly revenue; gated)"
 _OURS = "A size of ours for tests and examples."
 
-PRESETS = {
-    "sd3-medium": Preset(
-        config=MMDiT.Config(dim=1536, depth=24, heads=24, **_TEXT, **_LATENT),
-        params=2_028_328_000,
-        source=_RELEASED.format("stable-diffusion-3-medium"),
-        licence=_LICENCE,
-        sampling={"steps": 50, "guidance": 5.0, "shift": 3.0},
-        aliases=("SD3-medium",),
-    ),
-    "sd3.5-medium": Preset(
+
+def _released(
+    name: str, params: int, *, depth: int, steps: int, guidance: float, **options: Any
+) -> Preset:
+    """A published size, for 1024 x 1024 pixels, 77 tokens of CLIP and 77 of T5."""
+    return Preset(
         config=MMDiT.Config(
-            dim=1536,
-            depth=24,
-            heads=24,
-            table_size=384,
-            attn=_NORMED,
-            block=Joint.Config(dual=13),
-            **_TEXT,
-            **_LATENT,
+            dim=64 * depth, depth=depth, heads=depth, input_size=128, channels=16,
+            text_dim=4096, text_length=154, pooled_dim=2048, **options,
         ),
-        params=2_243_171_520,
-        source=_RELEASED.format("stable-diffusion-3.5-medium"),
+        params=params,
+        source=f"released weights ({name}) and code of arXiv 2403.03206",
         licence=_LICENCE,
-        sampling={"steps": 50, "guidance": 5.0, "shift": 3.0},
-        aliases=("SD3.5-medium",),
+        sampling={"steps": steps, "guidance": guidance, "shift": 3.0},
+        aliases=(name,),
+    )  # fmt: skip
+
+
+PRESETS = {
+    "sd3-medium": _released(
+        "stable-diffusion-3-medium", 2_028_328_000, depth=24, steps=50, guidance=5.0
     ),
-    "sd3.5-large": Preset(
-        config=MMDiT.Config(dim=2432, depth=38, heads=38, attn=_NORMED, **_TEXT, **_LATENT),
-        params=8_056_627_520,
-        source=_RELEASED.format("stable-diffusion-3.5-large"),
-        licence=_LICENCE,
-        sampling={"steps": 40, "guidance": 4.5, "shift": 3.0},
-        aliases=("SD3.5-large",),
+    "sd3.5-medium": _released(
+        "stable-diffusion-3.5-medium",
+        2_243_171_520,
+        depth=24,
+        steps=50,
+        guidance=5.0,
+        attn=_NORMED,
+        block=Joint.Config(dual=13),
+        table_size=384,
+    ),
+    "sd3.5-large": _released(
+        "stable-diffusion-3.5-large", 8_056_627_520, depth=38, steps=40, guidance=4.5, attn=_NORMED
     ),
     "mmdit-tiny": Preset(
         config=MMDiT.Config(dim=96, depth=3, heads=3, table_size=32, table_base=8), summary=_OURS

@@ -146,9 +146,9 @@ class LogitNormal(TimeLaw):
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
     ) -> Tensor:
-        return self.at(torch.randn(n, generator=generator, device=device))
+        return self.time(torch.randn(n, generator=generator, device=device))
 
-    def at(self, z: Tensor) -> Tensor:
+    def time(self, z: Tensor) -> Tensor:
         """The time of a standard normal number z."""
         return torch.sigmoid(z * self.std + self.mean)
 
@@ -176,9 +176,9 @@ class Mode(TimeLaw):
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
     ) -> Tensor:
-        return self.at(torch.rand(n, generator=generator, device=device)).clamp(0, 1)
+        return self.time(torch.rand(n, generator=generator, device=device)).clamp(0, 1)
 
-    def at(self, u: Tensor) -> Tensor:
+    def time(self, u: Tensor) -> Tensor:
         """The time of a uniform number u in [0, 1]; it grows with u."""
         return u + self.scale * (torch.cos(u * (math.pi / 2)).square() - 1 + u)
 
@@ -201,9 +201,9 @@ class CosMap(TimeLaw):
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
     ) -> Tensor:
-        return self.at(torch.rand(n, generator=generator, device=device))
+        return self.time(torch.rand(n, generator=generator, device=device))
 
-    def at(self, u: Tensor) -> Tensor:
+    def time(self, u: Tensor) -> Tensor:
         """The time of a uniform number u in [0, 1]; it grows with u."""
         sine, cosine = torch.sin(u * (math.pi / 2)), torch.cos(u * (math.pi / 2))
         return sine / (sine + cosine)

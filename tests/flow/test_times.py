@@ -154,9 +154,9 @@ def test_densities_are_those_of_the_samples(law: Any, uniform: bool) -> None:
     edges = torch.linspace(0, 1, 9, dtype=torch.float64)
     cells = torch.linspace(0, 1, 80_001, dtype=torch.float64)
     if uniform:  # the density is told at u, whose times are the ends of the cells
-        mids, ends = (cells[1:] + cells[:-1]) / 2, law.at(cells)
+        mids, ends = (cells[1:] + cells[:-1]) / 2, law.time(cells)
         assert (ends.diff() >= -1e-12).all()
-        places, widths = law.at(mids), ends.diff()
+        places, widths = law.time(mids), ends.diff()
     else:
         mids = places = (cells[1:] + cells[:-1]) / 2
         widths = cells.diff()

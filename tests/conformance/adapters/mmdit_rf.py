@@ -24,12 +24,12 @@ def _laws(golden: Golden) -> None:
     u, z = golden.tensor("in.u64"), golden.tensor("in.z64")
     for key in golden.keys("out.mode_s"):
         law = Mode(scale=float(re.findall(r"-?\d+\.\d+", key)[0]))
-        golden.assert_close(law.density(u) if "_pdf_" in key else 1 - law.at(u), key)
+        golden.assert_close(law.density(u) if "_pdf_" in key else 1 - law.time(u), key)
     for mean, std in golden.config["lognorm"]:
         law, name = LogitNormal(mean=mean, std=std), f"out.lognorm_m{mean}_s{std}"
-        golden.assert_close(law.at(z), f"{name}_t64")
+        golden.assert_close(law.time(z), f"{name}_t64")
         golden.assert_close(law.density(u.clamp(1e-3, 1 - 1e-3)), f"{name}_pdf_at_u64")
-    t = CosMap().at(u)
+    t = CosMap().time(u)
     golden.assert_close(t, "out.cosmap_t64")
     golden.assert_close(CosMap().density(t), "out.cosmap_pdf_at_t64")
 
