@@ -138,7 +138,7 @@ class Preset:
         source: where the size comes from.
         licence: of the published weights.
         sampling: how the authors sample: "steps", "guidance", and "shift" of the times
-            (`effformer.flow.TimeGrid.shifted`).
+            (`effformer.flow.TimeGrid.shifted`); other names are those of inputs of the model.
         aliases: other spellings of the name.
         summary: one line.
     """

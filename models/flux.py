@@ -338,40 +338,42 @@ _DEV = "FLUX.1 [dev] Non-Commercial License (gated)"
 _SHIFT = 3.1582  # of 4,096 tokens, the example's; see `effformer.flow.shift_of_length`
 
 
-def _published(title: str, params: int, licence: str = _DEV, **facts: Any) -> Preset:
-    """A released model with what differs from dev."""
-    sampling = facts.pop("sampling", {"steps": 50, "guidance_scale": 3.5, "shift": _SHIFT})
+def _published(
+    title: str, params: int, summary: str, scale: float | None, steps: int = 50,
+    licence: str = _DEV, **changes: Any,
+) -> Preset:  # fmt: skip
+    """A released model: what differs from dev, and how it is sampled."""
+    told = {"shift": 1.0} if scale is None else {"guidance_scale": scale, "shift": _SHIFT}
     return Preset(
-        config=Flux.Config(**facts),
+        config=Flux.Config(guidance=scale is not None, **changes),
         params=params,
         source=f"released weights and code of FLUX.1 {title}",
         licence=licence,
-        sampling=sampling,
+        sampling={"steps": steps, **told},
         aliases=(f"FLUX.1-{title.replace(' ', '-')}",),
+        summary=f"FLUX.1 {title}: {summary}.",
     )
 
 
 PRESETS = {
-    "flux-dev": _published("dev", 11_901_408_320),
+    "flux-dev": _published(
+        "dev", 11_901_408_320, "images of a text, distilled to imitate a scale of guidance", 3.5
+    ),
     "flux-schnell": _published(
-        "schnell", 11_891_178_560, "Apache-2.0", guidance=False, text_length=256,
-        sampling={"steps": 4, "shift": 1.0},
+        "schnell", 11_891_178_560, "images of a text in 1 to 4 steps", None, 4, "Apache-2.0",
+        text_length=256,
     ),
     "flux-fill": _published(
-        "Fill dev", 11_902_391_360, condition_channels=80,
-        sampling={"steps": 50, "guidance_scale": 30.0, "shift": _SHIFT},
+        "Fill dev", 11_902_391_360, "what a mask leaves open in an image", 30.0, condition_channels=80
     ),
     "flux-canny": _published(
-        "Canny dev", 11_901_604_928, condition_channels=16,
-        sampling={"steps": 50, "guidance_scale": 30.0, "shift": _SHIFT},
+        "Canny dev", 11_901_604_928, "images with given edges", 30.0, condition_channels=16
     ),
     "flux-depth": _published(
-        "Depth dev", 11_901_604_928, condition_channels=16,
-        sampling={"steps": 50, "guidance_scale": 10.0, "shift": _SHIFT},
+        "Depth dev", 11_901_604_928, "images with given depths", 10.0, condition_channels=16
     ),
     "flux-kontext": _published(
-        "Kontext dev", 11_901_408_320,
-        sampling={"steps": 30, "guidance_scale": 2.5, "shift": _SHIFT},
+        "Kontext dev", 11_901_408_320, "an image changed as a text says", 2.5, 30
     ),
     "flux-tiny": Preset(
         config=Flux.Config(

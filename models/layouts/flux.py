@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
+from effformer.nn.rope import GridRope
 
 from .forms import SIZES, Form
 
@@ -182,8 +183,8 @@ def _strange_diffusers(config: Any) -> dict[str, str]:
 
 
 def _options(config: Any) -> Mapping[str, Any]:
-    cells = config.patch**2
-    widths = tuple(config.rope.widths)
+    cells, width = config.patch**2, config.dim // config.heads
+    made = GridRope(config.rope, width, heads=config.heads, depth=config.depth, axes=3)
     return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
@@ -191,12 +192,12 @@ def _options(config: Any) -> Mapping[str, Any]:
         "out_channels": cells * config.channels,
         "num_layers": config.doubles,
         "num_single_layers": config.depth - config.doubles,
-        "attention_head_dim": config.dim // config.heads,
+        "attention_head_dim": width,
         "num_attention_heads": config.heads,
         "joint_attention_dim": config.text_dim,
         "pooled_projection_dim": config.pooled_dim,
         "guidance_embeds": config.guidance,
-        "axes_dims_rope": (list(widths), widths),
+        "axes_dims_rope": (list(made.widths), made.widths),
     }
 
 
