@@ -106,7 +106,7 @@ class Model(Callee, ABC):
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Axes that may vary at run time: input name -> axis -> symbol (equal symbols have equal
-        lengths).
+        lengths); of further inputs than `example_inputs` has, if a graph is captured with them.
         """
         return {name: {0: "batch"} for name in self.example_inputs()}
 

@@ -267,7 +267,9 @@ class Flux(Model):
         return inputs
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        axes = open_axes(self.config)
+        axes = open_axes(self.config) | {
+            "reference": {0: "batch", 2: "reference_height", 3: "reference_width"}
+        }
         if self.config.guidance:
             axes["guidance_scale"] = {0: "batch"}
         if self.config.condition_channels:

@@ -156,5 +156,6 @@ def open_axes(config: TwoStreamConfig) -> dict[str, dict[int, str]]:
         "x": {0: "batch", 2: "height", 3: "width"},
         "t": {0: "batch"},
         "text": {0: "batch", 1: "words"},
+        "text_mask": {0: "batch", 1: "words"},
     }
     return axes if config.pooled_dim is None else axes | {"pooled": {0: "batch"}}

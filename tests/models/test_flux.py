@@ -171,7 +171,7 @@ def test_it_learns_what_the_text_says_and_samples_it() -> None:
     torch.manual_seed(0)
     model = effformer.build_model("flux-tiny", input_size=4)
     data = _pairs()
-    config = TrainConfig(steps=150, batch=64, warmup=10, lr=3e-3, ema=None)
+    config = TrainConfig(steps=100, batch=64, warmup=10, lr=3e-3, ema=None)
     train(model, data, Generation(convention="flux"), config, progress=False)  # type: ignore[arg-type]
     record = trained_of(model)
     assert record is not None
@@ -196,12 +196,14 @@ def test_exported_graphs_serve_other_sizes(options: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_exported_graphs_read_references(tmp_path: Path) -> None:
+def test_exported_graphs_read_references_and_masks(tmp_path: Path) -> None:
     model = awake()
-    given = inputs(model) | {"reference": torch.randn(2, 4, 6, 4)}
+    mask = torch.arange(6).expand(2, -1) < torch.tensor([[6], [4]])
+    given = inputs(model) | {"reference": torch.randn(2, 4, 6, 4), "text_mask": mask}
     report = export_onnx(model, tmp_path / "model.onnx", given)
     assert report.parity is not None
     assert report.parity.passed
+    assert len({(c.shapes["x"][2], c.shapes["reference"][2]) for c in report.parity.cases}) > 1
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
