@@ -183,11 +183,12 @@ def build_stack(
         site = [site] * config.depth
     needs = replace(needs, cross=cross is not None)
     layers = resolve_layers(config, len(site), cross=cross, name=name)
-    views = along_axes([layer.attn for layer in layers], config.axes, needs.axes, name)
-    layers = [
-        layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
-        for layer, view in zip(layers, views, strict=True)
-    ]
+    if config.axes:
+        views = along_axes([layer.attn for layer in layers], config.axes, needs.axes, name)
+        layers = [
+            layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
+            for layer, view in zip(layers, views, strict=True)
+        ]
     for where, layer in _runs(layers, name):
         check_layer(layer, needs, where, beside, site[layers.index(layer)])
     blocks = nn.ModuleList()
