@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self, Union, get_args
 
 from . import registry
 from .checks import unknown
 from .retired import read_changes
-from .values import Check, check_fields, plain
+from .values import Check, Checked, held, plain
 
 __all__ = ["Config", "Spec", "part", "resolve"]
 
@@ -27,7 +27,7 @@ Spec = Union[str, Mapping[str, Any], "Config"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Base of all configs. Unknown keys, values of the wrong type and numbers out of their range are
     errors, however a config is made. What a field accepts stands in its type (`effformer.values`);
     what fields demand of each other, a class says in a method ``check``.
@@ -44,11 +44,6 @@ class Config:
                 f"{cls.__qualname__}: __post_init__ checks the fields of every config; name what this "
                 "one adds `check`"
             )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for check in _checks(type(self)):  # type: ignore[arg-type]
-            check(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
@@ -166,24 +161,12 @@ def part(kind: str, default: Config | None = None, *, optional: bool = False) ->
 def _part(kind: str, default: Config | None, hint: Any) -> Check:
     """The check of a field that holds a part."""
 
-    def check(value: Any, where: str) -> Any:
-        found = type(value).__dict__.get("ENTRY")
-        if found is not None and found.kind == kind:
-            return value
+    def read(value: Any, where: str) -> Any:
         if value is not None:
             return resolve(kind, value, default, where=where)
-        if _optional(hint):
-            return None
         raise TypeError(f"{where}: a model cannot be without it; name one, or leave it out")
 
-    return check
-
-
-@functools.cache
-def _checks(cls: type[Config]) -> tuple[Callable[[Config], None], ...]:
-    """What a class and its bases check beyond single fields."""
-    own = (base.__dict__.get("check") for base in reversed(cls.__mro__))
-    return tuple(check for check in own if check is not None)
+    return held(kind, read, optional=type(None) in get_args(hint))
 
 
 def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "") -> Config:
@@ -344,10 +327,6 @@ def _named(where: str, cls: type[Config] | None = None) -> Iterator[None]:
             raise
         field = str(error).removeprefix(cls.__qualname__) if cls else ""
         raise type(error)(where + (field if field[:1] == "." else f": {error}")) from error
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .values import Chance, Count, Natural, NonNegative, Positive, check_fields
+from .values import Chance, Checked, Count, Natural, NonNegative, Positive
 
 if TYPE_CHECKING:
     from .config import Config
@@ -16,7 +16,7 @@ __all__ = ["Layer", "Needs", "NormRule", "Site"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormRule:
+class NormRule(Checked):
     """The norms of a model.
 
     Attributes:
@@ -36,12 +36,9 @@ class NormRule:
     ffn_eps: Positive | None = None
     qk_kind: Literal["layer", "rms"] | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class Site(Checked):
     """Where a part is placed: what the model, not the part, decides.
 
     Attributes:
@@ -79,9 +76,6 @@ class Site:
     layer: Natural = 0
     depth: Count = 1
     path: str = ""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def cells(self) -> tuple[int, ...] | None:

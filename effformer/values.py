@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from .checks import unknown
 
 __all__ = [
-    "Chance", "Check", "Count", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion", "Positive",
-    "Range", "Real", "Seed", "check_fields", "checker", "plain",
+    "Chance", "Check", "Checked", "Count", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion", "Positive",
+    "Range", "Real", "Seed", "checker", "held", "plain",
 ]  # fmt: skip
 
 Check = Callable[[Any, str], Any]
@@ -78,25 +78,34 @@ Portion = Annotated[float, Range(0, 1, above=True)]
 Chance = Annotated[float, Range(0, 1, below=True)]
 
 
-def check_fields(one: Any) -> None:
-    """Check the fields of a dataclass against their types. Lists become tuples where a tuple is asked
-    for, whole numbers become floats, dicts become the configs that they describe.
+class Checked:
+    """Base of dataclasses that check their fields against their types when they are made, then what a
+    class and its bases demand of several fields, in methods ``check``. Lists become tuples where a
+    tuple is asked for, whole numbers become floats, dicts become the configs that they describe.
 
     Raises:
         TypeError: a value of the wrong type.
         ValueError: a value outside of its range or choices.
     """
-    for name, where, check in _plan(type(one)):  # type: ignore[arg-type]
-        value = getattr(one, name)
-        kept = check(value, where)
-        if kept is not value:
-            object.__setattr__(one, name, kept)
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        plan, further = _plan(type(self))  # type: ignore[arg-type]
+        for name, where, check in plan:
+            value = getattr(self, name)
+            kept = check(value, where)
+            if kept is not value:
+                object.__setattr__(self, name, kept)
+        for check_own in further:
+            check_own(self)
 
 
 @functools.cache
-def _plan(cls: type[Any]) -> tuple[tuple[str, str, Check], ...]:
-    """Name, place and check of every field. A field says in its metadata if it has a check of its own,
-    made of its type, or a ``short`` form, a function of a string that stands for the value.
+def _plan(cls: type[Any]) -> tuple[list[tuple[str, str, Check]], list[Callable[[Any], None]]]:
+    """Name, place and check of every field, and the methods ``check``. A field says in its metadata if
+    it has a check of its own, made of its type, or a ``short`` form, a function of a string that stands
+    for the value.
     """
     types_ = typing.get_type_hints(cls, include_extras=True)
     plan = []
@@ -105,7 +114,8 @@ def _plan(cls: type[Any]) -> tuple[tuple[str, str, Check], ...]:
         if "short" in f.metadata:
             check = functools.partial(_written_out, f.metadata["short"], check)
         plan.append((f.name, f"{cls.__qualname__}.{f.name}", check))
-    return tuple(plan)
+    own = (base.__dict__.get("check") for base in reversed(cls.__mro__))
+    return plan, [check for check in own if check is not None]
 
 
 def _written_out(short: Callable[[str], Any], check: Check, value: Any, where: str) -> Any:
@@ -233,6 +243,24 @@ def _instance(kind: Any) -> Check:
         if read is not None and isinstance(value, Mapping):
             return read(value, where=where)
         raise TypeError(f"{where}: expected {_words(kind)}, got {_shown(value)}")
+
+    return check
+
+
+def held(kind: str, read: Check, *, optional: bool) -> Check:
+    """The check of a field that holds the config of a registered part.
+
+    Args:
+        kind: registry of the part.
+        read: makes such a config of anything else, or refuses.
+        optional: None is accepted, too.
+    """
+
+    def check(value: Any, where: str) -> Any:
+        found = type(value).__dict__.get("ENTRY")
+        if (found is not None and found.kind == kind) or (optional and value is None):
+            return value
+        return read(value, where)
 
     return check
 

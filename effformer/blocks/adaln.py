@@ -12,6 +12,8 @@ from .prenorm import PreNorm
 
 __all__ = ["AdaLNZero"]
 
+_PLAIN = PreNorm.Config()
+
 
 @block.register(
     "adaln-zero",
@@ -47,4 +49,4 @@ class AdaLNZero(PreNorm):
     def __init__(
         self, config: AdaLNZero.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig | None
     ) -> None:
-        super().__init__(PreNorm.Config(), site, attn=attn, ffn=ffn, shift=config.shift)
+        super().__init__(_PLAIN, site, attn=attn, ffn=ffn, shift=config.shift)

@@ -43,10 +43,8 @@ def check_layer(
     slots = {kind: config for kind, config in found.items() if config is not None}
     every = (needs, *beside)
     near = [replace(n, cross=False) for n in every]
-    _check_mixer(
-        layer.attn, near, f"{where}.attn", slots, replace(site, memory_dim=None),
-        scheduled=layer.scheduled,
-    )  # fmt: skip
+    here = site if site.memory_dim is None else replace(site, memory_dim=None)
+    _check_mixer(layer.attn, near, f"{where}.attn", slots, here, scheduled=layer.scheduled)
     if layer.ffn is not None:
         _check_part(layer.ffn, every, f"{where}.ffn", slots, _ffn_reason)
     if layer.cross is not None:

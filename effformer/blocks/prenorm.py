@@ -57,7 +57,11 @@ class PreNorm(Block):
         cross: BaseConfig | None = None,
         shift: bool = True,
     ) -> None:
-        plain = replace(site, layer_scale=None)
-        branches = mixer_branches(attn, cross, site if config.scale_attn else plain)
-        branches |= ffn_branches(ffn, site if config.scale_ffn else plain)
+        branches = mixer_branches(attn, cross, _scaled(site, config.scale_attn))
+        branches |= ffn_branches(ffn, _scaled(site, config.scale_ffn))
         super().__init__(branches, site, shift=shift)
+
+
+def _scaled(site: Site, scale: bool) -> Site:
+    """The site of branches with or without the layer scale of the model."""
+    return site if scale or site.layer_scale is None else replace(site, layer_scale=None)

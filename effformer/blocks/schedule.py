@@ -54,8 +54,6 @@ def along_axes(mixers: Sequence[Config], schedule: str, grid: str, name: str) ->
         ValueError: a bad schedule.
         CapabilityError: an axis that the grid has not.
     """
-    if not schedule:
-        return list(mixers)
     axes = axes_of(schedule, len(mixers), grid, where=f"{name} axes")
     return [
         mixer if over == grid or isinstance(mixer, View) else Axes.Config(over=over, mixer=mixer)

@@ -192,11 +192,12 @@ def build_stack(
     each = [needs] * len(site) if isinstance(needs, Needs) else needs
     each = [replace(own, cross=cross is not None) for own in each]
     layers = resolve_layers(config, len(site), cross=cross, name=name)
-    views = along_axes([layer.attn for layer in layers], config.axes, each[0].axes, name)
-    layers = [
-        layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
-        for layer, view in zip(layers, views, strict=True)
-    ]
+    if config.axes:
+        views = along_axes([layer.attn for layer in layers], config.axes, each[0].axes, name)
+        layers = [
+            layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
+            for layer, view in zip(layers, views, strict=True)
+        ]
     for start, end in _runs(list(zip(layers, each, strict=True))):
         others = [own for own in dict.fromkeys(each) if own != each[start]]
         where = f"{name} blocks[{start}:{end}]"

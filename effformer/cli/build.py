@@ -49,10 +49,11 @@ def build(
     Examples: `effformer build dit-b --attn flow --set depth=6`,
     `effformer build sit-xl --weights SiT-XL-2-256.pt -o sit-xl`
     """
+    model = load(name, overrides(attn, ffn, block, pairs), seed=seed)
+
     from ..io import load_weights, save_pretrained
     from ..profile import count_parameters
 
-    model = load(name, overrides(attn, ffn, block, pairs), seed=seed)
     report = None
     if weights is not None:
         report = load_weights(model, weights, strict=strict == "yes", weights=use, keep=keep or ())

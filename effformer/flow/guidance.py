@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import unknown
-from ..values import Count, Real, check_fields
+from ..values import Checked, Count, Real
 from .conventions import VelocityField, as_velocity, batch_times
 
 __all__ = ["Guidance", "Guided", "Weak", "forward_with_cfg", "guided"]
@@ -19,7 +19,7 @@ Channels = Literal["all"] | Count
 
 
 @dataclass(frozen=True, slots=True)
-class Weak:
+class Weak(Checked):
     """Guidance away from a weaker form of the network: ``v + scale (v_cond - v_weak)``.
 
     Attributes:
@@ -38,8 +38,7 @@ class Weak:
     changes: Mapping[str, Any]
     interval: tuple[Real, Real] | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def check(self) -> None:
         if not self.changes:
             raise ValueError(
                 "guidance: nothing makes the network weaker; give changes, e.g. "
@@ -49,7 +48,7 @@ class Weak:
 
 
 @dataclass(frozen=True, slots=True)
-class Guidance:
+class Guidance(Checked):
     """How strongly, where and when to guide.
 
     ``v = v_null + scale (v_cond - v_null)`` on the guided channels, v_cond elsewhere.
@@ -79,8 +78,7 @@ class Guidance:
     batched: bool = True
     weak: Weak | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def check(self) -> None:
         if not self.null:
             raise ValueError("guidance: null is empty; give the null condition, e.g. {'y': 10}")
         _check_interval(self.interval)

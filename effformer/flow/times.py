@@ -13,13 +13,13 @@ from torch import Tensor
 
 from effformer.values import (
     Chance,
+    Checked,
     Count,
     Fraction,
     NonNegative,
     Positive,
     Range,
     Real,
-    check_fields,
 )
 
 from ..checks import unknown
@@ -364,7 +364,7 @@ def _class(name: str, where: str) -> type[TimeLaw]:
 
 
 @dataclass(frozen=True, slots=True)
-class TimeGrid:
+class TimeGrid(Checked):
     """The times of a fixed-step sampler: N steps, N + 1 points.
 
     Attributes:
@@ -375,8 +375,7 @@ class TimeGrid:
     points: tuple[Real, ...]
     widths: tuple[Real, ...] | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def check(self) -> None:
         if len(self.points) < 2:
             raise ValueError(f"TimeGrid: at least 1 step (2 points) is needed, got {self.points}")
         if self.widths is not None and len(self.widths) != len(self.points) - 1:

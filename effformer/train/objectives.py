@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from effformer.values import Chance, check_fields
+from effformer.values import Chance, Checked
 
 from ..calls import accepted, match, takes
 from ..checks import CapabilityError, unknown
@@ -51,7 +51,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classification:
+class Classification(Checked):
     """Cross entropy of a model that returns logits (B, classes).
 
     The model gets every other tensor of the batch that it takes by name, ``x`` as its first
@@ -64,9 +64,6 @@ class Classification:
 
     smoothing: Chance = 0.0
     target: str = "y"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger

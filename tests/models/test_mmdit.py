@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.compress import quantize
+from effformer.compress import acmize, optimize, prepare_widths, quantize, sort_by_magnitude
 from effformer.export import export_onnx
 from effformer.models import MMDiT
 from effformer.models.mmdit import PRESETS
@@ -267,6 +267,26 @@ def test_quantized_and_averaged_copies_agree() -> None:
         p.zero_()
     average.copy_to(fresh)
     torch.testing.assert_close(fresh(**given), out)
+
+
+@torch.no_grad()
+def test_dynamic_and_adaptive_parts_reach_the_second_attention() -> None:
+    model = awake(**OPTIONS["dynamic"])
+    given, ledger = inputs(model) | {"t": torch.full((2,), 300.0)}, Ledger()
+    out, place = model(**given, ledger=ledger), "blocks.0.x.attn2"
+    assert place in ledger.shares
+    torch.testing.assert_close(model(**given, tap=Tap()), out, rtol=1e-4, atol=1e-4)
+    assert place in prepare_widths(model, torch.tensor([100.0, 300.0])).active
+    torch.testing.assert_close(model(**given), out, rtol=1e-4, atol=1e-4)
+    plain = awake()
+    out = plain(**given)
+    sort_by_magnitude(plain)
+    torch.testing.assert_close(plain(**given), out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(optimize(plain)(**given), out, rtol=1e-4, atol=1e-4)
+    student, report = acmize(plain)
+    assert f"{place}.part.q" in report.places
+    student(**given, ledger=ledger)
+    assert place in ledger.executed
 
 
 def test_taps_see_every_place() -> None:
