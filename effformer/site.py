@@ -25,6 +25,8 @@ class NormRule(Checked):
         affine: they have a learned scale (and bias).
         modulated_affine: those of modulated branches have one, too (LightningDiT).
         ffn_eps: epsilon of the norms before position-wise networks, None for that of all.
+        qk_kind: kind of the norms of queries and keys (SD3.5 and FLUX: "rms" beside "layer"), None
+            for that of all.
     """
 
     kind: Literal["layer", "rms"] = "layer"
@@ -32,6 +34,7 @@ class NormRule(Checked):
     affine: bool = True
     modulated_affine: bool = False
     ffn_eps: Positive | None = None
+    qk_kind: Literal["layer", "rms"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

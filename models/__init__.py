@@ -15,11 +15,13 @@ from .factformer import FactFormer, IFactFormer
 from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
+from .flux import Flux
 from .lightningdit import LightningDiT
 from .lmu_sequence import LMUSequence
 from .lmuformer import LMUFormer, SpikingLMUFormer
 from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
+from .mmdit import MMDiT
 from .predformer import PredFormer
 from .relactrl import RelaCtrl
 from .sit import SiT
@@ -35,11 +37,13 @@ __all__ = [
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",
+    "Flux",
     "IFactFormer",
     "JointDiT",
     "LMUFormer",
     "LMUSequence",
     "LightningDiT",
+    "MMDiT",
     "MacaronBert",
     "MacaronNet",
     "Model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -106,7 +106,7 @@ class Model(Callee, ABC):
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Axes that may vary at run time: input name -> axis -> symbol (equal symbols have equal
-        lengths).
+        lengths); of further inputs than `example_inputs` has, if a graph is captured with them.
         """
         return {name: {0: "batch"} for name in self.example_inputs()}
 
@@ -136,6 +136,9 @@ class Preset:
         config: the config.
         params: expected number of parameters as the source counts them, None for sizes of ours.
         source: where the size comes from.
+        licence: of the published weights.
+        sampling: how the authors sample: "steps", "guidance", and "shift" of the times
+            (`effformer.flow.TimeGrid.shifted`); other names are those of inputs of the model.
         aliases: other spellings of the name.
         summary: one line.
     """
@@ -143,6 +146,8 @@ class Preset:
     config: Config
     params: int | None = None
     source: str = ""
+    licence: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     summary: str = ""
 
@@ -150,7 +155,10 @@ class Preset:
 def register_presets(cls: type[Model], presets: Mapping[str, Preset], *, paper: str) -> None:
     """Register every preset of a family as a model name."""
     for name, preset in presets.items():
-        facts = {"params": preset.params, "source": preset.source, "family": cls.FAMILY}
+        facts = {
+            "params": preset.params, "source": preset.source, "licence": preset.licence,
+            "sampling": dict(preset.sampling), "family": cls.FAMILY,
+        }  # fmt: skip
         summary = preset.summary or registry.first_paragraph(cls)
         registry.model.add(
             registry.Entry(

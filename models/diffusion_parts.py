@@ -136,21 +136,23 @@ def positions_of(table: Tensor, grid: tuple[int, int], config: LatentConfig) -> 
 
 
 def reset_parameters(
-    model: nn.Module,
-    patches: PatchEmbed,
-    time: TimeEmbedding,
-    labels: LabelEmbedding,
-    final: FinalLayer,
+    model: nn.Module, patches: PatchEmbed, final: FinalLayer, *tables: nn.Linear | nn.Embedding
 ) -> None:
-    """Initialise a model and these children of it as the official code does: blocks are the
-    identity, the output is zero.
+    """Initialise a model as the official code of DiT does: blocks are the identity, the output is
+    zero.
+
+    Args:
+        model: the model.
+        patches: its patch embedding.
+        final: its last layer.
+        tables: layers of its conditioning that start small.
     """
     xavier_linears(model)
     weight = patches.proj.weight
     nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
     assert patches.proj.bias is not None
     nn.init.zeros_(patches.proj.bias)
-    for table in (labels.table, time.fc1, time.fc2):
+    for table in tables:
         nn.init.normal_(table.weight, std=0.02)
     for module in model.modules():
         if isinstance(module, Modulation):
@@ -248,7 +250,8 @@ class LatentTransformer(Model):
         )
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.final = FinalLayer(site, config.patch, self.out_channels)
-        reset_parameters(self, self.patch_embed, self.time_embed, self.label_embed, self.final)
+        time, labels = self.time_embed, self.label_embed
+        reset_parameters(self, self.patch_embed, self.final, labels.table, time.fc1, time.fc2)
 
     def forward(
         self,

@@ -13,21 +13,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from effformer.blocks import BackboneConfig, Joint, Needs, build_stack, head_width
-from effformer.checks import CapabilityError, check_shape
-from effformer.config import Config as BaseConfig
-from effformer.config import part
-from effformer.context import Context, Ledger, Packing, Tap, explained
+from effformer.blocks import Needs, build_stack, head_width
+from effformer.context import Context, Ledger, Tap, explained
 from effformer.nn.embeddings import TimeEmbedding, sincos_2d
-from effformer.nn.init import xavier_linears
-from effformer.nn.norms import Modulation
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.nn.rope import GridRope
 from effformer.site import NormRule, Site
-from effformer.values import Count
 
 from .base import Model, Preset, register_presets
-from .diffusion_parts import FinalLayer
+from .diffusion_parts import FinalLayer, reset_parameters
+from .twostream_parts import (
+    PooledEmbedding,
+    TwoStreamConfig,
+    check_inputs,
+    example_inputs,
+    open_axes,
+    packed_text,
+)
 
 __all__ = ["PRESETS", "JointDiT"]
 
@@ -52,38 +54,20 @@ class JointDiT(Model):
 
     FAMILY: ClassVar[str] = "joint-dit"
     CONVENTION: ClassVar[str | None] = "effformer"
-    ROLES: ClassVar[Mapping[str, str]] = {"text_embed": "patch_embed", "pooled_embed": "t_mlp"}
+    ROLES: ClassVar[Mapping[str, str]] = {"text_embed": "patch_embed"}
 
     @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(BackboneConfig):
-        """Knobs of `JointDiT`, beside `BackboneConfig`.
+    class Config(TwoStreamConfig):
+        """Knobs of `JointDiT`, beside `TwoStreamConfig`.
 
         Attributes:
-            input_size: side of the example image; other sizes are accepted.
-            channels: input channels.
-            patch: patch side.
-            text_dim: width of a text token.
-            text_length: number of text tokens of the example; other numbers are accepted.
-            pooled_dim: width of the pooled text, None if there is none.
             rope: rotary tables of the image tokens in place of added sin-cos positions, or None.
         """
 
-        block: BaseConfig = part("block", Joint.Config())
-        input_size: Count = 16
-        channels: Count = 4
-        patch: Count = 2
-        text_dim: Count = 32
-        text_length: Count = 8
-        pooled_dim: Count | None = 32
         rope: GridRope.Config | None = None
 
         def check(self) -> None:
-            if self.input_size % self.patch:
-                raise ValueError(
-                    f"input_size {self.input_size} is not divisible by patch {self.patch}"
-                )
-            if self.dim % 4:
-                raise ValueError(f"dim must be divisible by 4 for 2-D positions, got {self.dim}")
+            TwoStreamConfig.check(self)
             if self.rope is not None and self.rope.kind == "mixed":
                 raise ValueError("rope: kind 'mixed' differs by layer; use 'axial' or 'centered'")
 
@@ -97,9 +81,7 @@ class JointDiT(Model):
         self.text_embed = nn.Linear(config.text_dim, dim)
         self.time_embed = TimeEmbedding(dim)
         if config.pooled_dim is not None:
-            self.pooled_embed = nn.Sequential(
-                nn.Linear(config.pooled_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
-            )
+            self.pooled_embed = PooledEmbedding(config.pooled_dim, dim)
         if config.rope is not None:
             rope = head_width(config)
             self.rope = GridRope(config.rope, rope, heads=config.heads, depth=config.depth)
@@ -108,20 +90,8 @@ class JointDiT(Model):
         self.final = FinalLayer(
             replace(site, norm=NormRule(affine=False)), config.patch, config.channels
         )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as DiT does: blocks are the identity on both streams, the output is zero."""
-        xavier_linears(self)
-        weight = self.patch_embed.proj.weight
-        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-        for table in (self.time_embed.fc1, self.time_embed.fc2):
-            nn.init.normal_(table.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                module.reset_parameters()
-        nn.init.zeros_(self.final.linear.weight)
-        nn.init.zeros_(self.final.linear.bias)
+        time = self.time_embed
+        reset_parameters(self, self.patch_embed, self.final, time.fc1, time.fc2)
 
     def forward(
         self,
@@ -156,9 +126,10 @@ class JointDiT(Model):
             ValueError: a shape does not fit, or ``packed`` without a mask.
             CapabilityError: ``packed``, but a part cannot.
         """
-        self._check(x, t, text, pooled, text_mask)
+        check_inputs(self.config, x, t, text, pooled, text_mask, where=self.name)
         rows, columns = (size // self.config.patch for size in x.shape[2:])
-        h, y, packing = self.patch_embed(x), self.text_embed(text), None
+        h = self.patch_embed(x)
+        y, mask, packing = packed_text(self.text_embed(text), text_mask, packed, where=self.name)
         time = self.time_embed(t, x.dtype)
         cond = time if pooled is None else time + self.pooled_embed(pooled)
         positions = rope = None
@@ -167,14 +138,9 @@ class JointDiT(Model):
         else:
             positions = self.rope.positions((rows, columns), device=x.device)
             (rope,) = self.rope(positions, like=h)
-        if packed:
-            if text_mask is None:
-                raise ValueError(f"{self.name}: packed=True needs text_mask")
-            packing, text_mask = Packing.from_mask(text_mask), None
-            y = packing.pack(y)
         both = Context(cond=cond, time=time, ledger=ledger, tap=tap, complete=complete)
         image = replace(both, positions=positions, rope=rope, grid=(rows, columns))
-        words = replace(both, mask=text_mask, packing=packing)
+        words = replace(both, mask=mask, packing=packing)
         for block in self.blocks:
             h, y = block(h, y, image, words)
         return unpatchify(self.final(h, cond), rows, columns, self.config.patch)
@@ -183,49 +149,11 @@ class JointDiT(Model):
     def example_inputs(
         self, batch: int = 1, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        config, like = self.config, self.patch_embed.proj.weight
-
-        def drawn(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
-
-        side = config.input_size
-        inputs = {
-            "x": drawn(batch, config.channels, side, side),
-            "t": drawn(batch).sigmoid(),
-            "text": drawn(batch, config.text_length, config.text_dim),
-        }
-        if config.pooled_dim is not None:
-            inputs["pooled"] = drawn(batch, config.pooled_dim)
-        return inputs
+        like = self.patch_embed.proj.weight
+        return example_inputs(self.config, like, batch, generator=generator)
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        axes = super().dynamic_axes()
-        axes["x"] |= {2: "height", 3: "width"}
-        axes["text"] |= {1: "words"}
-        return axes
-
-    def _check(
-        self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor | None, mask: Tensor | None
-    ) -> None:
-        config, batch = self.config, x.shape[0]
-        shapes = [
-            ("x", x, f"(B, {config.channels}, H, W)", (None, config.channels, None, None)),
-            ("t", t, "(B,)", (batch,)),
-            ("text", text, f"(B, L, {config.text_dim})", (batch, None, config.text_dim)),
-        ]
-        if pooled is not None:
-            if config.pooled_dim is None:
-                raise CapabilityError(f"{self.name}: built without pooled text; pooled_dim is None")
-            width = config.pooled_dim
-            shapes.append(("pooled", pooled, f"(B, {width})", (batch, width)))
-        if mask is not None:
-            shapes.append(("text_mask", mask, "(B, L)", (batch, text.shape[1])))
-        for name, value, shown, shape in shapes:
-            check_shape(value, shown, shape, where=f"{self.name}: {name}")
-        if x.shape[2] % config.patch or x.shape[3] % config.patch:
-            raise ValueError(
-                f"{self.name}: {tuple(x.shape[2:])} is not divisible by patch {config.patch}"
-            )
+        return open_axes(self.config)
 
 
 _OURS = "A size of ours for tests and examples."

@@ -41,6 +41,7 @@ CELLS = [
 ]
 MASKED = {
     "bert": "mask", "flowformer-series": "mask", "macaron-bert": "mask", "joint-dit": "text_mask",
+    "flux": "text_mask", "mmdit": "text_mask",
 }  # fmt: skip
 """Families whose parts must honour key masks, and the name of the mask: they get a ragged batch."""
 

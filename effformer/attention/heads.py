@@ -107,8 +107,9 @@ class Heads(Mixer):
         self.cross = site.memory_dim is not None
         self._build_projections(config)
         if config.qk_norm:
-            eps = site.norm.eps if config.qk_norm_eps is None else config.qk_norm_eps
-            place = replace(site, norm=replace(site.norm, eps=eps))
+            rule = site.norm
+            eps = rule.eps if config.qk_norm_eps is None else config.qk_norm_eps
+            place = replace(site, norm=replace(rule, kind=rule.qk_kind or rule.kind, eps=eps))
             together = config.qk_norm == "across-heads"
             counts = (self.q_heads, self.k_heads) if together else (1, 1)
             self.q_norm, self.k_norm = (make_norm(place, n * self.head_dim) for n in counts)

@@ -24,7 +24,7 @@ class HeadsConfig(Config):
         proj_bias: the output projection has a bias.
         proj: there is an output projection; without one the heads side by side are the output.
         qk_norm: queries and keys are normalised before the core (and before rotary embedding), per
-            head (True) or over all heads together ("across-heads").
+            head (True) or over all heads together ("across-heads"); of which kind, the model says.
         qk_norm_eps: epsilon of these norms; None means that of the model's norms.
         head_dim: width K of a query or key; None means dim / heads.
         value_dim: width V of a value, for cores that take another one; None means K.

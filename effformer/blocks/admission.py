@@ -55,7 +55,9 @@ def check_layer(
     def block_reason(caps: Caps, needs: Needs) -> str | None:
         return _block_reason(caps, layer, needs)
 
-    _check_part(layer.block, every, f"{where}.block", slots, block_reason)
+    # a block of one stream never serves two: models of both kinds have a slot for each
+    alike = [n for n in every if n.joint == needs.joint]
+    _check_part(layer.block, alike, f"{where}.block", slots, block_reason)
     for kind, config in slots.items():
         _check_slot(kind, config, layer, slot_needs(layer, needs), where)
 
@@ -248,10 +250,11 @@ def _mixer_reason(caps: Caps, needs: Needs) -> str | None:
     if needs.cross:
         reasons["cross"] = (True, "cannot attend to a memory")
     if needs.joint:
-        reasons["order_free"] = (
-            True,
-            "depends on the order of the tokens, and two streams have none",
-        )
+        if caps.causal == "never":  # else it reads a row: the tokens of one stream, then the others
+            reasons["order_free"] = (
+                True,
+                "depends on the places of the tokens, and two streams share none",
+            )
         reasons["multihead"] = (
             True,
             "has no queries, keys and values that two streams could share",

@@ -19,8 +19,9 @@ from effformer.nn.gates import values_known
 from effformer.nn.norms import Modulation
 from effformer.registry import Caps, block
 from effformer.site import Site
+from effformer.values import Natural
 
-from .base import Block, Branch, below, ffn_branches
+from .base import Block, Branch, below, ffn_branches, make_mixer
 
 __all__ = ["Joint"]
 
@@ -48,11 +49,17 @@ class Joint(Block):
     has its own `Context`: what stands in ``mask``, ``positions``, ``rope``, ``grid`` and ``packing``
     is about its own tokens. A stream without rotary tables has no places. What both share (``cond``,
     ``time``, ``ledger``, ``tap``, ``complete``) stands in both. Either stream may be packed, or both;
-    masks are key masks (B, N).
+    masks are key masks (B, N). To a core that reads its tokens in a row, those of y come first; a
+    convolution in the heads runs along each stream alone.
 
     The streams are blocks, ``x`` and ``y``, with branches ``attn`` (a `Heads` each) and ``ffn``; they
     hold the slots ``width`` and ``tokens``. A head is one head of both streams: the gates over time
     of ``x.width`` switch it in both, and `select` takes it out of both and of the core.
+
+    In the first ``config.dual`` blocks of a stack (MMDiT-X) x has a branch ``attn2``, an attention of
+    the same kind over its own tokens. It reads what ``attn`` reads, x in front of the block::
+
+        x = x + gate_x * heads_x.close(o_x) + gate2 * attn2(norm2(x) * (1 + scale2) + shift2)
 
     In the last block of a stack y ends (``config.ends``): x looks at it once more, and it is
     returned as it came. Its stream then has neither output projection nor FFN, and is modulated by
@@ -61,7 +68,7 @@ class Joint(Block):
     Args:
         config: the knobs.
         site: the place in the model.
-        attn: config of the attention, with any core that is free of order.
+        attn: config of the attention, with any core that is free of order or can be causal.
         ffn: config of the position-wise network of each stream, None for none.
 
     Raises:
@@ -78,9 +85,12 @@ class Joint(Block):
 
         Attributes:
             ends: y ends in the last block of a stack; False: all blocks are alike (FLUX).
+            dual: in how many of the first blocks of a stack x has a second attention, over its own
+                tokens (SD3.5 medium: 13).
         """
 
         ends: bool = True
+        dual: Natural = 0
 
     def __init__(
         self, config: Joint.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig | None
@@ -96,22 +106,25 @@ class Joint(Block):
                 f"could share; choices: {able}"
             )
         around = cast(Attention.Config, attn)
-        self.x = self._stream("x", around, ffn)
+        self.x = self._stream("x", around, ffn, dual=site.layer < config.dual)
         self.y = self._stream("y", around, ffn, ends=self.ends)
         self.core = around.build_core(below(site, "core", memory_dim=None))
         self.joined = around.joined
 
     def _stream(
-        self, name: str, attn: Attention.Config, ffn: BaseConfig | None, *, ends: bool = False
-    ) -> Block:
+        self, name: str, attn: Attention.Config, ffn: BaseConfig | None, *,
+        ends: bool = False, dual: bool = False,
+    ) -> Block:  # fmt: skip
         site = below(self.site, name, memory_dim=None)
         here = below(site, "attn")
         heads = Heads(attn, here, attn.inputs(here), both=True, closes=not ends)
         heads.caps = replace(heads.caps, width=False)  # only those of both streams can be cut
         place = replace(here, layer_scale=None, drop_path=0.0) if ends else here
-        stream = Block(
-            {"attn": Branch(heads, place)} | ffn_branches(None if ends else ffn, site), site
-        )
+        branches = {"attn": Branch(heads, place)}
+        if dual:
+            own = below(site, "attn2")
+            branches["attn2"] = Branch(make_mixer(attn, own), own)
+        stream = Block(branches | ffn_branches(None if ends else ffn, site), site)
         if ends and site.cond_dim is not None:
             stream.modulation = Modulation(site.cond_dim, site.dim, 2)
         return stream
@@ -147,8 +160,20 @@ class Joint(Block):
                 continue
             if c.tap is not None:
                 h = c.tap(attn.site.path, h)
-            made.append(stream.walk(attn.leave(s, h, m), c, m, start=1))
+            made.append(self._after(stream, s, attn.leave(s, h, m), c, m))
         return made[1], made[0]
+
+    def _after(
+        self, stream: Block, before: Tensor, s: Tensor, ctx: Context,
+        mods: tuple[Tensor, ...] | None,
+    ) -> Tensor:  # fmt: skip
+        """A stream s behind what it got of both: a second attention reads it as it was before."""
+        name, start = "attn2", 1
+        if name in stream.order:
+            second, own = getattr(stream, name), None if mods is None else mods[3:6]
+            h = second.run(second.enter(before, own), stream.narrowed(name, before, ctx))
+            s, start = second.leave(s, h, own), 2
+        return stream.walk(s, ctx, mods, start=start)
 
     def _check(self, ctxs: Sequence[Context], tokens: Sequence[Tensor]) -> None:
         """Refuse what two streams, or the core, cannot honour."""

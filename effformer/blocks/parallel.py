@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from effformer.config import Config as BaseConfig
 from effformer.context import EMPTY, Context
 from effformer.nn.drop import DropPath
-from effformer.nn.norms import branch_norm, modulate
+from effformer.nn.norms import Modulation, branch_norm, modulate
 from effformer.registry import Caps, block
 from effformer.site import Site
 from effformer.values import Count
@@ -28,12 +28,15 @@ class Parallel(Block):
     """Attention and FFN side by side: ``h = norm(x)``, ``x + attn(h) + ffn(h)``.
 
     One norm serves both branches. In a conditioned model each branch shifts, scales and gates for
-    itself (six vectors).
+    itself (six vectors), or, with ``fused``, both together (three)::
 
-    Differs from the paper: the conditioned form is ours.
+        x + gate * (attn(h) + ffn(h)),   h = norm(x) * (1 + scale) + shift
+
+    Differs from the paper: the conditioned form with six vectors is ours, that with three is FLUX's
+    (its single blocks).
 
     Args:
-        config: no knobs.
+        config: the knobs.
         site: the place in the model.
         attn: config of the token mixer.
         ffn: config of the position-wise network.
@@ -45,39 +48,55 @@ class Parallel(Block):
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):
-        """`Parallel` has no knobs."""
+        """Knobs of `Parallel`.
+
+        Attributes:
+            fused: both branches are one, as where their projections are fused: one modulation, and
+                one bias behind both, that of the FFN (the output projection of the heads has none).
+        """
+
+        fused: bool = False
 
     def __init__(
         self, config: Parallel.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig
     ) -> None:
         shared = replace(site, layer_scale=None, drop_path=0.0)
         a, f = below(shared, "attn"), below(shared, "ffn")
+        if config.fused and hasattr(attn, "proj_bias"):
+            attn = attn.replace(proj_bias=False)
         branches = {
             "attn": Branch(make_mixer(attn, a), a, normed=False),
             "ffn": Branch(make_ffn(ffn, f), f, normed=False),
         }
         super().__init__(branches, site)
+        self.fused = config.fused
+        if self.fused and site.cond_dim is not None:
+            self.modulation = Modulation(site.cond_dim, site.dim, 3)
         self.norm = branch_norm(site)
         if site.layer_scale is not None:
             self.layer_scale = nn.Parameter(torch.full((site.dim,), site.layer_scale))
         self.drop_path = DropPath(site.drop_path) if site.drop_path else nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        h = self.norm(x)
-        if self.site.cond_dim is None:
-            y = _total(branch.run(h, view) for branch, view in self._narrowed(h, ctx))
-        else:
-            mods = self.modulations(ctx)
+        h, gate = self.norm(x), None
+        mods = () if self.site.cond_dim is None else self.modulations(ctx)
+        if mods and self.fused:
+            shift, scale, gate = mods
+            h = modulate(h, shift, scale)
+        if mods and not self.fused:
             triples = zip(mods[0::3], mods[1::3], mods[2::3], strict=True)
             y = _total(
-                gate * branch.run(modulate(h, shift, scale), view)
-                for (branch, view), (shift, scale, gate) in zip(
+                own * branch.run(modulate(h, shift, scale), view)
+                for (branch, view), (shift, scale, own) in zip(
                     self._narrowed(h, ctx), triples, strict=True
                 )
             )
+        else:
+            y = _total(branch.run(h, view) for branch, view in self._narrowed(h, ctx))
         if self.site.layer_scale is not None:
             y = y * self.layer_scale
-        return x + self.drop_path(y)
+        y = self.drop_path(y)
+        return x + y if gate is None else torch.addcmul(x, gate, y)
 
     def _narrowed(self, h: Tensor, ctx: Context) -> list[tuple[Branch, Context]]:
         """The branches, each with its context."""

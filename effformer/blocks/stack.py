@@ -92,6 +92,14 @@ class StackConfig(Config):
     drop_path: Chance = 0.0
     drop_path_rule: Literal["linear", "uniform"] = "linear"
 
+    def plain_layer(self, index: int) -> Layer:
+        """The parts of block ``index`` before ``layers`` changes some; a model of two kinds of blocks
+        says here which is where.
+        """
+        return Layer(
+            attn=self.attn, ffn=self.ffn, block=self.block, width=self.width, tokens=self.tokens
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneConfig(StackConfig):
@@ -155,7 +163,7 @@ class BackboneConfig(StackConfig):
 def build_stack(
     config: StackConfig,
     site: Site | Sequence[Site],
-    needs: Needs,
+    needs: Needs | Sequence[Needs],
     *,
     name: str,
     cross: Config | None = None,
@@ -167,7 +175,7 @@ def build_stack(
         config: the model's config.
         site: facts shared by all ``config.depth`` blocks, or one site for each block (stages of
             different widths).
-        needs: what the model asks of the parts.
+        needs: what the model asks of the parts, of those of each block if blocks differ.
         name: the model's name, for messages.
         cross: config of a further mixer in every block that attends to a memory of width
             ``site.memory_dim`` (decoders), None for none.
@@ -181,26 +189,29 @@ def build_stack(
     if isinstance(site, Site):
         assert isinstance(config, BackboneConfig)
         site = [site] * config.depth
-    needs = replace(needs, cross=cross is not None)
+    each = [needs] * len(site) if isinstance(needs, Needs) else needs
+    each = [replace(own, cross=cross is not None) for own in each]
     layers = resolve_layers(config, len(site), cross=cross, name=name)
     if config.axes:
-        views = along_axes([layer.attn for layer in layers], config.axes, needs.axes, name)
+        views = along_axes([layer.attn for layer in layers], config.axes, each[0].axes, name)
         layers = [
             layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
             for layer, view in zip(layers, views, strict=True)
         ]
-    for where, layer in _runs(layers, name):
-        check_layer(layer, needs, where, beside, site[layers.index(layer)])
+    for start, end in _runs(list(zip(layers, each, strict=True))):
+        others = [own for own in dict.fromkeys(each) if own != each[start]]
+        where = f"{name} blocks[{start}:{end}]"
+        check_layer(layers[start], each[start], where, (*others, *beside), site[start])
     blocks = nn.ModuleList()
-    for i, (layer, place) in enumerate(zip(layers, site, strict=True)):
+    for i, (layer, place, own) in enumerate(zip(layers, site, each, strict=True)):
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
         share = i / max(len(layers) - 1, 1) if config.drop_path_rule == "linear" else 1.0
         here = replace(
             place, path=path, layer=i, depth=len(layers),
-            grid=place.grid or (None,) * len(needs.axes) or None,
+            grid=place.grid or (None,) * len(own.axes) or None,
             dropout=config.dropout, drop_path=config.drop_path * share,
         )  # fmt: skip
-        blocks.append(_build_block(layer, here, needs))
+        blocks.append(_build_block(layer, here, own))
     return blocks
 
 
@@ -251,11 +262,7 @@ def resolve_layers(
     Raises:
         ValueError: a bad slice or part in ``config.layers``.
     """
-    layer = Layer(
-        attn=config.attn, ffn=config.ffn, block=config.block, cross=cross,
-        width=config.width, tokens=config.tokens,
-    )  # fmt: skip
-    layers = [layer] * depth
+    layers = [replace(config.plain_layer(i), cross=cross) for i in range(depth)]
     for key, changes in config.layers.items():
         where = f"{name} layers[{key!r}]"
         chosen = range(depth)[_slice(key, where)]
@@ -303,10 +310,10 @@ def _slice(key: str, where: str) -> slice:
     return slice(*(int(p) if p else None for p in key.split(":")))
 
 
-def _runs(layers: list[Layer], name: str) -> Iterator[tuple[str, Layer]]:
-    """Runs of equal layers with the words that name them."""
+def _runs(items: Sequence[object]) -> Iterator[tuple[int, int]]:
+    """(start, end) of the runs of equal items."""
     start = 0
-    for i in range(1, len(layers) + 1):
-        if i == len(layers) or layers[i] != layers[start]:
-            yield f"{name} blocks[{start}:{i}]", layers[start]
+    for i in range(1, len(items) + 1):
+        if i == len(items) or items[i] != items[start]:
+            yield start, i
             start = i

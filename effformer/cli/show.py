@@ -53,7 +53,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
 
         with torch.device("meta"):
             model = entry.build(entry.preset, name=entry.name)
-        facts |= _model(model) | {"source": entry.facts.get("source", "")}
+        facts |= _model(model)
+        facts |= {name: entry.facts.get(name, "") for name in ("source", "licence", "sampling")}
         del facts["caps"]
     elif entry.preset is not None:
         facts["config"] = entry.preset.to_dict()
@@ -100,7 +101,7 @@ def _text(facts: dict[str, Any]) -> str:
 
     lines = [f"{facts['kind']} {facts['name']}"]
     for key, value in facts.items():
-        if key in ("kind", "name") or value in ("", [], None):
+        if key in ("kind", "name") or value in ("", [], {}, None):
             continue
         if key == "caps":
             value = str(Caps(**value))

@@ -28,6 +28,7 @@ from .diffusion import PosteriorMean as PosteriorMean
 from .diffusion import space_timesteps as space_timesteps
 from .guidance import Guidance as Guidance
 from .guidance import Guided as Guided
+from .guidance import Weak as Weak
 from .guidance import forward_with_cfg as forward_with_cfg
 from .guidance import guided as guided
 from .losses import Distillation as Distillation
@@ -37,6 +38,7 @@ from .losses import PseudoHuber as PseudoHuber
 from .losses import cosine_distance as cosine_distance
 from .losses import loss_weight as loss_weight
 from .metrics import straightness as straightness
+from .multistep import DPMSolver2M as DPMSolver2M
 from .paths import DDPM as DDPM
 from .paths import GVP as GVP
 from .paths import VP as VP
@@ -47,12 +49,16 @@ from .paths import time_interval as time_interval
 from .samplers import SampleResult as SampleResult
 from .samplers import sample as sample
 from .sde import diffusion_coefficient as diffusion_coefficient
+from .times import CosMap as CosMap
 from .times import Fixed as Fixed
 from .times import KStep as KStep
 from .times import LogitNormal as LogitNormal
+from .times import Mode as Mode
+from .times import Shifted as Shifted
 from .times import Stratified as Stratified
 from .times import TimeGrid as TimeGrid
 from .times import TimeLaw as TimeLaw
 from .times import Uniform as Uniform
 from .times import UShaped as UShaped
 from .times import get_time_law as get_time_law
+from .times import shift_of_length as shift_of_length

@@ -129,7 +129,7 @@ RECTIFIED_DIFFUSION = FlowConvention(
 MDT_DIST = FlowConvention(data_at=0, label_scale=1000.0, path=Linear(sigma_min=1e-5))
 TRELLIS = MDT_DIST
 SD3 = FlowConvention(data_at=0, label_scale=1000.0)
-FLUX = SD3
+FLUX = FlowConvention(data_at=0)
 TRIPOSG = FlowConvention(data_at=0, label_scale=1000.0, sign=-1)
 TORCHCFM = EFFFORMER
 FLOW_MATCHING = EFFFORMER
@@ -183,6 +183,7 @@ class Trained(Config):
             not known.
         latent_scale: the data are latents of an autoencoder times this number, None if they are no
             latents or it is not known.
+        latent_shift: what was subtracted from the latents before.
     """
 
     convention: FlowConvention = field(metadata={"short": get_convention})
@@ -190,6 +191,7 @@ class Trained(Config):
     steps: Count | None = None
     value_range: tuple[Real, Real] | None = None
     latent_scale: Positive | None = None
+    latent_shift: Real = 0.0
 
     def check(self) -> None:
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:

@@ -14,9 +14,38 @@ from ..values import Checked, Count, Real
 from .conventions import VelocityField, as_velocity, batch_times
 from .paths import widened
 
-__all__ = ["Guidance", "Guided", "forward_with_cfg", "guided"]
+__all__ = ["Guidance", "Guided", "Weak", "forward_with_cfg", "guided"]
 
 Channels = Literal["all"] | Count
+
+
+@dataclass(frozen=True, slots=True)
+class Weak(Checked):
+    """Guidance away from a weaker form of the network: ``v + scale (v_cond - v_weak)``.
+
+    Attributes:
+        scale: 0 changes nothing.
+        changes: what makes the conditional network weaker, by keyword: ``{"skip_layers": (7, 8, 9)}``
+            (skip-layer guidance of SD3.5 medium), or another condition.
+        interval: (low, high) times, t = 0 noise, inside which it acts; None is everywhere. The
+            published samples have it while the number of the step lies between 1 % and 20 % of all
+            steps, which is an interval of their grid.
+
+    Reference: Guiding a Diffusion Model with a Bad Version of Itself, 2024, arXiv 2406.02507;
+    Stability-AI/sd3.5 (skip-layer guidance).
+    """
+
+    scale: Real
+    changes: Mapping[str, Any]
+    interval: tuple[Real, Real] | None = None
+
+    def check(self) -> None:
+        if not self.changes:
+            raise ValueError(
+                "guidance: nothing makes the network weaker; give changes, e.g. "
+                "{'skip_layers': (7, 8, 9)}"
+            )
+        _check_interval(self.interval)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +65,7 @@ class Guidance(Checked):
             Outside, only the conditional field is evaluated.
         batched: one evaluation of 2B samples (True) or two of B (False, half the memory); equal
             results.
+        weak: guide away from a weaker network, too, which is one more evaluation.
 
     Reference: Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598; Applying Guidance in a
     Limited Interval Improves Sample and Distribution Quality in Diffusion Models, 2024, arXiv
@@ -47,12 +77,17 @@ class Guidance(Checked):
     channels: Channels = "all"
     interval: tuple[Real, Real] | None = None
     batched: bool = True
+    weak: Weak | None = None
 
     def check(self) -> None:
         if not self.null:
             raise ValueError("guidance: null is empty; give the null condition, e.g. {'y': 10}")
-        if self.interval is not None and not self.interval[0] <= self.interval[1]:
-            raise ValueError(f"guidance: the interval {self.interval} is empty")
+        _check_interval(self.interval)
+
+
+def _check_interval(interval: tuple[float, float] | None) -> None:
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"guidance: the interval {interval} is empty")
 
 
 class Guided:
@@ -64,13 +99,23 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
         rule, times = self.guidance, batch_times(t, x)
-        if rule.scale == 1:
-            return widened(self.velocity(x, times, **cond))
-        if rule.interval is not None:
-            inside = (times >= rule.interval[0]) & (times <= rule.interval[1])
-            if not bool(inside.any()):
-                return widened(self.velocity(x, times, **cond))
-            scale = torch.where(inside, rule.scale, 1.0).to(times).view(-1, *(1,) * (x.dim() - 1))
+        v, v_cond = self._mixed(x, times, cond)
+        weak = rule.weak
+        scale = None if weak is None else _strength(weak.scale, 0.0, weak.interval, times, x)
+        if weak is None or scale is None:
+            return v
+        away = scale * (v_cond - widened(self.velocity(x, times, **{**cond, **weak.changes})))
+        if rule.channels != "all":
+            away[:, rule.channels :] = 0
+        return v + away
+
+    def _mixed(self, x: Tensor, times: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The guided field, and the conditional one."""
+        rule = self.guidance
+        scale = _strength(rule.scale, 1.0, rule.interval, times, x)
+        if scale is None:
+            v_cond = widened(self.velocity(x, times, **cond))
+            return v_cond, v_cond
         null = {**cond, **_null(rule.null, cond)}
         if rule.batched:
             both = {name: _twice(value, null[name], x.shape[0]) for name, value in cond.items()}
@@ -78,8 +123,7 @@ class Guided:
             v_cond, v_null = out.chunk(2)
         else:
             v_cond, v_null = self.velocity(x, times, **cond), self.velocity(x, times, **null)
-        strength = rule.scale if rule.interval is None else scale
-        return _mix(v_cond, v_null, strength, rule.channels)
+        return _mix(v_cond, v_null, scale, rule.channels), widened(v_cond)
 
 
 def guided(
@@ -90,6 +134,7 @@ def guided(
     channels: Channels = "all",
     interval: tuple[float, float] | None = None,
     batched: bool = True,
+    weak: Weak | None = None,
 ) -> Guided:
     """Wrap a velocity field with classifier-free guidance; see `Guidance` for the arguments.
 
@@ -101,7 +146,7 @@ def guided(
         >>> guided(v, 2.0, null={"y": 1})(torch.ones(1, 2), 0.5, y=torch.tensor([4]))
         tensor([[7., 7.]])
     """
-    return Guided(velocity, Guidance(scale, null, channels, interval, batched))
+    return Guided(velocity, Guidance(scale, null, channels, interval, batched, weak))
 
 
 def forward_with_cfg(
@@ -148,6 +193,20 @@ def forward_with_cfg(
     if interval is not None:
         mixed = torch.where((t[0] >= interval[0]) & (t[0] <= interval[1]), mixed, v_cond)
     return torch.cat([torch.cat([mixed, mixed]), out[:, guided_channels:]], dim=1)
+
+
+def _strength(
+    scale: float, idle: float, interval: tuple[float, float] | None, times: Tensor, x: Tensor
+) -> float | Tensor | None:
+    """The scale of each sample, which is ``idle`` outside the interval; None if all are idle."""
+    if scale == idle:
+        return None
+    if interval is None:
+        return scale
+    inside = (times >= interval[0]) & (times <= interval[1])
+    if not bool(inside.any()):
+        return None
+    return torch.where(inside, scale, idle).to(times).view(-1, *(1,) * (x.dim() - 1))
 
 
 def _mix(v_cond: Tensor, v_null: Tensor, scale: float | Tensor, channels: Channels) -> Tensor:

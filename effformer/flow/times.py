@@ -6,19 +6,28 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from effformer.values import Chance, Checked, Count, Fraction, NonNegative, Positive, Real
+from effformer.values import (
+    Chance,
+    Checked,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Range,
+    Real,
+)
 
 from ..checks import unknown
 from ..config import Config
 
 __all__ = [
-    "TIME_LAWS", "Fixed", "KStep", "LogitNormal", "Stratified", "TimeGrid", "TimeLaw", "UShaped", "Uniform",
-    "get_time_law",
+    "TIME_LAWS", "CosMap", "Fixed", "KStep", "LogitNormal", "Mode", "Shifted", "Stratified", "TimeGrid",
+    "TimeLaw", "UShaped", "Uniform", "get_time_law", "shift_of_length",
 ]  # fmt: skip
 
 
@@ -137,9 +146,97 @@ class LogitNormal(TimeLaw):
     def draw(
         self, n: int, generator: torch.Generator | None, device: torch.device | str | None
     ) -> Tensor:
-        return torch.sigmoid(
-            torch.randn(n, generator=generator, device=device) * self.std + self.mean
-        )
+        return self.time(torch.randn(n, generator=generator, device=device))
+
+    def time(self, z: Tensor) -> Tensor:
+        """The time of a standard normal number z."""
+        return torch.sigmoid(z * self.std + self.mean)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Density of t in (0, 1)."""
+        away = (torch.logit(t) - self.mean) / self.std
+        return torch.exp(-away.square() / 2) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode(TimeLaw):
+    """``t = u + s (cos^2(pi u / 2) - 1 + u)``, u ~ U(0, 1): the middle of the path more often (s > 0) or
+    less (s < 0) than its ends. The law is symmetric.
+
+    Attributes:
+        scale: s, 0 is uniform.
+
+    Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024, arXiv
+    2403.03206.
+    """
+
+    name: ClassVar[str] = "mode"
+    scale: Annotated[float, Range(-1, 2 / (math.pi - 2))] = 1.29
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        return self.time(torch.rand(n, generator=generator, device=device)).clamp(0, 1)
+
+    def time(self, u: Tensor) -> Tensor:
+        """The time of a uniform number u in [0, 1]; it grows with u."""
+        return u + self.scale * (torch.cos(u * (math.pi / 2)).square() - 1 + u)
+
+    def density(self, u: Tensor) -> Tensor:
+        """Density of the time of u."""
+        return 1 / (1 + self.scale * (1 - math.pi / 2 * torch.sin(math.pi * u))).abs()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CosMap(TimeLaw):
+    """``t = 1 - 1 / (1 + tan(pi u / 2))``, u ~ U(0, 1): the log-odds of the times are spread as those
+    of the cosine schedule of diffusion. The law is symmetric.
+
+    Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024, arXiv
+    2403.03206.
+    """
+
+    name: ClassVar[str] = "cosmap"
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        return self.time(torch.rand(n, generator=generator, device=device))
+
+    def time(self, u: Tensor) -> Tensor:
+        """The time of a uniform number u in [0, 1]; it grows with u."""
+        sine, cosine = torch.sin(u * (math.pi / 2)), torch.cos(u * (math.pi / 2))
+        return sine / (sine + cosine)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Density of t in [0, 1]."""
+        return 2 / (math.pi * (1 - 2 * t + 2 * t.square()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shifted(TimeLaw):
+    """Times of another law nearer to the noise, as `TimeGrid.shifted` shifts those of a sampler.
+
+    Attributes:
+        law: the other law, or its name.
+        shift: a; 1 changes nothing. SD3 trains images of 1024 x 1024 pixels with 3.
+
+    Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024, arXiv
+    2403.03206, section 5.3.2.
+    """
+
+    name: ClassVar[str] = "shifted"
+    law: TimeLaw | str = "logit-normal"
+    shift: Positive = 3.0
+
+    def check(self) -> None:
+        get_time_law(self.law)
+
+    def draw(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        t = get_time_law(self.law).draw(n, generator, device)
+        return t / (t + self.shift * (1 - t))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +328,18 @@ class KStep(TimeLaw):
 
 
 TIME_LAWS: dict[str, type[TimeLaw]] = {
-    c.name: c for c in (Uniform, Stratified, LogitNormal, UShaped, Fixed, KStep)
+    c.name: c
+    for c in (
+        Uniform,
+        Stratified,
+        LogitNormal,
+        Mode,
+        CosMap,
+        Shifted,
+        UShaped,
+        Fixed,
+        KStep,
+    )
 }
 
 
@@ -300,6 +408,39 @@ class TimeGrid(Checked):
         points = tuple(i / steps * (1 - eps) + eps for i in range(steps + 1))
         return cls(points, (1 / steps,) * steps)
 
+    @classmethod
+    def sd3(cls, steps: int, shift: float = 3.0) -> TimeGrid:
+        """The grid of SD3's official code and of diffusers' scheduler: equal steps down to the
+        shifted smallest of 1,000 training times, shifted, and one more to the data. That smallest
+        time is shifted twice, as it is there.
+
+        Raises:
+            ValueError: steps < 1, or the shift is not positive.
+        """
+        _check_steps(steps)
+        last = 1.0 if steps == 1 else cls((0.0, 1 - 1e-3)).shifted(shift).end
+        width = last / max(steps - 1, 1)
+        return cls((*(i * width for i in range(steps)), 1.0)).shifted(shift)
+
+    def shifted(self, factor: float) -> TimeGrid:
+        """The same steps with more of them near the noise: ``t' = t / (t + a (1 - t))``, which is
+        ``u' = a u / (1 + (a - 1) u)`` in the time u = 1 - t of SD3 and FLUX. Shifts multiply.
+
+        Args:
+            factor: a; 1 changes nothing. SD3: 3, FLUX: `shift_of_length`.
+
+        Raises:
+            ValueError: the factor is not positive, or the grid has widths of its own.
+
+        Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024,
+        arXiv 2403.03206, section 5.3.2.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"TimeGrid: a shift is a positive factor, got {factor!r}")
+        if self.widths is not None:
+            raise ValueError("TimeGrid: a grid with widths of its own cannot be shifted")
+        return TimeGrid(tuple(t / (t + factor * (1 - t)) for t in self.points))
+
     @property
     def start(self) -> float:
         """First time."""
@@ -322,6 +463,21 @@ class TimeGrid(Checked):
         """(time, width) of each step."""
         for i, t in enumerate(self.points[:-1]):
             yield t, self.points[i + 1] - t if self.widths is None else self.widths[i]
+
+
+def shift_of_length(tokens: int) -> float:
+    """Factor of `TimeGrid.shifted` for an image of so many tokens, as FLUX.1 dev was trained:
+    ``e^mu`` with mu linear in their number through (256, 0.5) and (4096, 1.15).
+
+    Args:
+        tokens: number of image tokens, (H / 16) (W / 16) for an image of H x W pixels.
+
+    Raises:
+        ValueError: no positive number.
+    """
+    if not tokens > 0:
+        raise ValueError(f"shift_of_length: expected a number of tokens, got {tokens!r}")
+    return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
 def _check_steps(steps: int) -> None:

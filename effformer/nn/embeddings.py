@@ -122,13 +122,14 @@ def sincos_1d(positions: Tensor, dim: int, *, period: float = 1e4) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D positions on integer coordinates: ``[code(column) | code(row)]``, row-major.
+def sincos_2d(height: int, width: int, dim: int, *, step: float = 1.0) -> Tensor:
+    """Fixed 2-D positions at whole numbers of steps: ``[code(column) | code(row)]``, row-major.
 
     Args:
         height: rows of the grid.
         width: columns of the grid.
         dim: width of a code, divisible by 4.
+        step: distance of two cells.
 
     Returns:
         (1, height * width, dim) float32.
@@ -136,8 +137,8 @@ def sincos_2d(height: int, width: int, dim: int) -> Tensor:
     Reference: Scalable Diffusion Models with Transformers, 2022, arXiv 2212.09748 (official layout:
     the first half of a code stands for the column).
     """
-    rows = sincos_1d(torch.arange(height), dim // 2)[:, None].expand(-1, width, -1)
-    columns = sincos_1d(torch.arange(width), dim // 2)[None].expand(height, -1, -1)
+    rows = sincos_1d(torch.arange(height) * step, dim // 2)[:, None].expand(-1, width, -1)
+    columns = sincos_1d(torch.arange(width) * step, dim // 2)[None].expand(height, -1, -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()
 
 

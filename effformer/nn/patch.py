@@ -33,17 +33,25 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
-def unpatchify(x: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """Tokens with (row, column, channel) inside, channel fastest, to an image.
+def unpatchify(
+    x: Tensor, height: int, width: int, patch: int, *, channels_first: bool = False
+) -> Tensor:
+    """Tokens of patches to an image.
 
     Args:
         x: (B, height * width, patch * patch * C).
         height: rows of the token grid.
         width: columns of the token grid.
         patch: patch side in pixels.
+        channels_first: inside a token the channel comes first, (C, row, column), as
+            `torch.nn.functional.pixel_unshuffle` puts them (FLUX), instead of last (DiT).
 
     Returns:
         (B, C, height * patch, width * patch).
     """
-    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    x = x.unflatten(1, (height, width))
+    if channels_first:
+        x = x.unflatten(3, (-1, patch, patch)).permute(0, 3, 1, 4, 2, 5)
+    else:
+        x = x.unflatten(3, (patch, patch, -1)).permute(0, 5, 1, 3, 2, 4)
+    return x.flatten(4, 5).flatten(2, 3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effformer.config import Config as BaseConfig
 from effformer.places import Rope
-from effformer.values import Count, Positive, Real
+from effformer.values import Count, Even, Positive, Real
 
 from .positions import grid_positions
 
@@ -31,7 +31,8 @@ class GridRope(nn.Module):
     "axial" counts cells, "centered" maps the grid to [-1, 1] and multiplies the w_i by 2 pi
     (DINOv3), "mixed" counts cells. On one axis all K channels belong to it; on three (time, rows,
     columns) rows and columns have 2 floor(K / 6) channels each, and time the rest; an axis of k
-    channels has ``w_i = T^(-2 i / k)``. Tokens at the origin do not turn.
+    channels has ``w_i = T^(-2 i / k)``. ``widths`` gives other numbers of channels (FLUX: 16, 56, 56).
+    Tokens at the origin do not turn.
 
     Args:
         config: the knobs.
@@ -61,6 +62,7 @@ class GridRope(nn.Module):
             reference: grid on which the frequencies were learned; coordinates of other grids are
                 scaled to it ("axial" only).
             interleaved: pairs are (0, 1), (2, 3), ... instead of (0, K/2), (1, K/2 + 1), ...
+            widths: channels of every coordinate, K together; None: see `GridRope`.
         """
 
         kind: Literal["axial", "centered", "mixed"] = "axial"
@@ -69,8 +71,13 @@ class GridRope(nn.Module):
         offset: Real = 0.0
         reference: tuple[Count, Count] | None = None
         interleaved: bool = True
+        widths: tuple[Even, ...] | None = None
 
         def check(self) -> None:
+            if self.kind == "mixed" and self.widths is not None:
+                raise ValueError(
+                    "rope: kind 'mixed' turns all pairs by all coordinates; use widths=None"
+                )
             if self.kind == "mixed" and not self.interleaved:
                 raise ValueError("rope: kind 'mixed' has interleaved pairs; use interleaved=True")
             if self.kind != "axial" and self.reference is not None:
@@ -82,7 +89,14 @@ class GridRope(nn.Module):
         super().__init__()
         self.config = config
         self.head_dim = head_dim
-        self.widths = _widths(head_dim, axes)
+        self.widths = config.widths or _widths(head_dim, axes)
+        if config.widths is not None and (len(self.widths), sum(self.widths)) != (axes, head_dim):
+            raise ValueError(
+                f"rope: widths {config.widths} are those of {len(config.widths)} coordinates and of heads "
+                f"of width {sum(config.widths)}, but here are {axes} and heads of width {head_dim}"
+            )
+        if config.reference is not None and axes != 2:
+            raise ValueError(f"rope: a reference grid has two axes, not {axes}; use reference=None")
         if any(width < 2 or width % 2 for width in self.widths):
             raise ValueError(
                 f"rope: heads of width {head_dim}; the width must be divisible by {2 * axes}"

@@ -118,7 +118,7 @@ _ELEMENTWISE_NAMES = """
 """
 _ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 _MOVED_NAMES = """
-    clone copy _to_copy _copy_from cat stack diag_embed empty empty_strided empty_like new_empty
+    clone copy _to_copy _copy_from cat stack complex diag_embed empty empty_strided empty_like new_empty
     new_empty_strided new_zeros new_ones new_full zeros zeros_like ones ones_like full full_like
     scalar_tensor arange linspace eye tril_indices triu_indices rand randn rand_like randn_like
     randint randperm uniform normal fill zero lift lift_fresh lift_fresh_copy detach alias

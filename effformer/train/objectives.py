@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,7 +14,14 @@ from ..calls import accepted, match, takes
 from ..checks import CapabilityError, unknown
 from ..config import Config, part
 from ..context import Ledger
-from ..flow.conventions import FlowConvention, Trained, recorded, trained_of
+from ..flow.conventions import (
+    FlowConvention,
+    Trained,
+    adapt,
+    get_convention,
+    recorded,
+    trained_of,
+)
 from ..flow.losses import FlowMatching
 from ..nn.precision import widened
 from .datasets import Dataset
@@ -85,6 +92,8 @@ class Generation(Config):
         loss: a registered flow loss: name, dict or config.
         label_drop: probability of replacing a label by the null class, in [0, 1); means nothing to
             a model without labels.
+        convention: how the network is told the time and writes its velocity, or the name of it
+            ("sd3"), to train published weights on; None: as the loss does, in our time.
 
     Reference: Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow,
     2022, arXiv 2209.03003; Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598.
@@ -92,6 +101,17 @@ class Generation(Config):
 
     loss: Config = part("loss", FlowMatching.Config())
     label_drop: Chance = 0.1
+    convention: FlowConvention | None = field(default=None, metadata={"short": get_convention})
+
+    def check(self) -> None:
+        if self.convention is None:
+            return
+        own = getattr(self.loss.build(), "convention", None)
+        if own is None or (own.prediction, own.path) != ("velocity", self.convention.path):
+            raise ValueError(
+                f"Generation: convention {self.convention} needs a loss of velocities on its path, "
+                f"{self.loss.entry.name!r} trains {own or 'something else'}; convention=None would do"
+            )
 
     def __call__(
         self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
@@ -109,13 +129,15 @@ class Generation(Config):
                 f"label can be dropped; choices: label_drop=0, not {self.label_drop}"
             )
         pairs = {"noise": batch["noise"]} if "noise" in batch else {}
-        loss: Tensor = self.loss.build()(model, data, generator=generator, **pairs, **cond).loss
+        network = model if self.convention is None else adapt(model, self.convention)
+        loss: Tensor = self.loss.build()(network, data, generator=generator, **pairs, **cond).loss
         return loss
 
     def trained(self, model: nn.Module, data: Dataset) -> Trained | None:
         """What a model trained with this objective predicts; None if the loss does not say it."""
         loss = self.loss.build()
-        convention: FlowConvention | None = getattr(loss, "convention", None)
+        own: FlowConvention | None = getattr(loss, "convention", None)
+        convention = own if self.convention is None else self.convention
         if convention is None:
             return None
         labelled = "y" in data.tensors and takes(model, "y")
@@ -153,6 +175,7 @@ def trained_by(objective: Objective, model: nn.Module, data: Dataset) -> Trained
         raise ValueError(
             f"train: the weights of {getattr(model, 'name', type(model).__name__)} were trained to "
             f"predict {before.convention}, the objective trains {made.convention}; choose an "
-            "objective for the former, or set model.trained = None to begin anew from these weights"
+            "objective for the former (Generation(convention=...) trains any velocity), or set "
+            "model.trained = None to begin anew from these weights"
         )
     return made

@@ -63,7 +63,7 @@ class Form:
             parts = {k: v for k, v in parts.items() if k in values and k != "cross"}
             if self.layers:
                 found |= dict(self._walk(parts, defaults, ""))
-            elif any(part != values[k] for k, part in parts.items()):
+            elif any(part != getattr(config.plain_layer(i), k) for k, part in parts.items()):
                 found["layers"] = f"block {i} differs from others"
         return found
 

@@ -22,19 +22,29 @@ from effformer.site import NormRule, Site
 
 DIM, HEADS, N, M = 24, 3, 7, 4
 CORES = registry.core.names(order_free=True)
+ROWS = (*CORES, "retention", "gated-delta")
+"""With two that read the tokens in a row; the heads of one convolve each stream before."""
+PLACED = [
+    (core, placed)
+    for core in ROWS
+    for placed in (False, True)
+    if registry.core.get(core).caps.rope or not placed
+]
 
 
 def build(
-    attn: Any = "softmax", ffn: Any = "mlp", *, ends: bool = False, cond: bool = True, **slots: str
-) -> Joint:
+    attn: Any = "softmax", ffn: Any = "mlp", *, ends: bool = False, cond: bool = True,
+    dual: int = 0, norm: NormRule | None = None, **slots: str,
+) -> Joint:  # fmt: skip
     """A block in float64 with open gates."""
     torch.manual_seed(0)
-    there = DIM if cond else None
+    there, rule = DIM if cond else None, NormRule() if norm is None else norm
     site = Site(
-        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, path="b", depth=1 if ends else 2
-    )
+        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, norm=rule, path="b",
+        depth=1 if ends else 2,
+    )  # fmt: skip
     parts = {"attn": resolve("attention", attn), "ffn": resolve("ffn", ffn)}
-    block: Joint = Joint.Config().build(site, **parts)
+    block: Joint = Joint.Config(dual=dual).build(site, **parts)
     block.attach(**{kind: resolve(kind, name) for kind, name in slots.items()})
     with torch.no_grad():
         for p in block.parameters():
@@ -56,6 +66,12 @@ def table(n: int) -> Rope:
     return made
 
 
+def _normed(x: Tensor, norm: Any, kind: str | None) -> Tensor:
+    if kind == "rms":
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
+    return F.layer_norm(x, (DIM // HEADS,), norm.weight, norm.bias, eps=1e-6)
+
+
 def obvious(
     block: Joint, x: Tensor, y: Tensor, cond: Tensor, mask: Tensor | None, rope: Rope | None
 ) -> tuple[Tensor, Tensor]:
@@ -71,8 +87,7 @@ def obvious(
             kept.append(row.unflatten(-1, (HEADS, -1)).transpose(1, 2))
         for kept, norm in ((q, "q_norm"), (k, "k_norm")):
             if block.x.attn.part.config.qk_norm:
-                weight, bias = getattr(heads, norm).weight, getattr(heads, norm).bias
-                kept[-1] = F.layer_norm(kept[-1], (DIM // HEADS,), weight, bias, eps=1e-6)
+                kept[-1] = _normed(kept[-1], getattr(heads, norm), block.site.norm.qk_kind)
             if rope is not None and stream is block.x:
                 kept[-1] = rotate(kept[-1], rope.cos, rope.sin, interleaved=True)
     q, k, v = (torch.cat(rows, dim=2) for rows in (q, k, v))
@@ -88,17 +103,24 @@ def obvious(
             continue
         proj, mlp = stream.attn.part.proj, stream.ffn.part
         s = s + m[2] * (o @ proj.weight.T + proj.bias)
-        h = F.layer_norm(s, (DIM,), eps=1e-6) * (1 + m[4]) + m[3]
-        results.append(s + m[5] * mlp(h))
+        if "attn2" in stream.order:
+            before = x if stream is block.x else y
+            h = F.layer_norm(before, (DIM,), eps=1e-6) * (1 + m[4]) + m[3]
+            s = s + m[5] * stream.attn2.part(h, Context(rope=rope))
+        h = F.layer_norm(s, (DIM,), eps=1e-6) * (1 + m[-2]) + m[-3]
+        results.append(s + m[-1] * mlp(h))
     return results[1], results[0]
 
 
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("placed", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_block_is_its_equation(ends: bool, masked: bool, placed: bool, qk_norm: bool) -> None:
-    block = build({"name": "softmax", "qk_norm": qk_norm}, ends=ends)
+@pytest.mark.parametrize(("qk_norm", "dual"), [("", 0), ("layer", 0), ("rms", 0), ("rms", 1)])
+def test_the_block_is_its_equation(
+    ends: bool, masked: bool, placed: bool, qk_norm: Any, dual: int
+) -> None:
+    attn = {"name": "softmax", "qk_norm": bool(qk_norm)}
+    block = build(attn, ends=ends, dual=dual, norm=NormRule(qk_kind=qk_norm or None))
     x, y, ctx = inputs()
     mask = torch.tensor([[True, True, False, False], [True] * 4]) if masked else None
     rope = table(N) if placed else None
@@ -144,8 +166,7 @@ def test_every_order_free_core_mixes_both_streams(core: str) -> None:
         torch.testing.assert_close(got, s + stream.ffn.part(stream.ffn.norm(s)))
 
 
-@pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize(("core", "placed"), PLACED)
 @pytest.mark.parametrize("gated", [False, True])
 def test_padding_of_either_stream_changes_nothing(core: str, placed: bool, gated: bool) -> None:
     block = _gated(attn=core) if gated else build(core)
@@ -164,9 +185,8 @@ def test_padding_of_either_stream_changes_nothing(core: str, placed: bool, gated
 LENGTHS = {"x": [7, 3, 7, 1], "y": [4, 4, 0, 2]}
 
 
-@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize(("core", "placed"), PLACED)
 @pytest.mark.parametrize("which", ["x", "y", "xy"])
-@pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 def test_packed_equals_looped(core: str, which: str, placed: bool, gated: bool) -> None:
     block = _gated(attn=core) if gated else build(core)
@@ -241,14 +261,15 @@ def _silenced(block: Joint, heads: list[int]) -> Joint:
     return block
 
 
-@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("core", ROWS)
 @pytest.mark.parametrize("ends", [False, True])
 def test_selected_heads_are_the_block_without_the_others(core: str, ends: bool) -> None:
     block = build({"name": core, "qk_norm": True}, ends=ends)
     x, y, ctx = inputs()
     small = block.select(torch.tensor([0, 2]))
-    out = small(x, y, replace(ctx, rope=table(N)), ctx)
-    full = _silenced(block, [1])(x, y, replace(ctx, rope=table(N)), ctx)
+    placed = replace(ctx, rope=table(N) if registry.core.get(core).caps.rope else None)
+    out = small(x, y, placed, ctx)
+    full = _silenced(block, [1])(x, y, placed, ctx)
     torch.testing.assert_close(out, full)
     assert small.macs(N, M) < block.macs(N, M)
     assert small.units == 2
@@ -411,3 +432,35 @@ def test_another_mixer_is_refused_alone() -> None:
     plain = Joint.Config(ends=False).build(site, attn=Attention.Config(), ffn=None)
     x, y, _ = inputs()
     assert plain.double()(x, y)[1].shape == y.shape
+
+
+@pytest.mark.parametrize(
+    "slots", [{}, {"width": "dynamic", "tokens": "dynamic"}], ids=["", "gated"]
+)
+def test_a_second_attention_is_masked_packed_and_reported(slots: dict[str, str]) -> None:
+    block = build(dual=1, **slots)
+    x, y, ctx = inputs(3)
+    tap, ledger = Tap(keep=("*",)), Ledger()
+    lengths = torch.tensor([N, 2, 5])
+    mask = torch.arange(N) < lengths[:, None]
+    packing, words = Packing.from_mask(mask), Packing.from_mask(torch.ones(3, M, dtype=torch.bool))
+    padded = block(x, y, replace(ctx, mask=mask), ctx)[0]
+    row, _ = block(
+        packing.pack(x), words.pack(y), replace(ctx, packing=packing), replace(ctx, packing=words)
+    )
+    torch.testing.assert_close(row, packing.pack(padded), rtol=1e-6, atol=1e-7)
+    tapped = replace(ctx, tap=tap, ledger=ledger)
+    block(x, y, tapped, tapped)
+    assert {"b.x.attn2", "b.x.attn2.q"} <= set(tap.seen)
+    assert ("b.x.attn2" in ledger.shares) == bool(slots)
+    assert block.macs(N, M) - build(**slots).macs(N, M) == (
+        block.x.attn2.part.macs(N)
+        + 3 * DIM * DIM  # its modulation
+        + (block.x.width.gates["attn2"].macs() if slots else 0)
+    )
+
+
+def test_a_second_attention_is_there_in_the_first_blocks() -> None:
+    blocks = _stack(True, block={"name": "joint", "dual": 1})
+    assert [block.x.order for block in blocks] == [("attn", "attn2", "ffn"), ("attn", "ffn")]
+    assert not any("attn2" in block.y.order for block in blocks)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from effformer.attention import Attention
-from effformer.blocks import BackboneConfig, Needs, StackConfig, build_stack
+from effformer.blocks import BackboneConfig, Joint, Needs, StackConfig, build_stack
 from effformer.checks import CapabilityError
-from effformer.site import Site
+from effformer.site import Layer, Site
 
 BASE: dict[str, Any] = {"dim": 12, "depth": 4, "heads": 3}
 SITE = Site(dim=12, heads=3)
@@ -87,6 +88,44 @@ def test_one_site_per_block() -> None:
     sites = [Site(dim=12, heads=3), Site(dim=24, heads=3)]
     blocks = build_stack(StackConfig(), sites, Needs(), name="toy")
     assert [b.attn.part.qkv.in_features for b in blocks] == [12, 24]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoKinds(BackboneConfig):
+    """The first block has two streams, the others one."""
+
+    def plain_layer(self, index: int) -> Layer:
+        layer = BackboneConfig.plain_layer(self, index)
+        return replace(layer, block=Joint.Config(ends=False)) if index == 0 else layer
+
+
+def two_kinds(**options: Any) -> Any:
+    needs = [Needs(joint=i == 0) for i in range(4)]
+    return build_stack(TwoKinds.from_dict(BASE | options), SITE, needs, name="toy")
+
+
+def test_blocks_of_two_kinds_share_their_parts() -> None:
+    blocks = two_kinds(attn="flow", layers={"1": {"ffn": "swiglu"}, "-1": {"attn": "longformer"}})
+    assert [type(block).__name__ for block in blocks] == ["Joint", *["PreNorm"] * 3]
+    assert blocks[0].core.config.entry.name == "flow"
+    assert [b.attn.part.config.title for b in blocks[1:]] == ["flow", "flow", "longformer"]
+    config = TwoKinds.from_dict(BASE)
+    assert config.at("blocks.0.block").entry.name == "joint"
+    assert config.put("blocks.2.attn", "flow").at("blocks.2.attn").title == "flow"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"attn": "longformer"}, r"blocks\[0:1\]\.attn: 'longformer' .*; choices: .*flow"),
+        ({"layers": {"0": {"block": "prenorm"}}}, r"blocks\[0:1\]\.block: .*; choices: joint$"),
+        ({"block": "joint"}, r"blocks\[1:4\]\.block: .*; choices: .*macaron.*prenorm"),
+        ({"axes": "hw"}, "axes"),
+    ],
+)
+def test_refusals_in_blocks_of_two_kinds_offer_what_serves_there(options: Any, match: str) -> None:
+    with pytest.raises(CapabilityError, match=match):
+        two_kinds(**options)
 
 
 def test_causal_models_make_their_mixers_causal() -> None:

@@ -23,7 +23,7 @@ TABLE: dict[str, tuple[int, Any, Any, Any]] = {
     "mdt-dist": (0, lambda u: (1 - u, _S + (1 - _S) * u), (-1, 1 - _S), lambda u: 1000 * u),
     "trellis": (0, lambda u: (1 - u, _S + (1 - _S) * u), (-1, 1 - _S), lambda u: 1000 * u),
     "sd3": (0, lambda u: (1 - u, u), (-1, 1), lambda u: 1000 * u),
-    "flux": (0, lambda u: (1 - u, u), (-1, 1), lambda u: 1000 * u),
+    "flux": (0, lambda u: (1 - u, u), (-1, 1), lambda u: u),
     "triposg": (0, lambda u: (1 - u, u), (1, -1), lambda u: 1000 * u),
     "torchcfm": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
     "flow-matching": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),

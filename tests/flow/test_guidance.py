@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effformer.flow import Guidance, forward_with_cfg, guided, reference
+from effformer.flow import Guidance, Weak, forward_with_cfg, guided, reference
 
 
 class Net(nn.Module):
@@ -179,3 +179,40 @@ def test_half_precision_answers_are_mixed_in_float32(channels: Any, batched: boo
     both = torch.cat([y, null["y"]])
     out = forward_with_cfg(network, torch.cat([x, x]), both * 0.0, 7.3, channels=channels, y=both)
     torch.testing.assert_close(out[:4].double(), mixed, rtol=1e-6, atol=1e-6)
+
+
+class Skipping(Net):
+    """A network that is weaker without one of its parts."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, skip: bool = False) -> Tensor:
+        return super().forward(x, t, y) * (0.5 if skip else 1.0)
+
+
+@pytest.mark.parametrize("channels", ["all", 2])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("interval", [None, (0.2, 0.7)])
+@torch.no_grad()
+def test_guidance_away_from_a_weaker_network(channels: Any, scale: float, interval: Any) -> None:
+    net, x, y = Skipping(), torch.randn(3, 4, 5, 5), torch.tensor([0, 3, 2])
+    t = torch.tensor([0.1, 0.5, 0.9])
+    weak = Weak(2.5, {"skip": True}, interval=interval)
+    out = guided(net, scale, null={"y": 5}, channels=channels, weak=weak)(x, t, y=y)
+    v, null = net(x, t, y), net(x, t, torch.full_like(y, 5))
+    inside = torch.tensor([interval is None, True, interval is None])[:, None, None, None]
+    expected = null + scale * (v - null) + torch.where(inside, 2.5 * 0.5 * v, 0.0)
+    n = 4 if channels == "all" else channels
+    torch.testing.assert_close(out[:, :n], expected[:, :n])
+    torch.testing.assert_close(out[:, n:], v[:, n:])
+
+
+def test_a_weaker_network_is_asked_only_where_it_counts() -> None:
+    net, x, y = Skipping(), torch.randn(1, 4, 5, 5), torch.tensor([2])
+    field = guided(net, 1.0, null={"y": 5}, weak=Weak(2.5, {"skip": True}, interval=(0.2, 0.7)))
+    field(x, 0.1, y=y)
+    assert net.batches == [1]
+    field(x, 0.2, y=y)
+    assert net.batches == [1, 1, 1]
+    with pytest.raises(ValueError, match="nothing makes the network weaker"):
+        Weak(2.5, {})
+    with pytest.raises(ValueError, match=r"interval \(0.7, 0.2\) is empty"):
+        Weak(2.5, {"skip": True}, interval=(0.7, 0.2))

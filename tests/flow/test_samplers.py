@@ -31,7 +31,7 @@ def gaussian(mean: float, std: float) -> Any:
     return velocity
 
 
-@pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "rk4"])
+@pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "rk4", "dpm++2m"])
 def test_equals_the_reference_forward_and_backward(name: str) -> None:
     layer = torch.nn.Linear(3, 3).double()
 
@@ -41,7 +41,7 @@ def test_equals_the_reference_forward_and_backward(name: str) -> None:
     x0 = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     grid = TimeGrid.uniform(5)
     ours = sample(velocity, x0, sampler=name, grid=grid, grad=True).x
-    slow = getattr(reference, name)(
+    slow = getattr(reference, {"dpm++2m": "dpm_solver_2m"}.get(name, name))(
         lambda x, t: velocity(x, torch.full((4,), t, dtype=torch.float64)), x0, grid.points
     )
     torch.testing.assert_close(ours, slow)
@@ -68,6 +68,24 @@ def test_gaussian_map(name: str) -> None:
         return
     order = registry.sampler.get(name).build.tableau.order
     assert math.log2(error(64) / error(128)) > order - 0.25  # midpoint: 3 on this field
+
+
+def test_two_data_make_a_second_order() -> None:
+    """In front of the data, where a last step would take one of them alone."""
+    z0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    exact = 0.9 * 1.5 + math.sqrt(0.1**2 + (0.9 * 0.5) ** 2) * z0
+
+    def error(steps: int) -> float:
+        grid = TimeGrid.uniform(steps, 0.0, 0.9)
+        out = sample(gaussian(1.5, 0.5), z0, sampler="dpm++2m", grid=grid)
+        assert out.nfe == steps
+        return float((out.x - exact).abs().max())
+
+    assert math.log2(error(64) / error(128)) > 1.75
+    with pytest.raises(ValueError, match=r"within \[0, 1\]"):
+        sample(swirl, z0, sampler="dpm++2m", grid=TimeGrid.rectified_flow(3))
+    with pytest.raises(ValueError, match="from noise to data only"):
+        sample(swirl, z0, sampler="dpm++2m", reverse=True)
 
 
 @pytest.mark.parametrize("name", ODE)

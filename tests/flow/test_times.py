@@ -1,21 +1,28 @@
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from effformer.flow import (
+    CosMap,
     Fixed,
     KStep,
     LogitNormal,
+    Mode,
+    Shifted,
     Stratified,
     TimeGrid,
     TimeLaw,
     Uniform,
     UShaped,
 )
-from effformer.flow.times import TIME_LAWS, get_time_law
+from effformer.flow.times import TIME_LAWS, get_time_law, shift_of_length
 
 ALL = [
     Uniform(),
@@ -26,6 +33,11 @@ ALL = [
     Fixed(),
     KStep(),
     Stratified(),
+    Mode(),
+    Mode(scale=-1.0),
+    CosMap(),
+    Shifted(),
+    Shifted(law=Mode(), shift=0.5),
 ]
 
 
@@ -124,3 +136,73 @@ def test_bad_grids(make) -> None:  # type: ignore[no-untyped-def]
         TimeGrid((0.0,))
     with pytest.raises(ValueError, match="need 1 widths"):
         TimeGrid((0.0, 1.0), (0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("law", "uniform"),
+    [
+        (LogitNormal(mean=0.5, std=0.6), False),
+        (Mode(scale=1.29), True),
+        (Mode(scale=2 / (math.pi - 2)), True),
+        (Mode(scale=-1.0), True),
+        (CosMap(), False),
+    ],
+    ids=repr,
+)
+def test_densities_are_those_of_the_samples(law: Any, uniform: bool) -> None:
+    """The share of samples in each of eight intervals is the integral of the density there."""
+    edges = torch.linspace(0, 1, 9, dtype=torch.float64)
+    cells = torch.linspace(0, 1, 80_001, dtype=torch.float64)
+    if uniform:  # the density is told at u, whose times are the ends of the cells
+        mids, ends = (cells[1:] + cells[:-1]) / 2, law.time(cells)
+        assert (ends.diff() >= -1e-12).all()
+        places, widths = law.time(mids), ends.diff()
+    else:
+        mids = places = (cells[1:] + cells[:-1]) / 2
+        widths = cells.diff()
+    mass = law.density(mids) * widths
+    found = torch.stack([mass[(places >= a) & (places < b)].sum() for a, b in pairwise(edges)])
+    assert float(found.sum()) == pytest.approx(1, abs=1e-3)
+    n = 200_000
+    drawn = law.sample(n, generator=torch.Generator().manual_seed(0)).double()
+    seen = torch.histc(drawn, 8, 0, 1) / n
+    torch.testing.assert_close(seen, found, rtol=0, atol=0.005)
+
+
+def test_shifts_multiply_and_keep_the_ends() -> None:
+    grid = TimeGrid.uniform(7)
+    twice = torch.tensor(grid.shifted(2.0).shifted(1.5).points, dtype=torch.float64)
+    once = torch.tensor(grid.shifted(3.0).points, dtype=torch.float64)
+    torch.testing.assert_close(twice, once)
+    assert (once[0], once[-1]) == (0, 1)
+    assert (once.diff() > 0).all()
+    sigma = 1 - torch.tensor(grid.points, dtype=torch.float64)
+    torch.testing.assert_close(1 - once, 3 * sigma / (1 + 2 * sigma))
+    t = Shifted(law="uniform", shift=3.0).sample(5, generator=torch.Generator().manual_seed(0))
+    plain = Uniform().sample(5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(1 - t, 3 * (1 - plain) / (1 + 2 * (1 - plain)))
+    with pytest.raises(ValueError, match="a shift is a positive factor, got 0"):
+        grid.shifted(0)
+    with pytest.raises(ValueError, match="widths of its own"):
+        TimeGrid.rectified_flow(3).shifted(3.0)
+    with pytest.raises(ValueError, match="unknown time law 'mod'"):
+        Shifted(law="mod")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 28])
+def test_the_grid_of_sd3_ends_with_a_step_to_the_data(steps: int) -> None:
+    grid = TimeGrid.sd3(steps, 3.0)
+    points = torch.tensor(grid.points, dtype=torch.float64)
+    assert len(grid) == steps
+    assert (points[0], points[-1]) == (0, 1)
+    assert (points.diff() > 0).all()
+    if steps > 1:
+        least = 3 * 0.001 / (1 + 2 * 0.001)
+        assert 1 - points[-2] == pytest.approx(3 * least / (1 + 2 * least))
+
+
+def test_longer_images_are_shifted_further() -> None:
+    assert [math.log(shift_of_length(n)) for n in (256, 4096)] == pytest.approx([0.5, 1.15])
+    assert shift_of_length(1024) < shift_of_length(2048)
+    with pytest.raises(ValueError, match="number of tokens, got 0"):
+        shift_of_length(0)

@@ -22,6 +22,7 @@ from effformer.config import Config
 from effformer.layout import TRAINING, Layout
 
 TINY: dict[str, dict[str, Any]] = {
+    "flux-tiny": {},
     "bert-tiny": {"dim": 24, "heads": 2, "vocab": 31, "context": 20},
     "dit-nano": {"input_size": 8, "num_classes": 10},
     "dydit-nano": {"input_size": 8, "num_classes": 10},
@@ -37,6 +38,7 @@ TINY: dict[str, dict[str, Any]] = {
     "spiking-lmuformer-tiny": {"dim": 24, "attn": {"memory": 8}},
     "macaron-tiny": {"dim": 24},
     "macaron-bert-tiny": {"dim": 24},
+    "mmdit-nano": {"input_size": 8},
     "predformer-tiny": {"dim": 24, "size": (16, 16)},
 }  # fmt: skip
 """Small models of all families that have published layouts."""

@@ -19,6 +19,14 @@ def test_unpatchify_has_the_channel_fastest() -> None:
             torch.testing.assert_close(corner, token.permute(2, 0, 1))
 
 
+def test_unpatchify_may_have_the_channel_first() -> None:
+    x = torch.randn(2, 5, 6, 4)
+    tokens = torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
+    torch.testing.assert_close(tokens[0, 3], x[0, :, 2:4, 2:4].flatten(), rtol=0, atol=0)
+    again = unpatchify(tokens, 3, 2, 2, channels_first=True)
+    torch.testing.assert_close(again, x, rtol=0, atol=0)
+
+
 def test_patch_embed_is_row_major() -> None:
     embed = PatchEmbed(1, 1, 2, bias=False)
     torch.nn.init.constant_(embed.proj.weight, 0.25)
