@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixed": MIXED,
     "dynamic": {"width": "dynamic", "tokens": "dynamic"},
 }
+SHORT: dict[str, Any] = {"depth": 1, "ffn": None, "block": {"name": "joint", "dual": 0}}
+"""The least that has a position table and a text."""
 CORES = [
     e.name for e in registry.core if e.caps.order_free or e.caps.causal != "never"
 ]  # fmt: skip
@@ -218,7 +220,7 @@ def test_published_weights_are_trained_on_in_their_convention() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"depth": 1}, id="one block"),
+        pytest.param(SHORT, id="short"),
         *(pytest.param(o, id=name, marks=[pytest.mark.slow]) for name, o in OPTIONS.items()),
     ],
 )
