@@ -13,7 +13,7 @@ from effformer.nn.precision import exactly
 
 from .gated_chunks import chunk_states, decayed_scores, decays, unit_lower_inverse
 from .gated_onnx import gated_scan_onnx
-from .slices import Rows, capturing, known_length, padded, token_slices
+from .slices import Rows, capturing, chunk_count, known_length, padded, token_slices
 
 __all__ = ["gated_scan", "gated_scan_macs", "retention_decay"]
 
@@ -159,7 +159,7 @@ def _chunked(
     Chunks, samples and heads lie in one dimension Z in this order, so that the states before the
     chunks are a view of all states.
     """
-    (batch, heads, n, _), start, count = v.shape, state.flatten(0, 1), _count(v, chunk)
+    (batch, heads, n, _), start, count = v.shape, state.flatten(0, 1), chunk_count(v, chunk)
     g = q.new_zeros(1, 1, n).expand(batch, heads, n) if g is None else g
     q, k, v = (_chunks(_grouped(x, heads), chunk) for x in (q, k, v))
     written = k
@@ -215,18 +215,11 @@ def _token_by_token(
     return (torch.cat(outputs, dim=2).to(v.dtype) if outputs else v), state
 
 
-def _count(x: Tensor, chunk: int) -> int:
-    """Chunks of the tokens of x (B, H, N, ...). A graph for any length takes one more than it needs,
-    because tracers would take one chunk alone for a constant.
-    """
-    return (x.shape[2] + chunk - 1) // chunk + (0 if known_length(x) else 1)
-
-
 def _chunks(x: Tensor, chunk: int) -> Tensor:
     """(B, H, N, K) -> (c B H, C, K), the last chunks filled with zeros: nothing is written there and
     nothing decays.
     """
-    n, count = x.shape[2], _count(x, chunk)
+    n, count = x.shape[2], chunk_count(x, chunk)
     if capturing() or count * chunk != n:
         x = padded(x, count * chunk - n)
     return x.unflatten(2, (count, chunk)).movedim(2, 0).flatten(0, 2)

@@ -17,7 +17,7 @@ from effformer.values import Even, Natural
 
 from .backends import attend
 from .base import Mixer
-from .slices import Rows, known_length, over_sequences
+from .slices import Rows, chunk_count, known_length, over_sequences
 
 __all__ = ["Longformer"]
 
@@ -246,12 +246,13 @@ class Longformer(Mixer):
         the global ones.
         """
         n, (c, pieces) = q.shape[2], self._chunks()
-        pad = -n % c + (0 if known_length(q) else c)
+        count = chunk_count(q, c)
+        pad = count * c - n
         if near is None:
             near = torch.ones(1, n, dtype=torch.bool, device=q.device)
-        q = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, pad)).unflatten(2, (-1, c))
-        keys, values = (_pieces(x, pad, c, pieces) for x in (k, v))
-        valid = _pieces(near[:, None, :, None], pad, c, pieces).mT & self._band(
+        q = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, pad)).unflatten(2, (count, c))
+        keys, values = (_pieces(x, pad, count, pieces) for x in (k, v))
+        valid = _pieces(near[:, None, :, None], pad, count, pieces).mT & self._band(
             c, pieces * c, c, device=q.device
         )
         scores = (q @ keys.mT).masked_fill(~valid, torch.finfo(q.dtype).min)
@@ -261,11 +262,11 @@ class Longformer(Mixer):
         far = real[:, None, None]
         if self.config.causal:
             far = far & (places[:, None, None] <= torch.arange(n, device=q.device)[:, None])
-            far = F.pad(far, (0, 0, 0, pad)).unflatten(2, (-1, c))
+            far = F.pad(far, (0, 0, 0, pad)).unflatten(2, (count, c))
         else:
             far = far[:, :, None]
         distant = q.flatten(2, 3) @ far_keys.mT
-        distant = distant.unflatten(2, (-1, c)).masked_fill(~far, torch.finfo(q.dtype).min)
+        distant = distant.unflatten(2, (count, c)).masked_fill(~far, torch.finfo(q.dtype).min)
         weights = torch.cat([scores, distant], dim=-1).softmax(dim=-1)
         inside = (weights[..., : scores.shape[-1]] * valid) @ values
         outside = (weights[..., scores.shape[-1] :] * far).flatten(2, 3) @ far_values
@@ -314,11 +315,10 @@ class Longformer(Mixer):
         return total
 
 
-def _pieces(x: Tensor, pad: int, c: int, pieces: int) -> Tensor:
-    """(B, H, N, K) -> (B, H, (N + pad) / c, pieces c, K): chunks with their neighbours, zeros
+def _pieces(x: Tensor, pad: int, count: int, pieces: int) -> Tensor:
+    """(B, H, N, K) -> (B, H, count, pieces c, K): chunks of c tokens with their neighbours, zeros
     outside.
     """
-    x = F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, c))
+    x = F.pad(x, (0, 0, 0, pad)).unflatten(2, (count, -1))
     around = F.pad(x, (0, 0, 0, 0, 1, pieces - 2))
-    last = x.shape[2]
-    return torch.cat([around[:, :, i : i + last] for i in range(pieces)], dim=3)
+    return torch.cat([around[:, :, i : i + count] for i in range(pieces)], dim=3)

@@ -18,7 +18,7 @@ from effformer.site import Site
 from effformer.values import Count, NonNegative, Positive, Seed
 
 from .base import Core, CoreConfig
-from .slices import Rows, known_length, pieces, token_slices
+from .slices import Rows, chunk_count, known_length, pieces, token_slices
 
 __all__ = ["Performer", "PerformerState", "orthogonal_rows"]
 
@@ -261,13 +261,14 @@ class Performer(Core):
     ) -> tuple[Tensor, PerformerState]:
         """All chunks at once, as heads of their own, for graphs of any number of tokens."""
         (batch, heads, n), chunk = q.shape[:3], self.config.chunk
-        pad = -n % chunk + chunk
+        count = chunk_count(q, chunk)
+        pad = count * chunk - n
         real = torch.ones_like(q[:, :1, :, 0], dtype=torch.bool) if mask is None else mask
         real = F.pad(real, (0, pad))
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
 
         def cut(x: Tensor) -> Tensor:
-            return x.unflatten(2, (-1, chunk)).flatten(1, 2)
+            return x.unflatten(2, (count, chunk)).flatten(1, 2)
 
         h, tops = map(cut, self._keys(k, real, top))
         rows = cut(real.expand(batch, heads, -1))

@@ -14,6 +14,7 @@ from effformer.context import Context, Rope
 __all__ = [
     "Rows",
     "capturing",
+    "chunk_count",
     "known_length",
     "over_heads",
     "over_sequences",
@@ -41,6 +42,15 @@ def known_length(x: Tensor) -> bool:
     constant. So it pads to one chunk more than it needs.
     """
     return not torch.compiler.is_compiling() or has_static_value(x.shape[2])
+
+
+def chunk_count(x: Tensor, chunk: int) -> int:
+    """Chunks of the tokens of x (B, H, N, K); where their number is not known, one more than it
+    needs.
+
+    It has no modulus: tracers carry the expression through every size, and prove each one.
+    """
+    return (x.shape[2] + chunk - 1) // chunk + (0 if known_length(x) else 1)
 
 
 def padded(x: Tensor, more: int) -> Tensor:

@@ -208,7 +208,7 @@ def test_gradients_reach_everything() -> None:
 @pytest.mark.parametrize("build", [vit, dit])
 def test_captured_graphs(build: Any, tmp_path: Path) -> None:
     options = {} if build is vit else {"positions": "learned"}
-    model = build(tokens={"name": "tome", "r": 7}, **options)
+    model = build(tokens={"name": "tome", "r": 7}, depth=2, **options)
     inputs = model.example_inputs(2)
     expected = model(**inputs)
     torch.compiler.reset()
