@@ -156,12 +156,9 @@ def test_saves_and_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(again.eval()(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [("ifactformer-tiny", {"block": {"times": 2}}), ("factformer-tiny", {"depth": 1})],
-)
-def test_exports_at_other_grids(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    model = build(name, **changes)
+@pytest.mark.parametrize("name", ["ifactformer-tiny", "factformer-tiny"])
+def test_exports_at_other_grids(name: str, tmp_path: Path) -> None:
+    model = build(name)
     # kernels near zero are normalised: on four cells rounding grows a thousandfold
     report = export_onnx(
         model, tmp_path / "m.onnx", (fields(model, 6, 8),), dynamic=model.dynamic_axes(),
