@@ -65,7 +65,8 @@ def where_it_holds(program: torch.export.ExportedProgram, call: Call, axes: Axes
             apart = _APART.search(part) and not _REST.search(part)
             if "L[" not in part and not apart:
                 found[part] = None
-    ranges, kept = _ranges(program, call, axes, list(found)), []
+    kept: list[str] = []
+    ranges = _ranges(program, call, axes, list(found))
     known = ends_of(ranges)
     for condition in sorted(found, key=len):
         if _tells(condition, sizes(call, axes), [*known, *kept]):
