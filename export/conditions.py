@@ -7,19 +7,28 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .inputs import Axes
+from effformer.calls import Call
+
+from .inputs import Axes, sizes
 from .lengths import Lengths, Ranges
 
-__all__ = ["conditions_of", "holds", "outside"]
+__all__ = ["Held", "ends_of", "holds", "names_in", "outside", "read", "where_it_holds", "without"]
+
+Held = tuple[Ranges, tuple[str, ...]]
+"""Ranges of symbols, and conditions on them beside, such as ``height % 4 == 0``."""
 
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-_APART = re.compile(r"(!= -?[012]|>=? -?[012])\)?$|^\(?-?[01] <=? ")
-"""Tracers set lengths of 0 and 1 apart, whatever the graph does there."""
+_APART = re.compile(r"(!= [01]|>= 2)\)?$")
+"""Tracers set lengths of 0 and 1 apart, whatever the graph does there; it is compared there."""
+_REST = re.compile(r"[%&] \d+\)* != [01]\)?$")
+"""What looks like it and is none: the rest of a division."""
 
 _PROBES = (2, 3, 4, 5, 7, 8, 12, 16, 33, 64, 100, 128, 150, 255, 512, 1025, 4096)
 _LONGEST = 1024
@@ -30,59 +39,128 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv, ast.Mod: operator.mod,
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.USub: operator.neg, ast.Not: operator.not_,
+    ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor,
     ast.Pow: lambda x, y: float(x) ** float(y),
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": max, "min": min, "float": float, "trunc": math.trunc, "floor": math.floor,
-    "ceil": math.ceil,
+    "ceil": math.ceil, "round": round, "sqrt": math.sqrt, "abs": abs, "int": int,
 }  # fmt: skip
 
 
-def conditions_of(
-    program: torch.export.ExportedProgram, axes: Axes, base: Lengths, ranges: Ranges
-) -> tuple[str, ...]:
-    """The branches on lengths that a trace took, as conditions on symbols such as
-    ``height % 4 == 0``; those that ``ranges`` say, and those that hold at all lengths, are left out.
+def where_it_holds(program: torch.export.ExportedProgram, call: Call, axes: Axes) -> Held:
+    """The branches on lengths that a trace took. What holds at all lengths, or follows from the
+    others, is left out.
 
     Args:
         program: the trace.
+        call: its example.
         axes: which axes vary.
-        base: lengths of the example.
-        ranges: where the tracer holds the graph, symbol by symbol.
     """
     found: dict[str, None] = {}
     for guard in getattr(program, "_guards_code", None) or ():
         text = _SIZE.sub(lambda m: axes.get(m[1], {}).get(int(m[2]), m[0]), guard)
-        text = re.sub(r"torch\.sym_|math\.", "", text)
-        for part in text.split(" and "):
-            if "L[" not in part and not _APART.search(part):
+        text = re.sub(r"torch\.(_?sym_)?|math\.", "", text)
+        for part in _parts(text):
+            apart = _APART.search(part) and not _REST.search(part)
+            if "L[" not in part and not apart:
                 found[part] = None
-    probes = list(_probes(base, ranges))
-    return tuple(c for c in found if any(holds(c, p) is False for p in probes))
+    kept: list[str] = []
+    ranges = _ranges(program, call, axes, list(found))
+    known = ends_of(ranges)
+    for condition in sorted(found, key=len):
+        if _tells(condition, sizes(call, axes), [*known, *kept]):
+            kept.append(condition)
+    return ranges, tuple(c for c in found if c in kept)
 
 
-def _probes(base: Lengths, ranges: Ranges) -> Iterator[Lengths]:
-    """Lengths inside the ranges: every symbol alone, and all of them in pairs."""
+def _parts(text: str) -> list[str]:
+    try:
+        tree = read(text)
+    except _UNREADABLE:
+        return [text]
+    both = isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And)
+    return [ast.unparse(part) for part in tree.values] if both else [text]  # type: ignore[attr-defined]
+
+
+def _tells(condition: str, base: Lengths, known: Sequence[str]) -> bool:
+    """Whether there are lengths at which all that is known holds and a condition does not; True of
+    conditions that cannot be read.
+    """
+    readable = False
+    for lengths in _probes(names_in(condition), base):
+        value = holds(condition, lengths)
+        readable = readable or value is not None
+        if value is False and all(holds(k, lengths) is not False for k in known):
+            return True
+    return not readable
+
+
+def _probes(names: Sequence[str], base: Lengths) -> Iterator[Lengths]:
+    """Lengths from 2 on: of one symbol all, of more every one alone and all of them in pairs."""
+    if len(names) == 1:
+        yield from (base | {names[0]: n} for n in range(2, max(_PROBES) + 2))
+        return
     for a, b in product(_PROBES, _PROBES):
-        for symbol in base:
-            lengths = {s: a if s == symbol else b for s in base}
-            inside = all(
-                least <= lengths[s] <= (math.inf if most is None else most)
-                for s, (least, most) in ranges.items()
+        yield from ({s: a if s == symbol else b for s in base} for symbol in base)
+
+
+def _ranges(
+    program: torch.export.ExportedProgram, call: Call, axes: Axes, conditions: Sequence[str]
+) -> dict[str, tuple[int, int | None]]:
+    """Symbol -> least and largest length, None for any. A bound of 2 stands for none, and so does
+    one that no condition asks for: tracers set 1 apart whatever the graph does, also as the length
+    of what they compute.
+    """
+    given = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    values = [given[name] for name in program.graph_signature.user_inputs if name in given]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    base = sizes(call, axes)
+    found: dict[str, tuple[int, int | None]] = {}
+    for value, name in zip(tensors, call.tensors, strict=True):
+        for axis, symbol in axes.get(name, {}).items():
+            size: Any = value.shape[axis]
+            bounds = (
+                program.range_constraints.get(size.node.expr) if type(size) is not int else None
             )
-            if inside:
-                yield lengths
+            if bounds is None:
+                continue
+            least = int(bounds.lower)
+            most = int(bounds.upper) if bounds.upper.is_Integer else None
+            if not any(holds(c, base | {symbol: least - 1}) is False for c in conditions):
+                least = 2
+            if least > 2 or most is not None:
+                old = found.get(symbol, (1, None))
+                ends = [end for end in (old[1], most) if end is not None]
+                found[symbol] = (max(least, old[0]), min(ends, default=None))
+    return found
+
+
+def ends_of(ranges: Ranges) -> list[str]:
+    """The ends of ranges as conditions."""
+    least = [f"{s} >= {n}" for s, (n, _) in ranges.items() if n > 2]
+    return [*least, *(f"{s} <= {n}" for s, (_, n) in ranges.items() if n is not None)]
+
+
+def without(held: Held, void: Sequence[str]) -> Held:
+    """What is left of it when some of `ends_of` and of the conditions are void."""
+    ranges = {}
+    for symbol, (least, most) in held[0].items():
+        low = 2 if f"{symbol} >= {least}" in void else least
+        high = None if f"{symbol} <= {most}" in void else most
+        if low > 2 or high is not None:
+            ranges[symbol] = (low, high)
+    return ranges, tuple(c for c in held[1] if c not in void)
 
 
 def outside(
-    conditions: Sequence[str], ranges: Ranges, base: Lengths, batches: set[str]
+    conditions: Sequence[str], base: Lengths, batches: set[str]
 ) -> dict[str, list[Lengths]]:
     """Condition -> lengths nearest to the example at which it does not hold; none where they are
-    too long to try. The ends of the ranges are conditions, too.
+    too long to try.
     """
-    ends = [f"{s} <= {most}" for s, (_, most) in ranges.items() if most is not None]
     found = {}
-    for condition in (*ends, *conditions):
+    for condition in conditions:
         lone = ([{s: n} for n in _around(base[s])] for s in base)
         joint = [{s: n for s in base if s not in batches} for n in range(1, _LONGEST + 1)]
         tried = (base | change for changes in (*lone, joint) for change in changes)
@@ -95,15 +173,39 @@ def _around(n: int) -> list[int]:
     return sorted(range(1, max(_LONGEST, 4 * n) + 2), key=lambda m: (abs(m - n), -m))
 
 
+_UNREADABLE = (
+    ValueError, SyntaxError, KeyError, TypeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def read(condition: str) -> ast.expr:
+    """A condition as a tree.
+
+    Raises:
+        SyntaxError: it is no expression.
+    """
+    return ast.parse(condition, mode="eval").body
+
+
+def names_in(condition: str) -> list[str]:
+    """The symbols of a condition, none of one that cannot be read."""
+    try:
+        nodes = list(ast.walk(read(condition)))
+    except _UNREADABLE:
+        return []
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    named = (n for n in nodes if isinstance(n, ast.Name) and id(n) not in called)
+    return list(dict.fromkeys(n.id for n in named))
+
+
 def holds(condition: str, lengths: Mapping[str, int]) -> bool | None:
     """Whether a condition holds at some lengths; None if that cannot be told. The text may come from
     a file: it is read as arithmetic, and never executed.
     """
     try:
-        return bool(_value(ast.parse(condition, mode="eval").body, lengths))
-    except (
-        ValueError, SyntaxError, KeyError, TypeError, ArithmeticError, RecursionError, MemoryError,
-    ):  # fmt: skip
+        return bool(_value(read(condition), lengths))
+    except _UNREADABLE:
         return None
 
 

@@ -27,7 +27,7 @@ _MANY = 1024
 
 
 def candidates(
-    call: Call, axes: Axes, batches: set[str], *, factor: int, ranges: Ranges
+    call: Call, axes: Axes, batches: set[str], *, factor: int, ranges: Ranges, least: int
 ) -> Iterator[list[Lengths]]:
     """For one comparison after the other, the lengths to try until the model takes one.
 
@@ -41,11 +41,12 @@ def candidates(
         batches: symbols that count samples; they are left out.
         factor: how far, in lengths of the example.
         ranges: where the graph is known to hold; its end and what lies behind it come first.
+        least: the least length that every symbol may have.
     """
     base = {s: n for s, n in sizes(call, axes).items() if s not in batches}
     if base:
         yield _far(base, _leading(axes, batches), factor, ranges)
-        yield [dict.fromkeys(base, 1), dict.fromkeys(base, 2)]
+        yield [dict.fromkeys(base, n) for n in (1, 2, least)]
     for attempt in range(3 * len(_FACTORS)):
         factors = (_FACTORS[(attempt + i) % len(_FACTORS)] for i in range(len(base)))
         lengths = {s: int(n * f) for (s, n), f in zip(base.items(), factors, strict=True)}

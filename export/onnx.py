@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effformer.build import list_attention
 from effformer.calls import Call, Inputs, check_parts, evaluating
@@ -25,11 +26,13 @@ from effformer.registry import KINDS, Caps
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
-from .conditions import conditions_of
+from .conditions import Held, ends_of, holds, where_it_holds, without
 from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
+from .guards import guard
 from .inputs import Axes, as_it_was, changes, graph_call, resolve_axes, rewritten, sizes, traceable
 from .lengths import Ranges
 from .packed import decodes_codes, kernels_for, translations
+from .runs import least_lengths, other_sides, unequal_axes
 from .targets import get_target
 from .verify import CONDITIONS, RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
 
@@ -62,7 +65,7 @@ class ExportReport:
         ranges: symbol -> least and largest length that the tracer holds the graph for, where it
             does not hold it for all (None: any).
         conditions: what else the tracer took for granted about lengths, such as
-            ``height % 4 == 0``; elsewhere the graph may compute something else than the model.
+            ``height % 4 == 0``; elsewhere the graph refuses to run.
     """
 
     path: Path
@@ -103,6 +106,10 @@ def export_onnx(
     Layers quantized by `effformer.compress` keep their packed weights: row formats ("int8", "int4")
     become MatMulNBits on targets that have it, other formats are decoded in the graph, once, when
     it is loaded. So a packed model with ``target="onnx"`` takes the memory and time of float32.
+
+    Where the trace does not hold, and at lengths that the model refuses, the graph refuses to run: a
+    node named "refused: height must be a multiple of 2" fails. Symbols that several inputs share
+    have one length.
 
     Args:
         model: any module; it and its train/eval state are left as they were. The graph is that of
@@ -164,11 +171,12 @@ def export_onnx(
                 "as an input and return the new one"
             )
         with capturing_for(runtime.domains), as_it_was(model):
-            program, ranges, conditions = _trace_anew(model, call, axes, version, nbits)
-    _name(program, call, axes, output_names)
-    _stamp(program.model, model, call, axes)
-    program.model.metadata_props[RANGES] = json.dumps(ranges)
-    program.model.metadata_props[CONDITIONS] = json.dumps(conditions)
+            program, held = _trace_anew(model, call, axes, version, nbits)
+        _name(program, call, axes, output_names)
+        _stamp(program.model, model, call, axes)
+        if verify:
+            held = _settled(program.model, model, call, axes, held, tolerance)
+        ranges, conditions = _guarded(program.model, model, call, axes, held)
 
     def check(file: Path) -> VerifyReport | None:
         if problems := runtime.problems(read_graph(file)):
@@ -206,7 +214,7 @@ def _check_parts(model: nn.Module) -> None:
 
 def _trace_anew(
     model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
-) -> tuple[torch.onnx.ONNXProgram, Ranges, tuple[str, ...]]:
+) -> tuple[torch.onnx.ONNXProgram, Held]:
     """`_trace` of the model as it is; and only if that fails, of the model after a run, for there
     are caches that a graph cannot fill. Their length then is the end of a range.
     """
@@ -225,7 +233,7 @@ def _trace_anew(
 
 def _trace(
     model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
-) -> tuple[torch.onnx.ONNXProgram, Ranges, tuple[str, ...]]:
+) -> tuple[torch.onnx.ONNXProgram, Held]:
     """The graph, and where the tracer holds it."""
     need("onnxscript")
     dim = torch.export.Dim
@@ -251,33 +259,53 @@ def _trace(
         assert made is not None
         if packed:
             need("onnxscript.optimizer").optimize_ir(made.model, should_fold=decodes_codes)
-    ranges = _ranges(program, call, axes)
-    return made, ranges, conditions_of(program, axes, sizes(call, axes), ranges)
+    return made, where_it_holds(program, call, axes)
 
 
-def _ranges(program: torch.export.ExportedProgram, call: Call, axes: Axes) -> Ranges:
-    """Where the tracer holds a graph: symbol -> least and largest length, None for any. A bound of 2
-    stands for none: tracers set 1 apart whatever the graph does.
+def _settled(
+    graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes, held: Held, tolerance: float
+) -> Held:
+    """What the tracer took for granted, without that on whose other side the model runs and the
+    graph gives the same.
+
+    Raises:
+        VerificationError: the graph gives something else there.
     """
-    given = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
-    values = [given[name] for name in program.graph_signature.user_inputs if name in given]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    found: dict[str, tuple[int, int | None]] = {}
-    for value, name in zip(tensors, call.tensors, strict=True):
-        for axis, symbol in axes.get(name, {}).items():
-            size: Any = value.shape[axis]
-            bounds = (
-                program.range_constraints.get(size.node.expr) if type(size) is not int else None
-            )
-            if bounds is None:
-                continue
-            least = int(bounds.lower)
-            most = int(bounds.upper) if bounds.upper.is_Integer else None
-            if least > 2 or most is not None:
-                old = found.get(symbol, (1, None))
-                ends = [end for end in (old[1], most) if end is not None]
-                found[symbol] = (max(least, old[0]), min(ends, default=None))
-    return found
+    taken = [*ends_of(held[0]), *held[1]]
+    draws = torch.Generator().manual_seed(0)
+    if next(other_sides(model, call, axes, taken, draws), None) is None:
+        return held
+    _say(graph, held)
+    inputs = call.kwargs or call.args
+    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+        report = write_graph(
+            graph, Path(folder) / "plain.onnx",
+            lambda file: verify_onnx(file, model, inputs, tolerance=tolerance),
+        )  # fmt: skip
+    assert report is not None
+    seen = [
+        dict(zip(report.lengths, some, strict=True))
+        for some in zip(*report.lengths.values(), strict=True)
+    ]
+    return without(held, [c for c in taken if any(holds(c, some) is False for some in seen)])
+
+
+def _guarded(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes, held: Held) -> Held:
+    """Let the graph refuse what the trace does not hold for, and lengths that the model refuses."""
+    draws = torch.Generator().manual_seed(0)
+    ranges, conditions = held
+    known = [*ends_of(ranges), *conditions]
+    least = least_lengths(model, call, axes, known, draws)
+    guard(graph, axes, [*known, *least], unequal_axes(model, call, axes, draws))
+    conditions += least
+    _say(graph, (ranges, conditions))
+    return ranges, conditions
+
+
+def _say(graph: onnx_ir.Model, held: Held) -> None:
+    """Write down where the graph holds."""
+    graph.metadata_props[RANGES] = json.dumps(held[0])
+    graph.metadata_props[CONDITIONS] = json.dumps(held[1])
 
 
 def _frozen(error: BaseException, axes: Axes) -> str:

@@ -33,15 +33,9 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "SAMPLERS",
-    "Bundle",
-    "BundleError",
-    "check_place",
-    "main",
-    "parse_labels",
-    "write_image",
-    "write_samples",
-]
+    "SAMPLERS", "Bundle", "BundleError", "check_place", "main", "parse_labels", "refusal",
+    "write_image", "write_samples",
+]  # fmt: skip
 
 FORMAT = 1
 MARK = b"effformer:samples"  # every file of samples carries it, and no other file is replaced
@@ -232,7 +226,8 @@ class Bundle:
         try:
             out = session.run(None, feed)[0]
         except Exception as error:
-            raise BundleError(f"{self.folder}: onnxruntime cannot run it ({error})") from error
+            why = refusal(error) or f"onnxruntime cannot run it ({error})"
+            raise BundleError(f"{self.folder}: {why}") from error
         if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
             raise BundleError(f"{self.folder}: the graph gives no tensor of real numbers")
         return out
@@ -260,6 +255,12 @@ class Bundle:
             got = f"{noise.dtype} {noise.shape}"
             raise BundleError(f"noise must have shape {shape} and finite numbers, got {got}")
         return noise.astype(np.float32)
+
+
+def refusal(error: Exception) -> str:
+    """What a graph itself says when it refuses (`effformer.export.guards`), or nothing."""
+    found = re.search(r"Name:'refused: ([^']+)'", str(error))
+    return found[1] if found else ""
 
 
 def _step(

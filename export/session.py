@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from effformer.checks import FormatError, need
 
+from .run import refusal
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -81,7 +83,8 @@ class Session:
 
         Raises:
             ValueError: an input is missing.
-            RuntimeError: the graph does not run on them.
+            RuntimeError: the graph does not run on them, because it refuses their lengths (see
+                `export_onnx`) or for another reason.
         """
         if missing := [name for name in self.inputs if name not in feed]:
             raise ValueError(
@@ -92,7 +95,9 @@ class Session:
         try:
             values = self._session.run(None, arrays)
         except failures as error:
-            raise RuntimeError(f"session: ONNX Runtime: {error}") from error
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
+            why = f"{said}, got {shapes}" if (said := refusal(error)) else f"ONNX Runtime: {error}"
+            raise RuntimeError(f"session: {why}") from error
         return dict(zip(self.outputs, values, strict=True))
 
 

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from effformer.calls import Call, Inputs, evaluating
 from effformer.wrapped import unwrapping
 
-from .conditions import holds, outside
+from .conditions import ends_of, holds
 from .graph import GraphFacts, read_graph
-from .inputs import Axes, as_it_was, graph_call, resized, sizes
-from .lengths import Lengths, Ranges, candidates, farther
+from .inputs import Axes, graph_call
+from .lengths import Lengths, Ranges
+from .runs import TooFewError, other_runs, other_sides, quiet_run
 from .session import Session
 
 if TYPE_CHECKING:
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Case", "OutputError", "VerificationError", "VerifyReport", "verify_onnx"]
 
 TRACED, RANGES, CONDITIONS = "effformer.traced", "effformer.ranges", "effformer.conditions"
-_MANY = 2**20
-"""Elements of the inputs up to which a model runs at lengths for the sake of one branch."""
 _HALF = (torch.float16, torch.bfloat16)
-_BATCHES = (1, 3, 2)
-_REFUSALS = (ValueError, RuntimeError, AssertionError, IndexError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,15 +198,20 @@ def verify_onnx(
     found: list[Case] = []
     lengths: list[Lengths] = []
     ranges, conditions = read_ranges(graph), read_conditions(graph)
+    traced = json.loads(graph.metadata.get(TRACED, "{}"))
     with evaluating(model):
         exact = _exact(model, call)
-        first = islice(_other_runs(model, call, axes, graph, draws), cases)
-        more = _other_sides(model, call, axes, conditions, ranges, draws, lengths)
-        for some, other, expected in chain(first, more):
-            allowed = _allowed(exact, other, expected, tolerance)
-            beyond = _beyond(some, ranges, conditions)
-            found.append(_compare(session, other, expected, allowed, beyond))
-            lengths.append(some)
+        runs = other_runs(model, call, axes, ranges, conditions, traced, draws)
+        taken = [*ends_of(ranges), *conditions]
+        more = other_sides(model, call, axes, taken, draws, lengths)
+        try:
+            for some, other, expected in chain(islice(runs, cases), more):
+                allowed = _allowed(exact, other, expected, tolerance)
+                beyond = _beyond(some, ranges, conditions)
+                found.append(_compare(session, other, expected, allowed, beyond))
+                lengths.append(some)
+        except TooFewError as error:
+            raise VerificationError(f"verify: {error}") from error
     report = VerifyReport(
         path=Path(path), tolerance=tolerance, cases=tuple(found), ranges=ranges,
         conditions=conditions,
@@ -266,84 +267,6 @@ def _axes(graph: GraphFacts, call: Call) -> Axes:
     return axes
 
 
-def _other_runs(
-    model: nn.Module, call: Call, axes: Axes, graph: GraphFacts, draws: torch.Generator
-) -> Iterator[tuple[Lengths, Call, list[Tensor]]]:
-    """Calls at lengths other than the traced ones, with torch's outputs."""
-    base = sizes(call, axes)
-    while not base:
-        other = resized(call, axes, base, draws)
-        yield {}, other, _run(model, other)
-    batches = {by[0] for by in axes.values() if 0 in by}
-    traced = json.loads(graph.metadata.get(TRACED, "{}"))
-    seen, error = [base | dict(traced)], None
-    factor = farther(model, call)
-    for choices in candidates(call, axes, batches, factor=factor, ranges=read_ranges(graph)):
-        for choice in choices:
-            batch = _BATCHES[(len(seen) - 1) % len(_BATCHES)]
-            lengths = choice | dict.fromkeys(batches, batch)
-            if lengths in seen:
-                most = max((s[b] for s in seen for b in batches), default=0)
-                lengths |= dict.fromkeys(batches, most + 1)
-            if lengths in seen:
-                continue
-            other = resized(call, axes, lengths, draws)
-            try:
-                expected = _run(model, other)
-            except _REFUSALS as refused:
-                error = refused
-                continue
-            seen.append(lengths)
-            yield lengths, other, expected
-            break
-    raise VerificationError(
-        f"verify: {type(model).__name__} itself runs at only {len(seen) - 1} other lengths of "
-        f"{', '.join(base)}, which the graph declares dynamic; the last error: {error}"
-    ) from error
-
-
-def _other_sides(
-    model: nn.Module,
-    call: Call,
-    axes: Axes,
-    conditions: tuple[str, ...],
-    ranges: Ranges,
-    draws: torch.Generator,
-    seen: list[Lengths],
-) -> Iterator[tuple[Lengths, Call, list[Tensor]]]:
-    """Calls at lengths at which what the tracer took for granted does not hold, if the model runs
-    there and none of those in ``seen`` is one.
-    """
-    batches = {by[0] for by in axes.values() if 0 in by}
-    sides = outside(conditions, ranges, sizes(call, axes), batches)
-    for condition, choices in sides.items():
-        for lengths in choices:
-            if any(holds(condition, some) is False for some in seen):
-                break
-            if _elements(call, axes, lengths) > max(_MANY, 4 * _elements(call, axes, {})):
-                continue
-            other = resized(call, axes, lengths, draws)
-            try:
-                expected = _run(model, other)
-            except _REFUSALS:
-                continue
-            yield lengths, other, expected
-
-
-def _elements(call: Call, axes: Axes, lengths: Lengths) -> int:
-    """Elements of the inputs, at other lengths of some symbols."""
-    return sum(
-        prod(lengths.get(axes.get(name, {}).get(axis, ""), n) for axis, n in enumerate(x.shape))
-        for name, x in call.tensors.items()
-    )
-
-
-def _run(model: nn.Module, call: Call) -> list[Tensor]:
-    """One run does not find what another has left behind."""
-    with as_it_was(model):
-        return call.run(model)
-
-
 def _exact(model: nn.Module, call: Call) -> nn.Module | None:
     """The model in float64 if it computes in half precision."""
     tensors = (*model.parameters(), *model.buffers(), *call.leaves)
@@ -362,7 +285,7 @@ def _allowed(
         return [tolerance] * len(expected)
     wide = call.map(lambda x: x.double() if x.is_floating_point() else x)
     allowed, half = [], list(expected)
-    expected[:] = _run(exact, wide)
+    expected[:] = quiet_run(exact, wide)
     for rounded, true in zip(half, expected, strict=True):
         own = _difference("", rounded.float().numpy(), true, 0.0).max_rel
         one = torch.finfo(rounded.dtype).eps if rounded.is_floating_point() else 0.0
