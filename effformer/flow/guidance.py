@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import Shape, checked
 from ..checks import unknown
 from ..values import Checked, Count, Real
-from .conventions import VelocityField, as_velocity, batch_times
+from .conventions import VelocityField, answered, as_velocity, batch_times
+from .paths import Point, Times
 
 __all__ = ["Guidance", "Guided", "forward_with_cfg", "guided"]
 
@@ -57,37 +59,43 @@ class Guidance(Checked):
 class Guided:
     """A guided velocity field; made by `guided`."""
 
+    @checked
     def __init__(self, velocity: VelocityField, guidance: Guidance) -> None:
         self.velocity = as_velocity(velocity, where="guided")
         self.guidance = guidance
 
-    def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
+    @checked
+    def __call__(self, x: Point, t: Times | float, /, **cond: Any) -> Tensor:
         rule, times = self.guidance, batch_times(t, x)
         if rule.scale == 1:
-            return self.velocity(x, times, **cond)
+            return self._asked(x, times, cond)
         if rule.interval is not None:
             inside = (times >= rule.interval[0]) & (times <= rule.interval[1])
             if not bool(inside.any()):
-                return self.velocity(x, times, **cond)
+                return self._asked(x, times, cond)
             scale = torch.where(inside, rule.scale, 1.0).to(x).view(-1, *(1,) * (x.dim() - 1))
         null = {**cond, **_null(rule.null, cond)}
         if rule.batched:
             both = {name: _twice(value, null[name], x.shape[0]) for name, value in cond.items()}
-            out = self.velocity(torch.cat([x, x]), torch.cat([times, times]), **both)
+            out = self._asked(torch.cat([x, x]), torch.cat([times, times]), both)
             v_cond, v_null = out.chunk(2)
         else:
-            v_cond, v_null = self.velocity(x, times, **cond), self.velocity(x, times, **null)
+            v_cond, v_null = self._asked(x, times, cond), self._asked(x, times, null)
         strength = rule.scale if rule.interval is None else scale
         return _mix(v_cond, v_null, strength, rule.channels)
 
+    def _asked(self, x: Tensor, times: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        return answered(self.velocity(x, times, **cond), x, where="guided")
 
+
+@checked
 def guided(
     velocity: VelocityField,
-    scale: float,
+    scale: Real,
     *,
     null: Mapping[str, Tensor | float],
     channels: Channels = "all",
-    interval: tuple[float, float] | None = None,
+    interval: tuple[Real, Real] | None = None,
     batched: bool = True,
 ) -> Guided:
     """Wrap a velocity field with classifier-free guidance; see `Guidance` for the arguments.
@@ -103,14 +111,15 @@ def guided(
     return Guided(velocity, Guidance(scale, null, channels, interval, batched))
 
 
+@checked
 def forward_with_cfg(
     network: Callable[..., Tensor],
-    x: Tensor,
-    t: Tensor,
-    scale: float,
+    x: Annotated[Tensor, Shape("(B, C, ...)")],
+    t: Times,
+    scale: Real,
     *,
     channels: Channels = 3,
-    interval: tuple[float, float] | None = None,
+    interval: tuple[Real, Real] | None = None,
     **cond: Any,
 ) -> Tensor:
     """Guidance as the ``forward_with_cfg`` of DiT, SiT and LightningDiT compute it, quirks included.
@@ -141,6 +150,11 @@ def forward_with_cfg(
         raise ValueError(f"forward_with_cfg: expected an even batch [cond; null], got {x.shape[0]}")
     half = x[: x.shape[0] // 2]
     out = network(torch.cat([half, half]), t, **cond)
+    if not isinstance(out, Tensor) or out.dim() != x.dim() or len(out) != len(x):
+        raise TypeError(
+            "forward_with_cfg: expected an answer (2B, Cout, ...) of the network, got "
+            f"{tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}"
+        )
     guided_channels = x.shape[1] if channels == "all" else channels
     v_cond, v_null = out[:, :guided_channels].chunk(2)
     mixed = v_null + scale * (v_cond - v_null)

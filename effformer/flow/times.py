@@ -6,20 +6,35 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from effformer.values import Chance, Checked, Count, Fraction, NonNegative, Positive, Real
+from effformer.arguments import checked
+from effformer.values import (
+    Chance,
+    Checked,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Real,
+)
 
-from ..checks import unknown
+from ..checks import check_device, unknown
 from ..config import Config
+from .paths import Clock
 
 __all__ = [
     "TIME_LAWS", "Fixed", "KStep", "LogitNormal", "Stratified", "TimeGrid", "TimeLaw", "UShaped", "Uniform",
     "get_time_law",
 ]  # fmt: skip
+
+
+Steps = Annotated[int, Range(1, 10**6)]
 
 
 class TimeLaw(Config):
@@ -34,9 +49,10 @@ class TimeLaw(Config):
         """
         return None
 
+    @checked
     def sample(
         self,
-        n: int,
+        n: Natural,
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -48,6 +64,7 @@ class TimeLaw(Config):
             generator: source of randomness; None is torch's default generator.
             device: where the times are wanted; they are drawn on the generator's device.
         """
+        device = check_device(device, where=f"{type(self).__name__}.sample: device")
         drawn_on = device if generator is None else generator.device
         return self.draw(n, generator, drawn_on).to(device)
 
@@ -58,6 +75,7 @@ class TimeLaw(Config):
         """Draw on the generator's device."""
 
     @classmethod
+    @checked
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
         """Build from plain values; ``"name"`` chooses the law when called on `TimeLaw` itself."""
         if cls is TimeLaw:
@@ -175,7 +193,8 @@ class UShaped(TimeLaw):
         u = q if self.a == 0 else torch.log1p(q * math.expm1(self.a)) / self.a
         return torch.where(coin < 0.5, u, 1 - u) * (self.high - self.low) + self.low
 
-    def density(self, u: Tensor) -> Tensor:
+    @checked
+    def density(self, u: Clock) -> Tensor:
         """Density of u in [0, 1], before it is scaled to [low, high]."""
         if self.a == 0:
             return torch.ones_like(u)
@@ -235,6 +254,7 @@ TIME_LAWS: dict[str, type[TimeLaw]] = {
 }
 
 
+@checked
 def get_time_law(law: TimeLaw | str) -> TimeLaw:
     """Resolve a time law by name; a `TimeLaw` is returned as it is.
 
@@ -244,8 +264,6 @@ def get_time_law(law: TimeLaw | str) -> TimeLaw:
     """
     if isinstance(law, TimeLaw):
         return law
-    if not isinstance(law, str):
-        raise TypeError(f"time: expected a name or a TimeLaw, got {type(law).__name__}")
     return _class(law, "")()
 
 
@@ -277,18 +295,19 @@ class TimeGrid(Checked):
             )
 
     @classmethod
-    def uniform(cls, steps: int, start: float = 0.0, end: float = 1.0) -> TimeGrid:
+    @checked
+    def uniform(cls, steps: Steps, start: Real = 0.0, end: Real = 1.0) -> TimeGrid:
         """N equal steps from start to end. SiT counts points instead: its ``num_steps`` is N + 1.
 
         Raises:
             ValueError: steps < 1.
         """
-        _check_steps(steps)
         width = (end - start) / steps
         return cls((*(start + i * width for i in range(steps)), end))
 
     @classmethod
-    def rectified_flow(cls, steps: int, eps: float = 1e-3) -> TimeGrid:
+    @checked
+    def rectified_flow(cls, steps: Steps, eps: Chance = 1e-3) -> TimeGrid:
         """The grid of the official rectified-flow code, for comparison with it.
 
         Evaluations at t_i = i/N (1 - eps) + eps, but steps of 1/N, not (1 - eps)/N.
@@ -296,7 +315,6 @@ class TimeGrid(Checked):
         Raises:
             ValueError: steps < 1.
         """
-        _check_steps(steps)
         points = tuple(i / steps * (1 - eps) + eps for i in range(steps + 1))
         return cls(points, (1 / steps,) * steps)
 
@@ -322,10 +340,3 @@ class TimeGrid(Checked):
         """(time, width) of each step."""
         for i, t in enumerate(self.points[:-1]):
             yield t, self.points[i + 1] - t if self.widths is None else self.widths[i]
-
-
-def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: expected an int, got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"steps: at least 1 is needed, got {steps}")

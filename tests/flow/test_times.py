@@ -93,7 +93,7 @@ def test_names_and_json() -> None:
         assert type(get_time_law(name)) is cls
     with pytest.raises(ValueError, match="did you mean 'uniform'"):
         get_time_law("unifrom")
-    with pytest.raises(TypeError, match="a name or a TimeLaw"):
+    with pytest.raises(TypeError, match="expected TimeLaw or a dict of its options or str, got"):
         get_time_law(0.5)  # type: ignore[arg-type]
 
 
@@ -116,9 +116,9 @@ def test_rectified_flow_grid_keeps_the_quirk() -> None:
 
 @pytest.mark.parametrize("make", [TimeGrid.uniform, TimeGrid.rectified_flow])
 def test_bad_grids(make) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"must lie in \[1, 1000000\]"):
         make(0)
-    with pytest.raises(TypeError, match="expected an int"):
+    with pytest.raises(TypeError, match="expected int"):
         make(2.5)
     with pytest.raises(ValueError, match="at least 1 step"):
         TimeGrid((0.0,))
