@@ -80,17 +80,17 @@ def checked(function: F) -> F:
 
         if is_compiling():
             return function(*args, **kwargs)
-        names, checks, shapes = _arguments(function)
+        names, keyed, checks, shapes = _arguments(function)
         kept = [
             checks[name](value, f"{title}: {name}") if name in checks else value
             for name, value in zip(names, args, strict=False)
         ]
         named = {
-            name: checks[name](value, f"{title}: {name}") if name in checks else value
+            name: checks[name](value, f"{title}: {name}") if name in keyed else value
             for name, value in kwargs.items()
         }
         if len(shapes) > 1:
-            given = dict(zip(names, kept, strict=False)) | named
+            given = named | dict(zip(names, kept, strict=False))
             _fit({k: (given[k], s) for k, s in shapes.items() if k in given}, title)
         return function(*kept, *args[len(names) :], **named)
 
@@ -105,8 +105,10 @@ def checked(function: F) -> F:
 @functools.cache
 def _arguments(
     function: Callable[..., Any],
-) -> tuple[tuple[str, ...], dict[str, Check], dict[str, Shape]]:
-    """Names of the positional arguments, checks and shapes of all by name."""
+) -> tuple[tuple[str, ...], set[str], dict[str, Check], dict[str, Shape]]:
+    """Names of the positional arguments, of those that are checked where they are given by name (others
+    of the same name belong to ``**kwargs``), checks and shapes of all by name.
+    """
     kinds = inspect.Parameter
     own = [
         p for p in inspect.signature(function).parameters.values() if p.kind != kinds.VAR_KEYWORD
@@ -116,6 +118,7 @@ def _arguments(
     shapes = {name: _shape(hint) for name, hint in hints.items()}
     return (
         tuple(p.name for p in own if p.kind not in (kinds.KEYWORD_ONLY, kinds.VAR_POSITIONAL)),
+        {p.name for p in own if p.kind != kinds.POSITIONAL_ONLY and p.name in hints},
         {name: checker(hint) for name, hint in hints.items()},
         {name: shape for name, shape in shapes.items() if shape is not None},
     )
