@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from effformer.site import Site as Site
-
     from . import compress as compress
     from . import export as export
     from . import flow as flow
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
     from .io import load_weights as load_weights
     from .io import save_pretrained as save_pretrained
     from .io import save_weights as save_weights
+    from .site import Site as Site
 
 _NAMES = {
     "build": (
@@ -65,7 +64,6 @@ _NAMES = {
         "Ledger",
         "Packing",
         "Rope",
-        "Site",
         "Tap",
     ),
     "compress": (
@@ -80,6 +78,7 @@ _NAMES = {
         "save_pretrained",
         "save_weights",
     ),
+    "site": ("Site",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _PACKAGES = ("compress", "export", "flow", "models", "profile", "train")

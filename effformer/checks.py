@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
@@ -17,11 +18,14 @@ __all__ = [
     "FormatError",
     "MissingExtra",
     "check_batch",
+    "check_device",
     "check_ids",
     "check_shape",
     "check_state",
+    "check_values",
     "is_refusal",
     "need",
+    "shown",
     "suggest",
     "unknown",
 ]
@@ -86,6 +90,17 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long; of things without a text of one line, the class."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"a {type(value).__name__} of many digits"
+    if "\n" in text or type(value).__dict__.get("__repr__", object.__repr__) == object.__repr__:
+        return type(value).__name__
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def unknown(
     what: str, name: str, choices: Sequence[str], *, where: str = "", hint: str = ""
 ) -> ValueError:
@@ -94,7 +109,8 @@ def unknown(
     """
     listed = hint or "choices: " + ", ".join(choices)
     prefix = f"{where}: " if where else ""
-    return ValueError(f"{prefix}unknown {what} {name!r}{suggest(name, choices)} ({listed})")
+    near = suggest(name[:80], choices)
+    return ValueError(f"{prefix}unknown {what} {shown(name)}{near} ({listed})")
 
 
 def check_shape(x: Tensor, expected: str, sizes: Sequence[int | None], *, where: str) -> None:
@@ -138,6 +154,22 @@ def check_batch(batch: Any, *, where: str) -> None:
         raise ValueError(f"{where}: the number of samples must be at least 1, got {batch}")
 
 
+def check_device(device: Any, *, where: str) -> torch.device | None:
+    """A device by its name; None stays None.
+
+    Raises:
+        ValueError: torch knows no such device.
+    """
+    import torch
+
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{where}: unknown device {shown(device)}; choices: cpu, cuda, cuda:0, ..."
+        ) from error
+
+
 def check_state(state: Any, kind: type, batch: int, *, where: str) -> None:
     """Refuse a state of something else, or of other samples.
 
@@ -164,6 +196,16 @@ def check_state(state: Any, kind: type, batch: int, *, where: str) -> None:
     for x in tree_leaves(state):
         if isinstance(x, Tensor) and x.dim() and x.shape[0] != batch:
             raise ValueError(f"{where}: a state of {x.shape[0]} samples, but tokens of {batch}")
+
+
+def check_values(x: Tensor, *, where: str) -> None:
+    """Refuse a tensor without values, where these count.
+
+    Raises:
+        ValueError: it is on the meta device.
+    """
+    if x.is_meta:
+        raise ValueError(f"{where} is on the meta device, which holds no values")
 
 
 def check_ids(ids: Tensor, below: int, *, where: str) -> None:

@@ -14,7 +14,7 @@ import functools
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self, Union, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from . import registry
 from .checks import unknown
@@ -22,8 +22,6 @@ from .retired import read_changes
 from .values import Check, Checked, held, plain
 
 __all__ = ["Config", "Spec", "part", "resolve"]
-
-Spec = Union[str, Mapping[str, Any], "Config"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +146,9 @@ class Config(Checked):
             return dataclasses.replace(self, **converted)
 
 
+Spec = str | Mapping[str, Any] | Config
+
+
 def part(kind: str, default: Config | None = None, *, optional: bool = False) -> Any:
     """Declare a dataclass field that holds a registered part of ``kind`` (None: the field is
     required, or with ``optional`` empty).
@@ -185,6 +186,8 @@ def resolve(kind: str, spec: Spec, base: Config | None = None, *, where: str = "
         ValueError: unknown name or option.
         TypeError: ``spec`` is none of the accepted forms.
     """
+    if kind not in registry.KINDS:
+        raise unknown("kind of parts", kind, list(registry.KINDS), where=where)
     entries = registry.KINDS[kind]
     if isinstance(spec, Config):
         return _accept(kind, spec, base, where)

@@ -1,4 +1,5 @@
-"""Values of options: what a field accepts stands in its type, and is checked in one place.
+"""Values of options and arguments: what a field or a public function accepts stands in its type, and
+is checked in one place.
 
 ``features: Count | None = None`` says that a number must be at least 1 where there is one. A plain
 ``int`` or ``float`` is any finite number.
@@ -11,14 +12,14 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from .checks import unknown
+from .checks import shown, unknown
 
 __all__ = [
-    "Chance", "Check", "Checked", "Count", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion", "Positive",
-    "Range", "Real", "Seed", "checker", "held", "plain",
+    "Chance", "Check", "Checked", "Count", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion",
+    "Positive", "Range", "Real", "Seed", "checker", "held", "plain",
 ]  # fmt: skip
 
 Check = Callable[[Any, str], Any]
@@ -56,7 +57,8 @@ class Range:
             return f"be one of {', '.join(f'{self.low + i * self.step:g}' for i in range(3))}, ..."
         if self.high < math.inf and self.low > -math.inf:
             ends = "(" if self.above else "[", ")" if self.below else "]"
-            return f"lie in {ends[0]}{self.low:g}, {self.high:g}{ends[1]}"
+            low, high = (f"{int(n)}" if n == int(n) else f"{n:g}" for n in (self.low, self.high))
+            return f"lie in {ends[0]}{low}, {high}{ends[1]}"
         if self.high < math.inf:
             return f"be below {self.high:g}" if self.below else f"be at most {self.high:g}"
         if self.low > -math.inf:
@@ -95,6 +97,8 @@ class Checked:
         for name, where, check in plan:
             value = getattr(self, name)
             kept = check(value, where)
+            if isinstance(kept, Mapping):
+                kept = plain(kept)
             if kept is not value:
                 object.__setattr__(self, name, kept)
         for check_own in further:
@@ -131,15 +135,19 @@ def checker(hint: Any) -> Check:
     """The check of values against a type.
 
     Args:
-        hint: a class, ``int`` or ``float`` with or without a `Range`, a union, a tuple, a mapping, a
-            choice (`Literal`), or ``Any``.
+        hint: a class, ``int`` or ``float`` with or without a `Range`, a union, a tuple, a list, a
+            mapping, a function, a choice (`Literal`), or ``Any``; annotated with a `Check`: that.
     """
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
+    if isinstance(hint, TypeVar):
+        hint = hint.__bound__
+        origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or hint is object or hint is None:
         return lambda value, where: value
     if origin is Annotated:
+        own: list[Check] = [rule for rule in args[1:] if callable(rule)]
         rules = [rule for rule in args[1:] if isinstance(rule, Range)]
-        return _number(args[0], rules[0]) if rules else checker(args[0])
+        return own[0] if own else _number(args[0], rules[0]) if rules else checker(args[0])
     if hint is int or hint is float:
         return _number(hint, Range())
     if origin in (Union, types.UnionType):
@@ -148,29 +156,58 @@ def checker(hint: Any) -> Check:
         return _choice(args)
     if origin is tuple:
         return _tuple(args)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _mapping
-    return _instance(origin or hint)
+    kind = origin or hint
+    if kind is Callable or getattr(kind, "_is_protocol", False):
+        return _callable
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return _mapping(args)
+    if isinstance(kind, type) and args and issubclass(kind, Iterable):
+        return _many(kind, args[0])
+    return _instance(kind)
+
+
+def _callable(value: Any, where: str) -> Any:
+    if not callable(value):
+        raise TypeError(f"{where}: expected a function, got {shown(value)}")
+    if isinstance(value, type) and hasattr(value, "forward"):
+        raise TypeError(f"{where}: {value.__name__} is a class; give a module that was made of it")
+    return value
+
+
+def _many(kind: type[Any], hint: Any) -> Check:
+    """Any number of values of one type; those of an iterator are not looked at."""
+    each = checker(hint)
+
+    def check(value: Any, where: str) -> Any:
+        if isinstance(value, (str, bytes)) or not isinstance(value, kind):
+            raise TypeError(f"{where}: expected a list, got {shown(value)}")
+        for i, one in enumerate(value if isinstance(value, (list, tuple)) else ()):
+            each(one, f"{where}[{i}]")
+        return value
+
+    return check
 
 
 def _number(kind: Any, rule: Range) -> Check:
     accepted: Any = int if kind is int else (int, float)
 
     def check(value: Any, where: str) -> Any:
+        if type(value) is int and abs(value) > _LARGEST:
+            raise ValueError(f"{where} does not fit into 64 bits, got {shown(value)}")
         if type(value) is kind:
             if value in rule:
                 return value
-            raise ValueError(f"{where} must {rule}, got {value!r}")
+            raise ValueError(f"{where} must {rule}, got {shown(value)}")
         if not isinstance(value, accepted) or isinstance(value, bool):
-            raise TypeError(f"{where}: expected {kind.__name__}, got {_shown(value)}")
-        if value in rule and abs(value) < _LARGEST:
+            raise TypeError(f"{where}: expected {kind.__name__}, got {shown(value)}")
+        if value in rule:
             return kind(value)
-        raise ValueError(f"{where} must {rule}, got {value!r}")
+        raise ValueError(f"{where} must {rule}, got {shown(value)}")
 
     return check
 
 
-_LARGEST = 10**308  # of whole numbers that a float can hold
+_LARGEST = 2**64  # of whole numbers
 
 
 def _union(args: tuple[Any, ...]) -> Check:
@@ -191,7 +228,7 @@ def _union(args: tuple[Any, ...]) -> Check:
         if outside or len(errors) == 1 or isinstance(value, Mapping):
             raise (outside or errors)[0]
         words = " or ".join(map(_words, options))
-        raise TypeError(f"{where}: expected {words}, got {_shown(value)}")
+        raise TypeError(f"{where}: expected {words}, got {shown(value)}")
 
     return check
 
@@ -203,7 +240,7 @@ def _choice(args: tuple[Any, ...]) -> Check:
         if type(value) in kinds and value in args:
             return value
         if type(value) not in kinds:
-            raise TypeError(f"{where}: expected {_words(Literal[args])}, got {_shown(value)}")
+            raise TypeError(f"{where}: expected {_words(Literal[args])}, got {shown(value)}")
         raise unknown("value", str(value), [str(a) for a in args], where=where)
 
     return check
@@ -215,7 +252,7 @@ def _tuple(args: tuple[Any, ...]) -> Check:
 
     def check(value: Any, where: str) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{where}: expected a list, got {_shown(value)}")
+            raise TypeError(f"{where}: expected a list, got {shown(value)}")
         if not many and len(value) != len(each):
             raise ValueError(f"{where}: expected {len(each)} values, got {len(value)}")
         checks = each * len(value) if many else each
@@ -228,10 +265,17 @@ def _tuple(args: tuple[Any, ...]) -> Check:
     return check
 
 
-def _mapping(value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{where}: expected a dict, got {_shown(value)}")
-    return plain(value)
+def _mapping(args: tuple[Any, ...]) -> Check:
+    each = checker(args[1]) if args else checker(Any)
+
+    def check(value: Any, where: str) -> Any:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where}: expected a dict, got {shown(value)}")
+        for key, one in value.items():
+            each(one, f"{where}[{key!r}]")
+        return value
+
+    return check
 
 
 def _instance(kind: Any) -> Check:
@@ -242,7 +286,8 @@ def _instance(kind: Any) -> Check:
             return value
         if read is not None and isinstance(value, Mapping):
             return read(value, where=where)
-        raise TypeError(f"{where}: expected {_words(kind)}, got {_shown(value)}")
+        inner = "; give what its module() returns" if hasattr(value, "module") else ""
+        raise TypeError(f"{where}: expected {_words(kind)}, got {shown(value)}{inner}")
 
     return check
 
@@ -272,8 +317,10 @@ def _words(hint: Any) -> str:
         return _words(get_args(hint)[0])
     if origin is Literal:
         return " or ".join(map(repr, get_args(hint)))
-    if origin is tuple:
+    if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
         return "a list"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a dict"
     if hasattr(hint, "from_dict"):
         return f"{hint.__qualname__} or a dict of its options"
     return str(getattr(hint, "__name__", hint))
@@ -288,9 +335,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return value
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

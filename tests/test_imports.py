@@ -15,7 +15,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {
-    "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "values", "version",
+    "arguments", "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "values", "version",
     "wrapped",
 }  # fmt: skip
 READ = {"loading", "pickled", "weights"}  # files of weights
@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "ffn": BASE | {"nn"},
     "blocks": BASE | {"nn", "attention", "ffn"},
     "models": BASE | PARTS,
-    "flow": {"wrapped", "checks", "registry", "config", "values"},
+    "flow": {"arguments", "wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile"},

@@ -18,18 +18,19 @@ from typing import Any, Literal, Protocol, Self, cast
 import torch
 from torch import Tensor
 
+from effformer.arguments import checked
 from effformer.values import Count, Positive, Real
 
 from ..checks import unknown
 from ..config import Config
 from ..wrapped import bare
-from .paths import DDPM, Linear, Path, Prediction, get_path
+from .paths import DDPM, Clock, Linear, Path, Point, Prediction, Times, get_path
 
 __all__ = [
     "CONVENTIONS", "DIT", "EFFFORMER", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "LIGHTNINGDIT", "MDT_DIST",
     "RECTIFIED_DIFFUSION", "RECTIFIED_FLOW", "RFPP", "SD3", "SIT", "SIT_PAPER", "SLIMFLOW",
     "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Trained", "Velocity", "VelocityField",
-    "adapt", "as_velocity", "batch_times", "flip", "get_convention", "recorded",
+    "adapt", "answered", "as_velocity", "batch_times", "flip", "get_convention", "recorded",
     "trained_of",
 ]  # fmt: skip
 
@@ -78,6 +79,7 @@ class FlowConvention(Config):
             raise ValueError("label_scale must not be 0: the network would be told no time")
 
     @classmethod
+    @checked
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
         """Build from plain values; with ``"name"`` they are changes of the convention of that name."""
         if "name" not in data:
@@ -85,11 +87,13 @@ class FlowConvention(Config):
         changes = {k: v for k, v in data.items() if k != "name"}
         return cast(Self, get_convention(data["name"]).replace(where=where, **changes))
 
-    def time(self, t: Tensor) -> Tensor:
+    @checked
+    def time(self, t: Clock) -> Tensor:
         """The authors' time of our time t. The map is its own inverse."""
         return t if self.data_at == 1 else 1 - t
 
-    def label(self, t: Tensor) -> Tensor:
+    @checked
+    def label(self, t: Clock) -> Tensor:
         """What the network is told at our time t, shape of t."""
         u = self.time(t)
         u = 1 - u if self.label_flip else u
@@ -98,7 +102,8 @@ class FlowConvention(Config):
         label = u * self.label_scale + self.label_offset
         return label.round().clamp_min(0) if self.label_round else label
 
-    def velocity(self, v: Tensor) -> Tensor:
+    @checked
+    def velocity(self, v: Clock) -> Tensor:
         """Our dx/dt from the authors' velocity, or back (the map is its own inverse)."""
         return v if self.data_at * 2 - 1 == self.sign else -v
 
@@ -150,6 +155,7 @@ CONVENTIONS: dict[str, FlowConvention] = {
 }  # fmt: skip
 
 
+@checked
 def get_convention(convention: FlowConvention | str) -> FlowConvention:
     """Resolve a convention by name; a `FlowConvention` is returned as it is.
 
@@ -159,10 +165,6 @@ def get_convention(convention: FlowConvention | str) -> FlowConvention:
     """
     if isinstance(convention, FlowConvention):
         return convention
-    if not isinstance(convention, str):
-        raise TypeError(
-            f"convention: expected a name or a FlowConvention, got {type(convention).__name__}"
-        )
     if convention not in CONVENTIONS:
         raise unknown("convention", convention, list(CONVENTIONS))
     return CONVENTIONS[convention]
@@ -198,7 +200,8 @@ class Trained(Config):
             low, high = self.value_range
             raise ValueError(f"value_range must increase, got {low} and {high}")
 
-    def settings(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    @checked
+    def settings(self, steps: Count | None, guidance: Real | None) -> tuple[int, float]:
         """Steps and scale of guidance as they are given; where not, what suits the weights: the steps
         that they were distilled to, or 10, and a scale of 2 where there is a null class, else 1.
         """
@@ -280,6 +283,27 @@ def batch_times(t: Tensor | float, x: Tensor) -> Tensor:
     return times
 
 
+def answered(value: Any, x: Tensor, *, where: str, channels: int | None = None) -> Tensor:
+    """What a network said about x (B, C, ...), if it is a tensor of its shape, or of so many channels.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: one of another shape.
+    """
+    expected = tuple(x.shape) if channels is None else (x.shape[0], channels, *x.shape[2:])
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{where}: the network answered {type(value).__name__} for x {tuple(x.shape)}; expected a "
+            f"tensor {expected}"
+        )
+    if tuple(value.shape) != expected:
+        raise ValueError(
+            f"{where}: the network answered {tuple(value.shape)} for x {tuple(x.shape)}, expected "
+            f"{expected}; one that also predicts a variance becomes a velocity by effformer.flow.adapt"
+        )
+    return value
+
+
 class Velocity:
     """A network seen as our velocity field ``v(x, t, **cond)``; made by `adapt`.
 
@@ -288,21 +312,19 @@ class Velocity:
         convention: how it counts.
     """
 
+    @checked
     def __init__(self, network: Callable[..., Tensor], convention: FlowConvention) -> None:
         self.network = network
         self.convention = convention
 
-    def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
+    @checked
+    def __call__(self, x: Point, t: Times | float, /, **cond: Any) -> Tensor:
         times = batch_times(t, x)
         convention = self.convention
         value = self.network(x, convention.label(times), **cond)
-        if convention.variance:
-            if value.shape[1] != 2 * x.shape[1]:
-                raise ValueError(
-                    f"adapt: variance=True expects {2 * x.shape[1]} channels for "
-                    f"{x.shape[1]} of x, the network answered {tuple(value.shape)}"
-                )
-            value = value.chunk(2, dim=1)[0]
+        channels = (2 if convention.variance else 1) * x.shape[1] if x.dim() > 1 else None
+        value = answered(value, x, where="adapt", channels=channels)
+        value = value.chunk(2, dim=1)[0] if convention.variance else value
         if convention.prediction == "velocity":
             return convention.velocity(value)
         return convention.path.convert(value, x, times, convention.prediction, "velocity")
@@ -311,6 +333,7 @@ class Velocity:
         return f"Velocity({type(self.network).__name__}, {self.convention})"
 
 
+@checked
 def adapt(
     network: Callable[..., Tensor],
     convention: FlowConvention | str | None = None,
@@ -357,12 +380,14 @@ def adapt(
     return Velocity(network, found.replace(where="adapt", **changes) if changes else found)
 
 
+@checked
 def flip(velocity: VelocityField) -> VelocityField:
     """Turn time around: ``v'(x, t) = -v(x, 1 - t)``; twice is the identity."""
 
     velocity = as_velocity(velocity, where="flip")
 
-    def flipped(x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
-        return -velocity(x, 1 - batch_times(t, x), **cond)
+    @checked
+    def flipped(x: Point, t: Times | float, /, **cond: Any) -> Tensor:
+        return -answered(velocity(x, 1 - batch_times(t, x), **cond), x, where="flip")
 
     return flipped

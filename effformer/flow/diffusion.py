@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import Shape, checked
+from ..checks import check_ids, check_values, shown
+from ..values import Count, Natural, NonNegative
+from .conventions import answered
 from .paths import DDPM, expand, widened
+from .times import Steps
 
 __all__ = ["Diffusion", "DiffusionLoss", "PosteriorMean", "space_timesteps"]
 
+Image = Annotated[Tensor, Shape("(B, C, ...)")]
+Index = Annotated[Tensor, Shape("(B,)", whole=True)]
 Network = Callable[..., Tensor]
 Variance = Literal["learned-range", "fixed-large", "fixed-small"]
 Progress = Callable[[int, int], None]
@@ -54,7 +62,8 @@ class DiffusionLoss:
     x: Tensor
 
 
-def space_timesteps(steps: int, sections: int | str | Sequence[int]) -> tuple[int, ...]:
+@checked
+def space_timesteps(steps: Steps, sections: Count | str | Sequence[Count]) -> tuple[int, ...]:
     """Choose the steps of a shorter process.
 
     Args:
@@ -82,6 +91,8 @@ def space_timesteps(steps: int, sections: int | str | Sequence[int]) -> tuple[in
     if isinstance(sections, str):
         sections = [_number(part, sections) for part in sections.split(",")]
     counts = [sections] if isinstance(sections, int) else list(sections)
+    if not counts:
+        raise ValueError("space_timesteps: sections is empty; give the number of steps to choose")
     size, extra = divmod(steps, len(counts))
     chosen: list[int] = []
     start = 0
@@ -99,8 +110,8 @@ def space_timesteps(steps: int, sections: int | str | Sequence[int]) -> tuple[in
 
 
 def _number(text: str, given: str) -> int:
-    if not text.strip().isdigit():
-        raise ValueError(f"space_timesteps: expected '50', '10,20' or 'ddim50', got {given!r}")
+    if not re.fullmatch(r" *[0-9]{1,9} *", text):
+        raise ValueError(f"space_timesteps: expected '50', '10,20' or 'ddim50', got {shown(given)}")
     return int(text)
 
 
@@ -129,14 +140,16 @@ class Diffusion:
     Diffusion Models with Transformers, 2022, arXiv 2212.09748.
     """
 
+    @checked
     def __init__(
         self,
-        betas: Tensor,
-        timesteps: Sequence[int] | None = None,
+        betas: Annotated[Tensor, Shape("(T,)")],
+        timesteps: Sequence[Natural] | None = None,
         variance: Variance = "learned-range",
     ) -> None:
+        check_values(betas, where="Diffusion: betas")
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.dim() != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
+        if not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError("Diffusion: betas is a vector of numbers strictly between 0 and 1")
         self.betas = betas
         self.timesteps = tuple(range(len(betas))) if timesteps is None else tuple(timesteps)
@@ -152,10 +165,11 @@ class Diffusion:
         self._large = torch.cat([self._posterior[1:2], betas[1:]]) if len(betas) > 1 else betas
 
     @classmethod
+    @checked
     def linear(
         cls,
-        steps: int = 1000,
-        respacing: int | str | Sequence[int] | None = None,
+        steps: Steps = 1000,
+        respacing: Count | str | Sequence[Count] | None = None,
         variance: Variance = "learned-range",
     ) -> Diffusion:
         """DiT's process: betas from 1e-4 to 2e-2 (times 1000 / steps), optionally respaced.
@@ -176,13 +190,19 @@ class Diffusion:
         return full if respacing is None else full.respace(space_timesteps(steps, respacing))
 
     @classmethod
+    @checked
     def from_path(cls, path: DDPM, variance: Variance = "learned-range") -> Diffusion:
         """The discrete process that a `DDPM` path passes through."""
         t = 1 - torch.arange(path.steps + 1, dtype=torch.float64) / path.steps
         return cls(-torch.expm1(2 * path.log_alpha(t).diff()), variance=variance)
 
-    def respace(self, keep: Sequence[int]) -> Diffusion:
+    @checked
+    def respace(self, keep: Sequence[Natural]) -> Diffusion:
         """The process through some of the steps: betas from ratios of kept abar, labels kept."""
+        if beyond := [i for i in keep if i >= len(self)]:
+            raise ValueError(
+                f"Diffusion.respace: there are steps 0..{len(self) - 1}, not {beyond[0]}"
+            )
         kept = self.alphas_cumprod[list(keep)]
         before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
         return Diffusion(1 - kept / before, [self.timesteps[i] for i in keep], self.variance)
@@ -190,13 +210,15 @@ class Diffusion:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def q_sample(self, x0: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+    @checked
+    def q_sample(self, x0: Image, step: Index, noise: Image) -> Tensor:
         """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise at the steps (B,)."""
         abar = self.alphas_cumprod
         return self._at(abar.sqrt(), step, x0) * x0 + self._at((1 - abar).sqrt(), step, x0) * noise
 
+    @checked
     def p_mean_variance(
-        self, network: Network, x: Tensor, step: Tensor, *, clip: bool = False, **cond: Any
+        self, network: Network, x: Image, step: Index, *, clip: bool = False, **cond: Any
     ) -> PosteriorMean:
         """What the network expects one step before.
 
@@ -210,8 +232,9 @@ class Diffusion:
         """
         return self._posterior_of(network(x, self._labels(step), **cond), x, step, clip)
 
+    @checked
     def training_losses(
-        self, network: Network, x0: Tensor, step: Tensor, noise: Tensor, **cond: Any
+        self, network: Network, x0: Image, step: Index, noise: Image, **cond: Any
     ) -> DiffusionLoss:
         """Mean squared error of the noise, plus the variational bound of a learned variance.
 
@@ -235,14 +258,15 @@ class Diffusion:
         vb = self._bound(self._posterior_of(frozen, x, step, False), x0, x, step)
         return DiffusionLoss(mse + vb, mse, vb, x)
 
+    @checked
     def ddim_step(
         self,
         network: Network,
-        x: Tensor,
-        step: Tensor,
+        x: Image,
+        step: Index,
         *,
-        eta: float = 0.0,
-        noise: Tensor | None = None,
+        eta: NonNegative = 0.0,
+        noise: Image | None = None,
         clip: bool = False,
         **cond: Any,
     ) -> Tensor:
@@ -261,12 +285,13 @@ class Diffusion:
         mean = mean + self._at((1 - before - sigma**2).clamp_min(0).sqrt(), step, x) * eps
         return mean if noise is None else mean + self._at(sigma, step, x) * noise
 
+    @checked
     def ancestral_step(
         self,
         network: Network,
-        x: Tensor,
-        step: Tensor,
-        noise: Tensor,
+        x: Image,
+        step: Index,
+        noise: Image,
         *,
         clip: bool = False,
         **cond: Any,
@@ -275,13 +300,14 @@ class Diffusion:
         out = self.p_mean_variance(network, x, step, clip=clip, **cond)
         return out.mean + expand(step != 0, x) * torch.exp(0.5 * out.log_variance) * noise
 
+    @checked
     def sample(
         self,
         network: Network,
-        x: Tensor,
+        x: Image,
         *,
         method: Literal["ddim", "ancestral"] = "ancestral",
-        eta: float = 0.0,
+        eta: NonNegative = 0.0,
         generator: torch.Generator | None = None,
         clip: bool = False,
         progress: Progress | None = None,
@@ -302,10 +328,6 @@ class Diffusion:
         Raises:
             ValueError: unknown method.
         """
-        if method not in ("ddim", "ancestral"):
-            raise ValueError(
-                f"Diffusion.sample: unknown method {method!r} (choices: ddim, ancestral)"
-            )
         dtype, x = x.dtype, widened(x)
 
         def asked(state: Tensor, label: Tensor, **cond: Any) -> Tensor:
@@ -327,25 +349,19 @@ class Diffusion:
         return x.to(dtype)
 
     def _at(self, values: Tensor, step: Tensor, x: Tensor) -> Tensor:
+        check_ids(step, len(self), where="Diffusion: step")
         chosen = values.to(step.device)[step]
         return expand(chosen.to(torch.promote_types(x.dtype, torch.float32)), x)
 
     def _labels(self, step: Tensor) -> Tensor:
-        if step.is_floating_point():
-            raise TypeError(
-                f"Diffusion: steps are integer indices 0..{len(self) - 1}, got {step.dtype}"
-            )
+        check_ids(step, len(self), where="Diffusion: step")
         return torch.tensor(self.timesteps, device=step.device)[step]
 
     def _split(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         learned = self.variance == "learned-range"
         channels = x.shape[1] * (2 if learned else 1)
-        if out.shape[1] != channels:
-            raise ValueError(
-                f"Diffusion: variance={self.variance!r} expects {channels} channels for x "
-                f"{tuple(x.shape)}, the network answered {tuple(out.shape)}"
-            )
-        out = widened(out)
+        where = f"Diffusion, variance={self.variance!r}"
+        out = widened(answered(out, x, where=where, channels=channels))
         return (out[:, : x.shape[1]], out[:, x.shape[1] :])
 
     def _posterior_of(self, out: Tensor, x: Tensor, step: Tensor, clip: bool) -> PosteriorMean:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import Shape, checked
 from ..checks import unknown
 from ..values import Checked, Count, Real
-from .conventions import VelocityField, as_velocity, batch_times
-from .paths import widened
+from .conventions import VelocityField, answered, as_velocity, batch_times
+from .paths import Point, Times, widened
 
 __all__ = ["Guidance", "Guided", "Weak", "forward_with_cfg", "guided"]
 
@@ -93,18 +94,20 @@ def _check_interval(interval: tuple[float, float] | None) -> None:
 class Guided:
     """A guided velocity field, in float32 at least; made by `guided`."""
 
+    @checked
     def __init__(self, velocity: VelocityField, guidance: Guidance) -> None:
         self.velocity = as_velocity(velocity, where="guided")
         self.guidance = guidance
 
-    def __call__(self, x: Tensor, t: Tensor | float, /, **cond: Any) -> Tensor:
+    @checked
+    def __call__(self, x: Point, t: Times | float, /, **cond: Any) -> Tensor:
         rule, times = self.guidance, batch_times(t, x)
         v, v_cond = self._mixed(x, times, cond)
         weak = rule.weak
         scale = None if weak is None else _strength(weak.scale, 0.0, weak.interval, times, x)
         if weak is None or scale is None:
             return v
-        away = scale * (v_cond - widened(self.velocity(x, times, **{**cond, **weak.changes})))
+        away = scale * (v_cond - self._asked(x, times, {**cond, **weak.changes}))
         if rule.channels != "all":
             away[:, rule.channels :] = 0
         return v + away
@@ -114,25 +117,29 @@ class Guided:
         rule = self.guidance
         scale = _strength(rule.scale, 1.0, rule.interval, times, x)
         if scale is None:
-            v_cond = widened(self.velocity(x, times, **cond))
+            v_cond = self._asked(x, times, cond)
             return v_cond, v_cond
         null = {**cond, **_null(rule.null, cond)}
         if rule.batched:
             both = {name: _twice(value, null[name], x.shape[0]) for name, value in cond.items()}
-            out = self.velocity(torch.cat([x, x]), torch.cat([times, times]), **both)
+            out = self._asked(torch.cat([x, x]), torch.cat([times, times]), both)
             v_cond, v_null = out.chunk(2)
         else:
-            v_cond, v_null = self.velocity(x, times, **cond), self.velocity(x, times, **null)
-        return _mix(v_cond, v_null, scale, rule.channels), widened(v_cond)
+            v_cond, v_null = self._asked(x, times, cond), self._asked(x, times, null)
+        return _mix(v_cond, v_null, scale, rule.channels), v_cond
+
+    def _asked(self, x: Tensor, times: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        return widened(answered(self.velocity(x, times, **cond), x, where="guided"))
 
 
+@checked
 def guided(
     velocity: VelocityField,
-    scale: float,
+    scale: Real,
     *,
     null: Mapping[str, Tensor | float],
     channels: Channels = "all",
-    interval: tuple[float, float] | None = None,
+    interval: tuple[Real, Real] | None = None,
     batched: bool = True,
     weak: Weak | None = None,
 ) -> Guided:
@@ -149,14 +156,15 @@ def guided(
     return Guided(velocity, Guidance(scale, null, channels, interval, batched, weak))
 
 
+@checked
 def forward_with_cfg(
     network: Callable[..., Tensor],
-    x: Tensor,
-    t: Tensor,
-    scale: float,
+    x: Annotated[Tensor, Shape("(B, C, ...)")],
+    t: Times,
+    scale: Real,
     *,
     channels: Channels = 3,
-    interval: tuple[float, float] | None = None,
+    interval: tuple[Real, Real] | None = None,
     **cond: Any,
 ) -> Tensor:
     """Guidance as the ``forward_with_cfg`` of DiT, SiT and LightningDiT compute it, quirks included.
@@ -186,7 +194,13 @@ def forward_with_cfg(
     if x.shape[0] % 2:
         raise ValueError(f"forward_with_cfg: expected an even batch [cond; null], got {x.shape[0]}")
     half = x[: x.shape[0] // 2]
-    out = widened(network(torch.cat([half, half]), t, **cond))
+    out = network(torch.cat([half, half]), t, **cond)
+    if not isinstance(out, Tensor) or out.dim() != x.dim() or len(out) != len(x):
+        raise TypeError(
+            "forward_with_cfg: expected an answer (2B, Cout, ...) of the network, got "
+            f"{tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}"
+        )
+    out = widened(out)
     guided_channels = x.shape[1] if channels == "all" else channels
     v_cond, v_null = out[:, :guided_channels].chunk(2)
     mixed = v_null + scale * (v_cond - v_null)

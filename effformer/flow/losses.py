@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effformer.arguments import Shape, checked
+from effformer.checks import check_shape
 from effformer.values import NonNegative, Positive
 
 from .. import config as _config
 from ..registry import loss as registry
-from .conventions import FlowConvention, VelocityField
-from .paths import Path, PathSample, Prediction, expand, get_path, widened
+from .conventions import FlowConvention, VelocityField, answered
+from .paths import (
+    Clock,
+    Noise,
+    Path,
+    PathSample,
+    Point,
+    Prediction,
+    Times,
+    expand,
+    get_path,
+    widened,
+)
 from .times import TimeLaw, get_time_law
 
 __all__ = [
     "Distillation", "FlowMatching", "LossOutput", "PseudoHuber", "cosine_distance", "loss_weight",
 ]  # fmt: skip
 
+Image = Annotated[Tensor, Shape("(B, C, ...)")]
 Weight = Literal["none", "velocity", "likelihood"]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Distance of two batches (B, ...), per sample (B,)."""
@@ -48,7 +62,8 @@ class LossOutput:
     target: Tensor
 
 
-def loss_weight(path: Path, t: Tensor, weight: Weight) -> Tensor:
+@checked
+def loss_weight(path: Path, t: Clock, weight: Weight) -> Tensor:
     """Weight of noise and score losses: none 1, velocity (g / sigma)^2, likelihood g / sigma^2."""
     if weight == "none":
         return torch.ones_like(t)
@@ -56,7 +71,8 @@ def loss_weight(path: Path, t: Tensor, weight: Weight) -> Tensor:
     return (gain / sigma) ** 2 if weight == "velocity" else gain / sigma**2
 
 
-def cosine_distance(value: Tensor, target: Tensor) -> Tensor:
+@checked
+def cosine_distance(value: Image, target: Image) -> Tensor:
     """Per sample the mean of ``1 - cos(value, target)``, angles taken over channels (axis 1).
 
     Args:
@@ -94,19 +110,11 @@ class _Objective:
         t: Tensor | None,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        if not data.is_floating_point():
-            raise TypeError(f"loss: data is floating point, got {data.dtype}")
         if noise is None:
             source = data.device if generator is None else generator.device
             noise = torch.randn(data.shape, generator=generator, device=source, dtype=data.dtype)
-        if noise.shape != data.shape:
-            raise ValueError(
-                f"loss: noise {tuple(noise.shape)} differs from data {tuple(data.shape)}"
-            )
         if t is None:
             t = self.time.sample(data.shape[0], generator=generator, device=data.device)
-        if t.shape != data.shape[:1]:
-            raise ValueError(f"loss: expected t ({data.shape[0]},), got {tuple(t.shape)}")
         return noise.to(data.device), t.to(torch.promote_types(data.dtype, torch.float32))
 
     def _ask(
@@ -115,12 +123,7 @@ class _Objective:
         """The point at t with its velocity, and what the network answers there."""
         point = self.path.plan(t, data, noise)
         value = network(point.x.to(data.dtype), t, **cond)
-        if value.shape != data.shape:
-            raise ValueError(
-                f"loss: the network answered {tuple(value.shape)} for data {tuple(data.shape)}; "
-                "a network that also predicts a variance becomes a velocity by effformer.flow.adapt"
-            )
-        return point, value
+        return point, answered(value, data, where="loss")
 
 
 @registry.register("flow-matching", paper="2209.03003", aliases=("mse", "rectified-flow"))
@@ -157,6 +160,7 @@ class FlowMatching(_Objective):
         reduction: Literal["mean", "half-sum"] = "mean"
         cosine: NonNegative = 0.0
 
+    @checked
     def __init__(self, config: Config) -> None:
         super().__init__(config.path, config.time)
         self.config = config
@@ -165,20 +169,19 @@ class FlowMatching(_Objective):
                 f"flow-matching: weight={config.weight!r} needs prediction 'noise' or 'score', "
                 f"not {config.prediction!r}"
             )
-        if config.cosine < 0:
-            raise ValueError(f"flow-matching: cosine must be at least 0, got {config.cosine}")
 
     @property
     def convention(self) -> FlowConvention:
         return FlowConvention(data_at=1, path=self.path, prediction=self.config.prediction)
 
+    @checked
     def __call__(
         self,
         network: VelocityField,
-        data: Tensor,
+        data: Point,
         *,
-        noise: Tensor | None = None,
-        t: Tensor | None = None,
+        noise: Noise | None = None,
+        t: Times | None = None,
         generator: torch.Generator | None = None,
         **cond: Any,
     ) -> LossOutput:
@@ -235,19 +238,19 @@ class PseudoHuber(_Objective):
         time: TimeLaw | str = "u-shaped"
         factor: Positive = 0.00054
 
+    @checked
     def __init__(self, config: Config) -> None:
         super().__init__(config.path, config.time)
         self.config = config
-        if not config.factor > 0:
-            raise ValueError(f"pseudo-huber: factor must be positive, got {config.factor}")
 
+    @checked
     def __call__(
         self,
         network: VelocityField,
-        data: Tensor,
+        data: Point,
         *,
-        noise: Tensor | None = None,
-        t: Tensor | None = None,
+        noise: Noise | None = None,
+        t: Times | None = None,
         generator: torch.Generator | None = None,
         **cond: Any,
     ) -> LossOutput:
@@ -290,6 +293,7 @@ class Distillation(_Objective):
         l2: NonNegative = 1.0
         perceptual: NonNegative = 0.0
 
+    @checked
     def __init__(self, config: Config, perceptual: Perceptual | None = None) -> None:
         super().__init__("linear", config.time)
         self.config = config
@@ -302,13 +306,14 @@ class Distillation(_Objective):
         if not config.perceptual and not config.l2:
             raise ValueError("distillation: both weights are 0; give l2 or perceptual a weight")
 
+    @checked
     def __call__(
         self,
         network: VelocityField,
-        data: Tensor,
+        data: Point,
         *,
-        noise: Tensor | None = None,
-        t: Tensor | None = None,
+        noise: Noise | None = None,
+        t: Times | None = None,
         generator: torch.Generator | None = None,
         **cond: Any,
     ) -> LossOutput:
@@ -327,11 +332,12 @@ class Distillation(_Objective):
         per_sample = self.config.l2 * _squares(value - point.velocity).mean(1)
         if self.config.perceptual and self.perceptual is not None:
             distance = self.perceptual(noise + value, data)
-            if distance.shape != data.shape[:1]:
-                raise ValueError(
-                    f"distillation: perceptual gave {tuple(distance.shape)}, "
-                    f"expected ({data.shape[0]},)"
-                )
+            check_shape(
+                distance,
+                f"({len(data)},)",
+                (len(data),),
+                where="distillation: answer of perceptual",
+            )
             per_sample = per_sample + self.config.perceptual * distance
         return LossOutput(per_sample.mean(), per_sample, t, point.x, value, point.velocity)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import Shape, checked
+from ..values import Real
 from .paths import widened
 
 __all__ = ["straightness"]
 
 
+@checked
 def straightness(
-    trajectory: Tensor,
-    times: Sequence[float] | None = None,
+    trajectory: Annotated[Tensor, Shape("(S, B, ...)")],
+    times: Sequence[Real] | None = None,
     *,
     reduce: Literal["sum", "mean"] = "sum",
     per_sample: bool = False,
@@ -39,13 +43,18 @@ def straightness(
     Reference: Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow,
     2022, arXiv 2209.03003.
     """
-    if trajectory.dim() < 2 or trajectory.shape[0] < 2:
+    if trajectory.shape[0] < 2:
         raise ValueError(f"straightness: expected (N + 1, B, ...), got {tuple(trajectory.shape)}")
     steps = trajectory.shape[0] - 1
     if times is None:
         times = [i / steps for i in range(steps + 1)]
     if len(times) != steps + 1:
         raise ValueError(f"straightness: {steps + 1} states have {len(times)} times")
+    ahead = [(b - a) * (times[-1] - times[0]) for a, b in pairwise(times)]
+    if min(ahead) <= 0:
+        raise ValueError(
+            f"straightness: times must all increase or all decrease, got {list(times)}"
+        )
     trajectory = widened(trajectory)
     clock = torch.tensor(times, dtype=torch.float64)
     total = clock[-1] - clock[0]

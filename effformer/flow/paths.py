@@ -12,23 +12,32 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from effformer.arguments import Shape, checked
 from effformer.values import Chance, Count, NonNegative, Positive, Range
 
 from ..checks import unknown
 from ..config import Config
 
 __all__ = [
-    "DDPM", "GVP", "PATHS", "VP", "EndPoints", "Linear", "Path", "PathSample", "Prediction",
+    "DDPM", "GVP", "PATHS", "VP", "Clock", "EndPoints", "Linear", "Noise", "Path", "PathSample", "Point", "Prediction", "Times",
     "VariancePreserving", "expand", "get_path", "time_interval", "widened",
 ]  # fmt: skip
 
 Prediction = Literal["velocity", "noise", "score", "data"]
+
+Point = Annotated[Tensor, Shape("(B, ...)")]
+Noise = Annotated[Tensor, Shape("(B, ...)", moves=True)]
+Times = Annotated[Tensor, Shape("(B,)")]
+Clock = Annotated[Tensor, Shape("(...)")]
+"""Times of any shape."""
+
+_COEFFICIENTS = ("alpha", "sigma", "dalpha", "dsigma", "ratio", "gain", "log_alpha")
 
 _FLOOR = 1e-4
 """Smallest alpha or sigma that is divided by: noise says nothing about data at t = 0, nor data
@@ -79,38 +88,47 @@ class Path(Config):
 
     name: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in _COEFFICIENTS:
+            own = cls.__dict__.get(name)
+            if own is not None and not hasattr(own, "__wrapped__"):  # slots make a class twice
+                setattr(cls, name, checked(own))
+
     @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Clock) -> Tensor:
         """Weight of the data."""
 
     @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Clock) -> Tensor:
         """Weight of the noise."""
 
     @abstractmethod
-    def dalpha(self, t: Tensor) -> Tensor:
+    def dalpha(self, t: Clock) -> Tensor:
         """Derivative of alpha in t."""
 
     @abstractmethod
-    def dsigma(self, t: Tensor) -> Tensor:
+    def dsigma(self, t: Clock) -> Tensor:
         """Derivative of sigma in t."""
 
-    def ratio(self, t: Tensor) -> Tensor:
+    def ratio(self, t: Clock) -> Tensor:
         """The ratio r = alpha' / alpha; infinite where alpha is 0."""
         return self.dalpha(t) / self.alpha(t)
 
-    def gain(self, t: Tensor) -> Tensor:
+    def gain(self, t: Clock) -> Tensor:
         """The gain g = r sigma^2 - sigma sigma', so that velocity = r x + g score."""
         sigma = self.sigma(t)
         return self.ratio(t) * sigma**2 - sigma * self.dsigma(t)
 
-    def plan(self, t: Tensor, x1: Tensor, x0: Tensor) -> PathSample:
+    @checked
+    def plan(self, t: Times, x1: Point, x0: Point) -> PathSample:
         """Interpolate: the point x_t and its velocity for the pair (noise x0, data x1)."""
         point = expand(self.alpha(t), x1) * x1 + expand(self.sigma(t), x1) * x0
         velocity = expand(self.dalpha(t), x1) * x1 + expand(self.dsigma(t), x1) * x0
         return PathSample(point, velocity)
 
-    def ends(self, value: Tensor, x: Tensor, t: Tensor, kind: Prediction = "velocity") -> EndPoints:
+    @checked
+    def ends(self, value: Point, x: Point, t: Times, kind: Prediction = "velocity") -> EndPoints:
         """Noise and data of the path through ``x`` according to a prediction.
 
         From a velocity, with the Wronskian W = alpha' sigma - alpha sigma':
@@ -131,8 +149,9 @@ class Path(Config):
         noise = value if kind == "noise" else -sigma * value
         return EndPoints(noise, (x - sigma * noise) / alpha.clamp_min(_FLOOR))
 
+    @checked
     def convert(
-        self, value: Tensor, x: Tensor, t: Tensor, source: Prediction, target: Prediction
+        self, value: Point, x: Point, t: Times, source: Prediction, target: Prediction
     ) -> Tensor:
         """Turn one kind of prediction at (x, t) into another.
 
@@ -150,9 +169,6 @@ class Path(Config):
         Raises:
             ValueError: unknown kind of prediction.
         """
-        for kind in (source, target):
-            if kind not in get_args(Prediction):
-                raise unknown("prediction", str(kind), list(get_args(Prediction)))
         if source == target:
             return value
         ends = self.ends(value, x, t, source)
@@ -170,6 +186,7 @@ class Path(Config):
         return EndPoints((dalpha * x - alpha * v) / wronskian, (sigma * v - dsigma * x) / wronskian)
 
     @classmethod
+    @checked
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
         """Build from plain values; ``"name"`` chooses the path when called on `Path` itself."""
         if cls is Path:
@@ -196,16 +213,16 @@ class Linear(Path):
     name: ClassVar[str] = "linear"
     sigma_min: Chance = 0.0
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Clock) -> Tensor:
         return t
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Clock) -> Tensor:
         return 1 - (1 - self.sigma_min) * t
 
-    def dalpha(self, t: Tensor) -> Tensor:
+    def dalpha(self, t: Clock) -> Tensor:
         return torch.ones_like(t)
 
-    def dsigma(self, t: Tensor) -> Tensor:
+    def dsigma(self, t: Clock) -> Tensor:
         return torch.full_like(t, self.sigma_min - 1)
 
 
@@ -214,16 +231,16 @@ class GVP(Path):
 
     name: ClassVar[str] = "gvp"
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Clock) -> Tensor:
         return torch.sin(t * math.pi / 2)
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Clock) -> Tensor:
         return torch.cos(t * math.pi / 2)
 
-    def dalpha(self, t: Tensor) -> Tensor:
+    def dalpha(self, t: Clock) -> Tensor:
         return math.pi / 2 * torch.cos(t * math.pi / 2)
 
-    def dsigma(self, t: Tensor) -> Tensor:
+    def dsigma(self, t: Clock) -> Tensor:
         return -math.pi / 2 * torch.sin(t * math.pi / 2)
 
 
@@ -235,22 +252,22 @@ class VariancePreserving(Path):
     """
 
     @abstractmethod
-    def log_alpha(self, t: Tensor) -> Tensor:
+    def log_alpha(self, t: Clock) -> Tensor:
         """Logarithm of alpha, at most 0."""
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Clock) -> Tensor:
         return torch.exp(self.log_alpha(t))
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Clock) -> Tensor:
         return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
 
-    def dalpha(self, t: Tensor) -> Tensor:
+    def dalpha(self, t: Clock) -> Tensor:
         return self.alpha(t) * self.ratio(t)
 
-    def dsigma(self, t: Tensor) -> Tensor:
+    def dsigma(self, t: Clock) -> Tensor:
         return -(self.alpha(t) ** 2) * self.ratio(t) / self.sigma(t).clamp_min(_FLOOR)
 
-    def gain(self, t: Tensor) -> Tensor:
+    def gain(self, t: Clock) -> Tensor:
         return self.ratio(t)
 
     def _ends_of_velocity(self, v: Tensor, x: Tensor, t: Tensor) -> EndPoints:
@@ -276,10 +293,10 @@ class VP(VariancePreserving):
     beta0: NonNegative = 0.1
     beta1: Positive = 20.0
 
-    def log_alpha(self, t: Tensor) -> Tensor:
+    def log_alpha(self, t: Clock) -> Tensor:
         return -((1 - t) ** 2) * (self.beta1 - self.beta0) / 4 - (1 - t) * self.beta0 / 2
 
-    def ratio(self, t: Tensor) -> Tensor:
+    def ratio(self, t: Clock) -> Tensor:
         return (1 - t) * (self.beta1 - self.beta0) / 2 + self.beta0 / 2
 
 
@@ -305,12 +322,12 @@ class DDPM(VariancePreserving):
     beta_end: Annotated[float, Range(0, 1, above=True, below=True)] = 2e-2
     schedule: Literal["linear", "scaled-linear"] = "linear"
 
-    def log_alpha(self, t: Tensor) -> Tensor:
+    def log_alpha(self, t: Clock) -> Tensor:
         table = torch.tensor(_ddpm_table(self), dtype=torch.float64).to(t)
         index, weight = self._locate(t)
         return table[index] + weight * (table[index + 1] - table[index])
 
-    def ratio(self, t: Tensor) -> Tensor:
+    def ratio(self, t: Clock) -> Tensor:
         table = torch.tensor(_ddpm_table(self), dtype=torch.float64).to(t)
         index, _ = self._locate(t)
         return self.steps * (table[index] - table[index + 1])
@@ -336,6 +353,7 @@ def _ddpm_table(path: DDPM) -> tuple[float, ...]:
 PATHS: dict[str, type[Path]] = {c.name: c for c in (Linear, GVP, VP, DDPM)}
 
 
+@checked
 def get_path(path: Path | str) -> Path:
     """Resolve a path by name ("linear", "gvp", "vp", "ddpm"); a `Path` is returned as it is.
 
@@ -345,8 +363,6 @@ def get_path(path: Path | str) -> Path:
     """
     if isinstance(path, Path):
         return path
-    if not isinstance(path, str):
-        raise TypeError(f"path: expected a name or a Path, got {type(path).__name__}")
     return _class(path, "")()
 
 
@@ -356,13 +372,14 @@ def _class(name: str, where: str) -> type[Path]:
     return PATHS[name]
 
 
+@checked
 def time_interval(
     path: Path | str,
     prediction: Prediction = "velocity",
     *,
     stochastic: bool = False,
     sbdm: bool = False,
-    last_step: float = 0.0,
+    last_step: Chance = 0.0,
     train: bool = False,
 ) -> tuple[float, float]:
     """Times between which nothing is infinite, as SiT chooses them.

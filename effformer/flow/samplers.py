@@ -10,13 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from effformer.arguments import checked
 from effformer.values import Count, Positive
 
 from .. import config as _config
+from ..checks import check_shape, check_values
 from ..config import Spec, resolve
 from ..registry import sampler as registry
-from .conventions import VelocityField, as_velocity, batch_times
+from .conventions import VelocityField, answered, as_velocity, batch_times
 from .guidance import Guidance, Guided
+from .paths import Point
 from .solvers import (
     EULER,
     HEUN,
@@ -28,7 +31,7 @@ from .solvers import (
     adaptive_steps,
     runge_kutta_step,
 )
-from .times import TimeGrid
+from .times import Steps, TimeGrid
 
 __all__ = [
     "RK4", "RK438", "Dopri5", "Euler", "Heun", "Heun3", "Midpoint", "Run", "RungeKutta",
@@ -95,11 +98,7 @@ class Run:
         self.nfe += 1
         x_in = x.to(self._like.dtype)
         v = self._velocity(x_in, batch_times(t, x_in), **self._cond)
-        if v.shape != x.shape:
-            raise ValueError(
-                f"sample: the velocity has shape {tuple(v.shape)} for x {tuple(x.shape)}; "
-                "a network that also predicts a variance becomes a velocity by effformer.flow.adapt"
-            )
+        v = answered(v, x, where="sample")
         if not bool(torch.isfinite(v).all()):
             of = "" if self.total is None else f" of {self.total}"
             raise ValueError(
@@ -112,6 +111,8 @@ class Run:
         if self._noise is not None:
             if self.step >= len(self._noise):
                 raise ValueError(f"sample: noise for {len(self._noise)} steps is not enough")
+            check_shape(self._noise[self.step], f"{tuple(x.shape)}", x.shape, where="sample: noise")
+            check_values(self._noise[self.step], where="sample: noise")
             return self._noise[self.step].to(x)
         device = x.device if self._generator is None else self._generator.device
         drawn = torch.randn(x.shape, generator=self._generator, device=device, dtype=x.dtype)
@@ -263,12 +264,13 @@ class Dopri5(Sampler):
         )  # fmt: skip
 
 
+@checked
 def sample(
     velocity: VelocityField,
-    x0: Tensor,
+    x0: Point,
     *,
     sampler: Spec = "euler",
-    steps: int = 10,
+    steps: Steps = 10,
     grid: TimeGrid | None = None,
     reverse: bool = False,
     guidance: Guidance | None = None,
@@ -312,7 +314,7 @@ def sample(
         >>> round(result.x.item(), 4), result.nfe
         (0.3679, 32)
     """
-    _check_start(x0, guidance)
+    check_values(x0, where="sample: x0")
     solver = _solver(sampler, reverse)
     times = solver.grid(steps) if grid is None else grid
     times = times.reversed() if reverse else times
@@ -325,17 +327,6 @@ def sample(
         x = solver.integrate(run, x, times).to(x0.dtype)
     states = torch.stack(run.states) if trajectory else None
     return SampleResult(x, states, tuple(run.times), run.nfe)
-
-
-def _check_start(x0: Tensor, guidance: Guidance | None) -> None:
-    if not isinstance(x0, Tensor) or not x0.is_floating_point() or x0.dim() < 1:
-        given = f"{x0.dtype} {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
-        raise TypeError(f"sample: x0 is a floating-point tensor (B, ...), got {given}")
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise TypeError(
-            f"sample: guidance={guidance!r} is not a Guidance; write "
-            f"Guidance({guidance!r}, null={{'y': num_classes}})"
-        )
 
 
 def _solver(sampler: Spec, reverse: bool) -> Sampler:

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from effformer.arguments import checked
 from effformer.values import Chance, NonNegative
 
 from .. import config as _config
 from ..registry import sampler as registry
 from .conventions import batch_times
-from .paths import Path, get_path, time_interval
+from .paths import Clock, Path, get_path, time_interval
 from .samplers import Run, Sampler
 from .times import TimeGrid
 
@@ -27,7 +28,10 @@ DiffusionForm = Literal[
 LastStep = Literal["mean", "euler", "tweedie", "none"]
 
 
-def diffusion_coefficient(path: Path, t: Tensor, form: DiffusionForm, norm: float = 1.0) -> Tensor:
+@checked
+def diffusion_coefficient(
+    path: Path, t: Clock, form: DiffusionForm, norm: NonNegative = 1.0
+) -> Tensor:
     """Diffusion coefficient w(t) of ``dX = (v + w s) dt + sqrt(2 w) dW``.
 
     The marginals are the same for every w >= 0.

@@ -11,24 +11,30 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from effformer.arguments import checked
 from effformer.values import (
     Chance,
     Checked,
     Count,
     Fraction,
+    Natural,
     NonNegative,
     Positive,
     Range,
     Real,
 )
 
-from ..checks import unknown
+from ..checks import check_device, unknown
 from ..config import Config
+from .paths import Clock
 
 __all__ = [
     "TIME_LAWS", "CosMap", "Fixed", "KStep", "LogitNormal", "Mode", "Shifted", "Stratified", "TimeGrid",
     "TimeLaw", "UShaped", "Uniform", "get_time_law", "shift_of_length",
 ]  # fmt: skip
+
+
+Steps = Annotated[int, Range(1, 10**6)]
 
 
 class TimeLaw(Config):
@@ -43,9 +49,10 @@ class TimeLaw(Config):
         """
         return None
 
+    @checked
     def sample(
         self,
-        n: int,
+        n: Natural,
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -57,6 +64,7 @@ class TimeLaw(Config):
             generator: source of randomness; None is torch's default generator.
             device: where the times are wanted; they are drawn on the generator's device.
         """
+        device = check_device(device, where=f"{type(self).__name__}.sample: device")
         drawn_on = device if generator is None else generator.device
         return self.draw(n, generator, drawn_on).to(device)
 
@@ -67,6 +75,7 @@ class TimeLaw(Config):
         """Draw on the generator's device."""
 
     @classmethod
+    @checked
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
         """Build from plain values; ``"name"`` chooses the law when called on `TimeLaw` itself."""
         if cls is TimeLaw:
@@ -272,7 +281,8 @@ class UShaped(TimeLaw):
         u = q if self.a == 0 else torch.log1p(q * math.expm1(self.a)) / self.a
         return torch.where(coin < 0.5, u, 1 - u) * (self.high - self.low) + self.low
 
-    def density(self, u: Tensor) -> Tensor:
+    @checked
+    def density(self, u: Clock) -> Tensor:
         """Density of u in [0, 1], before it is scaled to [low, high]."""
         if self.a == 0:
             return torch.ones_like(u)
@@ -343,6 +353,7 @@ TIME_LAWS: dict[str, type[TimeLaw]] = {
 }
 
 
+@checked
 def get_time_law(law: TimeLaw | str) -> TimeLaw:
     """Resolve a time law by name; a `TimeLaw` is returned as it is.
 
@@ -352,8 +363,6 @@ def get_time_law(law: TimeLaw | str) -> TimeLaw:
     """
     if isinstance(law, TimeLaw):
         return law
-    if not isinstance(law, str):
-        raise TypeError(f"time: expected a name or a TimeLaw, got {type(law).__name__}")
     return _class(law, "")()
 
 
@@ -385,18 +394,19 @@ class TimeGrid(Checked):
             )
 
     @classmethod
-    def uniform(cls, steps: int, start: float = 0.0, end: float = 1.0) -> TimeGrid:
+    @checked
+    def uniform(cls, steps: Steps, start: Real = 0.0, end: Real = 1.0) -> TimeGrid:
         """N equal steps from start to end. SiT counts points instead: its ``num_steps`` is N + 1.
 
         Raises:
             ValueError: steps < 1.
         """
-        _check_steps(steps)
         width = (end - start) / steps
         return cls((*(start + i * width for i in range(steps)), end))
 
     @classmethod
-    def rectified_flow(cls, steps: int, eps: float = 1e-3) -> TimeGrid:
+    @checked
+    def rectified_flow(cls, steps: Steps, eps: Chance = 1e-3) -> TimeGrid:
         """The grid of the official rectified-flow code, for comparison with it.
 
         Evaluations at t_i = i/N (1 - eps) + eps, but steps of 1/N, not (1 - eps)/N.
@@ -404,12 +414,12 @@ class TimeGrid(Checked):
         Raises:
             ValueError: steps < 1.
         """
-        _check_steps(steps)
         points = tuple(i / steps * (1 - eps) + eps for i in range(steps + 1))
         return cls(points, (1 / steps,) * steps)
 
     @classmethod
-    def sd3(cls, steps: int, shift: float = 3.0) -> TimeGrid:
+    @checked
+    def sd3(cls, steps: Steps, shift: Positive = 3.0) -> TimeGrid:
         """The grid of SD3's official code and of diffusers' scheduler: equal steps down to the
         shifted smallest of 1,000 training times, shifted, and one more to the data. That smallest
         time is shifted twice, as it is there.
@@ -417,12 +427,12 @@ class TimeGrid(Checked):
         Raises:
             ValueError: steps < 1, or the shift is not positive.
         """
-        _check_steps(steps)
         last = 1.0 if steps == 1 else cls((0.0, 1 - 1e-3)).shifted(shift).end
         width = last / max(steps - 1, 1)
         return cls((*(i * width for i in range(steps)), 1.0)).shifted(shift)
 
-    def shifted(self, factor: float) -> TimeGrid:
+    @checked
+    def shifted(self, factor: Positive) -> TimeGrid:
         """The same steps with more of them near the noise: ``t' = t / (t + a (1 - t))``, which is
         ``u' = a u / (1 + (a - 1) u)`` in the time u = 1 - t of SD3 and FLUX. Shifts multiply.
 
@@ -435,8 +445,6 @@ class TimeGrid(Checked):
         Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024,
         arXiv 2403.03206, section 5.3.2.
         """
-        if not 0 < factor < math.inf:
-            raise ValueError(f"TimeGrid: a shift is a positive factor, got {factor!r}")
         if self.widths is not None:
             raise ValueError("TimeGrid: a grid with widths of its own cannot be shifted")
         return TimeGrid(tuple(t / (t + factor * (1 - t)) for t in self.points))
@@ -465,7 +473,8 @@ class TimeGrid(Checked):
             yield t, self.points[i + 1] - t if self.widths is None else self.widths[i]
 
 
-def shift_of_length(tokens: int) -> float:
+@checked
+def shift_of_length(tokens: Count) -> float:
     """Factor of `TimeGrid.shifted` for an image of so many tokens, as FLUX.1 dev was trained:
     ``e^mu`` with mu linear in their number through (256, 0.5) and (4096, 1.15).
 
@@ -474,14 +483,6 @@ def shift_of_length(tokens: int) -> float:
 
     Raises:
         ValueError: no positive number.
+        TypeError: no whole number.
     """
-    if not tokens > 0:
-        raise ValueError(f"shift_of_length: expected a number of tokens, got {tokens!r}")
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
-
-
-def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: expected an int, got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"steps: at least 1 is needed, got {steps}")

@@ -143,11 +143,11 @@ def test_errors() -> None:
         space_timesteps(10, 20)
     with pytest.raises(ValueError, match="expected '50', '10,20' or 'ddim50', got 'fast'"):
         space_timesteps(10, "fast")
-    with pytest.raises(ValueError, match="expects 6 channels"):
+    with pytest.raises(ValueError, match=r"answered .*, expected \(2, 6, 4, 4\)"):
         process.p_mean_variance(lambda x, t: x, x, torch.tensor([1, 2]))
-    with pytest.raises(TypeError, match="integer indices"):
+    with pytest.raises(TypeError, match="of whole numbers, got torch"):
         process.p_mean_variance(lambda x, t: x, x, torch.tensor([1.0, 2.0]))
-    with pytest.raises(ValueError, match="unknown method 'dpm'"):
+    with pytest.raises(ValueError, match="method: unknown value 'dpm'"):
         process.sample(lambda x, t: x, x, method="dpm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs noise"):
         process.ddim_step(lambda x, t: x, x, torch.tensor([1, 2]), eta=0.5)

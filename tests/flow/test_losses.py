@@ -234,11 +234,11 @@ def test_errors(case: Any) -> None:
         FlowMatching(FlowMatching.Config(weight="velocity"))
     with pytest.raises(ValueError, match="unknown time law 'unifrom'; did you mean 'uniform'"):
         FlowMatching(FlowMatching.Config(time="unifrom"))
-    with pytest.raises(ValueError, match="differs from data"):
+    with pytest.raises(ValueError, match=r"data \(6, 4\) and noise \(3, 4\) do not fit"):
         criterion(net, data, noise=noise[:3])
-    with pytest.raises(ValueError, match=r"expected t \(6,\)"):
+    with pytest.raises(ValueError, match=r"data \(6, 4\) and t \(3,\) do not fit"):
         criterion(net, data, t=t[:3])
-    with pytest.raises(TypeError, match="data is floating point"):
+    with pytest.raises(TypeError, match="data: expected a tensor"):
         criterion(net, data.long())
     with pytest.raises(ValueError, match=r"becomes a velocity by effformer\.flow\.adapt"):
         criterion(lambda x, t: torch.cat([x, x], 1), data)
@@ -246,7 +246,7 @@ def test_errors(case: Any) -> None:
         Distillation(Distillation.Config(perceptual=1.0))
     with pytest.raises(ValueError, match="both weights are 0"):
         Distillation(Distillation.Config(l2=0.0))
-    with pytest.raises(ValueError, match=r"perceptual gave \(\), expected \(6,\)"):
+    with pytest.raises(ValueError, match=r"answer of perceptual: expected shape \(6,\), got \(\)"):
         Distillation(Distillation.Config(perceptual=1.0), lambda a, b: a.mean())(
             net, data, noise=noise
         )

@@ -136,7 +136,7 @@ def test_names_and_json() -> None:
         get_path("linaer")
     with pytest.raises(ValueError, match="unknown option 'beta2'"):
         FlowPath.from_dict({"name": "vp", "beta2": 3.0})
-    with pytest.raises(TypeError, match="a name or a Path"):
+    with pytest.raises(TypeError, match="expected Path or a dict of its options or str, got 3"):
         get_path(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown prediction 'speed'"):
+    with pytest.raises(ValueError, match="unknown value 'speed'"):
         Linear().convert(torch.ones(1), torch.ones(1), torch.ones(1), "velocity", "speed")  # type: ignore[arg-type]

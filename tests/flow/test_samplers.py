@@ -213,11 +213,11 @@ def test_configs_of_every_sampler_find_it_and_survive_json() -> None:
         ({"sampler": "eulre"}, ValueError, r"unknown sampler 'eulre'; did you mean 'euler'"),
         ({"sampler": {"name": "dopri5", "rtoll": 1}}, ValueError, "did you mean 'rtol'"),
         ({"sampler": {"name": "dopri5", "rtol": "x"}}, TypeError, "expected float"),
-        ({"sampler": 3}, TypeError, "a name, a dict or a Config"),
-        ({"steps": 0}, ValueError, "at least 1"),
-        ({"steps": -2}, ValueError, "at least 1"),
-        ({"steps": 2.0}, TypeError, "expected an int"),
-        ({"guidance": 2.0}, TypeError, r"write Guidance\(2\.0"),
+        ({"sampler": 3}, TypeError, "expected str or a dict or Config"),
+        ({"steps": 0}, ValueError, r"must lie in \[1, 1000000\], got 0"),
+        ({"steps": -2}, ValueError, "got -2"),
+        ({"steps": 2.0}, TypeError, "expected int"),
+        ({"guidance": 2.0}, TypeError, "guidance: expected Guidance, got 2.0"),
         ({"sampler": "sde-euler", "reverse": True}, ValueError, "from noise to data only"),
     ],
 )
@@ -229,9 +229,9 @@ def test_bad_arguments(options: Any, error: type[Exception], match: str) -> None
 def test_bad_starts_and_velocities() -> None:
     with pytest.raises(TypeError, match=r"got torch\.int64"):
         sample(swirl, torch.ones(2, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match="got list"):
+    with pytest.raises(TypeError, match=r"got \[\[1.0\]\]"):
         sample(swirl, [[1.0]])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"shape \(2, 4\) for x \(2, 2\).*adapt"):
+    with pytest.raises(ValueError, match=r"answered \(2, 4\) for x \(2, 2\).*adapt"):
         sample(lambda x, t: torch.cat([x, x], 1), torch.randn(2, 2))
 
     def broken(x: Tensor, t: Tensor) -> Tensor:

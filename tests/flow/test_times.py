@@ -105,7 +105,7 @@ def test_names_and_json() -> None:
         assert type(get_time_law(name)) is cls
     with pytest.raises(ValueError, match="did you mean 'uniform'"):
         get_time_law("unifrom")
-    with pytest.raises(TypeError, match="a name or a TimeLaw"):
+    with pytest.raises(TypeError, match="expected TimeLaw or a dict of its options or str, got"):
         get_time_law(0.5)  # type: ignore[arg-type]
 
 
@@ -128,9 +128,9 @@ def test_rectified_flow_grid_keeps_the_quirk() -> None:
 
 @pytest.mark.parametrize("make", [TimeGrid.uniform, TimeGrid.rectified_flow])
 def test_bad_grids(make) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"must lie in \[1, 1000000\]"):
         make(0)
-    with pytest.raises(TypeError, match="expected an int"):
+    with pytest.raises(TypeError, match="expected int"):
         make(2.5)
     with pytest.raises(ValueError, match="at least 1 step"):
         TimeGrid((0.0,))
@@ -181,7 +181,7 @@ def test_shifts_multiply_and_keep_the_ends() -> None:
     t = Shifted(law="uniform", shift=3.0).sample(5, generator=torch.Generator().manual_seed(0))
     plain = Uniform().sample(5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(1 - t, 3 * (1 - plain) / (1 + 2 * (1 - plain)))
-    with pytest.raises(ValueError, match="a shift is a positive factor, got 0"):
+    with pytest.raises(ValueError, match="factor must be positive, got 0"):
         grid.shifted(0)
     with pytest.raises(ValueError, match="widths of its own"):
         TimeGrid.rectified_flow(3).shifted(3.0)
@@ -204,5 +204,5 @@ def test_the_grid_of_sd3_ends_with_a_step_to_the_data(steps: int) -> None:
 def test_longer_images_are_shifted_further() -> None:
     assert [math.log(shift_of_length(n)) for n in (256, 4096)] == pytest.approx([0.5, 1.15])
     assert shift_of_length(1024) < shift_of_length(2048)
-    with pytest.raises(ValueError, match="number of tokens, got 0"):
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         shift_of_length(0)
