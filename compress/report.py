@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from effformer.weights import once
+
 __all__ = ["KeptLayer", "PackedLayer", "Report", "file_bytes"]
 
 
@@ -122,12 +124,8 @@ _DTYPES = {
 def file_bytes(state: Mapping[str, Tensor]) -> int:
     """Size of a state dict as a safetensors file, header included; tied tensors are written once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end, seen = 0, set()
-    for name, tensor in state.items():
-        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
-        if place in seen:
-            continue
-        seen.add(place)
+    end = 0
+    for name, tensor in once(state).items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
         header[name] = {

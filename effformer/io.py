@@ -21,7 +21,7 @@ from .files import atomic_folder, atomic_path, mark, read_json, read_whole, writ
 from .layout import Layout, StateDict
 from .loading import LoadReport, by_name, load_weights, model_name
 from .version import VERSION
-from .weights import TRAINED, open_weights, unshared, with_trained
+from .weights import TRAINED, once, open_weights, unshared, with_trained
 from .wrapped import unwrapping
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bo
         "by": by or "save_pretrained",
         "trained": model.trained,
     }
-    state = unshared(_tensors(model))
+    state = unshared(once(_tensors(model)))
     kind = model_folder(facts["weights"], by=by, force=force)
     with atomic_folder(folder, **kind) as temporary:
         save_file(state, temporary / _WEIGHTS, metadata=_metadata(model))
@@ -237,7 +237,8 @@ def save_weights(
     *,
     force: bool = False,
 ) -> Path:
-    """Write the weights as one safetensors file, in our layout or in a published one.
+    """Write the weights as one safetensors file, in our layout or in a published one. Our layout holds
+    tied tensors once, under the first of their names.
 
     Args:
         model: a model or a part.
@@ -253,10 +254,11 @@ def save_weights(
     """
     from safetensors.torch import save_file
 
-    state = _tensors(model)
-    if layout != "effformer":
+    if layout == "effformer":
+        state = once(_tensors(model))
+    else:
         chosen = layout if isinstance(layout, Layout) else by_name(model, layout)
-        state = _translated(model, chosen, state)
+        state = _translated(model, chosen, _tensors(model))
     kinds = WEIGHTS[: _WORTH.index(_worth(model)) + 1]
     with atomic_path(path, *kinds, force=force) as temporary:
         facts = _metadata(model) | {"generator": mark(kinds[-1])}

@@ -7,6 +7,7 @@ says which models it holds.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +23,15 @@ from .layout import TRAINING, Layout, StateDict, clashes
 from .weights import WeightFile, open_weights
 from .wrapped import unwrapping
 
-__all__ = ["LoadReport", "by_name", "fill", "load_weights", "model_name"]
+__all__ = [
+    "LoadReport",
+    "by_name",
+    "fill",
+    "load_weights",
+    "model_name",
+    "tell_not_finite",
+    "unlike",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +73,15 @@ def load_weights(
     strict: bool = True,
     weights: str = "auto",
     keep: str | Sequence[str] = (),
-    config: Mapping[str, Any] | None = None,
+    config: Any = None,
 ) -> LoadReport:
     """Load weights in our layout or in a published one.
 
     Args:
         model: a model, or a part with its own layout; nothing is changed unless everything fits. A
             model on the meta device is filled on the CPU.
-        source: a safetensors or torch file, or a state dict.
+        source: a safetensors or torch file, a folder or an index of shards as transformers and diffusers
+            write them, or a state dict.
         layout: "auto", "effformer", the name of a published layout of the model's family, or any
             `Layout`.
         strict: missing or unexpected keys are an error, and so is a model that computes something
@@ -82,8 +92,9 @@ def load_weights(
             for those that the optimizer holds; or the name of an entry of the file.
         keep: modules or keys of the model that keep the values they have, as names or glob patterns:
             ``keep="head"`` for another number of classes.
-        config: options of the checkpoint's model (a transformers or diffusers config, a training
-            command line), if the file and the ``config.json`` beside it do not say them.
+        config: options of the checkpoint's model (a training command line, the config of a model of
+            transformers or diffusers: a mapping, or an object with ``to_dict()``), if the file and the
+            ``config.json`` beside it do not say them.
 
     Raises:
         FormatError: the file cannot be read, its layout is not recognised, keys or shapes do not
@@ -256,9 +267,8 @@ def _fit(state: StateDict, own: Mapping[str, Tensor]) -> tuple[list[str], list[s
     reshaped, wrong = [], []
     for key in sorted(state.keys() & own.keys()):
         given, have = state[key], own[key]
-        if given.is_meta or given.layout != torch.strided or _kind(given) != _kind(have):
-            what = "without values" if given.is_meta else f"{given.dtype}".removeprefix("torch.")
-            wrong.append(f"{key} is {what}, the model has {str(have.dtype).removeprefix('torch.')}")
+        if why := unlike(given, have):
+            wrong.append(f"{key} {why}")
         elif given.shape == have.shape:
             continue
         elif _viewable(given.shape, have.shape):
@@ -269,12 +279,48 @@ def _fit(state: StateDict, own: Mapping[str, Tensor]) -> tuple[list[str], list[s
     return reshaped, wrong
 
 
+def unlike(given: Tensor, have: Tensor) -> str:
+    """Why a tensor of a file cannot be written into one of a model, "" if it can; shapes aside."""
+    dtype, own = (str(x.dtype).removeprefix("torch.") for x in (given, have))
+    if given.is_meta:
+        return f"is without values, the model has {own}"
+    if given.layout != torch.strided:
+        return f"is {given.layout}, the model has dense tensors".replace("torch.", "")
+    if _kind(given) != _kind(have):
+        return f"is {dtype}, the model has {own}"
+    if _kind(given) == "integer" and not torch.equal(given.to(have.dtype).to(given.dtype), given):
+        return f"is {dtype} with values that {own}, which the model has, does not hold"
+    return ""
+
+
 def _kind(x: Tensor) -> str:
     if x.is_quantized:
         return "quantized"
-    if x.is_complex() or x.is_floating_point():
-        return "complex" if x.is_complex() else "floating"
+    if x.is_complex():
+        return "complex"
+    if x.is_floating_point():  # in 8 bits and fewer they mean something with their scales only
+        return "floating" if x.element_size() > 1 else str(x.dtype)
     return "bool" if x.dtype == torch.bool else "integer"
+
+
+def tell_not_finite(model: nn.Module, given: StateDict, *, where: str) -> None:
+    """Warn of values that are not finite, in what was just written into a model."""
+    own = _own(model)
+    bad = [
+        f"{key} (beyond {own[key].dtype})".replace("torch.", "") if _finite(given[key]) else key
+        for key in sorted(given.keys() & own.keys())
+        if own[key].is_floating_point() and not _finite(own[key])
+    ]
+    if bad:
+        warnings.warn(
+            f"{where}: NaN or infinite values in {_some(bad)}, and so in what the model computes; "
+            "load sound weights, or train again from a checkpoint before they appeared",
+            stacklevel=2,
+        )
+
+
+def _finite(x: Tensor) -> bool:
+    return bool((x.float() if x.element_size() == 1 else x).isfinite().all())
 
 
 def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
@@ -396,6 +442,7 @@ def fill(model: nn.Module, state: StateDict, *, where: str) -> None:
         reset: Callable[[], None] | None = getattr(module, "reset_buffers", None)
         if reset is not None:
             reset()
+    tell_not_finite(model, state, where=where)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, str]]:

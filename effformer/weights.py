@@ -15,12 +15,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from .checks import FormatError
-from .files import read_json
+from .files import inside, read_json
 from .layout import StateDict
 from .pickled import read_pickled
 from .wrapped import COUNT, plain_keys
 
-__all__ = ["TRAINED", "WeightFile", "open_weights", "unshared", "with_trained"]
+__all__ = ["TRAINED", "WeightFile", "once", "open_weights", "unshared", "with_trained"]
 
 TRAINED = "effformer.trained"
 """Key of the metadata of a safetensors file that says what the weights were trained to predict."""
@@ -33,6 +33,11 @@ _RAW = (
 _FACTS = (
     "args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_kwargs", "model_config", "model_cfg",
 )  # fmt: skip
+_FILES = (
+    "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin",
+)  # fmt: skip
+"""What transformers and diffusers call their files of weights."""
+_INDEX = ".index.json"
 _NAMES = ("arch", "architecture", "model_name", "model")
 _FOREIGN = ("model_type", "_class_name", "architecture", "architectures", "effformer")
 
@@ -61,17 +66,19 @@ class WeightFile:
 def open_weights(
     source: str | Path | Mapping[str, Any] | WeightFile,
     weights: str = "auto",
-    config: Mapping[str, Any] | None = None,
+    config: Any = None,
     own: Collection[str] = (),
 ) -> WeightFile:
     """Read weights from safetensors, from a torch file with ``weights_only=True``, or from a state
     dict that is in memory.
 
     Args:
-        source: the file, what it would hold, or one that was opened before.
+        source: the file, a folder or an index of shards as transformers and diffusers write them, what
+            the file would hold, or one that was opened before.
         weights: "auto" takes averaged weights where there are some, "ema" asks for them, "raw" for
             those that the optimizer holds; or the name of an entry.
-        config: what the weights' own model was told, instead of what the file says about it.
+        config: what the weights' own model was told, instead of what the file says about it; a mapping
+            or an object with ``to_dict()``.
         own: keys of the model that the weights are for, which tell its own names from those that
             wrappers put into keys.
 
@@ -85,7 +92,8 @@ def open_weights(
     if isinstance(source, Mapping):
         where, entries = "state dict", source
     else:
-        where, entries = str(source), _read_file(Path(source))
+        source = _in_folder(Path(source))
+        where, entries = str(source), _read_file(source)
     path, tensors = _find(entries, weights, where)
     if not tensors:
         raise FormatError(f"{where}: holds no tensors by name; expected a state dict")
@@ -93,7 +101,7 @@ def open_weights(
     names = plain_keys(tensors, own)
     averaged |= COUNT in tensors.keys() - names  # torch's AveragedModel
     tensors = {new: tensors[key] for key, new in names.items()}
-    facts = dict(_facts(entries, source)) if config is None else dict(_flat(config))
+    facts = dict(_facts(entries, source)) if config is None else dict(_flat(_told(config)))
     return WeightFile(
         where=where, tensors=tensors, weights=".".join(path), averaged=averaged, facts=facts,
         trained=_trained_in(entries, path),
@@ -115,6 +123,17 @@ def _trained_in(entries: Mapping[str, Any], path: Sequence[str]) -> Any:
     return next((facts["trained"] for facts in modules if "trained" in facts), None)
 
 
+def once(tensors: Mapping[str, Tensor]) -> StateDict:
+    """Tied tensors under their first name only, as files of transformers hold them; the model that
+    they are loaded into knows its ties.
+    """
+    first: dict[Any, str] = {}
+    for name, x in tensors.items():
+        place = x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
+        first.setdefault(place, name)
+    return {name: tensors[name] for name in first.values()}
+
+
 def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
     """Contiguous tensors with storage of their own: safetensors refuses tied weights."""
     seen: set[int] = set()
@@ -127,12 +146,44 @@ def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
     return out
 
 
+def _in_folder(path: Path) -> Path:
+    """The file of weights in a folder; a file is itself."""
+    if not path.is_dir():
+        return path
+    for name in (*_FILES, *(f"{name}{_INDEX}" for name in _FILES)):
+        if (path / name).is_file():
+            return path / name
+    raise FormatError(f"{path}: a folder without weights ({', '.join(_FILES)}); name the file")
+
+
+def _read_shards(index: Path) -> StateDict:
+    """The tensors of all files that an index names."""
+    facts = read_json(index)
+    places = facts.get("weight_map") if isinstance(facts, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise FormatError(f"{index}: is not an index of shards; it has no weight_map")
+    found: StateDict = {}
+    for name in sorted(set(places.values())):
+        shard = inside(index.parent, name)
+        if shard is None or shard.name.endswith(_INDEX):
+            raise FormatError(
+                f"{index}: names {name!r}, which is no file of weights in its folder, symbolic links "
+                "followed; copy the files into one folder"
+            )
+        found |= {key: x for key, x in _read_file(shard).items() if places.get(key) == name}
+    if lost := sorted(places.keys() - found.keys()):
+        raise FormatError(f"{index}: {lost[0]} and {len(lost) - 1} more are not in their files")
+    return found
+
+
 def _read_file(path: Path) -> Mapping[str, Any]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
+    if path.name.endswith(_INDEX):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -247,6 +298,14 @@ def _facts(entries: Mapping[str, Any], source: object) -> Iterator[tuple[str, An
         if isinstance(entries.get(name), Mapping) and not _holds(entries[name]):
             yield from _flat(entries[name])
     yield from ((k, entries[k]) for k in _NAMES if isinstance(entries.get(k), str))
+
+
+def _told(config: Any) -> Mapping[str, Any]:
+    """Options as a mapping; configs of transformers are objects."""
+    found = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(found, Mapping):
+        raise TypeError(f"weights: config is a mapping of options, got {type(config).__name__}")
+    return found
 
 
 def _flat(options: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,8 @@ class Session:
     Args:
         path: the file.
         threads: threads of one operator; None leaves the choice to ONNX Runtime (all cores).
+        spinning: threads that have nothing to do wait actively for a while, as is ONNX Runtime's
+            default; they take the processors from whatever else runs.
         providers: execution providers in order of preference.
 
     Attributes:
@@ -38,6 +40,7 @@ class Session:
         path: str | Path,
         *,
         threads: int | None = None,
+        spinning: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         ort = need("onnxruntime")
@@ -52,6 +55,8 @@ class Session:
             raise FormatError(f"{path}: no such file")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # warnings are about its own optimisations, errors raised
         self._errors = errors = ort.capi.onnxruntime_pybind11_state
         try:

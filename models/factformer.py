@@ -24,6 +24,7 @@ from effformer.config import part
 from effformer.context import Context, Ledger, Tap, explained
 from effformer.layout import Layout
 from effformer.nn.embeddings import FourierPositions
+from effformer.nn.norms import LayerNorm
 from effformer.nn.positions import grid_positions
 from effformer.site import NormRule, Site
 from effformer.values import Count, Positive
@@ -319,7 +320,7 @@ class FactFormer(GridOperator):
         self.expand = nn.Linear(config.dim, latent, bias=False)
         self.times = nn.Parameter(torch.empty(config.steps, latent))
         nn.init.normal_(self.times, std=0.02)
-        self.norm = nn.LayerNorm(latent, eps=1e-5)
+        self.norm = LayerNorm(latent, eps=1e-5)
         self.mlp = nn.Sequential(nn.Linear(latent, latent), nn.GELU(), nn.Linear(latent, latent))
         self.head = nn.Sequential(
             nn.GroupNorm(self.GROUPS, latent),

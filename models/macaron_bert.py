@@ -20,7 +20,7 @@ from effformer.config import part
 from effformer.context import Context, Ledger, Packing, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
-from effformer.nn.norms import make_norm
+from effformer.nn.norms import LayerNorm, make_norm
 from effformer.nn.text import Positions, check_tokens, draw_tokens, make_positions
 from effformer.site import NormRule, Site
 from effformer.values import Chance, Count, Natural
@@ -50,7 +50,7 @@ class MaskedHead(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.fc = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import effformer
@@ -301,7 +303,10 @@ def test_a_refused_load_changes_nothing() -> None:
         (torch.ones(48, dtype=torch.int64), "norm.weight is int64, the model has float32"),
         (torch.ones(48, device="meta"), "norm.weight is without values"),
         (torch.ones(48, dtype=torch.complex64), "norm.weight is complex64"),
-        (torch.ones(48).to_sparse(), "norm.weight is float32, the model has float32"),
+        (torch.ones(48).to_sparse(), "norm.weight is sparse_coo, the model has dense tensors"),
+        (torch.ones(48).bool(), "norm.weight is bool, the model has float32"),
+        (torch.ones(48).to(torch.float8_e4m3fn), "norm.weight is float8_e4m3fn, the model has"),
+        (torch.ones(48).to(torch.float8_e8m0fnu), "norm.weight is float8_e8m0fnu, the model has"),
     ],
 )
 def test_tensors_of_another_kind(value: Tensor, message: str) -> None:
@@ -310,6 +315,86 @@ def test_tensors_of_another_kind(value: Tensor, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         effformer.load_weights(model, before | {"norm.weight": value})
     assert same(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_fit_eight_bits(dtype: torch.dtype) -> None:
+    source, model = nn.Linear(4, 4).to(dtype), nn.Linear(4, 4).to(dtype)
+    effformer.load_weights(model, source.state_dict())
+    assert torch.equal(model.weight.float(), source.weight.float())
+
+
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_folders_and_shards_of_transformers(stem: str, tmp_path: Path) -> None:
+    source, write = bert(), save_file if stem.endswith("safetensors") else torch.save
+    state = {k: v.clone() for k, v in theirs(source, "huggingface").items()}
+    names = [f"one-{stem}", f"two-{stem}"]
+    places = {key: names[i % 2] for i, key in enumerate(state)}
+    for name in names:
+        write({k: v for k, v in state.items() if places[k] == name}, tmp_path / name)  # type: ignore[operator]
+    index = tmp_path / f"{stem}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_attention_heads": 3}')
+    for given in (tmp_path, index):
+        model = bert()
+        assert "num_attention_heads" in effformer.load_weights(model, given).confirmed
+        assert same(model, state_of(source))
+    with pytest.raises(FormatError, match="num_attention_heads is 3 there and 6 here"):
+        effformer.load_weights(bert(heads=6), tmp_path)
+    for wrong, message in (
+        (places | {"x": names[0]}, "x and 0 more are not in their files"),
+        (places | {"x": "../w.safetensors"}, "which is no file of weights in its folder"),
+        (places | {"x": index.name}, "which is no file of weights in its folder"),
+        ([], "is not an index of shards"),
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(FormatError, match=message):
+            effformer.load_weights(bert(), tmp_path)
+    index.unlink()
+    with pytest.raises(FormatError, match=r"a folder without weights \(model\.safetensors, "):
+        effformer.load_weights(bert(), tmp_path)
+
+
+def test_configs_may_be_objects() -> None:
+    class Config:
+        def to_dict(self) -> dict[str, Any]:
+            return {"model_type": "bert", "num_attention_heads": 3}
+
+    state = theirs(bert(), "huggingface")
+    assert effformer.load_weights(bert(), state, config=Config()).confirmed
+    with pytest.raises(FormatError, match="num_attention_heads is 3 there and 6 here"):
+        effformer.load_weights(bert(heads=6), state, config=Config())
+    with pytest.raises(TypeError, match="config is a mapping of options, got int"):
+        effformer.load_weights(bert(), state, config=3)
+
+
+def test_numbers_that_a_buffer_cannot_hold() -> None:
+    packed, _ = effformer.compress.quantize(nn.Sequential(nn.Linear(32, 4)), "int8")
+    before = packed.state_dict()
+    wide = before | {"0.codes": before["0.codes"].long()}
+    effformer.load_weights(packed, wide)
+    with pytest.raises(FormatError, match=r"0\.codes is int64 with values that uint8, .* not hold"):
+        effformer.load_weights(packed, wide | {"0.codes": wide["0.codes"] + 256})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (torch.float32, math.nan, r"NaN or infinite values in norm\.weight, and so"),
+        (torch.float32, -math.inf, r"NaN or infinite values in norm\.weight, and so"),
+        (torch.float16, 1e5, r"values in norm\.weight \(beyond float16\), and so"),
+    ],
+)
+def test_values_that_are_not_finite_are_told(
+    dtype: torch.dtype, value: float, message: str
+) -> None:
+    model = effformer.build_model("vit-nano").to(dtype)
+    state = {key: x.double() if x.is_floating_point() else x for key, x in state_of(model).items()}
+    effformer.load_weights(model, state)
+    state["norm.weight"][3] = value
+    with pytest.warns(UserWarning, match=message):
+        effformer.load_weights(model, state)
+    assert not model.norm.weight[3].isfinite()
 
 
 class Tied(nn.Module):

@@ -71,12 +71,15 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # half() and to(dtype) change what the weight decodes to, never the stored scales
-        kept = {name: t for name, t in self.tensors().items() if t.is_floating_point()}
+        kept = self.tensors()
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             moved = self.get_buffer(name)
-            if moved.dtype != tensor.dtype:
-                self.register_buffer(name, tensor.to(moved.device))
+            moved = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if torch._has_compatible_shallow_copy_type(tensor, moved):
+                tensor.data = moved  # as torch moves parameters: a tied layer has the same tensor
+                moved = tensor
+            self.register_buffer(name, moved)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 

@@ -142,6 +142,9 @@ def dequantize(model: M) -> M:
     packed = {m: m.to_dense() for m in changed.modules() if isinstance(m, Packed)}
     if not packed:
         raise ValueError("dequantize: no layer of this model is quantized")
+    weights: dict[Tensor, Any] = {}
+    for layer, dense in packed.items():
+        dense.weight = weights.setdefault(layer.get_buffer("codes"), dense.weight)
     with opened(changed):
         swap(changed, packed)
     forget(changed, "quantize")
@@ -163,10 +166,11 @@ def _replay(model: M, record: Mapping[str, Any]) -> M:
     return model
 
 
-def _empty(model: nn.Module, layers: Sequence[str], scheme: Scheme) -> dict[nn.Module, nn.Module]:
+def _empty(model: nn.Module, layers: Sequence[str], scheme: Scheme) -> dict[nn.Module, Packed]:
     """Layers to load packed tensors into, for the dense ones at some paths."""
     modules = dict(model.named_modules())
-    packed: dict[nn.Module, nn.Module] = {}
+    packed: dict[nn.Module, Packed] = {}
+    tied: dict[Tensor, Packed] = {}
     for name in layers:
         dense = modules.get(name)
         if not isinstance(dense, nn.Linear | nn.Embedding):
@@ -176,6 +180,7 @@ def _empty(model: nn.Module, layers: Sequence[str], scheme: Scheme) -> dict[nn.M
             )
         kind = QuantLinear if isinstance(dense, nn.Linear) else QuantEmbedding
         packed[dense] = kind.like(dense, scheme.config)  # type: ignore[arg-type]
+        packed[dense].tie(tied.setdefault(dense.weight, packed[dense]))
     return packed
 
 
@@ -270,7 +275,7 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def _relative(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """``||a - e|| / ||e||`` over all tensors, 0 if both are zero."""
     square = sum(
-        float((a - e).double().square().sum()) for a, e in zip(actual, expected, strict=True)
+        float((a.double() - e).square().sum()) for a, e in zip(actual, expected, strict=True)
     )
     norm = sum(float(e.double().square().sum()) for e in expected)
     return (square / norm) ** 0.5 if norm > 0 else square**0.5

@@ -1,69 +1,154 @@
-"""`effformer bench`: latency of several models side by side."""
+"""`effformer bench`: models and their forms side by side."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Batch, Force, Json, Out, Threads, check_report, emit, load, overrides, stages
+from ..checks import unknown
+from .common import Batch, Force, Json, Out, check_report, emit, load, overrides, stages, steps_bar
+from .forms import FORMS, GRAPHS, candidate, graph_of, keep_inputs, write_graph
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from effformer.models.base import Model
+    from effformer.profile import Benchmark, Candidate, Comparison, Profile
+
+
+@dataclass(slots=True, kw_only=True)
+class _Row:
+    """A candidate and what is known of it.
+
+    Attributes:
+        spec: what was typed.
+        form: how it runs.
+        candidate: what is timed.
+        profile: its cost on paper.
+        bytes: its weights or file.
+    """
+
+    spec: str
+    form: str
+    candidate: Candidate
+    profile: Profile | None = None
+    bytes: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Source:
+    """One argument: a model, or a graph that lies on the disk."""
+
+    spec: str
+    label: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    model: Model | None = None
+    graph: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The name or folder of a model."""
+        return self.spec.partition(":")[0]
 
 
 def bench(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Model names or folders; parts after a colon: dit-b dit-b:attn=flow,depth=6. "
-            "Ratios are relative to the first."
+            help="Model names, folders, bundles or .onnx files; parts after a colon: dit-b "
+            "dit-b:attn=flow,depth=6. Ratios are relative to the first."
         ),
     ],
+    forms: Annotated[
+        str,
+        typer.Option(help=f"How models run: all, or of {', '.join(FORMS)} with commas between."),
+    ] = "eager",
+    threads: Annotated[
+        str | None, typer.Option(help="Numbers of threads, for instance 1,2; default: all cores.")
+    ] = None,
     batch: Batch = 1,
-    runs: Annotated[int, typer.Option(help="Timed calls of each.", min=1, max=10**6)] = 7,
-    warmup: Annotated[int, typer.Option(help="Untimed calls of each.", min=0, max=10**6)] = 2,
-    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(help="Processes of each.", min=1, max=1000)] = 3,
+    runs: Annotated[int, typer.Option(help="Timed calls in a process.", min=1, max=10**6)] = 7,
+    warmup: Annotated[int, typer.Option(help="Untimed calls before.", min=0, max=10**6)] = 2,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Time models in turns (medians, ratios within one run) beside what they cost on paper.
+    """Time models, one per process in turns, beside what they cost on paper.
 
-    Examples: `effformer bench dit-s dit-s:attn=flow --threads 2`,
-    `effformer bench model model-int8 -o compare.html`
+    Examples: `effformer bench dit-s dit-s:attn=flow --threads 1,2`,
+    `effformer bench runs/digits/model --forms all -o forms.html`
     """
-    from ..profile import compare
+    from ..profile import benchmark
 
     check_report(out, "comparison", force=force)
-    built = []
-    for spec in models:
-        name, _, changes = spec.partition(":")
-        built.append(load(name, overrides(pairs=[c for c in changes.split(",") if c])))
-    inputs = _shared_inputs(built, batch)
-    with stages() as stage:
-        result = compare(
-            built,
-            inputs,
-            names=_unique(models),
-            warmup=warmup,
-            runs=runs,
-            threads=threads,
-            progress=stage,
-        )
-        if out is not None:
-            result.save(out, force=force)
-    emit(result.to_dict(), str(result), as_json)
+    counts, chosen = _numbers(threads), _forms(forms)
+    sources = [_source(spec, label) for spec, label in zip(models, _unique(models), strict=True)]
+    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+        inputs = _inputs(sources, batch)
+        with stages() as stage:
+            rows = _rows(sources, chosen, inputs, Path(folder), stage)
+        with steps_bar("measuring") as progress:
+            found = benchmark(
+                [row.candidate for row in rows], threads=counts, rounds=rounds, runs=runs,
+                warmup=warmup, compared=len(sources) == 1, progress=progress,
+            )  # fmt: skip
+    result = _comparison(rows, found)
+    if out is not None:
+        result.save(out, force=force)
+    emit(result.to_dict(), f"{result}\n{_verdict(rows, found)}", as_json)
 
 
-def _shared_inputs(models: list[Model], batch: int) -> dict[str, Tensor]:
+def _numbers(text: str | None) -> tuple[int, ...]:
+    """Numbers of threads.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text is None:
+        from ..profile import machine
+
+        return (machine().cores,)
+    parts = text.split(",")
+    if not all(p.strip().isdecimal() and 0 < int(p) <= 1024 for p in parts):
+        raise ValueError(f"--threads {text}: numbers from 1 to 1024, for instance 1 or 1,2")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    if text == "all":
+        return FORMS
+    for name in (given := tuple(dict.fromkeys(text.split(",")))):
+        if name not in FORMS:
+            raise unknown("form", name, [*FORMS, "all"], where="--forms")
+    return given
+
+
+def _source(spec: str, label: str) -> _Source:
+    name, _, changes = spec.partition(":")
+    if (graph := graph_of(spec)) is not None:
+        return _Source(spec=spec, label=label, graph=graph)
+    options = overrides(pairs=[c for c in changes.split(",") if c])
+    return _Source(spec=spec, label=label, changes=options, model=load(name, options))
+
+
+def _inputs(sources: list[_Source], batch: int) -> dict[str, Tensor]:
     """Inputs that all models take.
 
     Raises:
-        ValueError: they take different ones, so that their times say nothing about each other.
+        ValueError: they take different ones, so that their times say nothing about each other, or
+            there are graphs only, which do not say all sizes.
     """
+    models = [s.model for s in sources if s.model is not None]
+    if not models:
+        graphs = ", ".join(s.spec for s in sources)
+        raise ValueError(
+            f"bench: {graphs} leave sizes open; name the model that was exported, too, which has inputs"
+        )
     first, *others = (m.example_inputs(batch) for m in models)
     sizes = {k: tuple(x.shape) for k, x in first.items()}
     for model, inputs in zip(models[1:], others, strict=True):
@@ -73,6 +158,89 @@ def _shared_inputs(models: list[Model], batch: int) -> dict[str, Tensor]:
                 f"{_shapes(first)}; compare models of equal inputs, or profile each alone"
             )
     return first
+
+
+def _rows(
+    sources: list[_Source],
+    forms: tuple[str, ...],
+    inputs: dict[str, Tensor],
+    folder: Path,
+    stage: Any,
+) -> list[_Row]:
+    """Every source in every form."""
+    from ..profile import profile
+
+    place = keep_inputs(inputs, folder / "inputs.safetensors")
+    rows = []
+    for i, source in enumerate(sources):
+        if source.graph is not None:
+            made = candidate(source.label, "onnx", source.graph, place)
+            size = source.graph.stat().st_size
+            rows.append(_Row(spec=source.spec, form="file", candidate=made, bytes=size))
+            continue
+        assert source.model is not None
+        stage(f"counting {source.label}")
+        cost = profile(source.model, inputs)
+        for form in forms:
+            name = source.label if len(forms) == 1 else f"{source.label} {form}"
+            origin, size = source.name, _bytes(source.model)
+            if form in GRAPHS:
+                stage(f"exporting {name}")
+                path = write_graph(source.model, form, folder / f"{i}.{form}.onnx", inputs)
+                origin, size = str(path), path.stat().st_size
+            made = candidate(name, form, origin, place, source.changes)
+            rows.append(_Row(spec=source.spec, form=form, candidate=made, profile=cost, bytes=size))
+    return rows
+
+
+def _bytes(model: Model) -> int:
+    """Bytes of the weights, tied ones once."""
+    kept = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in model.state_dict().values()
+    }
+    return sum(kept.values())
+
+
+def _comparison(rows: list[_Row], found: Benchmark) -> Comparison:
+    from ..profile import Comparison, ComparisonRow
+
+    made = []
+    for row in rows:
+        name = row.candidate.name
+        times = tuple((side.rows[name], side.ratios[name]) for side in found.sides.values())
+        made.append(ComparisonRow(name, row.profile, times, row.bytes, found.errors.get(name)))
+    return Comparison(tuple(made), found.how())
+
+
+def _verdict(rows: list[_Row], found: Benchmark) -> str:
+    """What is fastest and smallest here, and what to type next."""
+    lines = []
+    for threads, side in found.sides.items():
+        name = min(side.ratios, key=side.ratios.__getitem__)
+        count = f"{threads} thread{'s' * (threads > 1)}"
+        lines.append(f"fastest with {count}: {name} ({side.ratios[name]:.2f}x of the first)")
+    smallest = min(rows, key=lambda row: row.bytes or 0)
+    lines.append(f"smallest: {smallest.candidate.name}")
+    ratios = next(iter(found.sides.values())).ratios
+    best = next(row for row in rows if row.candidate.name == min(ratios, key=ratios.__getitem__))
+    return "\n".join([*lines, f"next: {_next(best)}"])
+
+
+def _next(best: _Row) -> str:
+    """The command that makes the fastest form."""
+    name, _, changes = best.spec.partition(":")
+    words = " ".join(f"--set {change}" for change in changes.split(",") if change)
+    model = f"{name} {words}".strip()
+    if best.form == "file":
+        return f"effformer show {name}"
+    if best.form in GRAPHS:
+        scheme = GRAPHS[best.form]
+        return f"effformer export {model}{f' --quantize {scheme}' if scheme else ''} -o model.onnx"
+    if best.form == "eager":
+        return f"effformer bench {best.spec} --forms all"
+    call = "effformer.optimize(model)" if best.form == "optimized" else "torch.compile(model)"
+    return f"{call} in Python"
 
 
 def _shapes(inputs: dict[str, Tensor]) -> str:

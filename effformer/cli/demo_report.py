@@ -47,7 +47,7 @@ def summary(demo: Demo) -> dict[str, Any]:
         "loss": {attn: records[-1]["loss"] for attn, records in demo.losses.items()},
         "parity": {name: report.max_rel for name, report in demo.parity.items()},
         "scaling": [{"tokens": n, "softmax": s, "flow": f} for n, s, f in demo.scaling],
-        "machine": demo.machine,
+        "measured": demo.measured,
         "seconds": {name: round(value, 3) for name, value in demo.seconds.items()},
         "seconds_total": round(sum(demo.seconds.values()), 3),
     }
@@ -102,7 +102,7 @@ def page(demo: Demo) -> str:
         "<h2>What each form costs</h2>",
         _table(*cost_rows(demo)),
         "<p>MACs: multiply-adds of one forward of one sample. Forward: median time of 20 samples, "
-        f"the forms of a runtime in turns; {escape(demo.machine)}.</p>",
+        f"{escape(demo.measured)}.</p>",
         f'<div class="plot">{pareto(demo).svg()}</div>',
         "<h2>The same exchange on longer inputs</h2>",
         _table(*_scaling(demo)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import load
+from .forms import candidate, keep_inputs
 from .sample import draw, pixels
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ class Demo:
         losses: attention -> records of the training.
         parity: form -> comparison of its export with torch.
         scaling: (tokens, MACs with softmax, MACs with flow) of a larger model.
-        machine: what it was measured on.
+        measured: how and on what the times were measured.
         seconds: step -> time.
         say: called with one line when a step is done.
     """
@@ -104,7 +106,7 @@ class Demo:
     losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     parity: dict[str, VerifyReport] = field(default_factory=dict)
     scaling: list[tuple[int, int, int]] = field(default_factory=list)
-    machine: str = ""
+    measured: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -168,16 +170,14 @@ def run_demo(
         per_class: samples of each class that are judged, at least ten.
         say: called with one line when a step is done.
     """
-    from ..profile import machine
     from ..train import load_data, train_classifier
 
     began = time.perf_counter()
     data = load_data(recipe.data)
     judge = train_classifier(data, seed=seed)
     demo = Demo(
-        out=out, recipe=recipe, seed=seed, say=say, per_class=per_class, judge=judge, data=data,
-        machine=str(machine()),
-    )  # fmt: skip
+        out=out, recipe=recipe, seed=seed, say=say, per_class=per_class, judge=judge, data=data
+    )
     demo.seconds["train the judge"] = time.perf_counter() - began
     say(f"judge: recognises {judge.accuracy:.1%} of real digits that it has not seen")
     _show_real(demo)
@@ -302,25 +302,26 @@ def _bundle(demo: Demo, model: Model) -> Path:
 
 
 def _time(demo: Demo, models: dict[str, Model], files: dict[str, Path]) -> None:
-    """Time the forms of each runtime in turns.
-
-    Not the two runtimes among each other: the threads of ONNX Runtime wait actively for a while
-    after a call, which would slow whatever runs next.
-    """
+    """Time all forms, one per process."""
     import torch
 
-    from ..export import Session
-    from ..profile import interleave
+    from ..profile import benchmark
 
-    inputs = models[ATTENTIONS[0]].example_inputs(BATCH)
     threads = torch.get_num_threads()
-    sessions = {name: Session(file, threads=threads) for name, file in files.items()}
-    exported = {name: lambda s=s: s.run(inputs) for name, s in sessions.items()}
-    with demo.step("measure latency"):
-        for runtime, candidates in ((TORCH, models), (RUNTIME, exported)):
-            measured = interleave(candidates, inputs, warmup=3, runs=21)
-            for name, row in measured.rows.items():
-                demo.form(name, runtime).milliseconds = 1e3 * row.median
+    with demo.step("measure latency"), tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+        place = Path(folder) / "inputs.safetensors"
+        keep_inputs(models[ATTENTIONS[0]].example_inputs(BATCH), place)
+        folders = {name: demo.out / "models" / name.replace(" ", "-") for name in models}
+        found = benchmark(
+            [
+                *(candidate(name, "eager", path, place) for name, path in folders.items()),
+                *(candidate(f"{n}, {RUNTIME}", "onnx", file, place) for n, file in files.items()),
+            ],
+            threads=(threads,), rounds=2, runs=11, warmup=3,
+        )  # fmt: skip
+    for form in demo.forms:
+        form.milliseconds = 1e3 * found.sides[threads].rows[form.label].median
+    demo.measured = found.how()
 
 
 def _count(demo: Demo) -> None:

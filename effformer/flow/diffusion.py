@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .paths import DDPM, expand
+from .paths import DDPM, expand, widened
 
 __all__ = ["Diffusion", "DiffusionLoss", "PosteriorMean", "space_timesteps"]
 
@@ -226,7 +226,7 @@ class Diffusion:
             cond: conditions.
         """
         x = self.q_sample(x0, step, noise)
-        out = network(x, self._labels(step), **cond)
+        out = network(x.to(x0.dtype), self._labels(step), **cond)
         eps = self._split(out, x)[0]
         mse = (noise - eps).square().flatten(1).mean(1)
         if self.variance != "learned-range":
@@ -291,7 +291,7 @@ class Diffusion:
 
         Args:
             network: called as ``network(x, label, **cond)``. Guidance: wrap `forward_with_cfg`.
-            x: standard normal noise.
+            x: standard normal noise, of the network's dtype. The state is float32 at least.
             method: "ddim" or "ancestral".
             eta: noise of DDIM.
             generator: randomness.
@@ -306,6 +306,11 @@ class Diffusion:
             raise ValueError(
                 f"Diffusion.sample: unknown method {method!r} (choices: ddim, ancestral)"
             )
+        dtype, x = x.dtype, widened(x)
+
+        def asked(state: Tensor, label: Tensor, **cond: Any) -> Tensor:
+            return network(state.to(dtype), label, **cond)
+
         with torch.no_grad():
             for index in reversed(range(len(self))):
                 step = torch.full((x.shape[0],), index, device=x.device)
@@ -314,12 +319,12 @@ class Diffusion:
                     source = x.device if generator is None else generator.device
                     noise = torch.randn(x.shape, generator=generator, device=source).to(x)
                 if method == "ddim":
-                    x = self.ddim_step(network, x, step, eta=eta, noise=noise, clip=clip, **cond)
+                    x = self.ddim_step(asked, x, step, eta=eta, noise=noise, clip=clip, **cond)
                 elif noise is not None:
-                    x = self.ancestral_step(network, x, step, noise, clip=clip, **cond)
+                    x = self.ancestral_step(asked, x, step, noise, clip=clip, **cond)
                 if progress is not None:
                     progress(len(self) - index, len(self))
-        return x
+        return x.to(dtype)
 
     def _at(self, values: Tensor, step: Tensor, x: Tensor) -> Tensor:
         chosen = values.to(step.device)[step]
@@ -340,6 +345,7 @@ class Diffusion:
                 f"Diffusion: variance={self.variance!r} expects {channels} channels for x "
                 f"{tuple(x.shape)}, the network answered {tuple(out.shape)}"
             )
+        out = widened(out)
         return (out[:, : x.shape[1]], out[:, x.shape[1] :])
 
     def _posterior_of(self, out: Tensor, x: Tensor, step: Tensor, clip: bool) -> PosteriorMean:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import unknown
 from ..values import Checked, Count, Real
 from .conventions import VelocityField, as_velocity, batch_times
+from .paths import widened
 
 __all__ = ["Guidance", "Guided", "Weak", "forward_with_cfg", "guided"]
 
@@ -90,7 +91,7 @@ def _check_interval(interval: tuple[float, float] | None) -> None:
 
 
 class Guided:
-    """A guided velocity field; made by `guided`."""
+    """A guided velocity field, in float32 at least; made by `guided`."""
 
     def __init__(self, velocity: VelocityField, guidance: Guidance) -> None:
         self.velocity = as_velocity(velocity, where="guided")
@@ -100,10 +101,11 @@ class Guided:
         rule, times = self.guidance, batch_times(t, x)
         v, v_cond = self._mixed(x, times, cond)
         weak = rule.weak
-        scale = None if weak is None else _strength(weak.scale, 0.0, weak.interval, times, x)
+        scale = None if weak is None else _strength(weak.scale, 0.0, weak.interval, times, x.dim())
         if weak is None or scale is None:
             return v
-        away = scale * (v_cond - self.velocity(x, times, **{**cond, **weak.changes}))
+        v_weak = widened(self.velocity(x, times, **{**cond, **weak.changes}))
+        away = scale * (v_cond - v_weak)
         if rule.channels != "all":
             away[:, rule.channels :] = 0
         return v + away
@@ -111,9 +113,9 @@ class Guided:
     def _mixed(self, x: Tensor, times: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The guided field, and the conditional one."""
         rule = self.guidance
-        scale = _strength(rule.scale, 1.0, rule.interval, times, x)
+        scale = _strength(rule.scale, 1.0, rule.interval, times, x.dim())
         if scale is None:
-            v_cond = self.velocity(x, times, **cond)
+            v_cond = widened(self.velocity(x, times, **cond))
             return v_cond, v_cond
         null = {**cond, **_null(rule.null, cond)}
         if rule.batched:
@@ -122,7 +124,7 @@ class Guided:
             v_cond, v_null = out.chunk(2)
         else:
             v_cond, v_null = self.velocity(x, times, **cond), self.velocity(x, times, **null)
-        return _mix(v_cond, v_null, scale, rule.channels), v_cond
+        return _mix(v_cond, v_null, scale, rule.channels), widened(v_cond)
 
 
 def guided(
@@ -177,7 +179,7 @@ def forward_with_cfg(
         cond: conditions (2B, ...), the null condition in the second half.
 
     Returns:
-        (2B, Cout, ...).
+        (2B, Cout, ...), in float32 at least.
 
     Raises:
         ValueError: the batch is odd.
@@ -185,7 +187,7 @@ def forward_with_cfg(
     if x.shape[0] % 2:
         raise ValueError(f"forward_with_cfg: expected an even batch [cond; null], got {x.shape[0]}")
     half = x[: x.shape[0] // 2]
-    out = network(torch.cat([half, half]), t, **cond)
+    out = widened(network(torch.cat([half, half]), t, **cond))
     guided_channels = x.shape[1] if channels == "all" else channels
     v_cond, v_null = out[:, :guided_channels].chunk(2)
     mixed = v_null + scale * (v_cond - v_null)
@@ -195,7 +197,7 @@ def forward_with_cfg(
 
 
 def _strength(
-    scale: float, idle: float, interval: tuple[float, float] | None, times: Tensor, x: Tensor
+    scale: float, idle: float, interval: tuple[float, float] | None, times: Tensor, axes: int
 ) -> float | Tensor | None:
     """The scale of each sample, which is ``idle`` outside the interval; None if all are idle."""
     if scale == idle:
@@ -205,10 +207,11 @@ def _strength(
     inside = (times >= interval[0]) & (times <= interval[1])
     if not bool(inside.any()):
         return None
-    return torch.where(inside, scale, idle).to(x).view(-1, *(1,) * (x.dim() - 1))
+    return torch.where(inside, scale, idle).to(times).view(-1, *(1,) * (axes - 1))
 
 
 def _mix(v_cond: Tensor, v_null: Tensor, scale: float | Tensor, channels: Channels) -> Tensor:
+    v_cond, v_null = widened(v_cond), widened(v_null)
     if channels == "all":
         return v_null + scale * (v_cond - v_null)
     if channels > v_cond.shape[1]:

@@ -15,7 +15,7 @@ from effformer.values import NonNegative, Positive
 from .. import config as _config
 from ..registry import loss as registry
 from .conventions import FlowConvention, VelocityField
-from .paths import Path, PathSample, Prediction, expand, get_path
+from .paths import Path, PathSample, Prediction, expand, get_path, widened
 from .times import TimeLaw, get_time_law
 
 __all__ = [
@@ -66,7 +66,7 @@ def cosine_distance(value: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B,), in [0, 2], at least float32.
     """
-    cosine = F.cosine_similarity(_widened(value), _widened(target), dim=1)
+    cosine = F.cosine_similarity(widened(value), widened(target), dim=1)
     return 1 - cosine.reshape(len(cosine), -1).mean(1)
 
 
@@ -202,7 +202,7 @@ class FlowMatching(_Objective):
             target, error = -noise, expand(self.path.sigma(t), data) * value + noise
         else:
             target = {"velocity": point.velocity, "noise": noise, "data": data}[kind]
-            error = value - target
+            error = widened(value) - target
         squares = _squares(error)
         per_sample = squares.mean(1) if self.config.reduction == "mean" else 0.5 * squares.sum(1)
         per_sample = loss_weight(self.path, t, self.config.weight) * per_sample
@@ -338,8 +338,4 @@ class Distillation(_Objective):
 
 def _squares(error: Tensor) -> Tensor:
     """(B, d) squares of all elements, at least float32."""
-    return _widened(error).square().flatten(1)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return widened(error).square().flatten(1)

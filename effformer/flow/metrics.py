@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .paths import widened
+
 __all__ = ["straightness"]
 
 
@@ -44,7 +46,7 @@ def straightness(
         times = [i / steps for i in range(steps + 1)]
     if len(times) != steps + 1:
         raise ValueError(f"straightness: {steps + 1} states have {len(times)} times")
-    trajectory = trajectory.to(torch.promote_types(trajectory.dtype, torch.float32))
+    trajectory = widened(trajectory)
     clock = torch.tensor(times, dtype=torch.float64)
     total = clock[-1] - clock[0]
     # a straight line through the ends takes the share dt / total of the way in each step

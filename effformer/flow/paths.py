@@ -25,7 +25,7 @@ from ..config import Config
 
 __all__ = [
     "DDPM", "GVP", "PATHS", "VP", "EndPoints", "Linear", "Path", "PathSample", "Prediction",
-    "VariancePreserving", "expand", "get_path", "time_interval",
+    "VariancePreserving", "expand", "get_path", "time_interval", "widened",
 ]  # fmt: skip
 
 Prediction = Literal["velocity", "noise", "score", "data"]
@@ -39,6 +39,11 @@ about noise at t = 1.
 def expand(t: Tensor, x: Tensor) -> Tensor:
     """View times (B,) as (B, 1, ..., 1) so that they multiply ``x`` (B, ...)."""
     return t.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least: what a network answers in half precision is added up exactly."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .norms import LayerNorm
+
 __all__ = ["LePE", "Reduction"]
 
 
@@ -58,7 +60,7 @@ class Reduction(nn.Module):
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, side, stride=side)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.norm = LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, h * w, D) -> (B, (h // side) * (w // side), D)."""

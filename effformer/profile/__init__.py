@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from .benchmark import Benchmark, Candidate, benchmark
 from .compare import Comparison, ComparisonRow, compare
 from .counter import Counter
 from .latency import Latency, SideBySide, interleave, latency
@@ -18,6 +19,8 @@ from .save import SUFFIXES
 
 __all__ = [
     "SUFFIXES",
+    "Benchmark",
+    "Candidate",
     "Comparison",
     "ComparisonRow",
     "Counter",
@@ -27,6 +30,7 @@ __all__ = [
     "MemoryTracker",
     "Profile",
     "SideBySide",
+    "benchmark",
     "compare",
     "count_parameters",
     "interleave",

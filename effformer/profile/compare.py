@@ -24,42 +24,59 @@ from .tables import amount, size, table
 
 __all__ = ["METRICS", "Comparison", "ComparisonRow", "Metric", "compare"]
 
-Metric = Literal["latency", "macs", "executed", "params", "memory"]
+Metric = Literal["latency", "macs", "executed", "params", "memory", "bytes"]
 METRICS: dict[Metric, str] = {
     "latency": "latency / ms",
     "macs": "GMACs",
     "executed": "executed GMACs",
     "params": "parameters / M",
     "memory": "peak activations / MB",
+    "bytes": "size / MB",
 }
 """Metric -> axis label with unit; less is better for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """One model.
+    """One model, or one form of it.
 
     Attributes:
         name: unique name in the table.
-        profile: its cost.
-        latency: its wall time, None if it was not measured.
-        ratio: its wall time over that of the first row, None likewise.
+        profile: its cost, None where there is only a file.
+        times: its wall time at each number of threads, and that over the time of the first row;
+            empty if it was not measured.
+        bytes: size of its weights, or of its file.
+        error: largest difference of its outputs from those of the first row, relative to the largest
+            of these; None if they are no forms of one model.
     """
 
     name: str
-    profile: Profile
-    latency: Latency | None
-    ratio: float | None
+    profile: Profile | None
+    times: tuple[tuple[Latency, float], ...] = ()
+    bytes: int | None = None
+    error: float | None = None
+
+    @property
+    def latency(self) -> Latency | None:
+        """The wall time at the first number of threads."""
+        return self.times[0][0] if self.times else None
+
+    @property
+    def ratio(self) -> float | None:
+        """The same over that of the first row."""
+        return self.times[0][1] if self.times else None
 
     def value(self, metric: Metric) -> float | None:
         """A metric in the unit of `METRICS`, None if it was not measured."""
-        memory = self.profile.memory
+        p, t = self.profile, self.latency
+        memory = None if p is None else p.memory
         raw: dict[Metric, float | None] = {
-            "latency": None if self.latency is None else 1e3 * self.latency.median,
-            "macs": self.profile.total / 1e9,
-            "executed": None if self.profile.executed is None else self.profile.executed / 1e9,
-            "params": self.profile.params / 1e6,
+            "latency": None if t is None else 1e3 * t.median,
+            "macs": None if p is None else p.total / 1e9,
+            "executed": None if p is None or p.executed is None else p.executed / 1e9,
+            "params": None if p is None else p.params / 1e6,
             "memory": None if memory is None else memory.peak / 1e6,
+            "bytes": None if self.bytes is None else self.bytes / 1e6,
         }
         if metric not in raw:
             raise unknown("metric", metric, list(raw))
@@ -69,9 +86,12 @@ class ComparisonRow:
         """Plain JSON values."""
         return {
             "name": self.name,
-            "profile": self.profile.to_dict(),
+            "profile": None if self.profile is None else self.profile.to_dict(),
             "latency": None if self.latency is None else asdict(self.latency),
             "ratio": self.ratio,
+            "times": [{"latency": asdict(t), "ratio": ratio} for t, ratio in self.times],
+            "bytes": self.bytes,
+            "error": self.error,
         }
 
 
@@ -81,9 +101,11 @@ class Comparison:
 
     Attributes:
         rows: one per model, in the order given.
+        how: how the times were measured, in words.
     """
 
     rows: tuple[ComparisonRow, ...]
+    how: str = ""
 
     def pareto(self, x: Metric = "latency", y: Metric = "macs") -> Pareto:
         """A plot of two metrics in which the models that no other one beats in both are joined.
@@ -100,41 +122,45 @@ class Comparison:
             points.append((row.name, px, py))
         return Pareto(tuple(points), METRICS[x], METRICS[y])
 
+    def against(self) -> Metric:
+        """What the times are drawn against: work, or the size where it tells the rows apart and the
+        work does not, or is not known.
+        """
+        macs, bytes_ = ({row.value(m) for row in self.rows} for m in ("macs", "bytes"))
+        return (
+            "bytes" if None not in bytes_ and (None in macs or len(bytes_) > len(macs)) else "macs"
+        )
+
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and cells, one row per model."""
-        columns: dict[str, list[str]] = {
-            name: []
-            for name in (
-                "model",
-                "parameters",
-                "MACs",
-                "executed",
-                "peak",
-                "latency",
-                "p10",
-                "p90",
-                "ratio",
-            )
+        lines = [self._cells(row) for row in self.rows]
+        if all(line["executed"] == line["MACs"] for line in lines):
+            for line in lines:
+                del line["executed"]
+        header = [c for c in lines[0] if any(line[c] != "-" for line in lines)]
+        return tuple(c.strip() for c in header), [tuple(line[c] for c in header) for line in lines]
+
+    def _cells(self, row: ComparisonRow) -> dict[str, str]:
+        """The cells of a row by column; "-" for what is not known."""
+        p, one = row.profile, len(row.times) < 2
+        cells = {
+            "model": row.name,
+            "parameters": "-" if p is None else amount(p.params),
+            "MACs": "-" if p is None else amount(p.total),
+            "executed": "-" if p is None or p.executed is None else amount(p.executed),
+            "peak": "-" if p is None or p.memory is None else size(p.memory.peak),
+            "size": "-" if row.bytes is None else size(row.bytes),
         }
-        for row in self.rows:
-            p, t = row.profile, row.latency
-            times = (
-                ["-"] * 3 if t is None else [f"{1e3 * s:.4g} ms" for s in (t.median, t.p10, t.p90)]
-            )
-            cells = [
-                row.name,
-                amount(p.params),
-                amount(p.total),
-                "-" if p.executed is None else amount(p.executed),
-                "-" if p.memory is None else size(p.memory.peak),
-                *times,
-                "-" if row.ratio is None else f"{row.ratio:.3f}x",
-            ]
-            for column, cell in zip(columns.values(), cells, strict=True):
-                column.append(cell)
-        if columns["executed"] == columns["MACs"]:
-            del columns["executed"]
-        return tuple(columns), list(zip(*columns.values(), strict=True))
+        for i, (found, ratio) in enumerate(row.times):
+            count = f"{found.threads} thread{'s' * (found.threads > 1)}"
+            cells["latency" if one else count] = f"{1e3 * found.median:.4g} ms"
+            if one:
+                cells |= {"p10": f"{1e3 * found.p10:.4g} ms", "p90": f"{1e3 * found.p90:.4g} ms"}
+            cells["ratio" + " " * i] = f"{ratio:.3f}x"  # columns of equal names have different keys
+        memory = [found.memory for found, _ in row.times if found.memory is not None]
+        cells["process"] = size(max(memory)) if memory else "-"
+        cells["error"] = "-" if row.error is None else f"{row.error:.1e}"
+        return cells
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -148,18 +174,14 @@ class Comparison:
             FormatError: the file cannot be written, or is no earlier comparison (``force`` replaces
                 it all the same); what was there before is intact.
         """
-        profiles = [row.profile for row in self.rows]
+        profiles = [row.profile for row in self.rows if row.profile is not None]
         save_report(
             path, COMPARISON, data=self.to_dict, text=self.__str__,
             page=lambda: report_page(profiles, self), force=force,
         )  # fmt: skip
 
     def __str__(self) -> str:
-        lines = [table(*self.table())]
-        first = self.rows[0].latency
-        if first is not None:
-            lines.append(f"{first.runs} runs each in turns after {first.warmup}, {first.machine}")
-        return "\n".join(lines)
+        return "\n".join([table(*self.table()), *([self.how] if self.how else [])])
 
 
 def compare(
@@ -173,7 +195,8 @@ def compare(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Profile several models and time them in turns.
+    """Profile several models and time them in turns, in this process. What other runtimes do, and what
+    a number of threads does, measures `effformer.profile.benchmark`, one process for each.
 
     Args:
         models: modules, or names of registered models (built with their presets and random
@@ -199,21 +222,19 @@ def compare(
             progress(f"counting {label}")
         profiles.append(profile(model, inputs))
     if not time:
-        return Comparison(tuple(map(_untimed, labels, profiles)))
+        return Comparison(tuple(map(ComparisonRow, labels, profiles)))
     if progress is not None:
         progress("measuring latency")
     side = interleave(
         dict(zip(labels, built, strict=True)), inputs, warmup=warmup, runs=runs, threads=threads
     )
     rows = (
-        ComparisonRow(label, p, side.rows[label], side.ratios[label])
+        ComparisonRow(label, p, ((side.rows[label], side.ratios[label]),))
         for label, p in zip(labels, profiles, strict=True)
     )
-    return Comparison(tuple(rows))
-
-
-def _untimed(name: str, cost: Profile) -> ComparisonRow:
-    return ComparisonRow(name, cost, None, None)
+    first = next(iter(side.rows.values()))
+    how = f"{first.runs} runs each in turns after {first.warmup}, in one process; {first.machine}"
+    return Comparison(tuple(rows), how)
 
 
 def _build(name: str, *, meta: bool) -> nn.Module:

@@ -127,11 +127,9 @@ def profile_section(profile: Profile) -> str:
 def comparison_section(comparison: Comparison) -> str:
     """The table of all models and, where latency was measured, the Pareto plot."""
     pieces = ["<section><h2>Side by side</h2>", _table(*comparison.table())]
-    first = comparison.rows[0].latency
-    if first is not None:
-        how = f"{first.runs} runs each in turns after {first.warmup}; {first.machine}."
-        pieces.append(f"<p>{escape(how)}</p>")
-        pieces.append(f'<div class="plot">{comparison.pareto().svg()}</div>')
+    if comparison.how:
+        pieces.append(f"<p>{escape(comparison.how)}</p>")
+        pieces.append(f'<div class="plot">{comparison.pareto(y=comparison.against()).svg()}</div>')
     return "\n".join(pieces) + "</section>"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -35,9 +35,13 @@ class Latency:
         threads: torch's threads during the measurement.
         dtype: type of the parameters.
         device: where it ran.
-        compiled: the model, or a part of it, went through ``torch.compile``.
+        form: "eager", "compiled" (the model, or a part of it, went through ``torch.compile``), or
+            another runtime.
         machine: CPU, flags and versions.
         samples: every timed call, in order.
+        waited: share of the time for which threads were ready and had no processor, as far as it was
+            measured (`effformer.profile.benchmark`).
+        memory: bytes by which the process grew to load and to run it, None if it had none of its own.
     """
 
     name: str
@@ -49,16 +53,17 @@ class Latency:
     threads: int
     dtype: str
     device: str
-    compiled: bool
+    form: str
     machine: Machine
     samples: tuple[float, ...]
+    waited: float = 0.0
+    memory: int | None = None
 
     def __str__(self) -> str:
-        form = "compiled" if self.compiled else "eager"
         return (
             f"{self.name}: {1e3 * self.median:.3g} ms "
             f"(p10 {1e3 * self.p10:.3g}, p90 {1e3 * self.p90:.3g}; {self.runs} runs after "
-            f"{self.warmup}, {self.threads} threads, {self.dtype}, {self.device}, {form})"
+            f"{self.warmup}, {self.threads} threads, {self.dtype}, {self.device}, {self.form})"
         )
 
 
@@ -159,6 +164,13 @@ def interleave(
     return SideBySide(rows, ratios)
 
 
+def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """10th percentile, median and 90th percentile."""
+    places = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    p10, middle, p90 = torch.tensor(samples, dtype=torch.float64).quantile(places).tolist()
+    return p10, middle, p90
+
+
 def _name(model: nn.Module) -> str:
     return str(getattr(bare(model), "name", type(bare(model)).__name__))
 
@@ -204,11 +216,8 @@ def _latency(
     name: str, candidate: object, samples: list[float], warmup: int, compiled: bool, facts: Machine
 ) -> Latency:
     p = next(candidate.parameters(), None) if isinstance(candidate, nn.Module) else None
-    p10, middle, p90 = (
-        torch.tensor(samples, dtype=torch.float64)
-        .quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-        .tolist()
-    )
+    p10, middle, p90 = percentiles(samples)
+    compiled = isinstance(candidate, nn.Module) and (compiled or is_compiled(candidate))
     return Latency(
         name=name,
         median=middle,
@@ -219,7 +228,7 @@ def _latency(
         threads=facts.threads,
         dtype="-" if p is None else str(p.dtype).removeprefix("torch."),
         device="cpu" if p is None else str(p.device),
-        compiled=isinstance(candidate, nn.Module) and (compiled or is_compiled(candidate)),
+        form="compiled" if compiled else "eager",
         machine=facts,
         samples=tuple(samples),
     )

@@ -177,16 +177,16 @@ def peak_rss(call: Callable[..., Any], *args: Any) -> int:
 
 
 def _measure_rss(sender: Connection, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    before = _rss_peak(reset=True)
+    before = rss_peak(reset=True)
     try:
         call(*args)
     except BaseException as error:
         sender.send(f"{type(error).__name__}: {error}")
         raise
-    sender.send(_rss_peak() - before)
+    sender.send(rss_peak() - before)
 
 
-def _rss_peak(*, reset: bool = False) -> int:
+def rss_peak(*, reset: bool = False) -> int:
     """Largest resident memory of this process in bytes, since the start or the last reset."""
     status = Path("/proc/self/status")
     if status.exists():

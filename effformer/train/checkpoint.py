@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..checks import FormatError, unknown
 from ..files import atomic_path, disk_errors, write_json
+from ..loading import tell_not_finite, unlike
 from ..retired import rename
 from ..weights import unshared
 from ..wrapped import unwrapping
@@ -328,23 +329,28 @@ def load_checkpoint(
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(averaged[name])
+    tell_not_finite(
+        model, averaged if weights == "ema" else raw, where=f"load_checkpoint: {source}"
+    )
     if state.get("trained") is not None:
         model.trained = state["trained"]
     return int(state["step"])
 
 
 def check_fit(found: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
-    """Whether the tensors of a checkpoint are those of a model, by name and shape.
+    """Whether the tensors of a checkpoint are those of a model, by name, shape and kind.
 
     Raises:
         ValueError: they are not; the message names the first differences.
     """
-    wrong = [
+    both = sorted(found.keys() & own.keys())
+    wrong = [f"{key} {why}" for key in both if (why := unlike(found[key], own[key]))]
+    wrong += [
         f"{key} is {tuple(found[key].shape)}, the model has {tuple(own[key].shape)}"
-        for key in sorted(found.keys() & own.keys())
+        for key in both
         if found[key].shape != own[key].shape
     ]
-    sides = {"wrong shapes": wrong, "missing": own.keys() - found.keys()}
+    sides = {"wrong": wrong, "missing": own.keys() - found.keys()}
     sides["unexpected"] = found.keys() - own.keys()
     if words := [f"{side}: {_some(sorted(keys))}" for side, keys in sides.items() if keys]:
         raise ValueError(

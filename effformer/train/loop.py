@@ -134,7 +134,8 @@ def train(
     Args:
         model: trained where it is, compiled or wrapped as it is, and named as it is without that, so
             that a run resumes with or without wrappers; batches are moved to the device of its first
-            parameter.
+            parameter. Weights in half precision follow float32 copies of theirs; those in float32
+            stay so under `torch.autocast` around the call.
         data: training samples, named tensors.
         objective: the loss, see `Objective`.
         config: what decides the weights.
@@ -260,7 +261,7 @@ class _Trainer:
     ) -> None:
         self.model, self.data, self.objective, self.config = model, data, objective, config
         self.optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas)
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable = [self.optimizer.stepped(p) for p in model.parameters() if p.requires_grad]
         self.device = self.trainable[0].device
         self.ema = None if config.ema is None else EMA(model, config.ema, warmup=True)
         self.generator = torch.Generator()
@@ -282,6 +283,7 @@ class _Trainer:
             value = self.objective(self.model, batch, self.generator, ledger) + ledger.total_loss()
             value = value / config.accumulate
             value.backward()
+            self.optimizer.collect()
             loss += value.detach()
         gradients = [p.grad for p in self.trainable if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -290,6 +292,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.done)
         self.optimizer.step()
+        torch.clear_autocast_cache()  # around the run it would go on with the weights of its first step
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model)
@@ -367,9 +370,12 @@ class _Trainer:
         if self.ema is not None:
             averaged = parts(tensors, "ema")
             check_fit(averaged, self.ema.shadow, f"train: the averaged weights of {checkpoint}")
-        restore_optimizer(self.optimizer, self.model, moments)
+        weights = parts(tensors, "model")
         with unwrapped(self.model) as plain:
-            plain.load_state_dict(parts(tensors, "model"))
+            halves = [n for n, p in plain.named_parameters() if p in self.optimizer.masters]
+            copies = {f"{name}.master": weights[name] for name in halves}  # of earlier versions
+            restore_optimizer(self.optimizer, plain, copies | moments)
+            plain.load_state_dict(weights)
         if self.ema is not None:
             self.ema.load_state_dict(
                 self.ema.state_dict() | {"shadow": parts(tensors, "ema"), "updates": state["step"]}

@@ -143,7 +143,7 @@ def test_reports_are_refused_before_anything_is_measured(
         raise AssertionError("measured before the name was checked")
 
     monkeypatch.setattr("effformer.profile.profile", measured)
-    monkeypatch.setattr("effformer.profile.compare", measured)
+    monkeypatch.setattr("effformer.profile.benchmark", measured)
     for verb in ("profile", "bench"):
         message = refusal(verb, "sit-nano", "-o", str(tmp_path / "cost.doc"))
         assert "must end in .json, .html or .txt" in message

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import effformer
 from effformer.cli import common, main
+from effformer.cli.forms import FORMS
 
 from .running import SMALL, answer, invoke, refusal
 
@@ -138,13 +139,39 @@ def test_profile(tmp_path: Path) -> None:
 def test_bench(tmp_path: Path) -> None:
     small = "sit-nano:input_size=8,channels=1"
     page = tmp_path / "bench.json"
-    words = [small, f"{small},attn=flow", "--runs", "2", "--warmup", "1", "--threads", "1"]
-    data = answer("bench", *words, "-o", str(page))
-    assert len(data["rows"]) == 2
-    assert json.loads(page.read_text())
-    assert "ratio" in invoke("bench", *words).stdout
+    words = [small, f"{small},attn=flow", "--runs", "2", "--warmup", "1", "--rounds", "1"]
+    data = answer("bench", *words, "--threads", "1", "-o", str(page))
+    assert data["rows"][0]["ratio"] == 1.0
+    # two models, not two forms of one
+    assert all(row["error"] is None for row in data["rows"])
+    assert json.loads(page.read_text())["rows"] == data["rows"]
     assert "did you mean 'flow'" in refusal("bench", "sit-nano:attn=flwo")
     assert "should be greater" in refusal("bench", small, "--runs", "0")
+    assert "did you mean 'onnx'" in refusal("bench", small, "--forms", "onxx")
+    assert "--threads 1,x: numbers" in refusal("bench", small, "--threads", "1,x")
+
+
+@pytest.mark.slow
+def test_forms_of_a_model(tmp_path: Path) -> None:
+    saved, page, graph = (tmp_path / name for name in ("model", "forms.html", "model.onnx"))
+    model = effformer.build_model("sit-nano", input_size=8)
+    torch.nn.init.normal_(model.final.linear.weight)  # zero until it is trained
+    effformer.save_pretrained(model, saved)
+    invoke("export", str(saved), "-o", str(graph))
+    few = ["--runs", "2", "--warmup", "1", "--rounds", "1"]
+    data = answer("bench", str(saved), "--forms", "all", "--threads", "1,2", *few, "-o", str(page))
+    rows = {row["name"].rpartition(" ")[2]: row for row in data["rows"]}
+    assert list(rows) == list(FORMS)
+    assert all([t["latency"]["threads"] for t in row["times"]] == [1, 2] for row in rows.values())
+    assert rows["eager"]["error"] == 0.0
+    assert max(rows[form]["error"] for form in ("optimized", "compiled", "onnx")) < 1e-4
+    assert 1e-4 < rows["onnx-int8"]["error"] < rows["onnx-int4"]["error"] < 1
+    assert rows["onnx-int8"]["bytes"] < rows["onnx"]["bytes"]
+    assert "Side by side" in page.read_text()
+    text = invoke("bench", str(saved), str(graph), *few, "--threads", "1").stdout
+    for words in ("fastest with 1 thread: ", "smallest: ", "next: effformer "):
+        assert words in text
+    assert "name the model that was exported" in refusal("bench", str(graph), *few)
 
 
 def test_train_resumes(tmp_path: Path) -> None:

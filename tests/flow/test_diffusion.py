@@ -151,3 +151,33 @@ def test_errors() -> None:
         process.sample(lambda x, t: x, x, method="dpm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs noise"):
         process.ddim_step(lambda x, t: x, x, torch.tensor([1, 2]), eta=0.5)
+
+
+@pytest.mark.parametrize("method", ["ddim", "ancestral"])
+def test_the_state_of_half_precision_networks_is_float32(method: Any) -> None:
+    process, exact = Diffusion.linear(50, variance="fixed-small"), torch.randn(2, 3, 4)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(x.dtype)
+        return (0.3 * exact).to(x.dtype)
+
+    asked: list[torch.dtype] = []
+    drawn = [
+        process.sample(network, x, method=method, generator=torch.Generator().manual_seed(1))
+        for x in (exact.bfloat16(), exact.bfloat16().float())
+    ]
+    assert set(asked[:50]) == {torch.bfloat16} == {drawn[0].dtype}
+    # the answers differ by their rounding, the states by no more than these answers do
+    torch.testing.assert_close(drawn[0].float(), drawn[1], rtol=2e-2, atol=2e-2)
+
+
+def test_losses_of_half_precision_networks_are_float32() -> None:
+    process, noise = Diffusion.linear(50, variance="fixed-small"), torch.randn(2, 3, 4).bfloat16()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16
+        return 0.9 * noise
+
+    loss = process.training_losses(network, noise, torch.tensor([3, 30]), noise).loss
+    expected = (noise.double() - (0.9 * noise).double()).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)

@@ -189,3 +189,30 @@ def test_a_weaker_network_is_asked_only_where_it_counts() -> None:
         Weak(2.5, {})
     with pytest.raises(ValueError, match=r"interval \(0.7, 0.2\) is empty"):
         Weak(2.5, {"skip": True}, interval=(0.7, 0.2))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("channels", ["all", 2])
+def test_half_precision_answers_are_mixed_in_float32(channels: Any, batched: bool) -> None:
+    v_cond, v_null = (torch.randn(4, 3, 5).bfloat16() for _ in range(2))
+
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16
+        return torch.cat([v_cond, v_null])[y]
+
+    y, x = torch.arange(4), torch.zeros(4, 3, 5, dtype=torch.bfloat16)
+    null = {"y": torch.arange(4, 8)}
+    mixed = v_null.double() + 7.3 * (v_cond.double() - v_null.double())
+    if channels != "all":
+        mixed[:, channels:] = v_cond[:, channels:].double()
+    rule: dict[str, Any] = {"null": null, "channels": channels, "batched": batched}
+    for scale, interval, expected in (
+        (7.3, None, mixed), (7.3, (0.4, 0.6), mixed), (7.3, (0.6, 1.0), v_cond.double()),
+        (1.0, None, v_cond.double()),
+    ):  # fmt: skip
+        out = guided(network, scale, interval=interval, **rule)(x, 0.5, y=y)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+    both = torch.cat([y, null["y"]])
+    out = forward_with_cfg(network, torch.cat([x, x]), both * 0.0, 7.3, channels=channels, y=both)
+    torch.testing.assert_close(out[:4].double(), mixed, rtol=1e-6, atol=1e-6)

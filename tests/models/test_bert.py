@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from closeness import assert_close, largest
 from effformer.models.bert import PRESETS, Bert
+from safetensors.torch import load_file
 
 import effformer
 from effformer import CapabilityError, Packing
+from effformer.checks import FormatError
+from effformer.files import read_json
 
 TINY: dict[str, Any] = {"vocab": 31, "context": 20, "dim": 24, "depth": 2, "heads": 3}
 LENGTHS = torch.tensor([[9], [1], [0], [12], [4]])
@@ -159,3 +163,66 @@ def test_what_looks_at_neighbours_sees_the_holes_of_a_packed_row(attn: Any) -> N
     mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1, 0, 0]]).bool()
     padded, packed = (model(tokens, mask=mask, packed=p).hidden[mask] for p in (False, True))
     torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
+
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""Small random models as transformers 5.24 saved them, and what it computed with them."""
+
+
+def of_transformers(config: Any) -> Any:
+    """A model for the weights of a BERT or RoBERTa config of transformers."""
+    kind = {"gelu": "gelu", "gelu_new": "gelu-tanh"}[config["hidden_act"]]
+    shift = 2 if config["model_type"] == "roberta" else 0
+    return effformer.build_model(
+        "bert-tiny", dim=config["hidden_size"], depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"], vocab=config["vocab_size"],
+        context=config["max_position_embeddings"] - shift, segments=config["type_vocab_size"],
+        norm_eps=config["layer_norm_eps"], ffn={"act": kind, "hidden": config["intermediate_size"]},
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout"), [("bert", "huggingface"), ("roberta", "roberta")])
+@torch.no_grad()
+def test_what_transformers_saved(name: str, layout: str, tmp_path: Path) -> None:
+    folder = PRETRAINED / name
+    config, right = read_json(folder / "config.json"), load_file(folder / "outputs.safetensors")
+    model, mask = of_transformers(config), right["mask"]
+    report = effformer.load_weights(model, folder)
+    assert report.layout == layout
+    assert set(report.confirmed) >= {"num_attention_heads", "hidden_act", "layer_norm_eps"}
+    assert all(key.startswith("cls.") for key in report.ignored)
+    for packed in (False, True):
+        out = model(right["tokens"], right["segments"], mask, packed=packed)
+        assert_close(out.hidden[mask], right["hidden"][mask], rtol=1e-5, atol=1e-6)
+        assert_close(out.pooled, right["pooled"], rtol=1e-5, atol=1e-6)
+    for change in ({"num_attention_heads": 4}, {"layer_norm_eps": 1e-3}, {"hidden_act": "gelu"}):
+        if change.items() <= config.items():
+            continue
+        with pytest.raises(FormatError, match=f"its network differs: {next(iter(change))} is"):
+            effformer.load_weights(of_transformers(config | change), folder)
+    theirs = load_file(folder / "model.safetensors")
+    ours = load_file(effformer.save_weights(model, tmp_path / "w.safetensors", layout))
+    prefix = "bert." if name == "bert" else ""
+    assert {prefix + key for key in ours} == theirs.keys() - set(report.ignored)
+    for key, value in ours.items():
+        unused = 2 if name == "roberta" and "position_embeddings" in key else 0
+        assert torch.equal(value[unused:], theirs[prefix + key][unused:])
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@torch.no_grad()
+def test_transformers_computes_what_was_written(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference itself")
+    config = read_json(PRETRAINED / name / "config.json") | {"hidden_size": 24, "vocab_size": 31}
+    model = of_transformers(config)
+    layout = {"bert": "huggingface", "roberta": "roberta"}[name]
+    effformer.save_weights(model, tmp_path / "model.safetensors", layout)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens, mask = torch.randint(2, 31, (3, 9)), torch.arange(9) < torch.tensor([[9], [5], [1]])
+    tokens = tokens.masked_fill(~mask, config["pad_token_id"])
+    right = theirs.eval()(input_ids=tokens, attention_mask=mask.long())
+    out = model(tokens, mask=mask)
+    assert_close(out.hidden[mask], right.last_hidden_state[mask], rtol=1e-5, atol=1e-6)
+    assert_close(out.pooled, right.pooler_output, rtol=1e-5, atol=1e-6)

@@ -28,7 +28,7 @@ def test_rows(comparison) -> None:
     assert named.latency.runs == 3
     text = str(comparison)
     assert "executed" not in text
-    for words in ("softmax", "ratio", "3 runs each in turns", "1 threads"):
+    for words in ("softmax", "ratio", "3 runs each in turns", "in one process"):
         assert words in text
 
 

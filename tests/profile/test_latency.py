@@ -14,7 +14,7 @@ def test_latency_states_its_conditions() -> None:
     row = latency(net, torch.randn(2, 8), warmup=1, runs=5, threads=2)
     assert row.p10 <= row.median <= row.p90
     assert (row.runs, row.warmup, row.threads, len(row.samples)) == (5, 1, 2, 5)
-    assert (row.dtype, row.device, row.compiled, row.name) == ("float32", "cpu", False, "Linear")
+    assert (row.dtype, row.device, row.form, row.name) == ("float32", "cpu", "eager", "Linear")
     assert torch.get_num_threads() == before
     assert net.training
     assert "2 threads" in str(row)

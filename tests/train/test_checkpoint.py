@@ -305,3 +305,17 @@ def test_nothing_is_loaded_unless_everything_fits(tmp_path: Path) -> None:
     assert not torch.equal(net.weight, torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"missing: 0\.bias, 0\.weight; unexpected: bias, weight"):
         load_checkpoint(path, nn.Sequential(net), weights="raw")
+
+
+def test_kinds_and_values_of_a_checkpoint(tmp_path: Path) -> None:
+    net, folder = nn.Linear(2, 2), run(tmp_path)
+    bias = torch.ones(2)
+    path = folder.save(
+        5, {"model.weight": torch.ones(2, 2).int(), "model.bias": bias}, STATE, keep=1
+    )
+    with pytest.raises(ValueError, match=r"wrong: weight is int32, the model has float32; build"):
+        load_checkpoint(path, net, weights="raw")
+    bad = {"model.weight": torch.ones(2, 2), "model.bias": bias / 0}
+    path = folder.save(5, bad, STATE, keep=1)
+    with pytest.warns(UserWarning, match=r"NaN or infinite values in bias, and so"):
+        load_checkpoint(path, net, weights="raw")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
-from effformer.compress import dequantize, optimize, quantize, quantize_
+from effformer.compress import dequantize, optimize, quantize, quantize_, restore
+from effformer.compress.report import file_bytes
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
+import effformer
 from effformer.profile import count_parameters, latency, profile
 
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
@@ -85,6 +90,46 @@ def test_a_tied_table_counts_once(scheme: str, tmp_path: Any) -> None:
         written = load_file(tmp_path / "m.safetensors").values()
         assert cost.memory.weights == sum(x.numel() * x.element_size() for x in written)
     assert torch.equal(small.head.weight, small.table.weight)
+
+
+MOVES: dict[str, Any] = {
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "cast": lambda model: model.half().double(),
+    "to another device": lambda model: model._apply(torch.clone),
+    "without values": lambda model: model.to_empty(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_packed_table_stays_tied(scheme: str, move: str) -> None:
+    small, _ = quantize(Tied().eval(), scheme)
+    values = small.state_dict()
+    moved = MOVES[move](small)
+    moved.load_state_dict(values)
+    for name, tensor in moved.table.tensors().items():
+        assert moved.head.get_buffer(name) is tensor
+    expected = values["table.codes"]
+    assert torch.equal(moved.head.codes, expected)
+    assert {x.dtype for x in moved.table.tensors().values()} == {
+        x.dtype for key, x in values.items() if key.startswith("table.")
+    }
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_packed_table_comes_back_tied(scheme: str, tmp_path: Path) -> None:
+    dense, ids = Tied().eval(), torch.arange(5)[None]
+    small, report = quantize(dense, scheme)
+    for model, said in ((dense, report.bytes_before), (small, report.bytes_after)):
+        file = effformer.save_weights(model, tmp_path / f"{type(model.head).__name__}.safetensors")
+        assert file_bytes(load_file(file)) == said
+    back = restore(Tied(), file)
+    assert back.head.codes is back.table.codes
+    assert torch.equal(back(ids), small(ids))
+    plain = dequantize(back)
+    assert plain.head.weight is plain.table.weight
+    assert torch.equal(plain(ids), small(ids))
 
 
 def test_what_hangs_on_a_layer_stays() -> None:

@@ -1,0 +1,105 @@
+"""Forms in which a model runs: what a process of `effformer.profile.benchmark` loads, and how the files
+for it are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from effformer.models.base import Model
+    from effformer.profile import Candidate
+
+__all__ = ["FORMS", "GRAPHS", "candidate", "graph_of", "keep_inputs", "write_graph"]
+
+TORCH = ("eager", "optimized", "compiled")
+GRAPHS = {"onnx": None, "onnx-uint8": "dynamic-uint8", "onnx-int8": "int8", "onnx-int4": "int4"}
+"""Form -> how `effformer export --quantize` calls it."""
+FORMS = (*TORCH, *GRAPHS)
+
+
+def candidate(
+    name: str, form: str, source: str | Path, inputs: Path, changes: Mapping[str, Any] | None = None
+) -> Candidate:
+    """A form of a model as a candidate.
+
+    Args:
+        name: its name in the results.
+        form: one of `FORMS`.
+        source: a model's name or folder, for graphs the file.
+        inputs: file with the inputs.
+        changes: options of a model that is built by name.
+    """
+    from ..profile import Candidate
+
+    options: dict[str, Any] = {"source": str(source), "inputs": str(inputs)}
+    if form in GRAPHS:
+        return Candidate(name=name, load=exported, options=options, form="onnxruntime")
+    options |= {"changes": dict(changes or {}), "form": form}
+    return Candidate(name=name, load=modelled, options=options, form=form)
+
+
+def modelled(source: str, inputs: str, changes: Mapping[str, Any], form: str) -> Callable[[], Any]:
+    """A model under torch, ready to be called."""
+    import torch
+    from safetensors.torch import load_file
+
+    model: torch.nn.Module = load(source, dict(changes))
+    if form == "optimized":
+        from ..compress import optimize
+
+        model = optimize(model)
+    call: Callable[..., Any] = torch.compile(model) if form == "compiled" else model
+    given = load_file(inputs)
+    return lambda: call(**given)
+
+
+def exported(source: str, inputs: str) -> Callable[[], Any]:
+    """A graph under ONNX Runtime, ready to be called."""
+    import torch
+    from safetensors.numpy import load_file
+
+    from ..export import Session
+
+    session = Session(source, threads=torch.get_num_threads(), spinning=False)
+    given = load_file(inputs)
+    return lambda: {k: torch.from_numpy(v) for k, v in session.run(given).items()}
+
+
+def keep_inputs(inputs: Mapping[str, Tensor], path: Path) -> Path:
+    """Write inputs for the processes."""
+    from safetensors.torch import save_file
+
+    save_file({name: x.contiguous() for name, x in inputs.items()}, path)
+    return path
+
+
+def write_graph(model: Model, form: str, path: Path, inputs: Mapping[str, Tensor]) -> Path:
+    """Export a model, quantized as the form says; it is compared by whoever times it."""
+    from ..export import export_onnx, quantize_onnx
+    from ..export.quantize import QUANTIZED
+
+    scheme = GRAPHS[form]
+    dense = path if scheme is None else path.with_suffix(".dense.onnx")
+    export_onnx(model, dense, dict(inputs), verify=False)
+    if scheme is not None:
+        quantize_onnx(dense, path, **QUANTIZED[scheme])
+    return path
+
+
+def graph_of(source: str) -> Path | None:
+    """The graph behind a source that is an .onnx file or a bundle, None for a model."""
+    from ..export.run import Bundle
+
+    place = Path(source)
+    if place.suffix == ".onnx":
+        return place
+    if (place / "bundle.json").is_file():
+        return place / str(Bundle(place).facts["graphs"]["velocity"])
+    return None
