@@ -30,7 +30,7 @@ from .checks import FormatError
 
 __all__ = [
     "DiskError", "alive", "atomic_folder", "atomic_path", "check_file", "check_folder", "disk_errors", "host",
-    "inside", "mark", "read_json", "read_whole", "write_json",
+    "inside", "mark", "read_json", "read_whole", "sweep", "workspace", "write_json",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -108,24 +108,23 @@ def atomic_path(path: str | Path, *kinds: str, force: bool = False) -> Iterator[
     """
     path = Path(path)
     target = check_file(path, *kinds, force=force)
-    with _workspace(target, path) as space:
+    with workspace(path) as space:
         temporary = space / target.name
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         if check_file(path, *kinds, force=force).exists():
             mode = target.stat().st_mode
-        moved: list[Path] = []
+        further = [f for f in sorted(space.iterdir()) if f != temporary]
         try:
-            for file in (*(f for f in sorted(space.iterdir()) if f != temporary), temporary):
+            for file in (*further, temporary):
                 file.chmod(stat.S_IMODE(mode))
                 _sync(file)
-                place = target if file == temporary else target.with_name(file.name)
-                os.replace(file, place)
-                moved.append(place)
+                os.replace(file, target.with_name(file.name))
         finally:
-            for further in moved if target not in moved else ():
-                further.unlink(missing_ok=True)
+            if temporary.exists():  # an interruption may fall between a move and any note of it
+                for file in (f for f in further if not f.exists()):
+                    target.with_name(file.name).unlink(missing_ok=True)
         _sync(target.parent)
 
 
@@ -197,7 +196,7 @@ def atomic_folder(
         check_folder, folder, marker=marker, own=own, objection=objection, force=force
     )
     target = check()
-    with _workspace(target, folder) as space:
+    with workspace(folder) as space:
         temporary = space / target.name
         temporary.mkdir()
         yield temporary
@@ -209,6 +208,41 @@ def atomic_folder(
         check()
         _put(temporary, target)
         _sync(target.parent)
+
+
+@contextmanager
+def workspace(place: str | Path) -> Iterator[Path]:
+    """A temporary folder beside a place; those of killed processes are removed on the way.
+
+    Raises:
+        DiskError: it cannot be made, or the disk is full.
+    """
+    place, target = Path(place), Path(os.path.realpath(place))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
+        space = target.with_name(f".effformer-{host()}-{os.getpid()}-{secrets.token_hex(4)}")
+        space.mkdir()
+    except OSError as error:
+        raise _unwritable(place, error) from error
+    try:
+        with disk_errors(place):
+            yield space
+    finally:
+        _discard(space)
+
+
+def sweep(folder: Path) -> None:
+    """Remove from a folder the temporary folders of processes that were killed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found is None or not entry.is_dir(follow_symlinks=False):
+                continue
+            with suppress(OSError):
+                killed = found[1] == host() and not alive(int(found[2]))
+                if killed or time.time() - entry.stat().st_mtime > _AGE:
+                    _discard(Path(entry.path))
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
@@ -338,33 +372,16 @@ def _unwritable(path: Path, error: Exception) -> DiskError:
     return DiskError(f"{path}: cannot be written ({why}); choose another place")
 
 
-@contextmanager
-def _workspace(target: Path, shown: Path) -> Iterator[Path]:
-    """A temporary folder beside a place; those of killed processes are removed on the way."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        space = target.with_name(f".effformer-{host()}-{os.getpid()}-{secrets.token_hex(4)}")
-        space.mkdir()
-    except OSError as error:
-        raise _unwritable(shown, error) from error
-    try:
-        with disk_errors(shown):
-            yield space
-    finally:
-        shutil.rmtree(space, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            found = _TEMPORARY.fullmatch(entry.name)
-            if found is None or not entry.is_dir(follow_symlinks=False):
-                continue
-            with suppress(OSError):
-                killed = found[1] == host() and not alive(int(found[2]))
-                if killed or time.time() - entry.stat().st_mtime > _AGE:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+def _discard(space: Path) -> None:
+    """Remove a temporary folder. What `_put` moved out of its place, in which nothing came to stand
+    since, goes back.
+    """
+    for old in space.glob(f"{space.name}-*"):
+        place = space.with_name(old.name.removeprefix(f"{space.name}-"))
+        with suppress(OSError):
+            if not place.exists():
+                os.rename(old, place)
+    shutil.rmtree(space, ignore_errors=True)
 
 
 def _put(new: Path, folder: Path) -> None:
@@ -372,7 +389,7 @@ def _put(new: Path, folder: Path) -> None:
 
     Another process may do the same at any time, so every step may find its place taken or empty.
     """
-    old = new.with_name(f"{new.name}.old")
+    old = new.with_name(f"{new.parent.name}-{folder.name}")
     for _ in range(_TRIES):
         if _exchange(new, folder):
             return
@@ -390,7 +407,6 @@ def _put(new: Path, folder: Path) -> None:
             return
         except OSError:
             if old.exists() and not folder.exists():
-                os.rename(old, folder)
                 raise
             shutil.rmtree(old, ignore_errors=True)  # the other process was quicker
     raise FormatError(f"{folder}: others write here all the time; choose another place")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from effformer.checks import FormatError, need
-from effformer.files import atomic_path, check_file, inside, mark
+from effformer.files import alive, atomic_path, check_file, host, inside, mark
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -29,6 +30,7 @@ __all__ = [
 T = TypeVar("T")
 
 PRODUCER, GRAPH = "effformer", "graph"
+_DATA = "weights of a graph"
 SINGLE_FILE_LIMIT = 2_000_000_000
 """Bytes of weights above which they go to a second file: one protobuf message ends at 2 GiB."""
 
@@ -177,9 +179,12 @@ def write_graph(
     model.producer_name, model.doc_string = PRODUCER, mark(GRAPH)
     with atomic_path(path, GRAPH, force=force) as temporary:
         ir.save(model, temporary, **({"external_data": data} if large else {}))
+        if large:
+            with temporary.with_name(data).open("ab") as file:  # behind the last tensor
+                file.write(f"{mark(_DATA)} {host()} {os.getpid()}".encode())
         result = None if check is None else check(temporary)
         before = _own_data(target)
-    for old in before:
+    for old in (*before, *_forgotten(target)):
         old.unlink(missing_ok=True)
     return result
 
@@ -190,9 +195,35 @@ def _own_data(path: Path) -> list[Path]:
         model = load_graph(path)
     except FormatError:
         return []
-    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.data")
+    own = _data_name(path)
     files = (path.with_name(n) for n in _locations(model) if own.fullmatch(n))
     return [f for f in files if model.producer_name == PRODUCER and not f.is_symlink()]
+
+
+def _forgotten(path: Path) -> list[Path]:
+    """Files of weights of processes that were killed before the graph came to its place, or before
+    they removed those of an older one.
+    """
+    own = _data_name(path)
+    found = [f for f in path.parent.iterdir() if own.fullmatch(f.name) and not f.is_symlink()]
+    dead = [f for f in found if _writer_is_dead(f)]
+    try:
+        used = _locations(load_graph(path)) if dead else set()
+    except FormatError:
+        return []
+    return [f for f in dead if f.name not in used]
+
+
+def _data_name(path: Path) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.data")
+
+
+def _writer_is_dead(path: Path) -> bool:
+    """Whether a file of weights was written by `write_graph`, in a process that is no more."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 100))
+        found = re.search(rf"{mark(_DATA)} (\w+) (\d+)$".encode(), file.read())
+    return found is not None and found[1].decode() == host() and not alive(int(found[2]))
 
 
 def _weights(model: onnx_ir.Model, what: str) -> list[int]:

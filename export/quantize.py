@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch import nn
 
 from effformer.calls import Inputs
 from effformer.checks import need, unknown
-from effformer.files import check_file
+from effformer.files import check_file, workspace
 
 from .graph import GRAPH, SINGLE_FILE_LIMIT, read_graph, write_graph
 from .verify import VerifyReport, verify_onnx
@@ -132,7 +131,9 @@ def quantize_onnx(
     with _quiet():
         if scheme == "dynamic-uint8":
             large = before.bytes > SINGLE_FILE_LIMIT
-            made, kind = _dynamic(proto, per_channel, reduce_range, large), "MatMulInteger"
+            with workspace(out) as space:
+                made = _dynamic(proto, space / "made.onnx", per_channel, reduce_range, large)
+            kind = "MatMulInteger"
         else:
             made, kind = _nbits(proto, bits, block, symmetric, accuracy_level), "MatMulNBits"
     quantized = sum(n.op_type == kind for n in made.graph.node) - before.operators.get(
@@ -180,17 +181,15 @@ def _constant_products(proto: onnx.ModelProto) -> list[str]:
 
 
 def _dynamic(
-    proto: onnx.ModelProto, per_channel: bool, reduce_range: bool, large: bool
+    proto: onnx.ModelProto, file: Path, per_channel: bool, reduce_range: bool, large: bool
 ) -> onnx.ModelProto:
+    """Quantized by way of a file: the quantizer returns nothing."""
     quantization = need("onnxruntime.quantization")
-    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
-        file = Path(folder) / "quantized.onnx"
-        quantization.quantize_dynamic(
-            proto, file, op_types_to_quantize=["MatMul"], per_channel=per_channel,
-            reduce_range=reduce_range, weight_type=quantization.QuantType.QUInt8,
-            use_external_data_format=large,
-        )  # fmt: skip
-        made: onnx.ModelProto = need("onnx").load(file)
+    quantization.quantize_dynamic(
+        proto, file, op_types_to_quantize=["MatMul"], per_channel=per_channel, reduce_range=reduce_range,
+        weight_type=quantization.QuantType.QUInt8, use_external_data_format=large,
+    )  # fmt: skip
+    made: onnx.ModelProto = need("onnx").load(file)
     return made
 
 

@@ -208,6 +208,34 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, error: Exception) -> None:
     assert (target.read_text(), names(tmp_path)) == ("old", ["x"])
 
 
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("moved", ["x.data", "x"])
+def test_an_interruption_of_the_moves_leaves_both_files_or_none(
+    moved: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def interrupted(one: Path, other: Path) -> None:
+        hit = other.name == moved
+        if not hit or stage == "after":
+            replace(one, other)
+        if hit:
+            raise KeyboardInterrupt
+
+    def both() -> None:
+        with atomic_path(tmp_path / "x") as part:
+            part.write_text("new")
+            part.with_name("x.data").write_text("new")
+
+    (tmp_path / "x").write_text("old")
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        both()
+    new = (moved, stage) == ("x", "after")
+    assert names(tmp_path) == (["x", "x.data"] if new else ["x"])
+    assert (tmp_path / "x").read_text() == ("new" if new else "old")
+
+
 def leave(folder: Path, pid: int, *, host: str = "", age: float = 0) -> str:
     path = folder / f".effformer-{host or files.host()}-{pid}-0123abcd"
     path.mkdir()
@@ -225,6 +253,49 @@ def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
     (tmp_path / ".effformer-notes").mkdir()
     write(tmp_path / "x", "new")
     assert names(tmp_path) == sorted([living, remote, ".effformer-notes", "x"])
+
+
+@POSIX
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_folder_that_a_killed_process_moved_away_comes_back(taken: bool, tmp_path: Path) -> None:
+    """Where the system cannot exchange two folders, the place is empty for a moment."""
+    name = leave(tmp_path, DEAD.pid)
+    for folder, text in ((f"{name}-m", "old"), ("m", "half")):
+        (tmp_path / name / folder).mkdir()
+        (tmp_path / name / folder / "a").write_text(text)
+    if taken:
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "a").write_text("of another")
+    files.sweep(tmp_path)
+    assert (tmp_path / "m" / "a").read_text() == ("of another" if taken else "old")
+    assert names(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_interruption_between_two_renames_loses_nothing(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(text: str) -> None:
+        with atomic_folder(tmp_path / "m", marker="a") as new:
+            (new / "a").write_text(text)
+
+    rename, calls = os.rename, 0
+
+    def interrupted(one: Path, other: Path) -> None:
+        nonlocal calls
+        rename(one, other)
+        calls += one.name == "m"
+        if calls > at:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    put("old")
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put("new")
+    assert (tmp_path / "m" / "a").read_text() == ("new" if at else "old")
+    assert names(tmp_path) == ["m"]
 
 
 # -- two who write ---------------------------------------------------------------------------------

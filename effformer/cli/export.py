@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -128,7 +127,7 @@ def _onnx(
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_onnx, quantize_onnx
     from ..export.quantize import QUANTIZED
-    from ..files import check_file
+    from ..files import check_file, workspace
 
     inputs = model.example_inputs(batch)
     if quantize is None:
@@ -136,9 +135,9 @@ def _onnx(
         return report.to_dict() | {"quantized": None}, report.graph.bytes
     check_file(place, "graph", force=force)
     compared = (model, inputs) if options["verify"] else None
-    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+    with workspace(place) as folder:
         # what is at the place stays until there is something quantized to replace it
-        dense = Path(folder) / "dense.onnx"
+        dense = folder / "dense.onnx"
         report = export_onnx(model, dense, inputs, **options)
         packed = quantize_onnx(dense, place, **QUANTIZED[quantize], compared=compared, force=force)
     data = report.to_dict() | {"quantized": packed.to_dict(), "path": str(place)}

@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 
 _NOTHING = "nothing was written"
-_OLD = "what was at the target before is intact"
+_OLD = "the target holds what it held before, or the whole new result"
 _VERBS: tuple[tuple[str, Callable[..., None], str | Callable[..., str]], ...] = (
     ("demo", demo.demo, "run the same command again: finished steps are kept"),
     ("list", list_parts.list_parts, _NOTHING),
@@ -86,7 +86,11 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters of a message
             stream.reconfigure(errors="backslashreplace")
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the verb began, or after its end
+        print("effformer: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import FormatError, unknown
-from ..files import atomic_path, disk_errors, write_json
+from ..files import atomic_path, disk_errors, sweep, write_json
 from ..loading import tell_not_finite, unlike
 from ..retired import rename
 from ..weights import unshared
@@ -99,6 +99,7 @@ class RunFolder:
         else:
             write_json(self.path / _RUN, identity)
         (self.path / _CHECKPOINTS).mkdir(exist_ok=True)
+        sweep(self.path / _CHECKPOINTS)
         for leftover in (self.path / _CHECKPOINTS).glob("*.part"):  # of earlier versions
             leftover.unlink()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from typing import Any
 
 from typer.testing import CliRunner, Result
@@ -18,6 +21,18 @@ def invoke(*words: str, code: int = 0) -> Result:
     if code == 2:
         assert "Traceback" not in result.output
     return result
+
+
+def started(*words: str) -> subprocess.Popen[str]:
+    """A verb in a process of its own, which Ctrl-C reaches also where this one ignores it, as
+    processes in the background do.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "effformer.cli.main", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def answer(*words: str) -> Any:

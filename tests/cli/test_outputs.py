@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import effformer
+from effformer.cli import main
 
-from .running import SMALL, answer, invoke, refusal
+from .running import SMALL, answer, invoke, refusal, started
 
 
 def changed(folder: Path) -> Path:
@@ -125,14 +124,25 @@ def test_an_interruption_before_the_first_step_says_that_there_is_nothing(
     assert "the last checkpoint is intact" in invoke(*words, code=130).stderr
 
 
+def test_an_interruption_before_a_verb_begins_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main.main()
+    assert capsys.readouterr().err == "effformer: interrupted\n"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_ctrl_c_leaves_a_checkpoint_of_the_last_step(tmp_path: Path) -> None:
     """No checkpoint is due for long; a second process is refused meanwhile."""
     run = tmp_path / "run"
     words = [*WORDS, "--steps", "100000", "--save-every", "50000", "-o", str(run)]
-    command = [sys.executable, "-m", "effformer.cli.main", *words]
-    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    stopped = started(*words)
     deadline = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists():
         assert stopped.poll() is None, stopped.communicate()[1]

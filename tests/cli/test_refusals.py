@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import effformer
 from effformer.cli import main
 
-from .running import SMALL, answer, invoke, refusal
+from .running import SMALL, answer, invoke, refusal, started
 
 
 def fingerprint(folder: Path) -> dict[str, bytes]:
@@ -180,7 +180,7 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, saved: Pa
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
     monkeypatch.setattr("effformer.profile.profile", large)
-    assert "not enough memory; what was" in refusal("profile", str(saved))
+    assert "not enough memory; the target holds what it held" in refusal("profile", str(saved))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_interruptions_leave_the_old_result(
 
     monkeypatch.setattr(broken, interrupted)
     result = invoke(verb, str(saved), "-o", str(target), code=130)
-    assert "interrupted; what was at the target before is intact" in result.stderr
+    assert "interrupted; the target holds what it held before" in result.stderr
     assert fingerprint(tmp_path) == before
 
 
@@ -215,10 +215,7 @@ def test_training_interrupted_by_ctrl_c_goes_on_to_the_same_weights(tmp_path: Pa
         "train", "sit-nano", "--set", "patch=4", "--steps", "600", "--batch", "8",
         "--save-every", "5", "--threads", "1", "-o",
     ]  # fmt: skip
-    stopped = subprocess.Popen(
-        [sys.executable, "-m", "effformer.cli.main", *words, str(tmp_path / "a")],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    stopped = started(*words, str(tmp_path / "a"))
     deadline = time.monotonic() + 120
     while not list((tmp_path / "a").glob("checkpoints/*.safetensors")):
         assert stopped.poll() is None, stopped.communicate()[1]

@@ -309,7 +309,7 @@ def test_interruptions_say_what_is_intact(monkeypatch: pytest.MonkeyPatch, saved
 
     monkeypatch.setattr("effformer.io.save_pretrained", interrupted)
     result = invoke("build", "sit-nano", "-o", str(saved), code=130)
-    assert "interrupted; what was at the target before is intact" in result.stderr
+    assert "interrupted; the target holds what it held before" in result.stderr
     assert effformer.load_model(saved).config.num_classes == 10
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -54,6 +57,36 @@ def test_external_weights_above_the_limit(
     (tmp_path / files[1]).unlink()
     with pytest.raises(FormatError, match="which is missing"):
         read_graph(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asks whether a process lives as POSIX does")
+def test_weights_that_killed_processes_left_are_removed(
+    exported: ExportReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(graph, "SINGLE_FILE_LIMIT", 1000)
+    model, path = graph.load_graph(exported.path), tmp_path / "m.onnx"
+    graph.write_graph(model, path)
+    (own,) = tmp_path.glob("*.data")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    written = own.read_bytes()
+    pid = str(os.getpid()).encode()
+    assert written.endswith(pid)
+    left = written.removesuffix(pid) + str(dead.pid).encode()
+    contents = {
+        "m.onnx.00000000.data": left,
+        "m.onnx.11111111.data": written,  # of a process that lives
+        "m.onnx.22222222.data": b"mine",
+        "n.onnx.33333333.data": left,
+        "m.onnx.notes.data": left,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    graph.write_graph(model, path)
+    assert Session(path).outputs == ("output",)
+    assert not own.exists()
+    kept = {f.name for f in tmp_path.iterdir()} & contents.keys()
+    assert kept == contents.keys() - {"m.onnx.00000000.data"}
 
 
 @pytest.mark.parametrize("limit", [1000, graph.SINGLE_FILE_LIMIT])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import effformer
 from effformer.checks import FormatError
+from effformer.files import host
 from effformer.train import (
     Classification,
     Generation,
@@ -133,6 +134,20 @@ def test_killed_again_and_again(
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000030.safetensors", "step-00000040.safetensors",
     ]  # fmt: skip
+
+
+def test_what_a_killed_process_left_beside_the_checkpoints_is_removed(
+    uninterrupted: tuple[dict[str, Tensor], Path], tmp_path: Path
+) -> None:
+    """A finished run writes no checkpoint any more, so nothing else would remove it."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[1], run)
+    before = sorted(run.rglob("*"))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (run / "checkpoints" / f".effformer-{host()}-{dead.pid}-01234567").mkdir()
+    start(run)
+    assert sorted(run.rglob("*")) == before
 
 
 def test_stopped_before_the_first_checkpoint(
