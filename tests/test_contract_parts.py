@@ -116,11 +116,14 @@ SMOOTH = [(name, module) for name, module in PARTS if not spikes(module)]
 
 
 @pytest.mark.parametrize("part", [m for _, m in SMOOTH], ids=[name for name, _ in SMOOTH])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # forward mode
 def test_gradients_are_exact(part: nn.Module) -> None:
     part = part.double()
     try:
         x = tokens(5, 1, torch.float64).requires_grad_()
-        assert torch.autograd.gradcheck(lambda x: _run(part, x), (x,), fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda x: _run(part, x), (x,), fast_mode=True, check_forward_ad=True
+        )
     finally:
         part.float()
 

@@ -19,6 +19,7 @@ from effformer.site import Site
 from effformer.values import Count, Odd
 
 from .agent_bias import AgentBias
+from .backends import fused
 from .lin import GridMixer, joined
 
 __all__ = ["Agent"]
@@ -107,8 +108,8 @@ class Agent(GridMixer):
         if bias is not None:
             to_keys = bias("key", keys, front)[None].to(q.dtype)
             to_agents = bias("query", grid, front)[None].mT.to(q.dtype)
-        collected = F.scaled_dot_product_attention(agents, k, v, attn_mask=to_keys)
-        mixed = F.scaled_dot_product_attention(q, agents, collected, attn_mask=to_agents)
+        collected = fused(agents, k, v, attn_mask=to_keys)
+        mixed = fused(q, agents, collected, attn_mask=to_agents)
         local = joined(v)[:, front:]
         if self.reduce is not None:
             local = stretch_grid(local.unflatten(1, keys), grid, 1).flatten(1, 2)

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effformer.checks import CapabilityError, need, unknown
 
-__all__ = ["attend", "attend_packed"]
+from .slices import carries_tangents
+
+__all__ = ["attend", "attend_packed", "fused"]
 
 
 def attend(
@@ -121,23 +122,21 @@ def _sdpa(
     bias: Tensor | None,
 ) -> Tensor:
     if mask is None and bias is None:
-        return _fused(q, k, v, is_causal=causal, scale=scale)
+        return fused(q, k, v, is_causal=causal, scale=scale)
     if causal:
         mask = _causal_mask(q, mask)
     if mask is None:
-        return _fused(q, k, v, attn_mask=bias, scale=scale)
+        return fused(q, k, v, attn_mask=bias, scale=scale)
     added = mask if bias is None else bias.masked_fill(~mask, -torch.inf)
-    out = _fused(q, k, v, attn_mask=added, scale=scale)
+    out = fused(q, k, v, attn_mask=added, scale=scale)
     # The fused operators disagree about rows without a key (nan, mean or zero); zero is ours.
     some = mask.any(dim=-1, keepdim=True)
     return out * some if bias is None else torch.where(some, out, 0.0)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """One fused kernel, or its formula where forward-mode derivatives are taken: kernels have none."""
-    if torch.compiler.is_compiling() or all(
-        forward_ad.unpack_dual(x).tangent is None for x in (q, k, v)
-    ):
+    if not carries_tangents(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, **options)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v, **options)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .slices import carries_tangents
+
 __all__ = ["Decays", "chunk_states", "decayed_scores", "decays", "unit_lower_inverse"]
 
 
@@ -94,6 +96,8 @@ class _Inverse(torch.autograd.Function):
 
 def unit_lower_inverse(m: Tensor) -> Tensor:
     """``(I + M)^-1`` of what stands below the diagonal of M (..., C, C)."""
+    if carries_tangents(m):
+        return torch.linalg.inv(m.tril(-1) + torch.eye(m.shape[-1], dtype=m.dtype, device=m.device))
     return _Inverse.apply(m)
 
 
@@ -102,14 +106,13 @@ def _chunk_by_chunk(count: int, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(count) for x in parts), strict=True) if count else iter(())
 
 
-@torch.library.custom_op("effformer::chunk_states", mutates_args=())
 def chunk_states(
     write: Tensor, read: Tensor | None, whole: Tensor, u: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``U_c = u_c + R_c S_c;  S_{c+1} = diag(d_c) S_c + W_c U_c`` over the chunks c of Z sequences.
 
     An operator of its own: a captured graph then serves any number of chunks, and no (K, K)
-    transition of a chunk is made.
+    transition of a chunk is made. Forward-mode derivatives take the formula.
 
     Args:
         write: W, (c Z, K, C).
@@ -121,6 +124,23 @@ def chunk_states(
     Returns:
         Every state, S_0 and the last included, ((c + 1) Z, K, V), and U (c Z, C, V).
     """
+    if not carries_tangents(write, read, whole, u, start):
+        states, gains = _chunk_states(write, read, whole, u, start)
+        return states, gains
+    count, rows, found = start.shape[0], [start], [u[:0]]
+    for c, (w, d, gain) in enumerate(_chunk_by_chunk(count, write, whole, u)):
+        if read is not None:
+            gain = gain + read.narrow(0, c * count, count) @ rows[-1]
+        found.append(gain)
+        rows.append(rows[-1] * d + w @ gain)
+    return torch.cat(rows), torch.cat(found)
+
+
+@torch.library.custom_op("effformer::chunk_states", mutates_args=())
+def _chunk_states(
+    write: Tensor, read: Tensor | None, whole: Tensor, u: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`chunk_states` as one operator."""
     count, chunks = start.shape[0], u.shape[0]
     states = start.new_empty(count + chunks, *start.shape[1:])
     rows, u = states.split(count), u.clone(memory_format=torch.contiguous_format)
@@ -132,7 +152,7 @@ def chunk_states(
     return states, u
 
 
-@chunk_states.register_fake
+@_chunk_states.register_fake
 def _(
     write: Tensor, read: Tensor | None, whole: Tensor, u: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -181,4 +201,4 @@ def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return later @ u.mT, grad_read, grad_whole, grad_u, total.narrow(0, 0, count)
 
 
-chunk_states.register_autograd(_differentiate, setup_context=_save)
+_chunk_states.register_autograd(_differentiate, setup_context=_save)

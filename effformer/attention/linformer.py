@@ -15,6 +15,7 @@ from effformer.registry import Caps, core
 from effformer.site import Site
 from effformer.values import Count
 
+from .backends import fused
 from .base import Core, CoreConfig
 
 __all__ = ["Linformer"]
@@ -95,7 +96,7 @@ class Linformer(Core):
             )
         first = self._rows(self.key, k, ctx.mask)
         second = first if self.config.share == "key-value" else self._rows(self.value, v, ctx.mask)
-        return F.scaled_dot_product_attention(q, first.mT @ k, second.mT @ v)
+        return fused(q, first.mT @ k, second.mT @ v)
 
     def _rows(self, matrix: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The rows of a projection that stand for the tokens of x, (P, M, L) with P 1 or (B, 1)."""

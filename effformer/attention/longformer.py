@@ -15,7 +15,7 @@ from effformer.registry import Caps, attention
 from effformer.site import Site
 from effformer.values import Even, Natural
 
-from .backends import attend
+from .backends import attend, fused
 from .base import Mixer
 from .slices import Rows, chunk_count, known_length, over_sequences
 
@@ -215,7 +215,7 @@ class Longformer(Mixer):
                 keys, values = torch.cat([keys, far[0]], dim=2), torch.cat([values, far[1]], dim=2)
             here = (q[:, :, rows], keys, values)
             if near is None:  # every token has a key: itself
-                out = F.scaled_dot_product_attention(*here, attn_mask=allowed[:, None])
+                out = fused(*here, attn_mask=allowed[:, None])
             else:
                 out = attend("sdpa", *here, allowed[:, None], causal=False, scale=None)
             outputs.append(out)
@@ -298,7 +298,7 @@ class Longformer(Mixer):
         if self.config.causal:
             past = places[:, None, :, None] >= torch.arange(x.shape[1], device=x.device)
             allowed = past if allowed is None else past & allowed
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        out = fused(q, k, v, attn_mask=allowed)
         if allowed is not None:
             out = out * allowed.any(dim=-1, keepdim=True)
         return out.transpose(1, 2).flatten(2)

@@ -15,7 +15,7 @@ from effformer.registry import Caps, core
 from effformer.site import Site
 from effformer.values import Count, Odd
 
-from .backends import attend
+from .backends import attend, fused
 from .base import Core, CoreConfig
 from .slices import Rows, capturing, known_length, pieces
 
@@ -93,7 +93,7 @@ class Nystrom(Core):
         elif self.config.compat == "nystrom-attention":
             return self._padded_in_front(q, k, v, mask)
         elif mask is None and self._exact(q):
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = fused(q, k, v)
         elif mask is None and self._divides(q):
             out = self._kernels(q, k, self._means(q), self._means(k), v)
         else:
@@ -148,8 +148,8 @@ class Nystrom(Core):
         middle = (lq @ lk.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
         coupled = self.config.compat != "none"
         inverse = iterative_pinv(middle, self.config.iterations, coupled=coupled)
-        summaries = inverse @ F.scaled_dot_product_attention(lq, k, v)
-        return F.scaled_dot_product_attention(q, lk, summaries)
+        summaries = inverse @ fused(lq, k, v)
+        return fused(q, lk, summaries)
 
     def _grouped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Groups of the valid tokens of each sample, of any number; mask (B, 1, N) or None."""

@@ -16,6 +16,7 @@ from effformer.registry import Caps, core
 from effformer.site import Site
 from effformer.values import Count
 
+from .backends import fused
 from .base import Core, CoreConfig
 
 __all__ = ["Relative"]
@@ -78,7 +79,7 @@ class Relative(Core):
         if frames:
             bias = bias.repeat(1, prod(frames), prod(frames))
         bias = F.pad(bias, (front, 0, front, 0))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+        return fused(q, k, v, attn_mask=bias[None].to(q.dtype))
 
     def bias(self, height: int, width: int) -> Tensor:
         """The bias between the cells of a grid, (H, height * width, height * width), in float32 at
