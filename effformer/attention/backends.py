@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effformer.checks import CapabilityError, need, unknown
 
-from .slices import carries_tangents
-
-__all__ = ["attend", "attend_packed", "fused"]
+__all__ = ["attend", "attend_packed", "carries_tangents", "fused"]
 
 
 def attend(
@@ -132,6 +131,13 @@ def _sdpa(
     # The fused operators disagree about rows without a key (nan, mean or zero); zero is ours.
     some = mask.any(dim=-1, keepdim=True)
     return out * some if bias is None else torch.where(some, out, 0.0)
+
+
+def carries_tangents(*inputs: Tensor | None) -> bool:
+    """Forward-mode derivatives are taken here: kernels without them make way for their formulas."""
+    return not torch.compiler.is_compiling() and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    )
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

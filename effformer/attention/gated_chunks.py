@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .slices import carries_tangents
+from .backends import carries_tangents
 
 __all__ = ["Decays", "chunk_states", "decayed_scores", "decays", "unit_lower_inverse"]
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 
@@ -15,7 +14,6 @@ from effformer.context import Context, Rope
 __all__ = [
     "Rows",
     "capturing",
-    "carries_tangents",
     "chunk_count",
     "known_length",
     "over_heads",
@@ -34,13 +32,6 @@ def capturing() -> bool:
     every turn of a loop.
     """
     return torch.compiler.is_exporting() or torch.compiler.is_compiling()
-
-
-def carries_tangents(*inputs: Tensor | None) -> bool:
-    """Forward-mode derivatives are taken here: kernels without them make way for their formulas."""
-    return not torch.compiler.is_compiling() and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    )
 
 
 def known_length(x: Tensor) -> bool:

@@ -160,7 +160,7 @@ def guided(
 def forward_with_cfg(
     network: Callable[..., Tensor],
     x: Annotated[Tensor, Shape("(B, C, ...)")],
-    t: Times,
+    t: Tensor,
     scale: Real,
     *,
     channels: Channels = 3,

@@ -16,7 +16,7 @@ def made(config: dict[str, Any] | None = None, **meta: Any) -> Golden:
 @pytest.mark.parametrize(
     ("name", "adapter"),
     [
-        ("dit", "dit"), ("dit_nosigma", "dit"), ("dit2", "dit"), ("mmdit_sd3", None),
+        ("dit", "dit"), ("dit_nosigma", "dit"), ("dit2", "dit"), ("mmdits_sd3", None),
         ("ditto", None), ("macaron-bert", "macaron"), ("macaron-bert-model-big", "macaron_bert_model"),
         ("lightningdit_qknorm", "lightningdit"), ("flow-attention_long", "flow_attention"),
         ("flow-attention-gpt_tiny", "flow_attention_gpt"),
