@@ -211,7 +211,7 @@ class Bundle:
             ) from error
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it would print stands in its exceptions
         providers = ["CPUExecutionProvider"]
         try:
             session = ort.InferenceSession(str(self.folder / name), options, providers=providers)

@@ -44,7 +44,9 @@ def export(
     target: Annotated[str, typer.Option(help="onnx: effformer list targets.")] = "onnx-cpu",
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
     verify: Annotated[bool, typer.Option(help="Compare with torch at three other shapes.")] = True,
-    sampler: Annotated[str, typer.Option(help="bundle: its sampler.")] = "euler",
+    sampler: Annotated[
+        str | None, typer.Option(help="bundle: its sampler; default: euler.")
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -72,11 +74,18 @@ def export(
     """
     place = save_to(out, "export")
     form = form or ("onnx" if place.suffix == ".onnx" else "bundle")
+    own = {"--sampler": sampler, "--steps": steps, "--guidance": guidance}
+    ignored = own if form == "onnx" else {"--opset": opset}
+    if given := [option for option, value in ignored.items() if value is not None]:
+        raise ValueError(
+            f"export: {', '.join(given)} means nothing to --format {form}; leave it out"
+        )
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
         stage(f"exporting {network.name}")
         if form == "bundle":
-            options = {"sampler": sampler, "steps": steps, "guidance": guidance, "force": force}
+            options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
+            options["sampler"] = "euler" if sampler is None else sampler
             data, size = _bundle(network, place, quantize, options, verify)
         else:
             options = {"opset": opset, "target": target, "tolerance": tolerance, "verify": verify}
