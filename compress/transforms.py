@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from effformer.checks import FormatError
+from effformer.checks import FormatError, reason
 from effformer.io import TRANSFORMS, load_weights, replay
 from effformer.wrapped import unwrapping
 
@@ -85,7 +85,9 @@ def _changes(path: Path) -> list[dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get(TRANSFORMS, "[]"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"restore: {path}: no readable safetensors file ({error})") from error
+        raise FormatError(
+            f"restore: {path}: no readable safetensors file ({reason(error)})"
+        ) from error
     if not isinstance(found, list) or not all(isinstance(change, dict) for change in found):
         raise FormatError(f"restore: {path}: its records of changes are damaged")
     if not found:

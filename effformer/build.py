@@ -36,7 +36,7 @@ def build_model(name: str, **overrides: Any) -> Model:
         2
     """
     entry = registry.model.get(name)
-    config = entry.preset.replace(where=entry.name, **overrides)
+    config = entry.preset.changed(overrides, where=entry.name)
     model: Model = entry.build(config, name=entry.name)
     model.remember_drawn()
     return model

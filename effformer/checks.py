@@ -25,6 +25,7 @@ __all__ = [
     "check_values",
     "is_refusal",
     "need",
+    "reason",
     "shown",
     "suggest",
     "unknown",
@@ -82,6 +83,13 @@ def need(module: str, extra: str | None = None) -> ModuleType:
         raise MissingExtra(
             f"{module!r} cannot be imported ({error}); pip install '{target}'"
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """What the system or a reader says of a file, without Python's numbers and repetitions."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

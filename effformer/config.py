@@ -140,6 +140,10 @@ class Config(Checked):
 
     def replace(self, *, where: str = "", **changes: Any) -> Self:
         """A copy with changes; a change to a nested config starts from the present one."""
+        return self.changed(changes, where=where)
+
+    def changed(self, changes: Mapping[str, Any], *, where: str = "") -> Self:
+        """`replace` with changes of any name, which a user may have typed."""
         where = where or type(self).__qualname__
         converted = _convert(type(self), changes, self, where)
         with _named(where, type(self)):
@@ -287,7 +291,7 @@ def _changed(base: Config, options: Mapping[str, Any], where: str) -> Config:
     """A config with changed options; those of the core that it holds go there."""
     present = getattr(base, "core", None)
     if not isinstance(present, Config):
-        return base.replace(where=where, **options)
+        return base.changed(options, where=where)
     return _between(base, _core_named(options, present.entry, where), options, where)
 
 
@@ -311,13 +315,13 @@ def _between(base: Config, core: registry.Entry, options: Mapping[str, Any], whe
     inner = {k: v for k, v in options.items() if k not in own}
     chosen = outer.pop("core", {})
     if isinstance(chosen, Config):
-        made = chosen.replace(where=where, **inner)
+        made = chosen.changed(inner, where=where)
     else:
         given = chosen if isinstance(chosen, Mapping) else {}
         given = {k: v for k, v in given.items() if k != "name"}
         present: Any = base.core  # type: ignore[attr-defined]
         made = _made(core, given | inner, present, where)
-    return base.replace(where=where, core=made, **outer)
+    return base.changed(outer | {"core": made}, where=where)
 
 
 @contextmanager
@@ -357,7 +361,7 @@ def _convert(
                 value = resolve(field.metadata["kind"], value, present, where=path)
             out[key] = value
         elif isinstance(value, Mapping) and isinstance(getattr(base, key, None), Config):
-            out[key] = getattr(base, key).replace(where=path, **value)
+            out[key] = getattr(base, key).changed(value, where=path)
         else:
             out[key] = value
     return out

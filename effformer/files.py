@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .checks import FormatError
+from .checks import FormatError, reason
 
 __all__ = [
     "DiskError", "alive", "atomic_folder", "atomic_path", "check_file", "check_folder", "disk_errors", "host",
@@ -267,7 +267,8 @@ def inside(folder: Path, name: str) -> Path | None:
     if "\0" in name or Path(name).is_absolute():
         return None
     path = folder / name
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
+    real, own = (Path(os.path.realpath(p)) for p in (path, folder))  # resolve() fails on loops
+    return path if real.is_relative_to(own) else None
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -289,8 +290,8 @@ def read_json(path: str | Path) -> Any:
         raise FormatError(f"{path}: no such file") from error
     except RecursionError as error:
         raise FormatError(f"{path}: is not readable JSON (nested too deeply)") from error
-    except (OSError, ValueError) as error:  # not UTF-8, not JSON, or a number without end
-        raise FormatError(f"{path}: is not readable JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: is not readable JSON ({reason(error)})") from error
 
 
 @contextmanager
@@ -306,7 +307,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
             raise DiskError(
-                f"{path}: the disk is full ({error}); what was there before is intact, free some "
+                f"{path}: the disk is full ({reason(error)}); what was there before is intact, free some "
                 "space or choose another place"
             ) from error
         if number in (errno.EFBIG, errno.EIO, errno.EROFS):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checks import FormatError
+from .checks import FormatError, reason
 
 __all__ = ["read_pickled"]
 
@@ -47,7 +47,9 @@ def read_pickled(path: Path) -> Any:
             "data, not code: save a plain state dict or safetensors"
         ) from error
     except Exception as error:  # the reader meets rubbish with whatever its next step raises
-        raise FormatError(f"{path}: is truncated or not a torch checkpoint ({error})") from error
+        raise FormatError(
+            f"{path}: is truncated or not a torch checkpoint ({reason(error)})"
+        ) from error
 
 
 def _check_unpacked(path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from .checks import shown, unknown
 
 __all__ = [
-    "Chance", "Check", "Checked", "Count", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion",
+    "Chance", "Check", "Checked", "Count", "Depth", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion",
     "Positive", "Range", "Real", "Seed", "checker", "held", "plain",
 ]  # fmt: skip
 
@@ -69,6 +69,7 @@ class Range:
 
 Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
+Depth = Annotated[int, Range(1, 4096)]  # a mistyped number of blocks would fill the memory
 Odd = Annotated[int, Range(1, step=2)]
 Even = Annotated[int, Range(2, step=2)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]

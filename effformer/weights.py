@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from .checks import FormatError
+from .checks import FormatError, reason
 from .files import inside, read_json
 from .layout import StateDict
 from .pickled import read_pickled
@@ -191,7 +191,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             return with_trained(load_file(path), json.loads(said))
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(
-                f"{path}: is truncated or not a safetensors file ({error})"
+                f"{path}: is truncated or not a safetensors file ({reason(error)})"
             ) from error
     found = read_pickled(path)
     if not isinstance(found, Mapping):

@@ -25,7 +25,7 @@ from effformer.nn.init import truncated_normal_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed
 from effformer.site import NormRule, Site
-from effformer.values import Chance, Count, NonNegative, Positive
+from effformer.values import Chance, Count, Depth, NonNegative, Positive
 
 from .base import Model, Preset, register_presets
 from .layouts.flowformer import VISION
@@ -72,7 +72,7 @@ class FlowformerVision(Model):
         block: BaseConfig = part("block", PreNorm.Config(scale_attn=False))
         drop_path: Chance = 0.2
         dims: tuple[Count, ...] = (96, 192, 384, 768)
-        depths: tuple[Count, ...] = (3, 3, 10, 3)
+        depths: tuple[Depth, ...] = (3, 3, 10, 3)
         heads: Count = 12
         input_size: Count = 224
         channels: Count = 3

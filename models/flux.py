@@ -25,7 +25,7 @@ from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.nn.precision import widened
 from effformer.nn.rope import GridRope
 from effformer.site import Layer, NormRule, Site
-from effformer.values import Count, Natural
+from effformer.values import Count, Depth, Natural
 
 from .base import Model, Preset, register_presets
 from .diffusion_parts import FinalLayer, reset_parameters
@@ -98,7 +98,7 @@ class Flux(Model):
         block: BaseConfig = part("block", Joint.Config(ends=False))
         single: BaseConfig = part("block", Parallel.Config(fused=True))
         dim: Count = 3072
-        depth: Count = 57
+        depth: Depth = 57
         heads: Count = 24
         doubles: Natural = 19
         input_size: Count = 128

@@ -24,7 +24,7 @@ from effformer.nn.init import xavier_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.text import Padding, Positions, check_tokens, draw_tokens, make_positions
 from effformer.site import NormRule, Site
-from effformer.values import Chance, Count, Natural
+from effformer.values import Chance, Count, Depth, Natural
 
 from .base import Model, Preset, register_presets
 from .layouts.macaron import TRANSLATION
@@ -119,7 +119,7 @@ class MacaronNet(Model):
         block: BaseConfig = part("block", Macaron.Config())
         cross: BaseConfig = part("attention", Attention.Config())
         dropout: Chance = 0.1
-        decoder_depth: Count | None = None
+        decoder_depth: Depth | None = None
         decoder_heads: Count | None = None
         decoder_layers: Mapping[str, Any] = field(
             default_factory=dict, metadata={"short": layer_pattern}

@@ -309,7 +309,7 @@ def _backbone(config: RelaCtrl.Config, where: str) -> LatentTransformer:
             f"{where}: {entry.name!r} has no blocks for control to enter; choices: {able}"
         )
     backbone: Model = entry.build(
-        entry.preset.replace(where=f"{where} backbone", **config.changes), name=entry.name
+        entry.preset.changed(config.changes, where=f"{where} backbone"), name=entry.name
     )
     return cast(LatentTransformer, backbone.requires_grad_(False))
 

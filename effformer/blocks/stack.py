@@ -15,7 +15,7 @@ from effformer.checks import unknown
 from effformer.config import Config, part, resolve
 from effformer.ffn import MLP
 from effformer.site import Layer, Needs, Site
-from effformer.values import Chance, Count
+from effformer.values import Chance, Count, Depth
 
 from .admission import check_layer, slot_needs
 from .base import Block
@@ -112,7 +112,7 @@ class BackboneConfig(StackConfig):
     """
 
     dim: Count
-    depth: Count
+    depth: Depth
     heads: Count
 
     def at(self, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,7 @@ def _numbers(text: str | None) -> tuple[int, ...]:
 
         return (machine().cores,)
     parts = text.split(",")
-    if not all(p.strip().isdecimal() and 0 < int(p) <= 1024 for p in parts):
+    if not all(re.fullmatch(r" *0*[1-9][0-9]{0,3} *", p) and int(p) <= 1024 for p in parts):
         raise ValueError(f"--threads {text}: numbers from 1 to 1024, for instance 1 or 1,2")
     return tuple(dict.fromkeys(map(int, parts)))
 

@@ -76,6 +76,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")
 # Refusals and what the system says about files are the user's to solve, and one sentence says how;
 # every other exception is a bug and keeps its traceback. The variable shows that of these as well.
 TRACEBACK = "EFFFORMER_TRACEBACK"
+_LONGEST = 1200  # characters of a sentence
 
 
 def guard(verb: Callable[P, None], *, intact: str | Callable[..., str]) -> Callable[P, None]:
@@ -146,7 +147,8 @@ def _sentence(error: Exception, left: Callable[[], str]) -> str | None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    note(message)
+    """End with a sentence; where it repeats a long word, its middle is left out."""
+    note(message if len(message) <= _LONGEST else f"{message[:500]} ... {message[-500:]}")
     raise typer.Exit(code)
 
 
@@ -294,6 +296,10 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
         return load_model(source)
     if os.sep in source:
         raise ValueError(f"{source}: no such folder; saved models are folders with config.json")
+    if changes and "name" in changes:
+        raise ValueError(
+            f"{source}: unknown option 'name'; a model is named in front of its options"
+        )
     torch.manual_seed(seed)
     return build_model(source, **(changes or {})).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def compress(
     from ..io import model_folder, save_pretrained
 
     target = save_to(out, "compress")
-    if target.resolve() == model.resolve():
+    if os.path.realpath(target) == os.path.realpath(model):
         raise ValueError(
             f"compress: --out {target} is the model itself, whose dense weights would be lost; "
             "choose another folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +61,7 @@ def convert(
                 f"convert: {weights} is a saved model, which says what it is; leave --model and "
                 "--from out"
             )
-        if place.resolve().parent == weights.resolve():
+        if os.path.dirname(os.path.realpath(place)) == os.path.realpath(weights):
             raise ValueError(f"convert: {place} lies inside {weights}; choose another place")
         check_file(place, *WEIGHTS, force=force)
         built, layout = load(str(weights), overrides(pairs=pairs)), "effformer"

@@ -41,10 +41,14 @@ def export(
         int, typer.Option(help="onnx: samples of the traced call.", min=1, max=10**6)
     ] = 2,
     opset: Annotated[int | None, typer.Option(help="onnx: default is the target's.")] = None,
-    target: Annotated[str, typer.Option(help="onnx: effformer list targets.")] = "onnx-cpu",
+    target: Annotated[
+        str | None, typer.Option(help="onnx: effformer list targets; default: onnx-cpu.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
     verify: Annotated[bool, typer.Option(help="Compare with torch at three other shapes.")] = True,
-    sampler: Annotated[str, typer.Option(help="bundle: its sampler.")] = "euler",
+    sampler: Annotated[
+        str | None, typer.Option(help="bundle: its sampler; default: euler.")
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -72,14 +76,26 @@ def export(
     """
     place = save_to(out, "export")
     form = form or ("onnx" if place.suffix == ".onnx" else "bundle")
+    own = {"--sampler": sampler, "--steps": steps, "--guidance": guidance}
+    ignored = own if form == "onnx" else {"--opset": opset, "--target": target}
+    if given := [option for option, value in ignored.items() if value is not None]:
+        raise ValueError(
+            f"export: {', '.join(given)} means nothing to --format {form}; leave it out"
+        )
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
         stage(f"exporting {network.name}")
         if form == "bundle":
-            options = {"sampler": sampler, "steps": steps, "guidance": guidance, "force": force}
+            options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
+            options["sampler"] = "euler" if sampler is None else sampler
             data, size = _bundle(network, place, quantize, options, verify)
         else:
-            options = {"opset": opset, "target": target, "tolerance": tolerance, "verify": verify}
+            options = {
+                "opset": opset,
+                "target": "onnx-cpu" if target is None else target,
+                "tolerance": tolerance,
+                "verify": verify,
+            }
             data, size = _onnx(network, place, quantize, options, batch, force=force)
     parity = data["parity"]
     lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]

@@ -85,7 +85,7 @@ class FlowConvention(Config):
         if "name" not in data:
             return super(FlowConvention, cls).from_dict(data, where=where)
         changes = {k: v for k, v in data.items() if k != "name"}
-        return cast(Self, get_convention(data["name"]).replace(where=where, **changes))
+        return cast(Self, get_convention(data["name"]).changed(changes, where=where))
 
     @checked
     def time(self, t: Clock) -> Tensor:

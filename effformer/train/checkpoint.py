@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checks import FormatError, unknown
+from ..checks import FormatError, reason, unknown
 from ..files import atomic_path, disk_errors, sweep, write_json
 from ..loading import tell_not_finite, unlike
 from ..retired import rename
@@ -84,7 +84,7 @@ class RunFolder:
                 raise
         except OSError as error:
             raise ValueError(
-                f"train: cannot write a run to {path} ({error}); choose another folder"
+                f"train: cannot write a run to {path} ({reason(error)}); choose another folder"
             ) from error
 
     def _enter(
@@ -224,7 +224,9 @@ def read_metrics(source: str | os.PathLike[str]) -> list[dict[str, float]]:
         except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
-            raise FormatError(f"{path}, line {number}: not a metrics record ({error})") from error
+            raise FormatError(
+                f"{path}, line {number}: not a metrics record ({reason(error)})"
+            ) from error
         records.append(record)
     return records
 

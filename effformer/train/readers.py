@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import FormatError, need
+from ..checks import FormatError, need, reason
 
 if TYPE_CHECKING:
     from .datasets import Part
@@ -74,7 +74,7 @@ def _idx_array(path: Path, dims: int) -> Tensor:
                 raise FormatError(f"{announced}, but {found} follow")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise FormatError(
-            f"{path}: broken gzip file ({error}); copy or download it again"
+            f"{path}: broken gzip file ({reason(error)}); copy or download it again"
         ) from error
     return torch.from_numpy(np.frombuffer(values, np.uint8).copy()).view(sizes)
 
@@ -156,7 +156,7 @@ def _open(path: Path, size: int | None) -> Any:
             f"{path}: announces more than {pil.MAX_IMAGE_PIXELS:,} pixels; shrink it first"
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read as an image ({error})") from error
+        raise FormatError(f"{path}: cannot be read as an image ({reason(error)})") from error
     if picture.mode.startswith(("I", "F")):
         raise FormatError(
             f"{path}: {picture.mode} pixels; only 8-bit images are read, convert it first"

@@ -124,6 +124,10 @@ def test_sample_requests(words: tuple[str, ...], message: str, saved: Path, tmp_
     [
         (("--set", "attn=null"), "sit-nano.attn: a model cannot be without it"),
         (("--set", "patch=0"), "sit-nano.patch must be at least 1, got 0"),
+        (("--set", "name=1"), "unknown option 'name'; a model is named in front of its options"),
+        (("--set", "attn.where=1"), "sit-nano.attn: unknown option 'where'"),
+        (("--set", "depth=100000"), "sit-nano.depth must lie in [1, 4096], got 100000"),
+        (("--set", "x" * 5000), "xxx ... xxx"),
         (("--set", "heads=5"), "width 48 is not divisible by 5 heads"),
         (("--set", "attn.causal=true"), "this model attends both ways"),
         (("--attn", "performer", "--set", "attn.causal=true"), "this model attends both ways"),
@@ -161,6 +165,21 @@ def test_parts_without_an_onnx_form(form: str, tmp_path: Path) -> None:
     message = refusal("export", *words, "-o", str(tmp_path / form))
     assert "'reformer' has no ONNX form; choices: " in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_another_form(saved: Path, tmp_path: Path) -> None:
+    words = ("export", str(saved), "-o", str(tmp_path / "m.onnx"))
+    assert "--sampler, --steps means nothing" in refusal(*words, "--sampler", "x", "--steps", "1")
+    assert "--opset means nothing" in refusal(*words, "--format", "bundle", "--opset", "18")
+    assert "numbers from 1 to 1024" in refusal("bench", str(saved), "--threads", "9" * 5000)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes symbolic links")
+def test_links_in_a_circle(saved: Path, tmp_path: Path) -> None:
+    (loop := tmp_path / "loop").symlink_to(loop)
+    for source, out in ((str(loop), "new"), (str(saved), str(loop)), (str(saved), str(loop / "x"))):
+        refusal("compress", source, "-o", out)
+    assert "loop" in refusal("convert", str(saved), "-o", str(loop))
 
 
 def test_damaged_graphs(saved: Path, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_position_table_is_the_published_one() -> None:
         ({"dim": 50}, ValueError, "dim must be divisible by 4"),
         ({"heads": 5}, ValueError, "width 48 is not divisible by 5 heads"),
         ({"label_dropout": 1.0}, ValueError, r"label_dropout must lie in \[0, 1\)"),
-        ({"depth": 0}, ValueError, "depth must be at least 1"),
+        ({"depth": 0}, ValueError, r"depth must lie in \[1, 4096\]"),
         ({"drop_path": -0.1}, ValueError, r"drop_path must lie in \[0, 1\)"),
         ({"positions": "rope"}, ValueError, "unknown value 'rope'"),
         ({"attn": "flwo"}, ValueError, "unknown attention 'flwo'; did you mean 'flow'"),
