@@ -156,15 +156,17 @@ def without(held: Held, void: Sequence[str]) -> Held:
 def outside(
     conditions: Sequence[str], base: Lengths, batches: set[str]
 ) -> dict[str, list[Lengths]]:
-    """Condition -> lengths nearest to the example at which it does not hold; none where they are
-    too long to try.
+    """Condition -> lengths nearest to the example at which it does not hold, and of the others as
+    many as can be; none where they are too long to try.
     """
     found = {}
     for condition in conditions:
         lone = ([{s: n} for n in _around(base[s])] for s in base)
         joint = [{s: n for s in base if s not in batches} for n in range(1, _LONGEST + 1)]
         tried = (base | change for changes in (*lone, joint) for change in changes)
-        found[condition] = [lengths for lengths in tried if holds(condition, lengths) is False][:4]
+        beyond = [lengths for lengths in tried if holds(condition, lengths) is False]
+        beyond.sort(key=lambda lengths: sum(holds(c, lengths) is False for c in conditions))
+        found[condition] = beyond[:4]
     return found
 
 
