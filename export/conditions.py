@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ _REST = re.compile(r"[%&] \d+\)* != [01]\)?$")
 """What looks like it and is none: the rest of a division."""
 
 _PROBES = (2, 3, 4, 5, 7, 8, 12, 16, 33, 64, 100, 128, 150, 255, 512, 1025, 4096)
+_NEAR = 32
+"""Lengths among which those are looked for at which nothing else is broken."""
 _LONGEST = 1024
 """Lengths up to which a model is run to see whether its graph fails where it may."""
 
@@ -156,15 +158,18 @@ def without(held: Held, void: Sequence[str]) -> Held:
 def outside(
     conditions: Sequence[str], base: Lengths, batches: set[str]
 ) -> dict[str, list[Lengths]]:
-    """Condition -> lengths nearest to the example at which it does not hold; none where they are
-    too long to try.
+    """Condition -> lengths nearest to the example at which it does not hold, and of the others as
+    many as can be; none where they are too long to try.
     """
     found = {}
     for condition in conditions:
         lone = ([{s: n} for n in _around(base[s])] for s in base)
         joint = [{s: n for s in base if s not in batches} for n in range(1, _LONGEST + 1)]
         tried = (base | change for changes in (*lone, joint) for change in changes)
-        found[condition] = [lengths for lengths in tried if holds(condition, lengths) is False][:4]
+        broken = (lengths for lengths in tried if holds(condition, lengths) is False)
+        beyond = list(islice(broken, _NEAR))
+        beyond.sort(key=lambda lengths: sum(holds(c, lengths) is False for c in conditions))
+        found[condition] = beyond[:4]
     return found
 
 

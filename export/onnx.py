@@ -34,6 +34,7 @@ from .lengths import Ranges
 from .packed import decodes_codes, kernels_for, translations
 from .runs import least_lengths, other_sides, unequal_axes
 from .targets import get_target
+from .terms import keep_small_terms
 from .verify import CONDITIONS, RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
 
 if TYPE_CHECKING:
@@ -250,15 +251,18 @@ def _trace(
         try:
             made = torch.onnx.export(
                 program, opset_version=opset, dynamo=True, verbose=False,
-                custom_translation_table=translations(), optimize=not packed,
+                custom_translation_table=translations(), optimize=False,
             )  # fmt: skip
         except Exception as error:
             raise ExportError(
                 f"export_onnx: {name} cannot be translated to opset {opset}: {_reason(error)}"
             ) from error
         assert made is not None
+        keep_small_terms(made.model.graph)
         if packed:
             need("onnxscript.optimizer").optimize_ir(made.model, should_fold=decodes_codes)
+        else:
+            made.optimize()
     return made, where_it_holds(program, call, axes)
 
 

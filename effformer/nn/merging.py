@@ -111,6 +111,8 @@ def match_tokens(metric: Tensor, r: int, *, front: int = 0) -> Matching:
         scores = even @ odd.transpose(1, 2)
     scores = F.pad(scores[:, (front + 1) // 2 :], (0, 0, (front + 1) // 2, 0), value=-torch.inf)
     scores = F.pad(scores[:, :, front // 2 :], (front // 2, 0), value=-torch.inf)
+    if torch.compiler.is_exporting():
+        scores = F.pad(scores, (0, 1), value=-torch.inf)  # a graph serves a lone token, too
     best, target = scores.max(dim=-1)
     order = best.argsort(dim=-1, descending=True)
     gone, kept = order[:, :r], order[:, r:]

@@ -118,6 +118,20 @@ def test_captured_graphs() -> None:
     torch.testing.assert_close(exported(y), _Merge()(y))
 
 
+def test_a_graph_serves_a_lone_token() -> None:
+    class Merge(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            matching = match_tokens(x, 3)
+            return matching.unmerge(matching.merge(x))
+
+    axes = {"x": {1: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(Merge(), (torch.randn(2, 9, 4),), dynamic_shapes=axes)
+    graph = exported.graph_module
+    for n in (1, 2, 9, 14):
+        x = torch.randn(2, n, 4)
+        torch.testing.assert_close(graph(x)[0], Merge()(x))
+
+
 def test_schedules() -> None:
     assert merge_schedule(5, 3) == (5, 5, 5)
     assert merge_schedule((3, 2), 4) == (3, 2, 0, 0)
