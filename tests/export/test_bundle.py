@@ -127,6 +127,11 @@ def test_bad_requests(flow: Flow, tmp_path: Path) -> None:
         export_bundle(flow, tmp_path / "b", steps=0, **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="guidance must be finite, got nan"):
         export_bundle(flow, tmp_path / "b", guidance=float("nan"), **SIZES)  # type: ignore[arg-type]
+    for far in ({"steps": 10_001}, {"guidance": 1001.0}):
+        with pytest.raises(
+            ValueError, match=r"steps must lie in 1..10000 and guidance in -1000..1000"
+        ):
+            export_bundle(flow, tmp_path / "b", **far, **SIZES)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Flow does not say its shape"):
         export_bundle(flow, tmp_path / "b", num_classes=3, convention="effformer")
     with pytest.raises(ValueError, match=r"guidance 2\.0 needs a null class"):
