@@ -324,6 +324,10 @@ def _words(hint: Any) -> str:
         return "a dict"
     if hasattr(hint, "from_dict"):
         return f"{hint.__qualname__} or a dict of its options"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):  # how one is written
+        fields = dataclasses.fields(hint)
+        asked = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+        return f"{hint.__qualname__}({', '.join(asked)})"
     return str(getattr(hint, "__name__", hint))
 
 

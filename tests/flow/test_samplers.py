@@ -217,7 +217,7 @@ def test_configs_of_every_sampler_find_it_and_survive_json() -> None:
         ({"steps": 0}, ValueError, r"must lie in \[1, 1000000\], got 0"),
         ({"steps": -2}, ValueError, "got -2"),
         ({"steps": 2.0}, TypeError, "expected int"),
-        ({"guidance": 2.0}, TypeError, "guidance: expected Guidance, got 2.0"),
+        ({"guidance": 2.0}, TypeError, r"guidance: expected Guidance\(scale, null\), got 2.0"),
         ({"sampler": "sde-euler", "reverse": True}, ValueError, "from noise to data only"),
     ],
 )
