@@ -495,7 +495,10 @@ def _renewed(model: nn.Module, trained: Any, found: dict[str, Any]) -> dict[str,
     """What an older version wrote about a run, with the options that came since at their defaults,
     and with what its objective trains.
     """
-    found = {"trained": json.loads(json.dumps(trained)), **found}
+    trained = json.loads(json.dumps(trained))
+    found = {"trained": trained, **found}
+    if isinstance(trained, dict) and isinstance(found["trained"], dict):
+        found["trained"] = {**trained, **found["trained"]}
     own, there = getattr(model, "config", None), dict(found.get("model", {}))
     if not isinstance(own, Config) or not isinstance(there.get("config"), dict):
         return found

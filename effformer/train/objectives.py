@@ -146,6 +146,7 @@ class Generation(Config):
             null=labelled and self.label_drop > 0,
             steps=getattr(loss, "steps", None),
             value_range=data.value_range,
+            classes=tuple(data.classes) if labelled else (),
         )
 
     def _dropped(

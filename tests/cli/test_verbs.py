@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from PIL import Image
 from typer.testing import CliRunner
 
 import effformer
@@ -216,6 +217,25 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert effformer.load_model(effformer_model).config.attn.core.entry.name == "flow"
     (shown,) = answer("show", str(run))
     assert shown["state"] == "finished"
+
+
+def test_classes_keep_their_names(tmp_path: Path) -> None:
+    """A folder of pictures by class: the run, the model and the bundle know what they are called."""
+    for i, name in enumerate(["circle", "square", "1"]):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for j in range(2):
+            picture = torch.full((8, 8), 40 * i + j, dtype=torch.uint8).numpy()
+            Image.fromarray(picture).save(tmp_path / "data" / name / f"{j}.png")
+    run, bundle = str(tmp_path / "run"), str(tmp_path / "bundle")
+    small = ["--set", "patch=4", "--steps", "2", "--batch", "2", "--data", str(tmp_path / "data")]
+    invoke("train", "sit-nano", *small, "-o", run)
+    invoke("export", run, "--no-verify", "-o", bundle)
+    (shown,) = answer("show", run)
+    assert shown["trained"]["classes"] == ["1", "circle", "square"]
+    for source in (run, bundle):
+        words = ["sample", source, "--steps", "1", "-o", str(tmp_path / "s.npy"), "--force"]
+        assert answer(*words, "--labels", "square, circle,0-1")["labels"] == [2, 1, 0, 1]
+        assert "did you mean 'circle'" in refusal(*words, "--labels", "circel")
 
 
 def test_training_ends_in_the_time_that_it_is_given(tmp_path: Path) -> None:
