@@ -23,7 +23,13 @@ __all__ = ["Curves", "Pareto"]
 # Okabe and Ito's palette keeps its contrasts for the common kinds of colour blindness.
 _BLUE, _GREY, _INK = "#0072B2", "#8A8F98", "#30343B"
 # Another line style for each curve, for those who see no colours.
-_CURVES = ((_BLUE, "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+_CURVES = (
+    (_BLUE, "-"),
+    ("#D55E00", "--"),
+    ("#009E73", "-."),
+    ("#CC79A7", ":"),
+    (_INK, (0, (5, 1))),
+)
 
 # Offsets of a name from its point in typographic points: beside, above and below, then further out.
 _PLACES = [(9, 0), (-9, 0), (0, 11), (0, -11)] + [
@@ -70,20 +76,36 @@ class Curves(_Plot):
         lines: name -> points (x, y), in the order of x.
         x: label of the horizontal axis.
         y: label of the vertical axis.
+        log: both axes are logarithmic where their values span more than a factor of ten.
     """
 
     lines: Mapping[str, Sequence[tuple[float, float]]]
     x: str
     y: str
+    log: bool = False
 
     def figure(self) -> Figure:
         """Draw, each line in a colour and a style of its own."""
-        figure: Figure = need("matplotlib.figure").Figure((6.4, 2.8), dpi=160, layout="constrained")
+        size = (6.4, 3.8 if self.log else 2.8)
+        figure: Figure = need("matplotlib.figure").Figure(size, dpi=160, layout="constrained")
         axes = figure.add_subplot()
+        if self.log:
+            every = [point for points in self.lines.values() for point in points]
+            _scale(axes.xaxis, axes.set_xscale, [x for x, _ in every])
+            _scale(axes.yaxis, axes.set_yscale, [y for _, y in every])
         for (name, points), (color, line) in zip(self.lines.items(), cycle(_CURVES), strict=False):
             xs, ys = zip(*points, strict=True)
-            marker = "o" if len(points) == 1 else ""
-            axes.plot(xs, ys, line, marker=marker, color=color, linewidth=1.4, label=name)
+            marker = "o" if self.log or len(points) == 1 else ""
+            axes.plot(
+                xs,
+                ys,
+                linestyle=line,
+                marker=marker,
+                color=color,
+                linewidth=1.4,
+                markersize=3,
+                label=name,
+            )
         axes.set_xlabel(self.x)
         axes.set_ylabel(self.y)
         axes.grid(True, color="#D9DCE1", linewidth=0.6)

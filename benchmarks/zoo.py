@@ -1,0 +1,260 @@
+"""Every attention of the zoo as one layer, from 256 to 16,384 tokens: time, memory, work, state.
+
+Writes ``benchmarks/results/zoo.csv``, one line for every form and length, and the picture of the
+README.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any
+
+import torch
+from markdown import Row, write
+from torch import Tensor, nn
+
+from effformer import registry
+from effformer.blocks.stack import with_causal
+from effformer.build import list_attention
+from effformer.calls import outputs
+from effformer.config import resolve
+from effformer.context import Context
+from effformer.files import atomic_path
+from effformer.profile import count_parameters, machine, peak_memory
+from effformer.profile.plots import Curves
+from effformer.site import Site
+
+DIM, HEADS = 384, 6
+TOKENS, SMALL_TOKENS = (256, 1024, 4096, 16384), (64, 256)
+RUNS, PATIENCE = 5, 20.0
+"""Calls that are timed, fewer where they would take more than so many seconds."""
+HYBRID = ("gated-delta", "softmax", 3)
+SHOWN = ("softmax", "flow", "sana", "gated-delta", "gated-delta 3:1 softmax")
+RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "attentions.svg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One form at one length.
+
+    Attributes:
+        attn: what ``attn=`` takes.
+        causal: the form that sees no later tokens.
+        tokens: length, a square grid where there is a grid.
+        milliseconds: CPU time of one forward on one thread, median.
+        memory: bytes of activations at their peak.
+        macs: multiply-adds, projections included.
+        parameters: of the layer.
+        state: bytes carried from token to token after so many, empty where it cannot stream.
+    """
+
+    attn: str
+    causal: bool
+    tokens: int
+    milliseconds: float
+    memory: int
+    macs: int | str
+    parameters: int
+    state: int | str
+    cost: str
+    masks: str
+    rotary: bool
+    cross: bool
+    streaming: bool
+    packed: bool
+    onnx: bool
+    paper: str
+
+
+def forms(only: Sequence[str]) -> list[tuple[str, bool]]:
+    """Names with each of their forms."""
+    found = []
+    for name in list_attention():
+        if name == "multihead" or (only and name not in only):
+            continue
+        caps = registry.attention.get(name).caps
+        found += [(name, c) for c in (False, True) if caps.satisfies(causal=c)]
+    return found
+
+
+def build(name: str, causal: bool, tokens: int) -> nn.Module:
+    needed = {"linformer": {"tokens": tokens}, "tdsm": {"tokens": tokens}}
+    config = with_causal(resolve("attention", {"name": name, **needed.get(name, {})}), causal)
+    side = math.isqrt(tokens)
+    site = Site(dim=DIM, heads=HEADS, time_dim=DIM, grid=(side, side))
+    made: nn.Module = config.build(site)
+    return made.eval()
+
+
+class Hybrid(nn.Module):
+    """So many layers of one attention and then one of another."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        name, other, count = HYBRID
+        names = [name] * count + [other]
+        self.layers = nn.ModuleList(build(n, False, tokens) for n in names)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, ctx)
+        return x
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Milliseconds of CPU time, median over some calls after one that is not counted."""
+    call()
+    spent: list[float] = []
+    while len(spent) < RUNS and (not spent or sum(spent) + spent[-1] < PATIENCE):
+        start = process_time()
+        call()
+        spent.append(process_time() - start)
+    return 1e3 * median(spent)
+
+
+def state_of(mixer: Any, x: Tensor) -> int | str:
+    """Bytes of the state after the tokens of x."""
+    try:
+        _, state = mixer.step(x, mixer.init_state(1, like=x), Context())
+    except (NotImplementedError, ValueError):
+        return ""
+    return sum(s.numel() * s.element_size() for s in outputs(state) if isinstance(s, Tensor))
+
+
+def inputs(tokens: int) -> tuple[Tensor, Context]:
+    generator = torch.Generator().manual_seed(0)
+    side = math.isqrt(tokens)
+    ctx = Context(grid=(side, side), time=torch.zeros(1, DIM))
+    return torch.randn(1, tokens, DIM, generator=generator), ctx
+
+
+def measure(name: str, causal: bool, tokens: int) -> Line:
+    (x, ctx), caps = inputs(tokens), registry.attention.get(name).caps
+    mixer = build(name, causal, tokens)
+    streams = caps.streaming and causal
+    try:
+        macs: int | str = mixer.macs(tokens)  # type: ignore[operator]
+    except (TypeError, ValueError):
+        macs = ""
+    return Line(
+        attn=name, causal=causal, tokens=tokens, milliseconds=round(timed(lambda: mixer(x, ctx)), 3),
+        memory=peak_memory(lambda: mixer(x, ctx), [x, *mixer.parameters()]), macs=macs,
+        parameters=count_parameters(mixer), state=state_of(mixer, x) if streams else "",
+        cost=caps.cost, masks=caps.mask, rotary=caps.rope, cross=caps.cross,
+        streaming=caps.streaming, packed=caps.packed, onnx=caps.onnx,
+        paper=registry.attention.get(name).paper,
+    )  # fmt: skip
+
+
+def hybrid(tokens: int) -> float:
+    """Milliseconds of one layer of the hybrid, on average."""
+    (x, ctx), layers = inputs(tokens), Hybrid(tokens)
+    return timed(lambda: layers(x, ctx)) / len(layers.layers)
+
+
+def picture(found: dict[str, dict[int, float]]) -> None:
+    """Time against tokens, and where each line crosses that of softmax."""
+    lines = {}
+    for name in SHOWN:
+        points = sorted(found[name].items())
+        at = crossover(found["softmax"], found[name])
+        words = f"{name}, faster from {at:,.0f} tokens" if at and name != "softmax" else name
+        lines[words] = points
+    Curves(lines, "tokens", f"ms for one layer of {HEADS} heads of 64", log=True).save(
+        PICTURE, force=True
+    )
+
+
+def crossover(softmax: dict[int, float], other: dict[int, float]) -> float | None:
+    """The number of tokens from which on it takes less time than softmax, None if never; between two
+    lengths both are taken to grow as powers.
+    """
+    slower = [n for n in sorted(softmax) if other[n] >= softmax[n]]
+    if not slower:
+        return float(min(softmax))
+    if len(slower) == len(softmax):
+        return None
+    low = slower[-1]
+    high = min(n for n in softmax if n > low)
+    a, b = (math.log(other[n] / softmax[n]) for n in (low, high))
+    return math.exp(math.log(low) + a / (a - b) * math.log(high / low))
+
+
+def rows(lines: Sequence[Line]) -> list[Row]:
+    """One line a form: time at the largest length, and its ratio to softmax."""
+    longest = max(line.tokens for line in lines)
+    base = {
+        line.causal: line.milliseconds
+        for line in lines
+        if line.attn == "softmax" and line.tokens == longest
+    }
+    return [
+        Row(
+            what=f"{line.attn}{', causal' if line.causal else ''}: {line.tokens} tokens",
+            value=f"{line.milliseconds:.4g} ms",
+            ratio=line.milliseconds / base[line.causal] if line.causal in base else None,
+        )
+        for line in sorted(lines, key=lambda line: line.milliseconds)
+        if line.tokens == longest
+    ]  # fmt: skip
+
+
+def main(*, small: bool = False, only: Sequence[str] = ()) -> None:
+    torch.set_num_threads(1)
+    sizes, lines, here = SMALL_TOKENS if small else TOKENS, [], machine()
+    chosen = only or (("softmax", "flow", "sana", "gated-delta") if small else ())
+    with torch.inference_mode():
+        for name, causal in forms(chosen):
+            for tokens in sizes:
+                try:
+                    line = measure(name, causal, tokens)
+                except ValueError as error:
+                    print(f"{name} at {tokens} tokens: {error}", file=sys.stderr)
+                    continue
+                lines.append(line)
+                print(f"{name:24} {tokens:6} {line.milliseconds:10.2f} ms", file=sys.stderr)
+        mixed = {n: hybrid(n) for n in sizes}
+    keep = not small and not only
+    if keep:
+        _save(lines)
+        found = {
+            name: {x.tokens: x.milliseconds for x in lines if x.attn == name and not x.causal}
+            for name in SHOWN
+        }
+        picture({**found, SHOWN[-1]: mixed})
+    write("zoo", "One attention layer", rows(lines), here, _notes(mixed), keep=keep)
+
+
+def _save(lines: Sequence[Line]) -> None:
+    with (
+        atomic_path(RESULTS / "zoo.csv") as path,
+        path.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.DictWriter(file, [f.name for f in fields(Line)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(line) for line in lines)
+
+
+def _notes(mixed: dict[int, float]) -> list[str]:
+    name, other, count = HYBRID
+    times = ", ".join(f"{n:,} tokens {ms:.4g} ms" for n, ms in mixed.items())
+    return [
+        f"width {DIM}, {HEADS} heads of 64, projections included, batch 1, float32, eager, no gradients; "
+        "ratio: time over that of softmax of the same direction",
+        f"all lengths, memory, work and states: `zoo.csv`; {count} layers of {name} to one of {other}, "
+        f"per layer: {times}",
+        "time is CPU time of one thread, so that other work on the machine counts for little",
+    ]
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    main(small="--small" in sys.argv[1:], only=words)
