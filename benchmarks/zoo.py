@@ -29,6 +29,7 @@ from effformer.context import Context
 from effformer.files import atomic_path
 from effformer.profile import count_parameters, machine, peak_memory
 from effformer.profile.plots import Curves
+from effformer.profile.sweep import crossover
 from effformer.site import Site
 
 DIM, HEADS = 384, 6
@@ -171,21 +172,6 @@ def picture(found: dict[str, dict[int, float]]) -> None:
     Curves(lines, "tokens", f"ms for one layer of {HEADS} heads of 64", log=True).save(
         PICTURE, force=True
     )
-
-
-def crossover(softmax: dict[int, float], other: dict[int, float]) -> float | None:
-    """The number of tokens from which on it takes less time than softmax, None if never; between two
-    lengths both are taken to grow as powers.
-    """
-    slower = [n for n in sorted(softmax) if other[n] >= softmax[n]]
-    if not slower:
-        return float(min(softmax))
-    if len(slower) == len(softmax):
-        return None
-    low = slower[-1]
-    high = min(n for n in softmax if n > low)
-    a, b = (math.log(other[n] / softmax[n]) for n in (low, high))
-    return math.exp(math.log(low) + a / (a - b) * math.log(high / low))
 
 
 def rows(lines: Sequence[Line]) -> list[Row]:

@@ -99,6 +99,20 @@ def test_the_two_commands() -> None:
     assert second in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_the_readme_counts_and_lists_what_there_is() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sets = [
+        p for p in (ROOT / "tests" / "conformance" / "adapters").glob("*.py") if p.stem[0] != "_"
+    ]
+    assert f"reproduced in {len(sets)} forms**" in text
+    listed = dict(
+        re.findall(r"^\| `([a-z0-9-]+)` \|.*\| (n[^|]*|of that) \|$", text, flags=re.MULTILINE)
+    )
+    costs = {n: effformer.registry.attention.get(n).caps.cost for n in effformer.list_attention()}
+    del costs["multihead"]  # the heads around a core, which stands for itself
+    assert listed == costs | {"axes": "of that"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,6 +65,19 @@ def bench(
             "dit-b:attn=flow,depth=6. Ratios are relative to the first."
         ),
     ],
+    attn: Annotated[
+        str | None,
+        typer.Option(
+            help="One model with each of these token mixers: softmax,flow,sana.", metavar="NAMES"
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="All models at several values of one option, with curves and where they cross.",
+            metavar="KEY=A,B,...",
+        ),
+    ] = None,
     forms: Annotated[
         str,
         typer.Option(help=f"How models run: all, or of {', '.join(FORMS)} with commas between."),
@@ -82,26 +96,97 @@ def bench(
     """Time models, one per process in turns, beside what they cost on paper.
 
     Examples: `effformer bench dit-s dit-s:attn=flow --threads 1,2`,
-    `effformer bench runs/digits/model --forms all -o forms.html`
+    `effformer bench runs/digits --forms all -o forms.html`,
+    `effformer bench dit-s --attn softmax,flow --sweep input_size=16,32,64 -o curves.html`
     """
-    from ..profile import benchmark
+    from ..profile import Sweep
 
     check_report(out, "comparison", force=force)
-    counts, chosen = _numbers(threads), _forms(forms)
-    sources = [_source(spec, label) for spec, label in zip(models, _unique(models), strict=True)]
-    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
-        inputs = _inputs(sources, batch)
-        with stages() as stage:
-            rows = _rows(sources, chosen, inputs, Path(folder), stage)
-        with steps_bar("measuring") as progress:
-            found = benchmark(
-                [row.candidate for row in rows], threads=counts, rounds=rounds, runs=runs,
-                warmup=warmup, compared=len(sources) == 1, progress=progress,
-            )  # fmt: skip
-    result = _comparison(rows, found)
+    plan = _Plan(
+        batch=batch, forms=_forms(forms), threads=_numbers(threads), rounds=rounds, runs=runs,
+        warmup=warmup,
+    )  # fmt: skip
+    specs = _with_mixers(models, attn)
+    if sweep is None:
+        made, verdict = _measure(specs, plan)
+        result: Comparison | Sweep = made
+    else:
+        key, values = _swept(sweep)
+        result = Sweep(key, {v: _measure(_at(specs, key, v), plan)[0] for v in values})
+        verdict = f"next: effformer bench {next(iter(specs.values()))} --forms all"
     if out is not None:
         result.save(out, force=force)
-    emit(result.to_dict(), f"{result}\n{_verdict(rows, found)}", as_json)
+    emit(result.to_dict(), f"{result}\n{verdict}", as_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """How everything is measured."""
+
+    batch: int
+    forms: tuple[str, ...]
+    threads: tuple[int, ...]
+    rounds: int
+    runs: int
+    warmup: int
+
+
+def _measure(specs: Mapping[str, str], plan: _Plan) -> tuple[Comparison, str]:
+    """Models by their labels, and what is fastest and smallest."""
+    from ..profile import benchmark
+
+    sources = [_source(spec, label) for label, spec in specs.items()]
+    with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
+        inputs = _inputs(sources, plan.batch)
+        with stages() as stage:
+            rows = _rows(sources, plan.forms, inputs, Path(folder), stage)
+        with steps_bar("measuring") as progress:
+            found = benchmark(
+                [row.candidate for row in rows], threads=plan.threads, rounds=plan.rounds,
+                runs=plan.runs, warmup=plan.warmup, compared=len(sources) == 1, progress=progress,
+            )  # fmt: skip
+    return _comparison(rows, found), _verdict(rows, found)
+
+
+def _with_mixers(models: list[str], attn: str | None) -> dict[str, str]:
+    """Label -> model with its parts; the mixers of ``--attn`` are labels of their own.
+
+    Raises:
+        ValueError: mixers for several models, or for what is no model by name.
+    """
+    if attn is None:
+        return dict(zip(_unique(models), models, strict=True))
+    if len(models) > 1 or graph_of(models[0]) is not None or Path(models[0]).exists():
+        raise ValueError(
+            f"bench: --attn gives mixers to one model by name, got {', '.join(models)}; write "
+            "them behind a colon, dit-s:attn=flow"
+        )
+    names = list(dict.fromkeys(attn.split(",")))
+    return {name: _added(models[0], f"attn={name}") for name in names}
+
+
+def _added(spec: str, change: str) -> str:
+    return f"{spec}{',' if ':' in spec else ':'}{change}"
+
+
+def _at(specs: Mapping[str, str], key: str, value: float) -> dict[str, str]:
+    return {label: _added(spec, f"{key}={value}") for label, spec in specs.items()}
+
+
+def _swept(text: str) -> tuple[str, list[float]]:
+    """The option and its values in rising order.
+
+    Raises:
+        ValueError: something else.
+    """
+    key, _, values = text.partition("=")
+    try:
+        found = sorted({int(v) if v.strip().isdecimal() else float(v) for v in values.split(",")})
+    except ValueError:
+        found = []
+    if not key or len(found) < 2 or not all(0 < v < 1e9 for v in found):
+        raise ValueError(f"--sweep {text}: write KEY=A,B,..., for instance input_size=16,32,64")
+    return key, list(found)
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from .operators import register_formula
 from .profiler import count_parameters, profile
 from .result import Profile
 from .save import SUFFIXES
+from .sweep import Sweep
 
 __all__ = [
     "SUFFIXES",
@@ -30,6 +31,7 @@ __all__ = [
     "MemoryTracker",
     "Profile",
     "SideBySide",
+    "Sweep",
     "benchmark",
     "compare",
     "count_parameters",

@@ -151,6 +151,24 @@ def test_bench(tmp_path: Path) -> None:
     assert "should be greater" in refusal("bench", small, "--runs", "0")
     assert "did you mean 'onnx'" in refusal("bench", small, "--forms", "onxx")
     assert "--threads 1,x: numbers" in refusal("bench", small, "--threads", "1,x")
+    assert "one model by name" in refusal("bench", small, small, "--attn", "flow")
+    assert "write KEY=A,B" in refusal("bench", small, "--sweep", "input_size=8")
+    assert "did you mean 'flow'" in refusal("bench", small, "--attn", "softmax,flwo")
+
+
+@pytest.mark.slow
+def test_bench_over_a_size(tmp_path: Path) -> None:
+    page, few = tmp_path / "curves.html", ["--runs", "1", "--warmup", "1", "--rounds", "1"]
+    words = ["sit-nano:channels=1", "--attn", "softmax,flow", "--sweep", "input_size=16,8"]
+    data = answer("bench", *words, *few, "--threads", "1", "-o", str(page))
+    assert data["option"] == "input_size"
+    assert [one["value"] for one in data["found"]] == [8, 16]
+    assert [[row["name"] for row in one["rows"]] for one in data["found"]] == [
+        ["softmax", "flow"]
+    ] * 2
+    macs = [one["rows"][0]["profile"]["total"] for one in data["found"]]
+    assert macs[1] > 3 * macs[0]
+    assert "<svg" in page.read_text()
 
 
 @pytest.mark.slow
