@@ -170,6 +170,7 @@ def test_it_executes_what_it_reports(slot: str, name: str, block: str, cond: boo
 
 
 @pytest.mark.parametrize(("slot", "name", "block", "cond"), CAPTURED)
+@torch.no_grad()
 def test_a_captured_graph_is_static(
     slot: str, name: str, block: str, cond: bool, tmp_path: Path
 ) -> None:
