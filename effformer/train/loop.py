@@ -26,9 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
 
-from ..checks import FormatError
+from ..checks import FormatError, shown
 from ..config import Config
 from ..context import Ledger
 from ..flow.conventions import recorded
@@ -111,6 +112,7 @@ class TrainResult:
     checkpoint: Path | None
 
 
+@checked
 def train(
     model: nn.Module,
     data: Dataset,
@@ -119,9 +121,9 @@ def train(
     *,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    log_every: int = 50,
-    save_every: int = 500,
-    keep: int = 2,
+    log_every: Count = 50,
+    save_every: Count = 500,
+    keep: Count = 2,
     progress: bool | None = None,
 ) -> TrainResult:
     """Train a model in place.
@@ -161,9 +163,6 @@ def train(
         >>> train(net, load_data("digits"), Classification(), TrainConfig(steps=20, warmup=0)).steps
         20
     """
-    for name, value in (("log_every", log_every), ("save_every", save_every), ("keep", keep)):
-        if value < 1:
-            raise ValueError(f"train: {name} must be at least 1, got {value}")
     classes = getattr(getattr(bare(model), "config", None), "num_classes", None)
     if classes and data.classes and (most := int(data[data.target].max())) >= classes:
         raise ValueError(
@@ -280,7 +279,9 @@ class _Trainer:
         for rows in self.order.rows(self.done).chunk(config.accumulate):
             batch = {name: x.to(self.device) for name, x in self.data.rows(rows).items()}
             ledger = Ledger(step=self.done)
-            value = self.objective(self.model, batch, self.generator, ledger) + ledger.total_loss()
+            value = self.objective(self.model, batch, self.generator, ledger)
+            _check_loss(value)
+            value = value + ledger.total_loss()
             value = value / config.accumulate
             value.backward()
             self.optimizer.collect()
@@ -402,6 +403,17 @@ class _Trainer:
         torch.default_generator.manual_seed(dropout)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(dropout)
+
+
+def _check_loss(value: Any) -> None:
+    """Refuse what is no loss.
+
+    Raises:
+        TypeError: no tensor of one real number.
+    """
+    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
+        raise TypeError(f"train: the objective must return one real number, got {found}")
 
 
 @unwrapping
