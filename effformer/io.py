@@ -141,20 +141,33 @@ def _load_model(folder: Path) -> Model:
             f"{folder / _CONFIG}: written by effformer {facts.get('effformer')} in format {facts['format']}, "
             f"this is effformer {VERSION} (format {FORMAT}); pip install -U effformer"
         )
-    families = {e.facts["family"]: e for e in registry.model}
-    if facts["family"] not in families:
-        raise unknown(
-            "model family", str(facts["family"]), list(families), where=str(folder / _CONFIG)
-        )
-    entry = families[facts["family"]]
-    config = type(entry.preset).from_dict(facts["config"], where=str(folder / _CONFIG))
-    model: Model = entry.build(config, name=facts["name"])
-    for record in facts["transforms"]:
-        model = replay(model, _renewed(model, record))
+    model = rebuilt(facts, folder / _CONFIG)
     file = open_weights(folder / _WEIGHTS, config={})
     load_weights(_typed(model, file.tensors), file, layout="effformer")
     model.trained = facts.get("trained")
     return model.eval()
+
+
+def rebuilt(facts: Mapping[str, Any], where: Path) -> Model:
+    """The model that a file describes, without its weights.
+
+    Args:
+        facts: its ``family``, ``name``, ``config`` and ``transforms``.
+        where: the file, for messages.
+
+    Raises:
+        FormatError: the file is damaged, or a newer version wrote it.
+        ValueError: no such family, or a config that is none of it.
+    """
+    families = {e.facts["family"]: e for e in registry.model}
+    if facts["family"] not in families:
+        raise unknown("model family", str(facts["family"]), list(families), where=str(where))
+    entry = families[facts["family"]]
+    config = type(entry.preset).from_dict(facts["config"], where=str(where))
+    model: Model = entry.build(config, name=facts["name"])
+    for record in facts["transforms"]:
+        model = replay(model, _renewed(model, record))
+    return model
 
 
 def _typed(model: M, state: StateDict) -> M:

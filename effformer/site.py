@@ -78,6 +78,11 @@ class Site(Checked):
     path: str = ""
 
     @property
+    def axes(self) -> str:
+        """Letters of the grid's axes, the last ones of "thw"; empty where tokens have no grid."""
+        return "thw"[-len(self.grid) :] if self.grid else ""
+
+    @property
     def cells(self) -> tuple[int, ...] | None:
         """The grid where all of its sizes are fixed, else None."""
         sizes = tuple(size for size in self.grid or () if size is not None)
@@ -95,7 +100,6 @@ class Layer:
         cross: mixer of a further branch that attends to a memory, None for none.
         width: which heads and channels run, None for all.
         tokens: on which tokens the branches work, None for all.
-        scheduled: the mixer was put into a view by a schedule of axes.
     """
 
     attn: Config
@@ -104,34 +108,25 @@ class Layer:
     cross: Config | None = None
     width: Config | None = None
     tokens: Config | None = None
-    scheduled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a model asks of the parts in its blocks.
+    """What a model asks of the parts in its blocks, beside what their `Site` says: which vectors,
+    memory and grid there are.
 
     Attributes:
         causal: tokens must not see later ones (False: the model attends both ways).
         mask: mask that the model passes, "none", "key" or "full".
-        cond: the model has a conditioning vector.
-        time: the model passes a time embedding.
         rope: width of the heads that the model's rotary tables are made for, None if it passes none.
-        axes: axes of the layout that the model passes, "thw" or its last letters; empty if it
-            passes none.
         front: tokens without a place stand in front of the grid.
-        cross: blocks have a further branch that attends to a memory.
         joint: several streams meet in one mixer.
         shrinks: the model goes on with fewer tokens if a block returns fewer.
     """
 
     causal: bool = False
     mask: str = "none"
-    cond: bool = False
-    time: bool = False
     rope: int | None = None
-    axes: str = ""
     front: bool = False
-    cross: bool = False
     joint: bool = False
     shrinks: bool = False

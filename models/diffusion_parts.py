@@ -241,7 +241,7 @@ class LatentTransformer(Model):
         super().__init__(config, name)
         self.grid, self.out_channels = config.grid, config.out_channels
         site = latent_site(config, norm)
-        needs = Needs(cond=True, time=True, axes="hw", rope=rope)
+        needs = Needs(rope=rope)
         self.patch_embed = PatchEmbed(config.channels, config.dim, config.patch)
         self.pos_embed = position_table(config)
         self.time_embed = TimeEmbedding(config.dim, freq_shift=config.time_freq_shift)

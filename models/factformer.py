@@ -108,7 +108,7 @@ class GridOperator(Model):
         self.positions = nn.ModuleList(
             FourierPositions(axes, config.dim) for _ in range(config.depth)
         )
-        self.blocks = build_stack(config, site, Needs(axes="thw"[-axes:]), name=self.name)
+        self.blocks = build_stack(config, site, Needs(), name=self.name)
 
     @abstractmethod
     def predict(self, h: Tensor) -> Tensor:

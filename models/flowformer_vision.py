@@ -111,7 +111,7 @@ class FlowformerVision(Model):
             channels = dim
         self.patch_embed = nn.ModuleList(embeds)
         self.pos_embed = nn.Parameter(torch.empty(1, side * side, config.dims[0]))
-        self.blocks = build_stack(config, sites, Needs(axes="hw"), name=self.name)
+        self.blocks = build_stack(config, sites, Needs(), name=self.name)
         self.norm = make_norm(sites[-1])
         self.head = nn.Linear(config.dims[-1], config.num_classes)
         self.reset_parameters()

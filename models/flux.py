@@ -137,7 +137,7 @@ class Flux(Model):
         if config.pooled_dim is not None:
             self.pooled_embed = PooledEmbedding(config.pooled_dim, dim)
         self.rope = GridRope(config.rope, width, heads=config.heads, depth=config.depth, axes=3)
-        single = Needs(cond=True, time=True, mask="key", rope=width)
+        single = Needs(mask="key", rope=width)
         needs = [replace(single, joint=i < config.doubles) for i in range(config.depth)]
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.final = FinalLayer(site, config.patch, config.channels)

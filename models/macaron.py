@@ -184,10 +184,13 @@ class MacaronNet(Model):
             path=path,
         )
         cross = config.cross if decoder else None
-        encoding, decoding = Needs(mask="key"), Needs(causal=True, mask="key", cross=True)
+        other = replace(site, memory_dim=None if decoder else config.dim)
+        encoding, decoding = Needs(mask="key"), Needs(causal=True, mask="key")
         needs, beside = (decoding, encoding) if decoder else (encoding, decoding)
         where = f"{self.name} {path}"
-        blocks = build_stack(config, site, needs, name=where, cross=cross, beside=(beside,))
+        blocks = build_stack(
+            config, site, needs, name=where, cross=cross, beside=((beside, other),)
+        )
         return Tower(blocks, make_norm(site) if config.final_norm else nn.Identity())
 
     def reset_parameters(self) -> None:

@@ -102,7 +102,7 @@ class MMDiT(Model):
         self.time_embed = TimeEmbedding(dim)
         if config.pooled_dim is not None:
             self.pooled_embed = PooledEmbedding(config.pooled_dim, dim)
-        needs = Needs(cond=True, time=True, mask="key", joint=True)
+        needs = Needs(mask="key", joint=True)
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.final = FinalLayer(site, config.patch, config.channels)
         time = self.time_embed

@@ -118,7 +118,7 @@ class PredFormer(Model):
         )
         self.patch_embed = PatchEmbed(config.channels, config.dim, config.patch)
         self.register_buffer("positions", _positions(tokens, config.dim), persistent=False)
-        self.blocks = build_stack(config, site, Needs(axes="thw"), name=self.name)
+        self.blocks = build_stack(config, site, Needs(), name=self.name)
         self.norm = make_norm(site)
         self.head = nn.Linear(config.dim, config.patch**2 * config.channels)
         if config.attn_dropout is not None:

@@ -85,7 +85,7 @@ class JointDiT(Model):
         if config.rope is not None:
             rope = head_width(config)
             self.rope = GridRope(config.rope, rope, heads=config.heads, depth=config.depth)
-        needs = Needs(cond=True, time=True, mask="key", rope=rope, joint=True)
+        needs = Needs(mask="key", rope=rope, joint=True)
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.final = FinalLayer(
             replace(site, norm=NormRule(affine=False)), config.patch, config.channels

@@ -257,7 +257,7 @@ class ViT(Model):
         self.norm_before = make_norm(site) if config.norm.before else nn.Identity()
         front = config.prefix.count > 0
         turned = None if rope is None else head_width(config)
-        needs = Needs(axes="hw", front=front, rope=turned, shrinks=True)
+        needs = Needs(front=front, rope=turned, shrinks=True)
         self.blocks = build_stack(config, site, needs, name=self.name)
         self.norm = make_norm(site) if config.head.norm == "tokens" else nn.Identity()
         self.head = Classifier(

@@ -4,7 +4,7 @@ import copy
 import functools
 import gc
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -29,22 +29,36 @@ def pytest_collection() -> Generator[None, None, None]:
         gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _deterministic() -> None:
+@functools.cache
+def _seeding() -> Callable[[int], object]:
+    """For accelerators that are not there, `torch.manual_seed` writes down three call stacks for
+    later: a millisecond a test, and memory that is never given back.
+    """
     import torch  # not above: the process that only hands out tests does without
 
+    return torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    import torch
+
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    _seeding()(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _operators_are_read_once() -> Generator[None, None, None]:
     """The exporter parses the sources of its 500 operators for every graph, half of the time that a
-    small one takes.
+    small one takes, and looks up all composite operators of torch 60 times, a seventh of it.
     """
     with pytest.MonkeyPatch.context() as patch:
         if "effformer.export.onnx" in sys.modules:
+            from torch._export import utils
             from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            looked_up = functools.cache(utils._materialize_cpp_cia_ops)
+            patch.setattr(utils, "_materialize_cpp_cia_ops", looked_up)
 
             read = functools.cache(ONNXRegistry.from_torchlib)
 

@@ -19,12 +19,11 @@ from effformer.site import Layer, Needs, Site
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = (Site, Context, Caps, Needs, Layer)
-FIELDS = 67
+FIELDS = 62
 REGISTRIES = 12
 FILES_OF_A_BLOCK = 8
 
 SHARED = {
-    "axes": "letters of the grid's axes",
     "causal": "tokens do not see later ones",
     "cond": "the conditioning vector",
     "cross": "attending to a memory",

@@ -278,10 +278,10 @@ def _stack(
     options = {"dim": 24, "depth": 2, "heads": 3, **parts}
     config = BackboneConfig.from_dict(options)
     site = Site(
-        dim=24, heads=3, cond_dim=24 if cond else None, time_dim=24 if time else None, length=130
-    )
-    needs = Needs(cond=cond, time=time, axes="hw", causal=causal)
-    return build_stack(config, site, needs, name="toy")
+        dim=24, heads=3, cond_dim=24 if cond else None, time_dim=24 if time else None, length=130,
+        grid=(None, None),
+    )  # fmt: skip
+    return build_stack(config, site, Needs(causal=causal), name="toy")
 
 
 @pytest.mark.parametrize("name", registry.block.names(sequential=True, joint=False))

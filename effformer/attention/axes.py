@@ -14,7 +14,7 @@ from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import EMPTY, Context, Ledger, Rope, check_context
 from effformer.registry import Caps, attention
-from effformer.site import Needs, Site
+from effformer.site import Site
 
 from .base import Mixer
 from .multihead import Attention
@@ -178,11 +178,6 @@ class Axes(Mixer):
                 streaming=False, width=False, sizes=False, multihead=False,
             )  # fmt: skip
 
-        @property
-        def letters(self) -> str:
-            """The axes of a line as the inner mixer knows them: the last letters of "thw"."""
-            return _LETTERS[-len(self.over) :]
-
         def place(self, site: Site) -> Site:
             """The place of the inner mixer in that of a view: as many tokens as a line has."""
             if site.cells is None or site.length is None:
@@ -190,9 +185,9 @@ class Axes(Mixer):
             lines = Lines(site.cells, self.over, site.length - prod(site.cells))
             return replace(site, length=lines.length, grid=lines.sizes)
 
-        def within(self, needs: Needs, site: Site) -> tuple[BaseConfig, Needs, Site]:
-            """The inner mixer, and what it meets on a line."""
-            return self.mixer, replace(needs, axes=self.letters), self.place(site)
+        def within(self, site: Site) -> tuple[BaseConfig, Site]:
+            """The inner mixer, and its place on a line."""
+            return self.mixer, self.place(site)
 
     def __init__(self, config: Axes.Config, site: Site) -> None:
         super().__init__(config, site)

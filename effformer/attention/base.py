@@ -17,7 +17,7 @@ from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import EMPTY, Callee, Context
 from effformer.registry import Caps
-from effformer.site import Needs, Site
+from effformer.site import Site
 
 from .outputs import Input
 
@@ -182,8 +182,8 @@ def check_streamed(ctx: Context, where: str) -> None:
 class View(Protocol):
     """Configs of mixers that put another one into a view of the tokens."""
 
-    def within(self, needs: Needs, site: Site) -> tuple[Config, Needs, Site]:
-        """The inner mixer, what is asked of it there, and its place."""
+    def within(self, site: Site) -> tuple[Config, Site]:
+        """The inner mixer and its place."""
         ...
 
 

@@ -20,46 +20,48 @@ from effformer.site import Layer, Needs, Site
 
 __all__ = ["check_layer", "slot_needs"]
 
+Asked = tuple[Needs, Site]
+"""What a model asks of a part, and where."""
+
 _SLOTS = ("width", "tokens")
 _NO_TIME = "reads the time embedding, which this model has not"
 
 
 def check_layer(
-    layer: Layer, needs: Needs, where: str, beside: Sequence[Needs], site: Site
+    layer: Layer, asked: Asked, where: str, beside: Sequence[Asked], *, scheduled: bool = False
 ) -> None:
     """Compare the parts of a block with what the model needs.
 
     Args:
         layer: the parts.
-        needs: what the model asks of them.
+        asked: what the model asks of them, and where the block stands.
         where: words that name the block, for messages.
         beside: what other stacks of the model ask of the same parts; choices serve them, too.
-        site: the place of the block, for choices that can be built there.
+        scheduled: the mixer was put into a view by a schedule of axes.
 
     Raises:
         CapabilityError: a part cannot do it; parts that can are named.
     """
     found = {kind: getattr(layer, kind) for kind in _SLOTS}
     slots = {kind: config for kind, config in found.items() if config is not None}
-    every = (needs, *beside)
-    near = [replace(n, cross=False) for n in every]
-    here = site if site.memory_dim is None else replace(site, memory_dim=None)
-    _check_mixer(layer.attn, near, f"{where}.attn", slots, here, scheduled=layer.scheduled)
+    needs, site = asked
+    every = (asked, *beside)
+    near = [(n, s if s.memory_dim is None else replace(s, memory_dim=None)) for n, s in every]
+    _check_mixer(layer.attn, near, f"{where}.attn", slots, scheduled=scheduled)
     if layer.ffn is not None:
         _check_part(layer.ffn, every, f"{where}.ffn", slots, _ffn_reason)
     if layer.cross is not None:
-        far = Needs(mask=needs.mask, cross=True)
-        place = f"{where}.cross"
-        _check_mixer(layer.cross, (far,), place, slots, site, one_by_one=needs.causal)
+        far = Needs(mask=needs.mask), replace(site, grid=None)  # a memory has none
+        _check_mixer(layer.cross, (far,), f"{where}.cross", slots, one_by_one=needs.causal)
 
-    def block_reason(caps: Caps, needs: Needs) -> str | None:
-        return _block_reason(caps, layer, needs)
+    def block_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
+        return _block_reason(caps, layer, needs, site)
 
     # a block of one stream never serves two: models of both kinds have a slot for each
-    alike = [n for n in every if n.joint == needs.joint]
+    alike = [one for one in every if one[0].joint == needs.joint]
     _check_part(layer.block, alike, f"{where}.block", slots, block_reason)
     for kind, config in slots.items():
-        _check_slot(kind, config, layer, slot_needs(layer, needs), where)
+        _check_slot(kind, config, layer, (slot_needs(layer, needs), site), where)
 
 
 def slot_needs(layer: Layer, needs: Needs) -> Needs:
@@ -76,32 +78,32 @@ def _admitted(entry: registry.Entry, slots: Mapping[str, Config]) -> bool:
 
 def _check_part(
     config: Config,
-    needs: Sequence[Needs],
+    asked: Sequence[Asked],
     where: str,
     slots: Mapping[str, Config],
-    reason_of: Callable[[Caps, Needs], str | None],
+    reason_of: Callable[[Caps, Needs, Site], str | None],
 ) -> None:
     """Refuse a part for the first reason, and name those of its kind that have none."""
     while inner := config.parts("block"):  # what a block around another one can do is up to that
         (name, config), *_ = inner.items()
         where = f"{where}.{name}"
-    reason = reason_of(config.caps(), needs[0])
+    reason = reason_of(config.caps(), *asked[0])
     if reason is None:
         return
     able = sorted(
         e.name
         for e in registry.KINDS[config.entry.kind]
-        if _admitted(e, slots) and not any(reason_of(e.caps, n) for n in needs)
+        if _admitted(e, slots) and not any(reason_of(e.caps, *one) for one in asked)
     )
     raise CapabilityError(
         f"{where}: {config.entry.name!r} {reason}; choices: {', '.join(able) or 'None'}"
     )
 
 
-def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: str) -> None:
+def _check_slot(kind: str, config: Config, layer: Layer, asked: Asked, where: str) -> None:
     """Parts in the slots "width" and "tokens"."""
-    entry, caps = config.entry, layer.block.caps()
-    if entry.caps.time and not needs.time:
+    (needs, site), entry, caps = asked, config.entry, layer.block.caps()
+    if entry.caps.time and site.time_dim is None:
         able = ", ".join(registry.KINDS[kind].names(time=False)) or "None"
         raise CapabilityError(f"{where}.{kind}: {entry.name!r} {_NO_TIME}; choices: {able}")
     if kind == "tokens" and not caps.sequential:
@@ -114,11 +116,11 @@ def _check_slot(kind: str, config: Config, layer: Layer, needs: Needs, where: st
     entry.build.check(config, layer, needs, where)  # type: ignore[attr-defined]
 
 
-def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
+def _block_reason(caps: Caps, layer: Layer, needs: Needs, site: Site) -> str | None:
     """Why a block does not serve, None if it does."""
     if caps.multihead and not layer.attn.caps().multihead:
         return f"needs queries, keys and values, which the token mixer {layer.attn.title!r} has not"
-    if needs.cross and not caps.cross:
+    if site.memory_dim is not None and not caps.cross:
         return "has no attention to a memory"
     if layer.ffn is None and not caps.mixer_only:
         return "cannot do without an FFN"
@@ -126,22 +128,22 @@ def _block_reason(caps: Caps, layer: Layer, needs: Needs) -> str | None:
         return "has one stream" if needs.joint else "has two streams, and this model one"
     if needs.joint and layer.block.parts("block"):
         return "has two streams, and the block around it one"
-    if caps.cond == "always" and not needs.cond:
+    if caps.cond == "always" and site.cond_dim is None:
         return "needs a conditioning vector, which this model has not"
-    if caps.cond == "never" and needs.cond:
+    if caps.cond == "never" and site.cond_dim is not None:
         return "cannot use this model's conditioning vector"
-    return _NO_TIME if caps.time and not needs.time else _carry_reason(caps, needs)
+    return _NO_TIME if caps.time and site.time_dim is None else _carry_reason(caps, needs)
 
 
-def _ffn_reason(caps: Caps, needs: Needs) -> str | None:
+def _ffn_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
     """Why an FFN does not serve, None if it does: one over the grid mixes neighbours, later and
     masked ones included.
     """
-    if caps.time and not needs.time:
+    if caps.time and site.time_dim is None:
         return _NO_TIME
     if not caps.axes:
         return _carry_reason(caps, needs)
-    if (reason := _grid_reason(caps, needs)) is not None:
+    if (reason := _grid_reason(caps, needs, site)) is not None:
         return reason
     if needs.causal:
         return "mixes neighbours, but this model must not see later tokens"
@@ -158,26 +160,26 @@ def _carry_reason(caps: Caps, needs: Needs) -> str | None:
 
 
 def _check_mixer(
-    config: Config, needs: Sequence[Needs], where: str, slots: Mapping[str, Config], site: Site,
+    config: Config, asked: Sequence[Asked], where: str, slots: Mapping[str, Config],
     *, scheduled: bool = False, one_by_one: bool = False,
 ) -> None:  # fmt: skip
     """A mixer, and the one that it puts into a view: that one meets lines instead of the grid.
     ``one_by_one``: queries must not influence each other.
     """
+    needs, site = asked[0]
     if isinstance(config, View):
         alone = replace(config.entry.caps, axes=config.caps().axes)
-        if _mixer_reason(alone, needs[0]) is None:
-            inner, _, place = config.within(needs[0], site)
-            inside = [config.within(n, site)[1] for n in needs]
-            at = where if scheduled else f"{where}.mixer"
-            return _check_mixer(inner, inside, at, slots, place)
-    reason = _mixer_reason(config.caps(), needs[0])
-    if reason is None and not needs[0].causal and _is_causal(config):
+        if _mixer_reason(alone, needs, site) is None:
+            inner, _ = config.within(site)
+            inside = [(n, config.within(s)[1]) for n, s in asked]
+            return _check_mixer(inner, inside, where if scheduled else f"{where}.mixer", slots)
+    reason = _mixer_reason(config.caps(), needs, site)
+    if reason is None and not needs.causal and _is_causal(config):
         reason = "has causal=True, but this model attends both ways"
-    if reason is not None and needs[0].joint and _convolves(config):
+    if reason is not None and needs.joint and _convolves(config):
         reason = "convolves neighbours, and two streams are none (short_conv=0 would do)"
     if reason is None:
-        reason = _rope_reason(config, needs[0], site)
+        reason = _rope_reason(config, needs, site)
     if reason is None and one_by_one and config.title not in steady():
         reason = "lets queries compete for the memory, but this model must not see later tokens"
     if reason is None:
@@ -186,8 +188,8 @@ def _check_mixer(
         e.name
         for e in registry.attention
         if _admitted(e, slots)
-        and not any(_mixer_reason(e.caps, n) for n in needs)
-        and _can_stand(e.name, site, needs[0])
+        and not any(_mixer_reason(e.caps, *one) for one in asked)
+        and _can_stand(e.name, site, needs)
         and (not one_by_one or e.name in steady())
     )
     raise CapabilityError(f"{where}: {config.title!r} {reason}; choices: {', '.join(able)}")
@@ -234,7 +236,7 @@ def _can_stand(name: str, site: Site, needs: Needs) -> bool:
     return True
 
 
-def _mixer_reason(caps: Caps, needs: Needs) -> str | None:
+def _mixer_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
     """Why a token mixer does not serve, None if it does."""
     reasons: dict[str, tuple[Any, str]] = {
         "causal": (
@@ -247,7 +249,7 @@ def _mixer_reason(caps: Caps, needs: Needs) -> str | None:
     }
     if needs.rope is not None:
         reasons["rope"] = (True, "cannot apply rotary embedding")
-    if needs.cross:
+    if site.memory_dim is not None:
         reasons["cross"] = (True, "cannot attend to a memory")
     if needs.joint:
         if caps.causal == "never":  # else it reads a row: the tokens of one stream, then the others
@@ -262,17 +264,17 @@ def _mixer_reason(caps: Caps, needs: Needs) -> str | None:
     for key, (value, reason) in reasons.items():
         if not caps.satisfies(**{key: value}):
             return reason
-    return _grid_reason(caps, needs) if caps.axes else None
+    return _grid_reason(caps, needs, site) if caps.axes else None
 
 
-def _grid_reason(caps: Caps, needs: Needs) -> str | None:
+def _grid_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
     """Why a part over the grid does not serve, None if it does."""
-    if not needs.axes:
+    if not site.axes:
         return "needs a token grid, which this model has not"
-    if not set(caps.axes) <= set(needs.axes):
+    if not set(caps.axes) <= set(site.axes):
         return (
             f"needs a token grid with axes {', '.join(caps.axes)}, and here it has "
-            f"{', '.join(needs.axes)}"
+            f"{', '.join(site.axes)}"
         )
     if needs.front and not caps.front:
         return "has no place for tokens in front of the grid (class token, registers)"

@@ -167,7 +167,7 @@ def build_stack(
     *,
     name: str,
     cross: Config | None = None,
-    beside: Sequence[Needs] = (),
+    beside: Sequence[tuple[Needs, Site]] = (),
 ) -> nn.ModuleList:
     """Build the blocks of a model at paths ``blocks.0``, ``blocks.1``, ...
 
@@ -179,8 +179,8 @@ def build_stack(
         name: the model's name, for messages.
         cross: config of a further mixer in every block that attends to a memory of width
             ``site.memory_dim`` (decoders), None for none.
-        beside: what other stacks of the model ask of the same parts; choices in messages serve
-            them, too.
+        beside: what other stacks of the model ask of the same parts, and where; choices in messages
+            serve them, too.
 
     Raises:
         CapabilityError: a part cannot do what the model needs; parts that can are named.
@@ -190,25 +190,24 @@ def build_stack(
         assert isinstance(config, BackboneConfig)
         site = [site] * config.depth
     each = [needs] * len(site) if isinstance(needs, Needs) else needs
-    each = [replace(own, cross=cross is not None) for own in each]
-    layers = resolve_layers(config, len(site), cross=cross, name=name)
+    asked = list(zip(each, site, strict=True))
+    plain = resolve_layers(config, len(site), cross=cross, name=name)
+    layers = plain
     if config.axes:
-        views = along_axes([layer.attn for layer in layers], config.axes, each[0].axes, name)
-        layers = [
-            layer if view is layer.attn else replace(layer, attn=view, scheduled=True)
-            for layer, view in zip(layers, views, strict=True)
-        ]
+        views = along_axes([layer.attn for layer in plain], config.axes, site[0].axes, name)
+        layers = [replace(layer, attn=view) for layer, view in zip(plain, views, strict=True)]
     for start, end in _runs(list(zip(layers, each, strict=True))):
-        others = [own for own in dict.fromkeys(each) if own != each[start]]
-        where = f"{name} blocks[{start}:{end}]"
-        check_layer(layers[start], each[start], where, (*others, *beside), site[start])
+        others = [one for one in dict.fromkeys(asked) if one[0] != each[start]]
+        check_layer(
+            layers[start], asked[start], f"{name} blocks[{start}:{end}]", (*others, *beside),
+            scheduled=layers[start].attn is not plain[start].attn,
+        )  # fmt: skip
     blocks = nn.ModuleList()
-    for i, (layer, place, own) in enumerate(zip(layers, site, each, strict=True)):
+    for i, (layer, (own, place)) in enumerate(zip(layers, asked, strict=True)):
         path = f"{place.path}.blocks.{i}" if place.path else f"blocks.{i}"
         share = i / max(len(layers) - 1, 1) if config.drop_path_rule == "linear" else 1.0
         here = replace(
             place, path=path, layer=i, depth=len(layers),
-            grid=place.grid or (None,) * len(own.axes) or None,
             dropout=config.dropout, drop_path=config.drop_path * share,
         )  # fmt: skip
         blocks.append(_build_block(layer, here, own))

@@ -18,6 +18,7 @@ from ..checks import is_refusal
 from ..retired import RetiredWarning
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
     from rich.table import Table
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
-    "guard", "load", "loaded", "note", "overrides", "parse_value", "save_to", "set_threads", "stages",
+    "guard", "is_run", "load", "loaded", "note", "overrides", "parse_value", "placed", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
@@ -279,7 +280,7 @@ def _put(target: dict[str, Any], keys: list[str], value: Any, pair: str) -> None
 
 
 def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -> Model:
-    """A saved model if ``source`` is a folder, else a new one by name.
+    """A saved model or that of a training run if ``source`` is a folder, else a new one by name.
 
     Raises:
         ValueError: unknown name, or changes to a saved model.
@@ -288,6 +289,7 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
 
     from ..build import build_model
     from ..io import load_model
+    from ..train import load_run
 
     if Path(source).is_dir():
         if changes:
@@ -295,7 +297,12 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
                 f"{source} is a saved model, its parts are fixed; {', '.join(changes)} can be "
                 "chosen when a model is built by name"
             )
-        return load_model(source)
+        if not is_run(Path(source)):
+            return load_model(source)
+        model, step = load_run(source)
+        if step is not None:
+            note(f"{source} is unfinished: the weights are those of step {step}")
+        return model
     if os.sep in source:
         raise ValueError(f"{source}: no such folder; saved models are folders with config.json")
     if changes and "name" in changes:
@@ -304,6 +311,29 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
         )
     torch.manual_seed(seed)
     return build_model(source, **(changes or {})).eval()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a training run."""
+    return (folder / "run.json").is_file()
+
+
+def placed(device: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: no such device, or not here.
+    """
+    import torch
+
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); cpu always can"
+        ) from error
+    return found
 
 
 def save_to(out: Path | None, verb: str) -> Path:

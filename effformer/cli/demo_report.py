@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from ..version import VERSION
 from .demo_steps import ATTENTIONS, EDGE, GATE, RUNTIME, Demo
 
 if TYPE_CHECKING:
-    from effformer.profile.plots import Pareto
+    from effformer.profile.plots import Curves, Pareto
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -27,8 +26,6 @@ _STYLE = """<style>
 .grids img { width: 100%; display: block; image-rendering: pixelated; border-radius: .35rem; }
 code { font-size: .95em; }
 </style>"""
-# Okabe and Ito's palette, with another line style for each curve.
-_CURVES = (("#0072B2", "-"), ("#D55E00", "--"))
 
 
 def summary(demo: Demo) -> dict[str, Any]:
@@ -98,7 +95,7 @@ def page(demo: Demo) -> str:
         "form.</p>",
         _grids(demo),
         "<h2>Training</h2>",
-        f'<div class="plot">{_losses(demo.losses)}</div>',
+        f'<div class="plot">{_losses(demo).svg()}</div>',
         "<h2>What each form costs</h2>",
         _table(*cost_rows(demo)),
         "<p>MACs: multiply-adds of one forward of one sample. Forward: median time of 20 samples, "
@@ -168,22 +165,12 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _losses(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Loss over steps as an SVG element."""
-    from ..checks import need
+def _losses(demo: Demo) -> Curves:
+    """Loss over steps."""
+    from ..profile.plots import Curves
 
-    figure = need("matplotlib.figure").Figure((6.4, 2.8), dpi=160, layout="constrained")
-    axes: Any = figure.add_subplot()
-    for (name, records), (color, line) in zip(curves.items(), _CURVES, strict=True):
-        steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-        axes.plot(steps, losses, line, color=color, linewidth=1.4, label=f"attn={name}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("squared error of the velocity")
-    axes.grid(True, color="#D9DCE1", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    buffer = io.StringIO()
-    with need("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "effformer"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    lines = {
+        f"attn={name}": [(r["step"], r["loss"]) for r in records]
+        for name, records in demo.losses.items()
+    }
+    return Curves(lines, "step", "squared error of the velocity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checks import unknown
 from .common import (
     Force,
     Json,
@@ -36,7 +38,9 @@ SAMPLES = "samples"  # the kind that `effformer.export.run` writes
 
 def sample(
     source: Annotated[Path, typer.Argument(help="Folder of a saved model, or of an edge bundle.")],
-    labels: Annotated[str, typer.Option(help="Class ids, one image each: 0,1,2 or 0-9.")] = "0-9",
+    labels: Annotated[
+        str, typer.Option(help="Class ids or names, one image each: 0,1,2 or 0-9 or circle,square.")
+    ] = "0-9",
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of the sampler; default: the bundle's, or 10.", min=1, max=10_000),
@@ -73,13 +77,13 @@ def sample(
     if target.suffix not in (".png", ".npy"):
         raise ValueError(f"sample: {target} must end in .png or .npy")
     check_file(target, SAMPLES, force=force)
-    ids = parse_labels(labels)
     set_threads(threads)
     to_pixels: Callable[[Any], Any]
     options: dict[str, Any]
     if (source / "bundle.json").exists():
         bundle = Bundle(source, threads)
-        own = bundle.facts["sampler"]
+        own, named = bundle.facts["sampler"], bundle.facts.get("trained") or {}
+        ids = parse_labels(_numbered(labels, named.get("classes", ())))
         options = {
             "steps": own["steps"] if steps is None else steps,
             "guidance": own["guidance"] if guidance is None else guidance,
@@ -90,6 +94,7 @@ def sample(
     else:
         model = load(_folder(source))
         record = _trained(model)
+        ids = parse_labels(_numbered(labels, record.classes))
         count, scale = record.settings(steps, guidance)
         options = {
             "steps": count,
@@ -196,6 +201,23 @@ def pixels(
     scaled = (samples.clip(low, high) - low) * (255 / (high - low))
     made: np.ndarray[Any, Any] = scaled.round().astype(np.uint8)
     return made.transpose(0, 2, 3, 1)
+
+
+def _numbered(labels: str, classes: Sequence[str]) -> str:
+    """Labels with ids in the place of names; a number always is an id.
+
+    Raises:
+        ValueError: no such class.
+    """
+    ids = {name: str(i) for i, name in enumerate(classes)}
+    words = []
+    for word in map(str.strip, labels.split(",")):
+        if word in ids and not word.isdecimal():
+            word = ids[word]
+        elif classes and not re.fullmatch(r"[0-9]+(-[0-9]+)?", word):
+            raise unknown("class", word, list(classes), where="sample: --labels")
+        words.append(word)
+    return ",".join(words)
 
 
 def _folder(source: Path) -> str:

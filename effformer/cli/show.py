@@ -1,4 +1,4 @@
-"""`effformer show`: everything about one name or one saved model."""
+"""`effformer show`: everything about one name, one saved model, run, bundle or graph."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checks import unknown
-from .common import Json, emit
+from .common import Json, emit, is_run, parse_value
 
 if TYPE_CHECKING:
     from ..registry import Entry
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A registered name, or the folder of a saved model.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A registered name, the folder of a saved model, a training run or a bundle, or an "
+            ".onnx file."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Show the config, capabilities, paper, size and key layouts of a part or model.
 
-    Examples: `effformer show flow`, `effformer show DiT-B/2`, `effformer show runs/digits/model`
+    Examples: `effformer show flow`, `effformer show DiT-B/2`, `effformer show runs/digits`,
+    `effformer show model.onnx`
     """
-    found = [_folder(name)] if Path(name).is_dir() else [_entry(e) for e in _find(name)]
+    place = Path(name)
+    if place.is_dir() or place.suffix == ".onnx":
+        found = [_place(place)]
+    else:
+        found = [_entry(e) for e in _find(name)]
     emit(found, "\n\n".join(_text(facts) for facts in found), as_json)
 
 
@@ -72,12 +83,69 @@ def _defaults(config: type[Any]) -> dict[str, Any]:
     return made
 
 
-def _folder(folder: str) -> dict[str, Any]:
+def _place(place: Path) -> dict[str, Any]:
+    """What lies at a place."""
+    if place.suffix == ".onnx" and not place.is_dir():
+        return {"kind": "graph", "name": place.stem, "file": str(place), **_graph(place)}
+    if (place / "bundle.json").is_file():
+        return _bundle(place)
+    return _run(place) if is_run(place) else _saved(place)
+
+
+def _graph(file: Path) -> dict[str, Any]:
+    """Inputs, outputs, nodes and what an export of ours says of itself."""
+    from ..export.graph import read_graph
+
+    facts = read_graph(file)
+    values = {
+        kind: {v.name: f"{v.dtype.lower()} ({', '.join(map(str, v.shape))})" for v in given}
+        for kind, given in (("inputs", facts.inputs), ("outputs", facts.outputs))
+    }
+    told = {key.removeprefix("effformer."): parse_value(v) for key, v in facts.metadata.items()}
+    more = {
+        key: facts.to_dict()[key] for key in ("weights", "bytes", "opset", "domains", "operators")
+    }
+    return {**values, **more, **told}
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    from ..export.run import Bundle
+
+    facts = dict(Bundle(folder).facts)
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    return {
+        "kind": "bundle",
+        "name": facts.pop("model"),
+        "folder": str(folder),
+        "bytes": size,
+        **facts,
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    from ..train import load_run, read_metrics, read_run
+
+    model, step = load_run(folder)
+    facts, records = read_run(folder), read_metrics(folder)
+    return {
+        "kind": "training run",
+        "name": model.name,
+        "folder": str(folder),
+        "state": "finished" if step is None else f"at step {step} of {facts['config']['steps']}",
+        "training": facts["config"],
+        "objective": facts["objective"],
+        "data": facts["data"],
+        "last": records[-1] if records else {},
+        **_model(model),
+    }
+
+
+def _saved(folder: Path) -> dict[str, Any]:
     from ..io import load_model
 
     model = load_model(folder)
-    size = sum(p.stat().st_size for p in Path(folder).iterdir() if p.is_file())
-    facts = {"kind": "saved model", "name": model.name, "folder": folder, "bytes": size}
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    facts = {"kind": "saved model", "name": model.name, "folder": str(folder), "bytes": size}
     transforms = [{"kind": t["kind"], "layers": len(t.get("layers", ()))} for t in model.transforms]
     return facts | _model(model) | {"transforms": transforms}
 
@@ -105,7 +173,7 @@ def _text(facts: dict[str, Any]) -> str:
             continue
         if key == "caps":
             value = str(Caps(**value))
-        elif key in ("parameters", "bytes"):
+        elif key in ("parameters", "bytes", "weights"):
             value = f"{value:,}"
         elif isinstance(value, dict):
             value = json.dumps(value, indent=2).replace("\n", "\n  ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,17 +18,32 @@ from .common import (
     Set,
     Threads,
     emit,
+    is_run,
     load,
     note,
     overrides,
+    placed,
     save_to,
     set_threads,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from effformer.train import Dataset, Objective, TrainConfig
+
+LONG = 100
+"""Steps from which on it is worth to measure before how long they will take."""
+
 
 def train(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="A model name of a flow family, for instance sit-tiny.")
+        str,
+        typer.Argument(
+            help="A model name of a flow family, for instance sit-tiny; with --resume also the folder "
+            "of a run."
+        ),
     ],
     data: Annotated[
         str,
@@ -37,7 +52,20 @@ def train(
     size: Annotated[
         int | None, typer.Option(help="Resize images to this side.", min=1, max=2**14)
     ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of the data that is held out to measure the loss on.")
+    ] = 0.0,
+    flip: Annotated[
+        float, typer.Option(help="Probability of mirroring an image; not for digits or letters.")
+    ] = 0.0,
+    shift: Annotated[
+        int, typer.Option(help="Most pixels by which images move at random.", max=10**4)
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", max=10**9)] = 1000,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="As many steps as take this time here, instead of --steps.", max=10**6),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Samples per step.", max=10**6)] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.", max=10**9)] = 100,
@@ -58,26 +86,46 @@ def train(
     block: Block = None,
     pairs: Set = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint in --out; --resume RUN alone goes on as RUN was begun.",
+        ),
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", max=10**9)] = 500,
+    evaluate_every: Annotated[
+        int,
+        typer.Option(help="Steps between grids of samples and held-out losses.", max=10**9),
+    ] = 500,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    amp: Annotated[
+        bool, typer.Option("--amp", help="Compute in bfloat16, on float32 weights.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
     seed: Seed = 0,
     threads: Threads = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model; --out gets checkpoints, metrics.jsonl and, at the end, the model.
+    """Train a model; --out gets checkpoints, metrics.jsonl, samples, report.html and, at the end, the
+    model.
 
     Image size, channels and number of classes follow the data. A killed run continues with --resume
     and ends with the same weights.
 
-    Examples: `effformer train sit-tiny --set patch=1 --attn flow -o runs/digits`
+    Examples: `effformer train sit-tiny --set patch=1 --attn flow -o runs/digits`, `effformer train
+    --resume runs/digits`
     """
+    import torch
+
     from ..files import check_folder
     from ..io import model_folder, save_pretrained
-    from ..train import Generation, TrainConfig, load_data
+    from ..train import Augmented, Generation, TrainConfig, Validation, load_data
     from ..train import train as run
+    from .training import Watch, header
 
+    if resume and is_run(Path(model)):
+        return train(context, **_as_begun(Path(model), context))
     if objective is not None:
         note("train: --objective is now called --loss")
         loss = objective
@@ -86,7 +134,7 @@ def train(
     if Path(model).is_dir():
         raise ValueError(f"train: {model} is a saved model; training starts from a model's name")
     set_threads(threads)
-    images = load_data(data, size=size)
+    images, held_out = _split(load_data(data, size=size), validation, seed)
     changes = _fit(model, images) | overrides(attn, ffn, block, pairs)
     config = TrainConfig.from_dict(
         {"steps": steps, "batch": batch, "lr": lr, "warmup": min(warmup, steps), "seed": seed}
@@ -94,24 +142,108 @@ def train(
         where="train",
     )
     goal = Generation.from_dict({"loss": loss, "label_drop": label_drop}, where="train")
-    network = load(model, changes, seed=seed)
-    result = run(network, images, goal, config, out=folder, resume=resume, save_every=save_every)
+    changed = Augmented(task=goal, flip=flip, shift=shift) if flip or shift else goal
+    network = load(model, changes, seed=seed).to(placed(device))
+    trained: nn.Module = torch.compile(network) if compiled else network  # type: ignore[assignment]
+    with torch.autocast(placed(device).type, torch.bfloat16, enabled=amp):
+        config, pace = _timed(network, images, changed, config, minutes, folder if resume else None)
+        note(title := header(network, images, config, pace))
+        watch = Watch(
+            folder, title, None if held_out is None else Validation(data=held_out, objective=goal),
+            pictures=images.value_range is not None and images["x"].shape[1] in (1, 3),
+        )  # fmt: skip
+        result = run(
+            trained, images, changed, config, out=folder, resume=resume, save_every=save_every,
+            evaluate=watch, evaluate_every=evaluate_every, about={"call": _call(context, config.steps)},
+        )  # fmt: skip
     saved = save_pretrained(network, folder / "model", by="train")
+    report = watch.report()
     data_out = {
         "model": str(saved), "steps": result.steps, "seconds": result.seconds, "loss": result.loss,
-        "resumed": result.resumed, "checkpoint": str(result.checkpoint),
+        "resumed": result.resumed, "checkpoint": str(result.checkpoint), "report": str(report),
     }  # fmt: skip
     text = (
-        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}; model in {saved}"
+        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}; model in {saved}, "
+        f"curves in {report}; next: effformer sample {folder} -o samples.png"
     )
     emit(data_out, text, as_json)
 
 
-def left(out: Path | None = None, **_: object) -> str:
+def left(out: Path | None = None, model: str = "", resume: bool = False, **_: object) -> str:
     """What an interrupted training leaves behind."""
-    if out is not None and any((out / "checkpoints").glob("step-*.safetensors")):
-        return "the last checkpoint is intact, --resume goes on from it"
+    run = Path(model) if resume and is_run(Path(model)) else out
+    if run is not None and any((run / "checkpoints").glob("step-*.safetensors")):
+        return f"the last checkpoint is intact, effformer train --resume {run} goes on from it"
     return "there is no checkpoint yet, the training begins anew"
+
+
+def _as_begun(run: Path, context: typer.Context) -> dict[str, Any]:
+    """The arguments with which a run was begun, and those that are given now.
+
+    Raises:
+        FormatError: the run was not begun by this verb, or by one of an earlier version.
+    """
+    from ..checks import FormatError
+    from ..train import read_run
+
+    call = (read_run(run).get("about") or {}).get("call")
+    if not isinstance(call, dict):
+        raise FormatError(
+            f"train: {run} does not say how it was begun; give model and options as then, with "
+            f"--out {run} --resume"
+        )
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+    known = {name: value for name, value in call.items() if name in context.params}
+    return context.params | known | given | {"model": call["model"], "out": run, "resume": True}
+
+
+def _call(context: typer.Context, steps: int) -> dict[str, Any]:
+    """How this verb was called, so that ``--resume RUN`` can call it again."""
+    kept = {
+        k: v
+        for k, v in context.params.items()
+        if isinstance(v, (str, int, float, list, type(None)))
+    }
+    return kept | {"steps": steps, "minutes": None}
+
+
+def _split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    if share == 0:
+        return data, None
+    return data.split(share, seed=seed)
+
+
+def _timed(
+    model: nn.Module,
+    data: Dataset,
+    objective: Objective,
+    config: TrainConfig,
+    minutes: float | None,
+    resumed: Path | None,
+) -> tuple[TrainConfig, float]:
+    """The config with as many steps as are asked for, and the seconds of each, 0 for short runs.
+
+    Raises:
+        ValueError: no time at all.
+    """
+    from ..train import read_run
+    from .training import seconds_per_step
+
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes must be positive, got {minutes:g}")
+    if minutes is None and config.steps < LONG:
+        return config, 0.0
+    pace = seconds_per_step(model, data, objective, config)
+    if minutes is None:
+        return config, pace
+    steps = max(int(minutes * 60 / pace), 1)
+    if resumed is not None and is_run(resumed):  # its schedule ends where it was to end
+        steps = read_run(resumed)["config"]["steps"]
+    return config.replace(steps=steps, warmup=min(config.warmup, steps)), pace
 
 
 def _fit(model: str, images: Any) -> dict[str, Any]:

@@ -186,6 +186,7 @@ class Trained(Config):
         latent_scale: the data are latents of an autoencoder times this number, None if they are no
             latents or it is not known.
         latent_shift: what was subtracted from the latents before.
+        classes: names of the classes in the order of the labels, empty if they have none.
     """
 
     convention: FlowConvention = field(metadata={"short": get_convention})
@@ -194,6 +195,7 @@ class Trained(Config):
     value_range: tuple[Real, Real] | None = None
     latent_scale: Positive | None = None
     latent_shift: Real = 0.0
+    classes: tuple[str, ...] = ()
 
     def check(self) -> None:
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:

@@ -1,12 +1,13 @@
-"""Plots of measured costs, drawn with matplotlib and readable without colour."""
+"""Plots of what was measured, drawn with matplotlib and readable without colour."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ from .save import save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Pareto"]
+__all__ = ["Curves", "Pareto"]
 
 # Okabe and Ito's palette keeps its contrasts for the common kinds of colour blindness.
 _BLUE, _GREY, _INK = "#0072B2", "#8A8F98", "#30343B"
+# Another line style for each curve, for those who see no colours.
+_CURVES = ((_BLUE, "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 
 # Offsets of a name from its point in typographic points: beside, above and below, then further out.
 _PLACES = [(9, 0), (-9, 0), (0, 11), (0, -11)] + [
@@ -28,8 +31,69 @@ _PLACES = [(9, 0), (-9, 0), (0, 11), (0, -11)] + [
 ]
 
 
+class _Plot(ABC):
+    """What every plot can be written as; a notebook shows it."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def figure(self) -> Figure:
+        """Draw."""
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write as .png, .svg or .pdf, by the suffix.
+
+        Raises:
+            ValueError: a suffix that matplotlib cannot write.
+            FormatError: the file cannot be written, or is no earlier figure (``force`` replaces it
+                all the same); an existing one is intact.
+        """
+        save_figure(path, self.figure(), where=f"{type(self).__name__}.save", force=force)
+
+    def svg(self) -> str:
+        """The plot as an SVG element for a page."""
+        buffer = io.StringIO()
+        with need("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "effformer"}):
+            self.figure().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+    def _repr_html_(self) -> str:
+        return f'<div style="background:#fff;max-width:48rem">{self.svg()}</div>'
+
+
 @dataclass(frozen=True, slots=True)
-class Pareto:
+class Curves(_Plot):
+    """Numbers over a common axis.
+
+    Attributes:
+        lines: name -> points (x, y), in the order of x.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+    """
+
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    x: str
+    y: str
+
+    def figure(self) -> Figure:
+        """Draw, each line in a colour and a style of its own."""
+        figure: Figure = need("matplotlib.figure").Figure((6.4, 2.8), dpi=160, layout="constrained")
+        axes = figure.add_subplot()
+        for (name, points), (color, line) in zip(self.lines.items(), cycle(_CURVES), strict=False):
+            xs, ys = zip(*points, strict=True)
+            marker = "o" if len(points) == 1 else ""
+            axes.plot(xs, ys, line, marker=marker, color=color, linewidth=1.4, label=name)
+        axes.set_xlabel(self.x)
+        axes.set_ylabel(self.y)
+        axes.grid(True, color="#D9DCE1", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Pareto(_Plot):
     """Two costs per model, less is better for both; the front joins what no other model beats.
 
     Attributes:
@@ -91,24 +155,6 @@ class Pareto:
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         _label(figure, axes, self.points, front=[p[1:] for p in on])
         return figure
-
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as .png, .svg or .pdf, by the suffix.
-
-        Raises:
-            ValueError: a suffix that matplotlib cannot write.
-            FormatError: the file cannot be written, or is no earlier figure (``force`` replaces it
-                all the same); an existing one is intact.
-        """
-        save_figure(path, self.figure(), where="Pareto.save", force=force)
-
-    def svg(self) -> str:
-        """The plot as an SVG element for a page."""
-        buffer = io.StringIO()
-        with need("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "effformer"}):
-            self.figure().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        text = buffer.getvalue()
-        return text[text.index("<svg") :]
 
 
 def _scale(axis: Any, scale: Any, values: Sequence[float]) -> None:

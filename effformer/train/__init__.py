@@ -6,15 +6,18 @@ Example:
     torch.Size([1797, 1, 8, 8])
 """
 
-from .checkpoint import load_checkpoint, read_checkpoint, read_metrics
+from .checkpoint import load_checkpoint, read_checkpoint, read_metrics, read_run
 from .classifier import Classifier, accuracy, train_classifier
 from .datasets import Dataset, load_data
 from .ema import EMA
-from .loop import DivergenceError, TrainConfig, TrainResult, train
-from .objectives import Batch, Classification, Generation, Objective
+from .loop import DivergenceError, Evaluation, TrainConfig, TrainResult, train
+from .objectives import Augmented, Batch, Classification, Generation, Objective
+from .run import load_run
+from .validation import Validation
 
 __all__ = [
-    "EMA", "Batch", "Classification", "Classifier", "Dataset", "DivergenceError", "Generation",
-    "Objective", "TrainConfig", "TrainResult", "accuracy", "load_checkpoint", "load_data",
-    "read_checkpoint", "read_metrics", "train", "train_classifier",
+    "EMA", "Augmented", "Batch", "Classification", "Classifier", "Dataset", "DivergenceError",
+    "Evaluation", "Generation", "Objective", "TrainConfig", "TrainResult", "Validation", "accuracy",
+    "load_checkpoint", "load_data", "load_run", "read_checkpoint", "read_metrics", "read_run", "train",
+    "train_classifier",
 ]  # fmt: skip

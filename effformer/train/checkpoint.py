@@ -5,6 +5,7 @@
     run.json                            config, model, objective and data of the run
     metrics.jsonl                       one JSON object per line
     checkpoints/step-00000500.safetensors
+    samples/, report.html               what a training on the command line shows
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from ..weights import unshared
 from ..wrapped import unwrapping
 from .lock import hold, release
 
-__all__ = ["RunFolder", "load_checkpoint", "read_checkpoint", "read_metrics"]
+__all__ = ["RunFolder", "load_checkpoint", "read_checkpoint", "read_metrics", "read_run"]
 
 FORMAT = 1
 _RUN, _METRICS, _CHECKPOINTS, _LOCK = "run.json", "metrics.jsonl", "checkpoints", "run.lock"
-_SUM = "sha256"
+_SHOWN = {"samples", "report.html"}
+_SUM, _ABOUT = "sha256", "about"
 _NAME = re.compile(r"step-\d+\.safetensors")
 Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -56,6 +58,7 @@ class RunFolder:
             the same.
         resume: continue the run that the folder holds, if any.
         renew: brings what an older version wrote about a run up to date; it may raise ValueError.
+        about: what else is written down of the run when it begins, JSON values.
 
     Raises:
         ValueError: the folder cannot be written, is in use by another process, holds a run and
@@ -70,8 +73,13 @@ class RunFolder:
         *,
         resume: bool,
         renew: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
+        try:
+            self._about = json.loads(json.dumps(about))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"train: about: expected JSON values ({error})") from error
         self.metrics = path / _METRICS
         identity = {"format": FORMAT, **json.loads(json.dumps(identity))}
         try:
@@ -99,7 +107,7 @@ class RunFolder:
         if present is not None and self._begun():
             self._check(present if renew is None else renew(present), identity, resume)
         else:
-            write_json(self.path / _RUN, identity)
+            write_json(self.path / _RUN, identity | {_ABOUT: self._about})
         (self.path / _CHECKPOINTS).mkdir(exist_ok=True)
         sweep(self.path / _CHECKPOINTS)
         for leftover in (self.path / _CHECKPOINTS).glob("*.part"):  # of earlier versions
@@ -158,33 +166,16 @@ class RunFolder:
         """Whether there is anything that a run under another description would destroy."""
         places = self.path / _CHECKPOINTS
         kept = [p for p in places.glob("*") if p.suffix != ".part" and not p.is_dir()]
-        return bool(kept or self._entries() - {_METRICS, _CHECKPOINTS})
+        return bool(kept or self._entries() - {_METRICS, _CHECKPOINTS, *_SHOWN})
 
     def _read_identity(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
-        if not self.path.is_dir():
-            raise FormatError(f"train: {self.path} is a file; a run needs a folder")
-        file = self.path / _RUN
-        if not file.exists():
-            if others := sorted(self._entries()):
-                raise FormatError(
-                    f"train: {self.path} holds other things ({', '.join(others[:3])}) but no "
-                    f"{_RUN}; choose a new or an empty folder"
-                )
-            return None
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            version = int(found["format"])
-        except (ValueError, KeyError, TypeError) as error:
+        found = _identity(self.path)
+        if found is None and self.path.exists() and (others := sorted(self._entries())):
             raise FormatError(
-                f"train: {file} is not the description of a run ({error!r})"
-            ) from error
-        if version > FORMAT:
-            raise FormatError(
-                f"train: {file} has format {version}; this version reads up to {FORMAT}"
+                f"train: {self.path} holds other things ({', '.join(others[:3])}) but no "
+                f"{_RUN}; choose a new or an empty folder"
             )
-        return dict(found)
+        return found
 
     def _check(self, present: dict[str, Any], identity: dict[str, Any], resume: bool) -> None:
         if not resume:
@@ -192,6 +183,7 @@ class RunFolder:
                 f"train: {self.path} already holds a run; --resume (resume=True in Python) continues it, or "
                 "choose another folder"
             )
+        present.pop(_ABOUT, None)
         there, now = dict(_flat(present)), dict(_flat(identity))
         changed = [
             f"{key} was {there.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
@@ -203,6 +195,38 @@ class RunFolder:
                 f"train: {self.path} holds a different run, which cannot be resumed: "
                 + "; ".join(changed)
             )
+
+
+def _identity(run: Path) -> dict[str, Any] | None:
+    """What ``run.json`` holds, None if there is none."""
+    if not run.exists():
+        return None
+    if not run.is_dir():
+        raise FormatError(f"train: {run} is a file; a run needs a folder")
+    file = run / _RUN
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        version = int(found["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"train: {file} is not the description of a run ({error!r})") from error
+    if version > FORMAT:
+        raise FormatError(f"train: {file} has format {version}; this version reads up to {FORMAT}")
+    return dict(found)
+
+
+@checked
+def read_run(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``run.json`` says about a run.
+
+    Raises:
+        FormatError: the folder holds no run, or one of a newer version.
+    """
+    found = _identity(Path(source))
+    if found is None:
+        raise FormatError(f"{source}: holds no training run ({_RUN} is missing)")
+    return found
 
 
 @checked

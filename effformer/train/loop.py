@@ -42,7 +42,10 @@ from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from .progress import progress_bar
 from .seeding import Order, isolated_randomness, seed_for
 
-__all__ = ["DivergenceError", "TrainConfig", "TrainResult", "train"]
+__all__ = ["DivergenceError", "Evaluation", "TrainConfig", "TrainResult", "train"]
+
+Evaluation = Callable[[nn.Module, int], Mapping[str, float]]
+"""What looks at a model in training: (model, steps done) -> numbers by name."""
 
 
 class DivergenceError(ValueError):
@@ -124,6 +127,9 @@ def train(
     log_every: Count = 50,
     save_every: Count = 500,
     keep: Count = 2,
+    evaluate: Evaluation | None = None,
+    evaluate_every: Count = 500,
+    about: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
     """Train a model in place.
@@ -146,7 +152,14 @@ def train(
         log_every: steps between records of the metrics.
         save_every: steps between checkpoints; the last step always has one.
         keep: number of checkpoints that stay.
-        progress: show a progress bar on stderr; None: if stderr is a terminal.
+        evaluate: called with the model and the number of steps after every ``evaluate_every`` steps
+            and after the last one, for instance `Validation`. The model then is in evaluation mode and
+            holds the averaged weights. The numbers that it returns, by name, go to the metrics and to
+            the progress bar; whatever it draws at random, the training goes on as without it.
+        evaluate_every: steps between evaluations.
+        about: JSON values that ``run.json`` keeps beside what decides the weights.
+        progress: True: a progress bar on stderr; None: a bar in a terminal or a notebook, elsewhere a
+            line every half a minute.
 
     Raises:
         ValueError: the folder cannot be written, is in use or holds another run; an option out of
@@ -163,6 +176,9 @@ def train(
         >>> train(net, load_data("digits"), Classification(), TrainConfig(steps=20, warmup=0)).steps
         20
     """
+    pace = _Pace(
+        log_every=log_every, save_every=save_every, keep=keep, evaluate_every=evaluate_every
+    )
     classes = getattr(getattr(bare(model), "config", None), "num_classes", None)
     if classes and data.classes and (most := int(data[data.target].max())) >= classes:
         raise ValueError(
@@ -176,24 +192,34 @@ def train(
     if out is not None:
         identity = _identity(model, data, objective, config) | {"trained": record}
         renew = partial(_renewed, model, record)
-        folder = RunFolder(Path(out), identity, resume=resume, renew=renew)
+        facts = {"model": _named(model), **(about or {})}
+        folder = RunFolder(Path(out), identity, resume=resume, renew=renew, about=facts)
     try:
         if folder is not None and (found := folder.restore()) is not None:
             trainer.restore(found[0], *found[1])
         if made is not None:
             bare(model).trained = record  # type: ignore[assignment]
-        return _finish(trainer, folder, log_every, save_every, keep, progress)
+        return _finish(trainer, folder, pace, evaluate, progress)
     finally:
         if folder is not None:
             folder.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pace:
+    """Steps between what a training does beside its steps, and how many checkpoints stay."""
+
+    log_every: int
+    save_every: int
+    keep: int
+    evaluate_every: int
+
+
 def _finish(
     trainer: _Trainer,
     folder: RunFolder | None,
-    log_every: int,
-    save_every: int,
-    keep: int,
+    pace: _Pace,
+    evaluate: Evaluation | None,
     progress: bool | None,
 ) -> TrainResult:
     """Take the steps that are left."""
@@ -209,14 +235,20 @@ def _finish(
             while trainer.done < config.steps:
                 trainer.step()
                 last, stop = trainer.done == config.steps, interrupted()
-                saving = folder is not None and (last or stop or trainer.done % save_every == 0)
-                if last or saving or trainer.done % log_every == 0:
+                saving = folder is not None and (
+                    last or stop or trainer.done % pace.save_every == 0
+                )
+                looking = evaluate is not None and not stop
+                looking = looking and (last or trainer.done % pace.evaluate_every == 0)
+                if last or saving or looking or trainer.done % pace.log_every == 0:
                     record = trainer.record(folder)
+                    if looking and evaluate is not None:
+                        record |= trainer.evaluated(evaluate)
                     if folder is not None:
                         folder.log(record)
-                show(trainer.done, trainer.loss)
+                show(trainer.done, trainer.numbers)
                 if saving and folder is not None:
-                    folder.save(trainer.done, trainer.tensors(), trainer.state(), keep=keep)
+                    folder.save(trainer.done, trainer.tensors(), trainer.state(), keep=pace.keep)
                 if stop:
                     raise KeyboardInterrupt
     finally:
@@ -267,6 +299,7 @@ class _Trainer:
         self.order = Order(len(data), config.batch, config.seed)
         self.done = 0
         self.loss = math.nan
+        self.numbers: dict[str, float] = {}
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._spent, self._began = 0.0, time.perf_counter()
@@ -320,6 +353,7 @@ class _Trainer:
                 )
         self._losses, self._norms = [], []
         self.loss = sum(losses) / len(losses)
+        self.numbers = {**self.numbers, "loss": self.loss}
         return {
             "step": self.done,
             "loss": self.loss,
@@ -327,6 +361,23 @@ class _Trainer:
             "grad_norm": sum(norms) / len(norms),
             "seconds": round(self.seconds(), 3),
         }
+
+    def evaluated(self, evaluate: Evaluation) -> dict[str, float]:
+        """What is measured of the averaged weights; the next step has seeds of its own."""
+        raw = self.ema and {name: x.clone() for name, x in _state(self.model).items()}
+        if self.ema is not None:
+            self.ema.copy_to(self.model)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                found = {name: float(x) for name, x in evaluate(self.model, self.done).items()}
+        finally:
+            self.model.train()
+            if raw:
+                for name, tensor in _state(self.model).items():
+                    tensor.data.copy_(raw[name])
+        self.numbers = {**self.numbers, **found}
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Model, averaged weights and optimizer, named as `read_checkpoint` documents."""
@@ -416,6 +467,17 @@ def _check_loss(value: Any) -> None:
         raise TypeError(f"train: the objective must return one real number, got {found}")
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+@unwrapping
+def _named(model: nn.Module) -> dict[str, Any] | None:
+    """Which model it is, so that it can be built again; None if it is none of ours."""
+    family = getattr(model, "FAMILY", None)
+    return None if family is None else {"family": family, "name": getattr(model, "name", family)}
+
+
 @unwrapping
 def _identity(
     model: nn.Module, data: Dataset, objective: Objective, config: TrainConfig
@@ -443,7 +505,10 @@ def _renewed(model: nn.Module, trained: Any, found: dict[str, Any]) -> dict[str,
     """What an older version wrote about a run, with the options that came since at their defaults,
     and with what its objective trains.
     """
-    found = {"trained": json.loads(json.dumps(trained)), **found}
+    trained = json.loads(json.dumps(trained))
+    found = {"trained": trained, **found}
+    if isinstance(trained, dict) and isinstance(found["trained"], dict):
+        found["trained"] = {**trained, **found["trained"]}
     own, there = getattr(model, "config", None), dict(found.get("model", {}))
     if not isinstance(own, Config) or not isinstance(there.get("config"), dict):
         return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.arguments import Shape
-from effformer.values import Chance, Checked
+from effformer.values import Chance, Checked, Fraction, Natural
 
 from ..calls import accepted, match, takes
 from ..checks import CapabilityError, check_ids, unknown
@@ -27,7 +27,7 @@ from ..flow.losses import FlowMatching
 from ..nn.precision import widened
 from .datasets import Dataset
 
-__all__ = ["Batch", "Classification", "Generation", "Objective", "trained_by"]
+__all__ = ["Augmented", "Batch", "Classification", "Generation", "Objective", "trained_by"]
 
 
 Batch = dict[str, Tensor]
@@ -171,6 +171,7 @@ class Generation(Config):
             null=labelled and self.label_drop > 0,
             steps=getattr(loss, "steps", None),
             value_range=data.value_range,
+            classes=tuple(data.classes) if labelled else (),
         )
 
     def _dropped(
@@ -181,6 +182,44 @@ class Generation(Config):
             return None
         chance = torch.rand(samples, generator=generator, device=generator.device)
         return (chance < self.label_drop).to(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmented(Checked):
+    """Another objective on images ``x`` (B, C, H, W) that are changed at random, each in its own way.
+
+    Attributes:
+        task: the objective.
+        flip: probability of mirroring an image left to right; not for digits or letters.
+        shift: most pixels by which an image moves in both directions; its edge is repeated.
+    """
+
+    task: Objective
+    flip: Fraction = 0.0
+    shift: Natural = 0
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
+    ) -> Tensor:
+        x = batch.get("x")
+        if x is None or x.dim() != 4:
+            found = "none" if x is None else tuple(x.shape)
+            raise ValueError(f"Augmented: changes images x (B, C, H, W), the data have {found}")
+        mirrored = torch.rand(len(x), generator=generator) < self.flip
+        x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+        if self.shift:
+            x = _shifted(x, self.shift, generator)
+        return self.task(model, {**batch, "x": x}, generator, ledger)
+
+
+def _shifted(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Images moved by up to ``most`` pixels, each by its own random number of rows and columns."""
+    (batch, _, height, width), wide = x.shape, nn.functional.pad(x, (most,) * 4, mode="replicate")
+    down, right = torch.randint(2 * most + 1, (2, batch), generator=generator).to(x.device)
+    rows = down[:, None] + torch.arange(height, device=x.device)
+    columns = right[:, None] + torch.arange(width, device=x.device)
+    index = torch.arange(batch, device=x.device)[:, None, None]
+    return wide.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def trained_by(objective: Objective, model: nn.Module, data: Dataset) -> Trained | None:

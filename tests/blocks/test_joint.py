@@ -393,7 +393,7 @@ def test_tables_of_two_kinds_do_not_mix() -> None:
 def _stack(joint: bool, **parts: Any) -> Any:
     options = {"dim": DIM, "depth": 2, "heads": HEADS, "block": "joint", **parts}
     site = Site(dim=DIM, heads=HEADS, cond_dim=DIM, time_dim=DIM, norm=NormRule(affine=False))
-    needs = Needs(cond=True, time=True, joint=joint)
+    needs = Needs(joint=joint)
     return build_stack(BackboneConfig.from_dict(options), site, needs, name="toy")
 
 

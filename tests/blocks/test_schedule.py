@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ SITE = Site(dim=12, heads=3)
 def views(grid: str, depth: int = 4, **config: Any) -> list[str]:
     """Axes of each block; the full grid has no view."""
     chosen = BackboneConfig.from_dict({"dim": 12, "depth": depth, "heads": 3, **config})
-    blocks = build_stack(chosen, SITE, Needs(axes=grid), name="toy")
+    blocks = build_stack(
+        chosen, replace(SITE, grid=(None,) * len(grid) or None), Needs(), name="toy"
+    )
     return [getattr(block.attn.part.config, "over", grid) for block in blocks]
 
 
@@ -47,7 +50,7 @@ def test_layers_change_the_mixer_inside_its_view() -> None:
     config = BackboneConfig.from_dict(
         {"dim": 12, "depth": 4, "heads": 3, "axes": "ts", "layers": layers}
     )
-    blocks = build_stack(config, SITE, Needs(axes="thw"), name="toy")
+    blocks = build_stack(config, replace(SITE, grid=(None,) * 3), Needs(), name="toy")
     mixers = [block.attn.part for block in blocks]
     assert [m.config.over for m in mixers] == ["t", "hw", "t", "tw"]
     cores = [m.mixer.core.config.to_dict()["name"] for m in mixers]

@@ -16,9 +16,12 @@ BASE: dict[str, Any] = {"dim": 12, "depth": 4, "heads": 3}
 SITE = Site(dim=12, heads=3)
 
 
-def cores(needs: Needs | None = None, **config: Any) -> list[str]:
+GRID = replace(SITE, grid=(None, None))
+
+
+def cores(needs: Needs | None = None, site: Site = SITE, **config: Any) -> list[str]:
     chosen = BackboneConfig.from_dict(BASE | config)
-    blocks = build_stack(chosen, SITE, needs or Needs(), name="toy")
+    blocks = build_stack(chosen, site, needs or Needs(), name="toy")
     return [block.attn.part.config.core.to_dict()["name"] for block in blocks]
 
 
@@ -150,30 +153,44 @@ def test_bad_layers(layers: Any, error: type[Exception], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("needs", "config", "message"),
+    ("needs", "site", "config", "message"),
     [
         (
             Needs(rope=4),
+            SITE,
             {"attn": {"name": "flow", "head_dim": 6}},
             r"heads of width 6, but .* made for 4",
         ),
         (
             Needs(rope=4, causal=True),
+            SITE,
             {"attn": "lmu"},
             r"blocks\[0:4\]\.attn: 'lmu' cannot apply rotary .*choices: .*flow",
         ),
-        (Needs(mask="full"), {"attn": "linear"}, "'linear' cannot honour a full mask"),
-        (Needs(), {"attn": {"name": "flow", "causal": True}}, "attends both ways"),
-        (Needs(), {"ffn": "glumbconv"}, r"\.ffn: 'glumbconv' needs a token grid.*choices: .*mlp"),
-        (Needs(axes="hw", causal=True), {"ffn": "glumbconv"}, "must not see later tokens"),
-        (Needs(axes="hw", mask="key"), {"ffn": "glumbconv"}, "cannot honour a key mask"),
-        (Needs(), {"block": "adaln-zero"}, "'adaln-zero' needs a conditioning vector"),
-        (Needs(cond=True), {"block": "prenorm"}, "'prenorm' cannot use this model's conditioning"),
+        (Needs(mask="full"), SITE, {"attn": "linear"}, "'linear' cannot honour a full mask"),
+        (Needs(), SITE, {"attn": {"name": "flow", "causal": True}}, "attends both ways"),
+        (
+            Needs(),
+            SITE,
+            {"ffn": "glumbconv"},
+            r"\.ffn: 'glumbconv' needs a token grid.*choices: .*mlp",
+        ),
+        (Needs(causal=True), GRID, {"ffn": "glumbconv"}, "must not see later tokens"),
+        (Needs(mask="key"), GRID, {"ffn": "glumbconv"}, "cannot honour a key mask"),
+        (Needs(), SITE, {"block": "adaln-zero"}, "'adaln-zero' needs a conditioning vector"),
+        (
+            Needs(),
+            replace(SITE, cond_dim=8),
+            {"block": "prenorm"},
+            "'prenorm' cannot use this model's conditioning",
+        ),
     ],
 )
-def test_impossible_combinations_name_choices(needs: Needs, config: Any, message: str) -> None:
+def test_impossible_combinations_name_choices(
+    needs: Needs, site: Site, config: Any, message: str
+) -> None:
     with pytest.raises(CapabilityError, match=message):
-        cores(needs, **config)
+        cores(needs, site, **config)
 
 
 def test_decoders_need_a_block_with_a_place_for_the_memory() -> None:

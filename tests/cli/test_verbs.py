@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from PIL import Image
 from typer.testing import CliRunner
 
 import effformer
@@ -183,6 +185,79 @@ def test_train_resumes(tmp_path: Path) -> None:
     assert "already holds a run" in refusal("train", *words)
     assert answer("train", *words, "--resume")["resumed"] == 4
     assert "lr" in refusal("train", *words, "--resume", "--lr", "0.5")
+
+
+def test_a_run_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    """Its folder alone says how, shows samples and curves, and samples before it is finished."""
+    run, words = (
+        tmp_path / "run",
+        ["sit-nano", "--set", "patch=4", "--batch", "4", "--attn", "flow"],
+    )
+    more = ["--steps", "6", "--validation", "0.1", "--shift", "1", "--evaluate-every", "3"]
+    done = invoke("train", *words, *more, "--save-every", "3", "-o", str(run))
+    assert "1,617 samples 1x8x8 of digits in 10 classes; sit-nano" in done.stderr
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        "step-00000003.png", "step-00000006.png",
+    ]  # fmt: skip
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "held-out" in page
+    assert page.count("data:image/png") == 2
+    effformer_model = run / "model"
+    shutil.rmtree(effformer_model)
+    (run / "checkpoints" / "step-00000006.safetensors").unlink()
+    drawn = invoke(
+        "sample", str(run), "--labels", "3", "--steps", "1", "-o", str(tmp_path / "s.png")
+    )
+    assert "unfinished: the weights are those of step 3" in drawn.stderr
+    (shown,) = answer("show", str(run))
+    assert (shown["kind"], shown["state"]) == ("training run", "at step 3 of 6")
+    assert answer("train", "--resume", str(run), "--threads", "1")["resumed"] == 3
+    assert "shift was 1 and is 2" in refusal("train", "--resume", str(run), "--shift", "2")
+    assert effformer.load_model(effformer_model).config.attn.core.entry.name == "flow"
+    (shown,) = answer("show", str(run))
+    assert shown["state"] == "finished"
+
+
+def test_classes_keep_their_names(tmp_path: Path) -> None:
+    """A folder of pictures by class: the run, the model and the bundle know what they are called."""
+    for i, name in enumerate(["circle", "square", "1"]):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for j in range(2):
+            picture = torch.full((8, 8), 40 * i + j, dtype=torch.uint8).numpy()
+            Image.fromarray(picture).save(tmp_path / "data" / name / f"{j}.png")
+    run, bundle = str(tmp_path / "run"), str(tmp_path / "bundle")
+    small = ["--set", "patch=4", "--steps", "2", "--batch", "2", "--data", str(tmp_path / "data")]
+    invoke("train", "sit-nano", *small, "-o", run)
+    invoke("export", run, "--no-verify", "-o", bundle)
+    (shown,) = answer("show", run)
+    assert shown["trained"]["classes"] == ["1", "circle", "square"]
+    for source in (run, bundle):
+        words = ["sample", source, "--steps", "1", "-o", str(tmp_path / "s.npy"), "--force"]
+        assert answer(*words, "--labels", "square, circle,0-1")["labels"] == [2, 1, 0, 1]
+        assert "did you mean 'circle'" in refusal(*words, "--labels", "circel")
+
+
+def test_training_ends_in_the_time_that_it_is_given(tmp_path: Path) -> None:
+    words = ["train", "sit-nano", "--set", "patch=4", "--batch", "4", "--minutes"]
+    data = answer(*words, "0.01", "-o", str(tmp_path / "run"))
+    assert 1 <= data["steps"] < 2000
+    assert "must be positive" in refusal(*words, "0", "-o", str(tmp_path / "other"))
+    assert "--device nowhere: cannot be used" in refusal(
+        *words, "1", "--device", "nowhere", "-o", str(tmp_path / "other")
+    )
+
+
+def test_show_bundles_and_graphs(tmp_path: Path, saved: Path) -> None:
+    invoke("export", str(saved), "--no-verify", "-o", str(tmp_path / "bundle"))
+    (bundle,) = answer("show", str(tmp_path / "bundle"))
+    assert (bundle["kind"], bundle["name"], bundle["shape"]) == ("bundle", "sit-nano", [1, 8, 8])
+    (graph,) = answer("show", str(tmp_path / "bundle" / "velocity.onnx"))
+    assert graph["kind"] == "graph"
+    assert graph["inputs"]["y"] == "int64 (batch)"
+    assert "operators" in invoke("show", str(tmp_path / "bundle" / "velocity.onnx")).stdout
+    (tmp_path / "no.onnx").write_text("no")
+    assert "not an ONNX file" in refusal("show", str(tmp_path / "no.onnx"))
 
 
 def test_what_was_trained_is_sampled_and_exported(tmp_path: Path) -> None:

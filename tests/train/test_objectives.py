@@ -6,7 +6,15 @@ from torch import Tensor, nn
 
 import effformer
 from effformer.context import Ledger
-from effformer.train import Batch, Classification, Generation
+from effformer.train import (
+    Augmented,
+    Batch,
+    Classification,
+    Generation,
+    TrainConfig,
+    load_data,
+    train,
+)
 
 
 class Network(nn.Module):
@@ -118,3 +126,54 @@ def test_what_no_classifier_returns_is_refused(
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Classification()(model, sample, torch.Generator(), Ledger())
+
+
+class _Seen(nn.Module):
+    """Keeps the images that an objective hands to it."""
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: object, ledger: Ledger) -> Tensor:
+        self.x = batch["x"]
+        return batch["x"].sum()
+
+
+def test_images_are_mirrored_with_the_probability_that_was_asked_for() -> None:
+    x, seen = torch.rand(400, 1, 3, 5), _Seen()
+    for flip, share in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        generator = torch.Generator().manual_seed(0)
+        Augmented(task=seen, flip=flip)(nn.Identity(), {"x": x}, generator, Ledger())
+        mirrored = (seen.x == x.flip(-1)).flatten(1).all(1)
+        kept = (seen.x == x).flatten(1).all(1)
+        assert (mirrored ^ kept).all()
+        assert mirrored.double().mean() == pytest.approx(share, abs=0.08)
+
+
+def test_images_move_and_repeat_their_edge() -> None:
+    x, seen = torch.rand(60, 2, 6, 7), _Seen()
+    Augmented(task=seen, shift=2)(
+        nn.Identity(), {"x": x}, torch.Generator().manual_seed(0), Ledger()
+    )
+    wide = nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
+    places = set()
+    for moved, padded in zip(seen.x, wide, strict=True):
+        found = [
+            (i, j)
+            for i in range(5)
+            for j in range(5)
+            if torch.equal(moved, padded[:, i : i + 6, j : j + 7])
+        ]
+        assert len(found) == 1
+        places.add(found[0])
+    assert len(places) > 15
+
+
+def test_augmented_training_knows_what_it_trains() -> None:
+    model = effformer.build_model(
+        "sit-nano", input_size=8, channels=1, num_classes=10, learn_sigma=False, patch=4
+    )
+    task = Augmented(task=Generation(), flip=0.5, shift=1)
+    train(model, load_data("digits"), task, TrainConfig(steps=1, batch=4, warmup=0))
+    assert model.trained is not None
+    with pytest.raises(ValueError, match="changes images x"):
+        task(model, {"x": torch.ones(3, 4)}, torch.Generator(), Ledger())
+    with pytest.raises(ValueError, match="flip must lie in"):
+        Augmented(task=Generation(), flip=2.0)

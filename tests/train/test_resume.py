@@ -264,3 +264,20 @@ def test_broken_checkpoint_is_reported(tmp_path: Path) -> None:
     result.checkpoint.write_bytes(result.checkpoint.read_bytes()[:-10])
     with pytest.raises(FormatError, match=r"step-00000004.*not a readable checkpoint"):
         train(network, data, Classification(), config, out=tmp_path, resume=True)
+
+
+def test_runs_from_before_classes_had_names_go_on(tmp_path: Path) -> None:
+    small = {"input_size": 8, "channels": 1, "num_classes": 10, "learn_sigma": False, "patch": 4}
+    config = TrainConfig(steps=2, batch=4, warmup=0)
+
+    def run(*, resume: bool) -> int:
+        model = effformer.build_model("sit-nano", **small)
+        data = load_data("digits").subset(torch.arange(8))
+        return train(model, data, Generation(), config, out=tmp_path, resume=resume).resumed
+
+    run(resume=False)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["trained"].pop("classes")[:2] == ["0", "1"]
+    del facts["about"]
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert run(resume=True) == 2

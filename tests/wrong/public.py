@@ -68,6 +68,11 @@ def saved(folder: Path) -> Path:
     return effformer.save_pretrained(_model("sit-nano"), folder / "saved")
 
 
+def finished(folder: Path) -> Path:
+    effformer.save_pretrained(_model("sit-nano"), folder / "model")
+    return folder
+
+
 def weights(folder: Path) -> Path:
     return Path(effformer.save_weights(_model("sit-nano"), folder / "weights.safetensors"))
 
@@ -260,6 +265,9 @@ OWN: dict[str, dict[str, Make]] = {
     "Classifier.predict": {"samples": pictures},
     "Classifier.recognised": {"samples": pictures, "labels": lambda folder: torch.arange(6) % 3},
     "Generation": {"loss": given("flow-matching"), "convention": given(None)},
+    "Augmented": {"task": task},
+    "read_run": {"source": run},
+    "load_run": {"source": finished},
     "Budgeted": {"task": task, "target": given(0.5)},
     "Frugal": {"task": task, "target": given(0.5)},
     "LearnerDistillation": {"teacher": dense, "task": task},

@@ -1,0 +1,48 @@
+"""What a training is measured by while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..context import Ledger
+from ..values import Checked, Count, Seed
+from .datasets import Dataset
+from .objectives import Objective
+
+__all__ = ["Validation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation(Checked):
+    """The loss on data that were held out, for ``train(..., evaluate=Validation(...))``.
+
+    Randomness (times, noise, dropped labels) is the same every time, so that two numbers differ by
+    the weights alone.
+
+    Attributes:
+        data: samples that the training does not see, for instance from `Dataset.split`.
+        objective: the loss that is trained.
+        batch: samples at a time.
+        most: samples that are looked at, the first ones.
+        seed: of the objective's random numbers.
+    """
+
+    data: Dataset
+    objective: Objective
+    batch: Count = 128
+    most: Count = 1024
+    seed: Seed = 0
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """``{"val_loss": mean over the samples}``."""
+        device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(self.seed)
+        count, total = min(len(self.data), self.most), 0.0
+        for rows in torch.arange(count).split(self.batch):
+            batch = {name: x.to(device) for name, x in self.data.rows(rows).items()}
+            loss = self.objective(model, batch, generator, Ledger(step=step))
+            total += loss.item() * len(rows)
+        return {"val_loss": total / count}

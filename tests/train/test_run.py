@@ -1,0 +1,44 @@
+"""The model of a run, finished or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import effformer
+from effformer.checks import FormatError
+from effformer.train import Classification, Generation, TrainConfig, load_data, load_run, train
+
+CONFIG = TrainConfig(steps=4, batch=4, warmup=0, ema=0.5)
+SMALL = {"input_size": 8, "channels": 1, "num_classes": 10, "learn_sigma": False, "patch": 4}
+
+
+@pytest.mark.parametrize("ema", [0.5, None])
+def test_an_unfinished_run_has_a_model(tmp_path: Path, ema: float | None) -> None:
+    data = load_data("digits").subset(torch.arange(20))
+    model = effformer.build_model("sit-nano", attn="flow", **SMALL)
+    train(model, data, Generation(), CONFIG.replace(ema=ema), out=tmp_path / "run")
+    loaded, step = load_run(tmp_path / "run")
+    assert (step, loaded.training, loaded.name) == (4, False, "sit-nano")
+    assert loaded.config == model.config
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert loaded.trained == model.trained
+    with torch.no_grad():
+        model.final.linear.weight.fill_(3.0)
+    effformer.save_pretrained(model, tmp_path / "run" / "model")
+    finished, step = load_run(tmp_path / "run")
+    assert step is None
+    assert finished.get_parameter("final.linear.weight").eq(3).all()
+
+
+def test_runs_without_a_model_of_ours_say_what_to_do(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    train(net, load_data("digits"), Classification(), CONFIG, out=tmp_path / "run")
+    with pytest.raises(FormatError, match=r"does not say which model.*load_checkpoint"):
+        load_run(tmp_path / "run")
+    with pytest.raises(FormatError, match="holds no training run"):
+        load_run(tmp_path)
