@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effformer.arguments import checked
 from effformer.blocks import Block, Branch
 from effformer.calls import check_parts
 from effformer.checks import CapabilityError
 from effformer.ffn import MLP
 from effformer.nn.cut import Forms
+from effformer.values import Count
 from effformer.wrapped import unwrapping
 
 from .quant.swap import hooked, tampered
@@ -111,8 +113,9 @@ class LeftLinear(_Frozen):
         return out.t().unflatten(0, x.shape[:-1])
 
 
+@checked
 @unwrapping
-def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
+def optimize(model: nn.Module, *, rows: Count = 256) -> nn.Module:
     """An inference-ready copy for the CPU: same results to rounding, float32, no gradients.
 
     Every `nn.Linear` becomes the evaluation that is fastest on this machine, found by timing the
@@ -138,8 +141,6 @@ def optimize(model: nn.Module, *, rows: int = 256) -> nn.Module:
         >>> model(**effformer.build_model("dit-tiny").example_inputs()).shape
         torch.Size([1, 8, 32, 32])
     """
-    if rows < 1:
-        raise ValueError(f"optimize: rows must be at least 1, got {rows}")
     check_parts(model, where="optimize")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     ready.inference_only = True  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from effformer.arguments import checked
 from effformer.checks import FormatError, reason
 from effformer.io import TRANSFORMS, load_weights, replay
 from effformer.wrapped import unwrapping
@@ -44,6 +45,7 @@ def forget(model: nn.Module, kind: str) -> None:
     model.transforms = tuple(r for r in records if r["kind"] != kind)  # type: ignore[assignment]
 
 
+@checked
 @unwrapping
 def restore(model: M, path: str | Path) -> M:
     """A changed model of any library from the file that `effformer.save_weights` wrote of it.
@@ -81,6 +83,8 @@ def _changes(path: Path) -> list[dict[str, Any]]:
     """The records of a file of weights."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        raise FormatError(f"restore: {path}: no readable safetensors file (no such file)")
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get(TRANSFORMS, "[]"))

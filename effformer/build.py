@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import registry
+from .arguments import checked
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["build_model", "list_attention", "list_blocks", "list_ffn", "list_models"]
 
 
+@checked
 def build_model(name: str, **overrides: Any) -> Model:
     """Build a model by name; nothing but names is resolved here.
 
@@ -42,11 +44,13 @@ def build_model(name: str, **overrides: Any) -> Model:
     return model
 
 
+@checked
 def list_models(like: str = "*") -> list[str]:
     """Names of models that match a glob, for instance ``list_models("dit*")``."""
     return registry.model.names(like)
 
 
+@checked
 def list_attention(like: str = "*", **caps: object) -> list[str]:
     """Names accepted by ``attn=``, filtered by capability
     (``causal=True``).
@@ -54,11 +58,13 @@ def list_attention(like: str = "*", **caps: object) -> list[str]:
     return registry.attention.names(like, **caps)
 
 
+@checked
 def list_ffn(like: str = "*", **caps: object) -> list[str]:
     """Names accepted by ``ffn=``."""
     return registry.ffn.names(like, **caps)
 
 
+@checked
 def list_blocks(like: str = "*", **caps: object) -> list[str]:
     """Names accepted by ``block=``."""
     return registry.block.names(like, **caps)

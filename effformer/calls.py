@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .checks import CapabilityError
+from .checks import CapabilityError, RunError, is_refusal
 from .wrapped import bare
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "misfit",
     "outputs",
     "run",
+    "running",
     "takes",
 ]  # fmt: skip
 
@@ -46,6 +47,7 @@ Named = Mapping[str, Tensor]
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """Arguments of forward: one tensor, positional ones, or named ones."""
 
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
@@ -81,8 +83,13 @@ class Call:
         return [x for x in found if isinstance(x, Tensor)]
 
     def __call__(self, model: Callable[..., Any], **more: Any) -> Any:
-        """Call a model, with further keywords."""
-        return model(*self.args, **self.kwargs, **more)
+        """Call a model, with further keywords.
+
+        Raises:
+            RunError: it fails.
+        """
+        with running(model, self):
+            return model(*self.args, **self.kwargs, **more)
 
     def run(self, model: nn.Module) -> list[Tensor]:
         """The tensors of the model's output, see `outputs`, without gradients."""
@@ -182,6 +189,27 @@ def outputs(value: Any) -> list[Tensor]:
         elif _is_record(leaf):
             found += outputs([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
     return found
+
+
+@contextmanager
+def running(model: Callable[..., Any], call: Call) -> Iterator[None]:
+    """Say which module fails in the block, and on what; what is refused in words of ours stays.
+
+    Raises:
+        RunError: it does.
+    """
+    try:
+        yield
+    except _FAILURES as error:
+        if is_refusal(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        given = ", ".join(
+            f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+            for name, x in call.tensors.items()
+        )
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        title = getattr(bare(model), "name", type(bare(model)).__name__)
+        raise RunError(f"{title} does not run on {given or 'its inputs'}: {said[:300]}") from error
 
 
 @contextmanager

@@ -17,9 +17,11 @@ __all__ = [
     "CapabilityError",
     "FormatError",
     "MissingExtra",
+    "RunError",
     "check_batch",
     "check_device",
     "check_ids",
+    "check_mask",
     "check_shape",
     "check_state",
     "check_values",
@@ -42,18 +44,24 @@ class FormatError(ValueError):
     """
 
 
+class RunError(ValueError, RuntimeError):
+    """A model, or its graph, fails on what it was given; the message names that, and what its runtime
+    said.
+    """
+
+
 class MissingExtra(ImportError):
     """An optional package is not installed; the message carries the install command."""
 
 
 def is_refusal(error: BaseException) -> bool:
-    """True for what was raised to tell a user something: the classes of this file, and a ValueError
-    or TypeError that a ``raise`` statement of this library made. What Python, torch or ONNX Runtime
+    """True for what was raised to tell a user something: the classes of this file, and a ValueError,
+    TypeError or OSError that a ``raise`` statement of this library made. What Python, torch or ONNX Runtime
     raise inside is a fault of ours, whatever its class.
     """
     if isinstance(error, (CapabilityError, FormatError, MissingExtra)):
         return True
-    if not isinstance(error, (ValueError, TypeError)):
+    if not isinstance(error, (ValueError, TypeError, OSError)):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -131,13 +139,15 @@ def check_shape(x: Tensor, expected: str, sizes: Sequence[int | None], *, where:
         where: the public entry point that was called.
 
     Raises:
-        TypeError: ``x`` is not a tensor.
+        TypeError: ``x`` is not a dense tensor.
         ValueError: the number of dimensions or a length differs.
     """
-    from torch import Tensor  # here, so that the command line can print its help without torch
+    import torch  # here, so that the command line can print its help without torch
 
-    if not isinstance(x, Tensor):
+    if not isinstance(x, torch.Tensor):
         raise TypeError(f"{where}: expected a tensor {expected}, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{where}: expected a dense tensor {expected}, got {x.layout}")
     fits = x.dim() == len(sizes) and all(
         want is None or have == want for have, want in zip(x.shape, sizes, strict=True)
     )
@@ -214,6 +224,27 @@ def check_values(x: Tensor, *, where: str) -> None:
     """
     if x.is_meta:
         raise ValueError(f"{where} is on the meta device, which holds no values")
+
+
+def check_mask(mask: Any, *, where: str) -> None:
+    """Refuse a mask whose values may mean anything: 1 and 0, or 0 and -inf.
+
+    Args:
+        mask: True = may attend, a real token.
+        where: the public entry point that was called, and the name of the argument.
+
+    Raises:
+        TypeError: it is not bool.
+    """
+    import torch
+
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{where}: expected a tensor of bool, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{where}: expected bool, True = may attend, got {mask.dtype}; mask.bool() where 1 and 0 "
+            "are meant, mask > -1 where 0 and -inf are"
+        )
 
 
 def check_ids(ids: Tensor, below: int, *, where: str) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Self, get_args
 
 from . import registry
+from .arguments import checked
 from .checks import unknown
 from .retired import read_changes
 from .values import Check, Checked, held, plain
@@ -44,6 +45,7 @@ class Config(Checked):
             )
 
     @classmethod
+    @checked
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
         """Build from plain values; nested parts may be names, dicts or configs.
 
@@ -95,6 +97,7 @@ class Config(Checked):
         inner = [one.title for one in self.parts("attention", "core").values()]
         return " of ".join([self.entry.name, *inner])
 
+    @checked
     def at(self, path: str) -> Any:
         """The value at a dotted path: ``config.at("attn.core.eps")``.
 
@@ -111,6 +114,7 @@ class Config(Checked):
             raise ValueError(f"{path}: {name!r} is {value!r}, which has no options of its own")
         return value.at(rest)
 
+    @checked
     def put(self, path: str, value: Any) -> Self:
         """A copy with another value at a dotted path: ``config.put("attn.core", "flow")``; a name,
         a dict or a config where a part stands.
@@ -138,10 +142,12 @@ class Config(Checked):
         inner = self.parts(*kinds).values()
         return [self, *(deeper for one in inner for deeper in one.nested(*kinds))]
 
+    @checked
     def replace(self, *, where: str = "", **changes: Any) -> Self:
         """A copy with changes; a change to a nested config starts from the present one."""
         return self.changed(changes, where=where)
 
+    @checked
     def changed(self, changes: Mapping[str, Any], *, where: str = "") -> Self:
         """`replace` with changes of any name, which a user may have typed."""
         where = where or type(self).__qualname__

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from . import registry
+from .arguments import checked
 from .calls import bound, misfit, outputs, takes
-from .checks import CapabilityError, is_refusal
+from .checks import CapabilityError, check_mask, is_refusal
 from .ledger import Ledger
 from .places import Merging, Packing, Rope
 
@@ -136,7 +137,8 @@ class Context:
                 _check_tensor(value, f"ctx.{name}", shape, mask)
         for name, kind in _OTHERS:
             value = getattr(self, name)
-            if value is not None and not isinstance(value, kind):
+            missing = value is None and name != "complete"
+            if not (missing or isinstance(value, kind)):
                 raise TypeError(f"ctx.{name}: expected {kind.__name__}, got {type(value).__name__}")
 
     def rows(self, index: Tensor) -> Context:
@@ -172,7 +174,7 @@ _TENSORS = (
 
 _OTHERS: tuple[tuple[str, type], ...] = (
     ("rope", Rope), ("grid", tuple), ("merging", Merging), ("packing", Packing),
-    ("ledger", Ledger), ("tap", Tap), ("stream", Stream),
+    ("ledger", Ledger), ("tap", Tap), ("stream", Stream), ("complete", bool),
 )  # fmt: skip
 
 EMPTY = Context()
@@ -217,12 +219,16 @@ def explained(method: M) -> M:
 
 
 class Callee(nn.Module):
-    """A part or a model: its ``forward`` says which arguments do not fit, see `explained`."""
+    """A part or a model: what it is made of is checked, and its ``forward`` says which arguments do
+    not fit, see `explained`.
+    """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in cls.__dict__:
             cls.forward = explained(cls.__dict__["forward"])
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__dict__["__init__"])  # type: ignore[method-assign]
 
     def fitting(self) -> Mapping[str, Tensor]:
         """Inputs that fit, by the names of the arguments: tokens (B, N, D) for a part."""
@@ -273,11 +279,8 @@ def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:
     """Refuse what is no such tensor, whatever the tokens are."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: expected a tensor {shape}, got {type(value).__name__}")
-    if mask and value.dtype != torch.bool:
-        raise TypeError(
-            f"{where}: expected bool, True = may attend, got {value.dtype}; mask.bool() where 1 and 0 "
-            "are meant, mask > -1 where 0 and -inf are"
-        )
+    if mask:
+        check_mask(value, where=where)
     if not mask and not value.is_floating_point():
         raise TypeError(f"{where}: expected floating-point values, got {value.dtype}")
     if value.dim() not in ((2, 3, 4) if mask else (shape.count(",") + 1,)):

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .arguments import checked
 from .checks import FormatError, reason
 
 __all__ = [
@@ -90,6 +91,7 @@ def check_file(path: str | Path, *kinds: str, force: bool = False) -> Path:
     return target
 
 
+@checked
 @contextmanager
 def atomic_path(path: str | Path, *kinds: str, force: bool = False) -> Iterator[Path]:
     """Yield a temporary file; on success it takes the place of ``path``, on failure it vanishes.
@@ -166,6 +168,7 @@ def check_folder(
     return target
 
 
+@checked
 @contextmanager
 def atomic_folder(
     folder: str | Path,
@@ -271,12 +274,23 @@ def inside(folder: Path, name: str) -> Path | None:
     return path if real.is_relative_to(own) else None
 
 
+@checked
 def write_json(path: str | Path, data: Any) -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically.
+
+    Raises:
+        TypeError: the data are no JSON values.
+        FormatError: the file cannot be written.
+    """
+    try:
+        text = json.dumps(data, indent=2)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"write_json: {path}: the data are no JSON values ({error})") from error
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
+@checked
 def read_json(path: str | Path) -> Any:
     """Read JSON.
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from . import registry, retired
-from .checks import FormatError, unknown
+from .arguments import checked
+from .checks import FormatError, shown, unknown
 from .files import atomic_folder, atomic_path, mark, read_json, read_whole, write_json
 from .layout import Layout, StateDict
 from .loading import LoadReport, by_name, load_weights, model_name
@@ -74,6 +75,7 @@ def _worth(model: nn.Module) -> str:
     return "compressed" if getattr(model, "transforms", ()) else "trained"
 
 
+@checked
 @unwrapping
 def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bool = False) -> Path:
     """Write ``config.json`` and ``model.safetensors``; an earlier save at the same place is
@@ -93,6 +95,11 @@ def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bo
     """
     from safetensors.torch import save_file
 
+    if not hasattr(model, "FAMILY"):
+        raise TypeError(
+            f"save_pretrained: expected a model of this library, got {shown(model)}; save_weights "
+            "writes the weights of any module"
+        )
     if getattr(model, "inference_only", False):
         raise ValueError(f"{model.name}: an optimized copy cannot be saved; save the original")
     facts = {
@@ -114,6 +121,7 @@ def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bo
     return Path(folder)
 
 
+@checked
 def load_model(folder: str | Path) -> Model:
     """Rebuild a model saved by `save_pretrained`, quantized ones included.
 
@@ -198,6 +206,7 @@ def _check_facts(facts: Any, path: Path) -> None:
         raise FormatError(f"{path}: trained is {facts['trained']!r}, expected a dict or null")
 
 
+@checked
 def replay(model: M, record: Mapping[str, Any]) -> M:
     """Rebuild the structure that a record of ``model.transforms`` describes, in place, before
     weights are loaded; the registry `effformer.registry.transform` knows how.
@@ -219,7 +228,8 @@ def replay(model: M, record: Mapping[str, Any]) -> M:
     return changed
 
 
-def read_weights(source: str | Path | Mapping[str, Tensor], weights: str = "auto") -> StateDict:
+@checked
+def read_weights(source: str | Path | Mapping[str, Any], weights: str = "auto") -> StateDict:
     """Read a state dict from safetensors, or from a torch file with ``weights_only=True``.
 
     Training checkpoints are unwrapped, and the names that compiling and wrapping put into keys
@@ -242,6 +252,7 @@ def read_weights(source: str | Path | Mapping[str, Tensor], weights: str = "auto
     return with_trained(file.tensors, file.trained)
 
 
+@checked
 @unwrapping
 def save_weights(
     model: nn.Module,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import registry, retired
+from .arguments import checked
 from .checks import FormatError, unknown
 from .layout import TRAINING, Layout, StateDict, clashes
 from .weights import WeightFile, open_weights
@@ -64,6 +65,7 @@ class LoadReport:
     differs: tuple[str, ...] = ()
 
 
+@checked
 @unwrapping
 def load_weights(
     model: nn.Module,

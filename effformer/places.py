@@ -9,6 +9,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .checks import check_mask, check_values, shown
+from .values import Natural, checker
+
 __all__ = ["Merging", "Packing", "Rope", "rotate"]
 
 
@@ -59,6 +62,8 @@ class Rope:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.interleaved, bool):
+            raise TypeError(f"rope: interleaved is True or False, got {shown(self.interleaved)}")
         for cos, sin in ((self.cos, self.sin), (self.key_cos, self.key_sin)):
             if cos is None and sin is None:
                 continue
@@ -192,6 +197,9 @@ class Rope:
         return rotate(x, cos.to(x.dtype), sin.to(x.dtype), interleaved=self.interleaved)
 
 
+_LENGTHS, _PADDED = checker(tuple[Natural, ...]), checker(Natural)
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
     """Several sequences in one row: only real tokens are stored, sequence after sequence.
@@ -221,6 +229,8 @@ class Packing:
                 )
         if torch.compiler.is_compiling():
             return
+        _LENGTHS(self.lengths, "packing: lengths")
+        _PADDED(self.padded, "packing: padded")
         counts = (self.indices.numel(), self.offsets.numel() - 1)
         if counts != (sum(self.lengths), len(self.lengths)):
             raise ValueError(
@@ -233,13 +243,16 @@ class Packing:
         """Build from a (B, N) mask, True = real token.
 
         Raises:
-            ValueError: the mask is not (B, N).
+            TypeError: the mask is not bool.
+            ValueError: it is not (B, N), or on the meta device.
         """
+        check_mask(mask, where="Packing.from_mask: mask")
+        check_values(mask, where="Packing.from_mask: mask")
         if mask.dim() != 2:
             raise ValueError(f"Packing.from_mask: expected a mask (B, N), got {tuple(mask.shape)}")
-        lengths = mask.bool().sum(1)
+        lengths = mask.sum(1)
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        indices = mask.bool().flatten().nonzero().flatten()
+        indices = mask.flatten().nonzero().flatten()
         return cls(indices, offsets, tuple(lengths.tolist()), mask.shape[1])
 
     @classmethod

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
+from .arguments import checked
 from .checks import unknown
 from .retired import became
 
@@ -164,6 +165,7 @@ class Registry:
         self._followers: list[Callable[[Entry], None]] = []
         self._state: Literal["new", "loading", "loaded"] = "new"
 
+    @checked
     def register(self, name: str, **facts: Any) -> Callable[[T], T]:
         """Class decorator. Keywords are the fields of `Entry`; config and summary default to the
         class's own.
@@ -179,6 +181,7 @@ class Registry:
 
         return add
 
+    @checked
     def add(self, entry: Entry) -> None:
         """Add an entry.
 
@@ -196,20 +199,21 @@ class Registry:
         for follow in self._followers:
             follow(entry)
 
+    @checked
     def follow(self, function: Callable[[Entry], None]) -> None:
         """Call ``function`` with every entry, those of the future included."""
         self._followers.append(function)
         for entry in list(self._entries.values()):
             function(entry)
 
+    @checked
     def get(self, name: str, *, where: str = "") -> Entry:
         """Look a name or alias up; ``where`` begins the message of a refusal.
 
         Raises:
+            TypeError: the name is no string.
             ValueError: unknown name; the nearest known one is suggested.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"{self.kind} names are strings, got {type(name).__name__}")
         self._load()
         if name.lower() not in self._aliases:
             if words := became(self.kind, name):
@@ -218,6 +222,7 @@ class Registry:
             raise unknown(self.kind, name, list(self._aliases), where=where, hint=hint)
         return self._entries[self._aliases[name.lower()]]
 
+    @checked
     def names(self, like: str = "*", **caps: object) -> list[str]:
         """Sorted names matching a glob and offering capabilities: ``names(like="flow*",
         causal=True)``.
@@ -233,6 +238,7 @@ class Registry:
         chosen = (n for n, e in self._entries.items() if e.caps.satisfies(**caps))
         return sorted(n for n in chosen if fnmatch.fnmatch(n, like.lower()))
 
+    @checked
     def describe(self, name: str) -> str:
         """One paragraph about an entry: summary, capabilities, paper, aliases."""
         entry = self.get(name)

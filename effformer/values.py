@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from .checks import shown, unknown
 
 __all__ = [
     "Chance", "Check", "Checked", "Count", "Depth", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion",
-    "Positive", "Range", "Real", "Seed", "checker", "held", "plain",
+    "Positive", "Range", "Real", "Seed", "Threads", "Times", "Warmup", "checker", "held", "plain",
 ]  # fmt: skip
 
 Check = Callable[[Any, str], Any]
@@ -70,6 +73,9 @@ class Range:
 Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
 Depth = Annotated[int, Range(1, 4096)]  # a mistyped number of blocks would fill the memory
+Threads = Annotated[int, Range(1, 1024)]
+Times = Annotated[int, Range(1, 10**6)]  # a mistyped number would never end
+Warmup = Annotated[int, Range(0, 10**6)]
 Odd = Annotated[int, Range(1, step=2)]
 Even = Annotated[int, Range(2, step=2)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
@@ -152,7 +158,7 @@ def checker(hint: Any) -> Check:
     if hint is int or hint is float:
         return _number(hint, Range())
     if origin in (Union, types.UnionType):
-        return _union(args)
+        return _path(_union(args)) if {get_origin(a) or a for a in args} & _PATHS else _union(args)
     if origin is Literal:
         return _choice(args)
     if origin is tuple:
@@ -165,6 +171,23 @@ def checker(hint: Any) -> Check:
     if isinstance(kind, type) and args and issubclass(kind, Iterable):
         return _many(kind, args[0])
     return _instance(kind)
+
+
+_PATHS = {Path, os.PathLike}
+
+
+def _path(check: Check) -> Check:
+    """Strings among what a check accepts name files."""
+
+    def named(value: Any, where: str) -> Any:
+        kept = check(value, where)
+        if isinstance(kept, (str, os.PathLike)) and "\0" in os.fspath(kept):
+            raise ValueError(
+                f"{where}: no file has the character NUL in its name, got {shown(kept)}"
+            )
+        return kept
+
+    return named
 
 
 def _callable(value: Any, where: str) -> Any:
@@ -180,19 +203,27 @@ def _many(kind: type[Any], hint: Any) -> Check:
     each = checker(hint)
 
     def check(value: Any, where: str) -> Any:
-        if isinstance(value, (str, bytes)) or not isinstance(value, kind):
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, kind):
             raise TypeError(f"{where}: expected a list, got {shown(value)}")
-        for i, one in enumerate(value if isinstance(value, (list, tuple)) else ()):
-            each(one, f"{where}[{i}]")
-        return value
+        if not isinstance(value, (list, tuple)):
+            return value
+        kept = [each(one, f"{where}[{i}]") for i, one in enumerate(value)]
+        return value if all(a is b for a, b in zip(kept, value, strict=True)) else kept
 
     return check
+
+
+def _python(value: Any) -> Any:
+    """A scalar of NumPy as the value of Python that it holds."""
+    numpy: Any = sys.modules.get("numpy")  # whoever has one has imported it
+    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
 
 
 def _number(kind: Any, rule: Range) -> Check:
     accepted: Any = int if kind is int else (int, float)
 
     def check(value: Any, where: str) -> Any:
+        value = _python(value)
         if type(value) is int and abs(value) > _LARGEST:
             raise ValueError(f"{where} does not fit into 64 bits, got {shown(value)}")
         if type(value) is kind:
@@ -220,24 +251,33 @@ def _union(args: tuple[Any, ...]) -> Check:
         if value is None and empty:
             return None
         errors: list[Exception] = []
-        for one in checks:
-            try:
-                return one(value, where)
-            except (TypeError, ValueError) as error:
-                errors.append(error)
-        outside = [e for e in errors if type(e) is ValueError and not isinstance(value, str)]
-        if outside or len(errors) == 1 or isinstance(value, Mapping):
-            raise (outside or errors)[0]
-        words = " or ".join(map(_words, options))
-        raise TypeError(f"{where}: expected {words}, got {shown(value)}")
+        try:
+            for one in checks:
+                try:
+                    return one(value, where)
+                except (TypeError, ValueError) as error:
+                    errors.append(error)
+            raise _nearest(errors, value) or TypeError(
+                f"{where}: expected {' or '.join(map(_words, options))}, got {shown(value)}"
+            )
+        finally:
+            errors.clear()  # each knows this frame, and all that called it would live on
 
     return check
+
+
+def _nearest(errors: list[Exception], value: Any) -> Exception | None:
+    """The error of the type that is meant, None if nobody can tell which that is."""
+    outside = [e for e in errors if type(e) is ValueError and not isinstance(value, str)]
+    alone = outside or len(errors) == 1 or isinstance(value, Mapping)
+    return (outside or errors)[0] if alone else None
 
 
 def _choice(args: tuple[Any, ...]) -> Check:
     kinds = {type(a) for a in args}
 
     def check(value: Any, where: str) -> Any:
+        value = _python(value)
         if type(value) in kinds and value in args:
             return value
         if type(value) not in kinds:
@@ -252,7 +292,7 @@ def _tuple(args: tuple[Any, ...]) -> Check:
     each = [checker(a) for a in args if a is not Ellipsis]
 
     def check(value: Any, where: str) -> Any:
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise TypeError(f"{where}: expected a list, got {shown(value)}")
         if not many and len(value) != len(each):
             raise ValueError(f"{where}: expected {len(each)} values, got {len(value)}")
@@ -272,9 +312,8 @@ def _mapping(args: tuple[Any, ...]) -> Check:
     def check(value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise TypeError(f"{where}: expected a dict, got {shown(value)}")
-        for key, one in value.items():
-            each(one, f"{where}[{key!r}]")
-        return value
+        kept = {key: each(one, f"{where}[{key!r}]") for key, one in value.items()}
+        return value if all(kept[key] is one for key, one in value.items()) else kept
 
     return check
 
@@ -285,6 +324,8 @@ def _instance(kind: Any) -> Check:
     def check(value: Any, where: str) -> Any:
         if isinstance(value, kind):
             return value
+        if kind is bool and isinstance(found := _python(value), bool):
+            return found
         if read is not None and isinstance(value, Mapping):
             return read(value, where=where)
         inner = "; give what its module() returns" if hasattr(value, "module") else ""

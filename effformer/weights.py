@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from .checks import FormatError, reason
+from .checks import FormatError, check_values, reason
 from .files import inside, read_json
 from .layout import StateDict
 from .pickled import read_pickled
@@ -135,10 +135,15 @@ def once(tensors: Mapping[str, Tensor]) -> StateDict:
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
-    """Contiguous tensors with storage of their own: safetensors refuses tied weights."""
+    """Contiguous tensors with storage of their own: safetensors refuses tied weights.
+
+    Raises:
+        ValueError: a tensor has no values.
+    """
     seen: set[int] = set()
     out = {}
     for key, value in tensors.items():
+        check_values(value, where=f"cannot be saved: {key}")
         own = value.detach().contiguous()
         own = own.clone() if own.untyped_storage().data_ptr() in seen else own
         seen.add(own.untyped_storage().data_ptr())

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.calls import device_of, evaluating
 from effformer.checks import FormatError, unknown
 from effformer.files import atomic_folder, read_json, write_json
@@ -30,6 +31,7 @@ from effformer.flow.conventions import (
 )
 from effformer.flow.guidance import Guidance
 from effformer.flow.samplers import sample
+from effformer.values import Count, Natural, Real
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
@@ -122,21 +124,22 @@ class _Decoder(nn.Module):
         return out
 
 
+@checked
 @unwrapping
 def export_bundle(
     model: nn.Module,
     folder: str | Path,
     *,
     sampler: str = "euler",
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_channels: int | None = None,
+    steps: Count | None = None,
+    guidance: Real | None = None,
+    guidance_channels: Count | None = None,
     convention: FlowConvention | str | None = None,
     quantize: Quantize | None = None,
     verify: bool = True,
-    shape: Sequence[int] | None = None,
-    num_classes: int | None = None,
-    null_label: int | None = None,
+    shape: tuple[Count, Count, Count] | None = None,
+    num_classes: Count | None = None,
+    null_label: Natural | None = None,
     value_range: tuple[float, float] | None = None,
     decoder: nn.Module | None = None,
     force: bool = False,
@@ -184,8 +187,6 @@ def export_bundle(
     """
     if sampler not in run.SAMPLERS:
         raise unknown("sampler", sampler, list(run.SAMPLERS), where="export_bundle")
-    if quantize not in (None, *QUANTIZED):
-        raise unknown("quantization", str(quantize), list(QUANTIZED), where="export_bundle")
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)

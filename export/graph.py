@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from effformer.arguments import checked
 from effformer.checks import FormatError, need
 from effformer.files import alive, atomic_path, check_file, host, inside, mark
 
@@ -96,6 +97,7 @@ class GraphFacts:
         }  # fmt: skip
 
 
+@checked
 def read_graph(path: str | Path) -> GraphFacts:
     """Read the facts of an ONNX file; weights are not loaded into memory.
 

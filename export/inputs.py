@@ -27,8 +27,9 @@ def graph_call(model: nn.Module, inputs: Inputs | None, *, where: str) -> Call:
     """Bind example inputs, of which every tensor must have a name; see `effformer.calls.bind`.
 
     Raises:
-        TypeError: the inputs do not fit the signature, are nested, or none are given and the model
-            has no examples.
+        TypeError: the inputs do not fit the signature, are nested or sparse, or none are given and the
+            model has no examples.
+        ValueError: one is empty.
     """
     call = bind(model, inputs, where=where, batch=2)
     own = inspect.signature(model.forward).parameters
@@ -44,6 +45,14 @@ def graph_call(model: nn.Module, inputs: Inputs | None, *, where: str) -> Call:
             )
     if not call.tensors:
         raise TypeError(f"{where}: no tensor among the inputs; an exported graph needs one")
+    for name, x in call.tensors.items():
+        if x.layout != torch.strided:
+            raise TypeError(f"{where}: input {name!r} is {x.layout}; give a dense tensor")
+        if not x.numel():
+            raise ValueError(
+                f"{where}: input {name!r} of shape {tuple(x.shape)} is empty; give at least one sample "
+                "of every length"
+            )
     return call
 
 

@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from effformer.arguments import checked
 from effformer.build import list_attention
 from effformer.calls import Call, Inputs, check_parts, evaluating
 from effformer.checks import CapabilityError, need
@@ -23,6 +24,7 @@ from effformer.files import check_file
 from effformer.flow.conventions import trained_of
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.registry import KINDS, Caps
+from effformer.values import Positive
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
@@ -35,7 +37,7 @@ from .packed import decodes_codes, kernels_for, translations
 from .runs import least_lengths, other_sides, unequal_axes
 from .targets import get_target
 from .terms import keep_small_terms
-from .verify import CONDITIONS, RANGES, TRACED, VerifyReport, check_tolerance, verify_onnx
+from .verify import CONDITIONS, RANGES, TRACED, VerifyReport, verify_onnx
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -87,6 +89,7 @@ class ExportReport:
         }  # fmt: skip
 
 
+@checked
 @unwrapping
 def export_onnx(
     model: nn.Module,
@@ -97,8 +100,8 @@ def export_onnx(
     opset: int | None = None,
     target: str = "onnx-cpu",
     verify: bool = True,
-    tolerance: float = 1e-4,
-    accuracy_level: int = 0,
+    tolerance: Positive = 1e-4,
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 0,
     output_names: Sequence[str] | None = None,
     force: bool = False,
 ) -> ExportReport:
@@ -157,7 +160,6 @@ def export_onnx(
     check_file(path, GRAPH, force=force)
     check_parts(model, where="export_onnx")
     _check_parts(model)
-    check_tolerance(tolerance, "export_onnx")
     call = graph_call(model, inputs, where="export_onnx")
     axes = resolve_axes(model, call, dynamic, where="export_onnx")
     call = traceable(call, axes)
@@ -344,6 +346,13 @@ def _name(
     outputs = output_names or (["output"] if count == 1 else [f"output_{i}" for i in range(count)])
     if len(outputs) != count:
         raise ValueError(f"export_onnx: {len(outputs)} output_names for {count} outputs")
+    if len({*outputs, *call.tensors}) < count + len(call.tensors) or not all(
+        name.isprintable() and name for name in outputs
+    ):
+        raise ValueError(
+            f"export_onnx: output_names must be words that differ from each other and from the inputs "
+            f"{list(call.tensors)}, got {list(outputs)}"
+        )
     symbols: dict[str | onnx_ir.SymbolicDim, str] = {}
     for value, name in zip(graph.inputs, call.tensors, strict=True):
         for axis, symbol in axes.get(name, {}).items():

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from effformer.arguments import checked
 from effformer.calls import Inputs
-from effformer.checks import need, unknown
+from effformer.checks import need
 from effformer.files import check_file, workspace
 
 from .graph import GRAPH, SINGLE_FILE_LIMIT, read_graph, write_graph
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["QUANTIZED", "QuantizeReport", "quantize_onnx"]
 
 QuantScheme = Literal["dynamic-uint8", "matmul-nbits"]
-_SCHEMES = ("dynamic-uint8", "matmul-nbits")
-_BLOCKS = (16, 32, 64, 128, 256)
 QUANTIZED: dict[str, dict[str, Any]] = {
     "dynamic-uint8": {"scheme": "dynamic-uint8"},
     "int8": {"scheme": "matmul-nbits", "bits": 8},
@@ -71,15 +70,16 @@ class QuantizeReport:
         }  # fmt: skip
 
 
+@checked
 def quantize_onnx(
     path: str | Path,
     out: str | Path,
     scheme: QuantScheme = "dynamic-uint8",
     *,
     bits: Literal[4, 8] = 8,
-    block: int = 32,
+    block: Literal[16, 32, 64, 128, 256] = 32,
     symmetric: bool = True,
-    accuracy_level: int = 0,
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 0,
     per_channel: bool = True,
     reduce_range: bool = False,
     compared: tuple[nn.Module, Inputs] | None = None,
@@ -117,14 +117,6 @@ def quantize_onnx(
         VerificationError: nothing is left of what the model computes: the difference is above the
             largest value.
     """
-    if scheme not in _SCHEMES:
-        raise unknown("quantization", str(scheme), _SCHEMES, where="quantize_onnx")
-    if bits not in (4, 8):
-        raise ValueError(f"quantize_onnx: bits is 4 or 8, got {bits}")
-    if block not in _BLOCKS:
-        raise ValueError(
-            f"quantize_onnx: block is one of {', '.join(map(str, _BLOCKS))}, got {block}"
-        )
     check_file(out, GRAPH, force=force)
     before = read_graph(path)
     proto = _products(Path(path))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effformer.checks import FormatError, need
+from effformer.arguments import checked
+from effformer.checks import FormatError, RunError, check_values, need, shown
+from effformer.values import Threads
 
 from .run import refusal
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
 __all__ = ["Session"]
 
@@ -37,11 +39,12 @@ class Session:
         ValueError: a provider that this ONNX Runtime does not have.
     """
 
+    @checked
     def __init__(
         self,
         path: str | Path,
         *,
-        threads: int | None = None,
+        threads: Threads | None = None,
         spinning: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
@@ -51,8 +54,6 @@ class Session:
             raise ValueError(
                 f"session: no provider {absent[0]!r} here; available: {', '.join(available)}"
             )
-        if threads is not None and threads < 1:
-            raise ValueError(f"session: threads must be at least 1, got {threads}")
         if not Path(path).is_file():
             raise FormatError(f"{path}: no such file")
         options = ort.SessionOptions()
@@ -75,31 +76,42 @@ class Session:
         self.outputs = tuple(o.name for o in self._session.get_outputs())
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
-    def run(
-        self, feed: Mapping[str, np.ndarray[Any, Any] | Tensor]
-    ) -> dict[str, np.ndarray[Any, Any]]:
+    @checked
+    def run(self, feed: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name for inputs by name (arrays or tensors; names that the graph does not have
         are ignored).
 
         Raises:
             ValueError: an input is missing.
-            RuntimeError: the graph does not run on them, because it refuses their lengths (see
+            TypeError: one is neither an array nor a tensor.
+            RunError: the graph does not run on them, because it refuses their lengths (see
                 `export_onnx`) or for another reason.
         """
         if missing := [name for name in self.inputs if name not in feed]:
             raise ValueError(
                 f"session: input {missing[0]!r} is missing; inputs: {', '.join(self.inputs)}"
             )
-        arrays = {name: _array(feed[name]) for name in self.inputs}
-        failures = (self._errors.Fail, self._errors.InvalidArgument, self._errors.RuntimeException)
+        arrays = {name: _array(feed[name], f"session: input {name!r}") for name in self.inputs}
+        own = (self._errors.Fail, self._errors.InvalidArgument, self._errors.RuntimeException)
+        failures = (*own, self._errors.NotImplemented, RuntimeError)
         try:
             values = self._session.run(None, arrays)
         except failures as error:
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
-            why = f"{said}, got {shapes}" if (said := refusal(error)) else f"ONNX Runtime: {error}"
-            raise RuntimeError(f"session: {why}") from error
+            why = refusal(error) or f"ONNX Runtime: {_CODE.sub('', str(error))[:300]}"
+            raise RunError(f"session: {why}, got {shapes}") from error
         return dict(zip(self.outputs, values, strict=True))
 
 
-def _array(value: Any) -> Any:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+_CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+def _array(value: Any, where: str) -> Any:
+    import numpy as np
+
+    if hasattr(value, "detach"):
+        check_values(value, where=where)
+        value = value.detach().cpu().numpy()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{where}: expected an array or a tensor, got {shown(value)}")
+    return value

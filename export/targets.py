@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from effformer import registry
+from effformer.arguments import checked
 from effformer.config import Config
 from effformer.values import Count
 
@@ -29,6 +30,7 @@ class Target(Config):
     domains: tuple[str, ...] = ()
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 
+    @checked
     def problems(self, graph: GraphFacts) -> list[str]:
         """Why a graph does not run here, empty if it does."""
         found = []

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.calls import Call, Inputs, evaluating
+from effformer.values import Positive, Threads, Times
 from effformer.wrapped import unwrapping
 
 from .conditions import ends_of, holds
@@ -151,15 +153,16 @@ class VerificationError(ValueError):
         self.report = report
 
 
+@checked
 @unwrapping
 def verify_onnx(
     path: str | Path,
     model: nn.Module,
     inputs: Inputs | None = None,
     *,
-    cases: int = 3,
-    tolerance: float = 1e-4,
-    threads: int | None = None,
+    cases: Times = 3,
+    tolerance: Positive = 1e-4,
+    threads: Threads | None = None,
     generator: torch.Generator | None = None,
 ) -> VerifyReport:
     """Compare an ONNX file with the module it was exported from.
@@ -190,7 +193,6 @@ def verify_onnx(
         VerificationError: inputs or outputs do not fit, the model runs at too few shapes, or a
             difference is above the tolerance.
     """
-    check_tolerance(tolerance, "verify")
     graph, session = read_graph(path), Session(path, threads=threads)
     call = graph_call(model, inputs, where="verify")
     axes = _axes(graph, call)
@@ -233,16 +235,6 @@ def read_ranges(graph: GraphFacts) -> dict[str, tuple[int, int | None]]:
 def read_conditions(graph: GraphFacts) -> tuple[str, ...]:
     """What else the tracer took for granted about lengths."""
     return tuple(map(str, json.loads(graph.metadata.get(CONDITIONS, "[]"))))
-
-
-def check_tolerance(tolerance: float, where: str) -> None:
-    """Refuse tolerances that no graph, or every graph, meets.
-
-    Raises:
-        ValueError: not a positive number.
-    """
-    if not 0 < tolerance < float("inf"):
-        raise ValueError(f"{where}: tolerance must be positive and finite, got {tolerance}")
 
 
 def _axes(graph: GraphFacts, call: Call) -> Axes:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effformer.attention import Attention
 from effformer.attention.flow import FLOW_PRESETS
 from effformer.blocks import BackboneConfig, Needs, PostNorm, build_stack
-from effformer.checks import check_shape
+from effformer.checks import check_mask, check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
 from effformer.context import Context, Ledger, Packing, Tap, explained
@@ -110,6 +110,7 @@ class FlowformerSeries(Model):
         sizes = (None, config.length, config.channels)
         check_shape(x, f"(B, {sizes[1]}, {sizes[2]})", sizes, where=f"{self.name}: x")
         if mask is not None:
+            check_mask(mask, where=f"{self.name}: mask")
             check_shape(mask, "(B, length)", tuple(x.shape[:2]), where=f"{self.name}: mask")
         steps = torch.arange(config.length, device=x.device)
         h = self.embed(x) * config.dim**0.5 + sinusoids(steps, config.dim).to(x.dtype)

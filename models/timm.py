@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from effformer.arguments import checked
 from effformer.attention import Attention, Differential, Relative, Softmax
 from effformer.blocks import Parallel, ParallelBranches, PreNorm, ResPost
-from effformer.checks import CapabilityError, need
+from effformer.checks import CapabilityError, need, unknown
 from effformer.config import Config
 from effformer.ffn import MLP, FFNConfig, SwiGLU
 from effformer.nn.activations import Activation
@@ -41,6 +42,17 @@ _BLOCKS: dict[str, Config] = {
 }
 
 
+def _made(name: str) -> nn.Module:
+    timm = need("timm")
+    if ":" not in name and not timm.is_model(name):
+        known = timm.list_models()
+        hint = f"{len(known)} known: timm.list_models()"
+        raise unknown("model of timm", name, known, where="vit_config_from_timm", hint=hint)
+    model: nn.Module = timm.create_model(name)
+    return model
+
+
+@checked
 def vit_config_from_timm(model: nn.Module | str) -> ViT.Config:
     """The config of our `ViT` that computes what a timm model computes in evaluation mode.
 
@@ -56,6 +68,7 @@ def vit_config_from_timm(model: nn.Module | str) -> ViT.Config:
     Raises:
         CapabilityError: the model holds a part that `ViT` does not have; the message names it.
         TypeError: not a vision transformer of timm.
+        ValueError: timm knows no model of this name.
         MissingExtra: timm is not installed.
 
     Example:
@@ -67,7 +80,7 @@ def vit_config_from_timm(model: nn.Module | str) -> ViT.Config:
     if isinstance(model, str):
         name = model
         with torch.device("meta"):
-            model = need("timm").create_model(name)
+            model = _made(name)
     else:
         name = type(model).__name__
     return _Reader(model, name).config()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import BackboneConfig, Joint
-from effformer.checks import CapabilityError, check_shape
+from effformer.checks import CapabilityError, check_mask, check_shape
 from effformer.config import Config, part
 from effformer.context import Packing
 from effformer.values import Count
@@ -81,6 +81,7 @@ def check_inputs(
 
     Raises:
         ValueError: a shape does not fit.
+        TypeError: the mask is not bool.
         CapabilityError: pooled text for a model without.
     """
     batch = x.shape[0]
@@ -95,6 +96,7 @@ def check_inputs(
         width = config.pooled_dim
         shapes.append(("pooled", pooled, f"(B, {width})", (batch, width)))
     if mask is not None:
+        check_mask(mask, where=f"{where}: text_mask")
         shapes.append(("text_mask", mask, "(B, L)", (batch, text.shape[1])))
     for name, value, shown, shape in shapes:
         check_shape(value, shown, shape, where=f"{where}: {name}")

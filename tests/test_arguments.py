@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,34 @@ def test_arguments_are_refused_by_their_annotations(
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         called(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: effformer.load_weights(nn.Linear(2, 2), 3),
+            "load_weights: source: expected str or ",
+        ),  # type: ignore[arg-type]
+        (lambda: effformer.load_model("a\0b"), "load_model: folder: no file has the character NUL"),
+        (lambda: effformer.build_model(3), "build_model: name: expected str, got 3"),  # type: ignore[arg-type]
+        (lambda: effformer.save_pretrained(3, "x"), "expected a model of this library, got 3"),  # type: ignore[arg-type]
+        (lambda: effformer.models.ViT(3), r"ViT: config: expected .*Config.* got 3"),
+        (lambda: effformer.optimize(nn.Linear(2, 2), rows=0), "optimize: rows must be at least 1"),
+        (
+            lambda: effformer.profile.profile(nn.Linear(2, 2), memory=1),
+            "profile: memory: expected bool",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_public_entries_say_what_they_were_given(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert called(torch.ones(2), steps=np.int64(3), numbers=[np.float32(0.5)])[0] == 3
+    assert effformer.build_model("sit-nano", depth=np.int64(1)).config.depth == 1
 
 
 def test_arguments_are_handed_on_as_fields_of_configs_are_kept() -> None:

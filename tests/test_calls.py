@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import effformer
 from effformer.blocks import Block
 from effformer.calls import accepted, bind, evaluating, match, outputs, run, takes
+from effformer.checks import CapabilityError, RunError, is_refusal
 from effformer.context import Context, Ledger
 
 
@@ -177,6 +178,21 @@ def test_run_evaluates_without_gradients() -> None:
     assert not out.requires_grad
     torch.testing.assert_close(out, model[0](torch.ones(1, 2)).detach())
     assert model.training
+
+
+def test_a_module_that_fails_is_named_with_what_it_was_given() -> None:
+    message = r"^Linear does not run on input \(1, 3\) float32 on cpu: mat1 and mat2"
+    with pytest.raises(RunError, match=message) as caught:
+        run(nn.Linear(2, 2), torch.ones(1, 3), where="here")
+    assert is_refusal(caught.value)
+    assert isinstance(caught.value, RuntimeError)  # as torch's own
+
+    class Refusing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise CapabilityError("this part cannot")
+
+    with pytest.raises(CapabilityError, match=r"^this part cannot$"):
+        run(Refusing(), A, where="here")
 
 
 def test_what_a_module_takes() -> None:

@@ -44,7 +44,7 @@ def test_neighbours_of_equal_length_are_a_run() -> None:
     lengths = torch.tensor([[2], [2], [0], [2], [4], [1], [1]])
     packing = Packing.from_mask(torch.arange(4) < lengths)
     assert packing.runs == ((3, 2), (1, 4), (2, 1))
-    assert Packing.from_mask(torch.zeros(2, 3)).runs == ()
+    assert Packing.from_mask(torch.zeros(2, 3).bool()).runs == ()
 
 
 def test_packing_keeps_gradients() -> None:
@@ -57,7 +57,11 @@ def test_packing_keeps_gradients() -> None:
 
 def test_packing_wants_a_key_mask() -> None:
     with pytest.raises(ValueError, match=r"expected a mask \(B, N\), got \(2, 1, 3\)"):
-        Packing.from_mask(torch.ones(2, 1, 3))
+        Packing.from_mask(torch.ones(2, 1, 3).bool())
+    with pytest.raises(TypeError, match=r"Packing.from_mask: mask: expected bool"):
+        Packing.from_mask(torch.ones(2, 3))
+    with pytest.raises(TypeError, match="complete: expected bool"):
+        Context(complete=1)  # type: ignore[arg-type]
 
 
 def test_ledger_sums_losses_and_keeps_work() -> None:

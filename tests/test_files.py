@@ -455,3 +455,9 @@ def test_paths_of_foreign_files_stay_inside(tmp_path: Path) -> None:
         "sub/../../notes.txt",
     ):
         assert inside(folder, name) is None
+
+
+def test_what_is_no_json_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"the data are no JSON values .*set is not JSON"):
+        write_json(tmp_path / "x.json", {"a": {1}})
+    assert list(tmp_path.iterdir()) == []

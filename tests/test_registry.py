@@ -79,7 +79,7 @@ def test_describe_says_what_a_part_can_do(parts: Registry) -> None:
 def test_unknown_names_suggest(parts: Registry) -> None:
     with pytest.raises(ValueError, match=r"'plian'; did you mean 'plain'\? \(3 known"):
         parts.get("plian")
-    with pytest.raises(TypeError, match="gadget names are strings, got int"):
+    with pytest.raises(TypeError, match=r"Registry\.get: name: expected str, got 3"):
         parts.get(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown capability 'rop'; did you mean 'rope'"):
         parts.names(rop=True)

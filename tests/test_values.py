@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import math
 import pkgutil
 import typing
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import contract
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +142,13 @@ def _site(kind: str, name: str) -> Any:
         (tuple[Chance, Chance], (0, 0.5), (0.0, 0.5)),
         (typing.Literal[0, 1], 1, 1),
         (Count | tuple[Count, Count], [2, 3], (2, 3)),
+        (Count, np.int64(3), 3),
+        (Chance, np.float32(0.5), 0.5),
+        (Chance, np.int8(0), 0.0),
+        (bool, np.True_, True),
+        (typing.Literal[4, 8], np.uint8(8), 8),
+        (Sequence[Count], [np.int64(3)], [3]),
+        (Mapping[str, Count], {"a": np.int64(3)}, {"a": 3}),
     ],
 )
 def test_values_are_kept_as_their_type_says(hint: Any, given: Any, kept: Any) -> None:
@@ -169,6 +179,25 @@ def test_true_is_no_number() -> None:
     for hint in (Count, Chance, typing.Literal[0, 1]):
         with pytest.raises(TypeError, match="here: expected"):
             checker(hint)(True, "here")
+
+
+def test_what_was_tried_in_vain_keeps_nothing_alive() -> None:
+    class Owner:
+        pass
+
+    def call() -> weakref.ref[Owner]:
+        owner = Owner()
+        assert checker(Count | str)("words", "here") == "words"
+        with pytest.raises(TypeError):
+            checker(Count | str)(2.5, "here")
+        return weakref.ref(owner)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()
 
 
 def test_parts_that_are_named_in_python_are_resolved() -> None:

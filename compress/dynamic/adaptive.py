@@ -14,7 +14,7 @@ Reference: Adaptive Computation Modules: Granular Conditional Computation For Ef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effformer.arguments import checked
 from effformer.attention import AdaptiveProjections, Attention
 from effformer.blocks import BackboneConfig
 from effformer.calls import evaluating
@@ -86,6 +87,7 @@ class AdaptiveReport:
     params_after: int
 
 
+@checked
 @unwrapping
 def acmize(model: M, scheme: AdaptiveScheme | None = None) -> tuple[M, AdaptiveReport]:
     """A copy of a model with adaptive computation modules in place of FFNs and projections.
@@ -191,6 +193,11 @@ class LearnerDistillation:
     task: Objective
     detach: bool = True
 
+    def __post_init__(self) -> None:
+        checker(nn.Module)(self.teacher, "LearnerDistillation.teacher")
+        checker(Callable[..., Any])(self.task, "LearnerDistillation.task")
+        checker(bool)(self.detach, "LearnerDistillation.detach")
+
     def __call__(
         self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger
     ) -> Tensor:
@@ -222,6 +229,8 @@ class GatePretraining:
     threshold: float = 1.2
 
     def __post_init__(self) -> None:
+        checker(nn.Module)(self.teacher, "GatePretraining.teacher")
+        checker(Callable[..., Any])(self.task, "GatePretraining.task")
         checker(Positive)(self.threshold, "GatePretraining.threshold")
 
     def __call__(
@@ -256,6 +265,7 @@ class Budgeted:
     diversity: float = 0.05
 
     def __post_init__(self) -> None:
+        checker(Callable[..., Any])(self.task, "Budgeted.task")
         checker(Portion)(self.target, "Budgeted.target")
         for name in ("budget", "entropy", "diversity"):
             checker(NonNegative)(getattr(self, name), f"Budgeted.{name}")

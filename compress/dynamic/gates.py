@@ -4,7 +4,7 @@ them over time, cut its parts ahead of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.blocks import Block, Branch, Joint
 from effformer.calls import evaluating, takes
-from effformer.checks import CapabilityError, check_shape
+from effformer.checks import CapabilityError, check_shape, check_values, unknown
 from effformer.context import Context, Ledger
 from effformer.values import Natural, NonNegative, Portion, checker
 from effformer.wrapped import bare, unwrapping
@@ -39,13 +40,21 @@ class GateTable:
     times: Tensor
     active: Mapping[str, Tensor]
 
+    @checked
     def fraction(self, path: str | None = None) -> Tensor:
-        """Share of the units that run at each time, (T,): of one branch, or the mean of all."""
+        """Share of the units that run at each time, (T,): of one branch, or the mean of all.
+
+        Raises:
+            ValueError: there is no branch at the path.
+        """
+        if path is not None and path not in self.active:
+            raise unknown("branch", path, list(self.active), where="GateTable.fraction")
         chosen = self.active.values() if path is None else [self.active[path]]
         return torch.stack([gate.float().mean(dim=1) for gate in chosen]).mean(dim=0)
 
 
 @torch.no_grad()
+@checked
 @unwrapping
 def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
     """Evaluate the gates of a model with ``width="dynamic"`` over a grid of times.
@@ -67,6 +76,7 @@ def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
         tensor([1., 1., 1., 1.])
     """
     check_shape(times, "(T,)", (None,), where="gate_tables: times")
+    check_values(times, where="gate_tables: times")
     found = list(_narrowed(model))
     embed = getattr(model, "time_embed", None)
     if not found or embed is None:
@@ -86,6 +96,7 @@ def gate_tables(model: nn.Module, times: Tensor) -> GateTable:
 
 
 @torch.no_grad()
+@checked
 @unwrapping
 def prepare_widths(model: nn.Module, times: Tensor) -> GateTable:
     """Cut every part to the units that run at some time of a sampler's grid, ahead of sampling.
@@ -139,6 +150,7 @@ class Frugal:
 
     def __post_init__(self) -> None:
         for name, hint in (
+            ("task", Callable[..., Any]),
             ("target", Portion | WorkTarget),
             ("weight", NonNegative),
             ("complete", Natural),
@@ -182,6 +194,7 @@ class _Complete:
 
 
 @torch.no_grad()
+@checked
 @unwrapping
 def sort_by_magnitude(model: nn.Module) -> None:
     """Reorder the heads of every attention and the hidden channels of every FFN in place, the

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effformer.arguments import checked
+from effformer.checks import check_device
 from effformer.config import Spec
+from effformer.values import Count
 
 from .backends import Backend, decode, encode, select_backend
 from .schemes import MatMulNBits, make_scheme
@@ -50,6 +53,7 @@ class PackedWeight(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        device = check_device(device, where=f"{type(self).__name__}: device")
         self.scheme = make_scheme(scheme)
         self.shape = (n, k)
         for name, (shape, dtype) in self.scheme.layout(n, k).items():
@@ -89,6 +93,7 @@ class PackedWeight(nn.Module):
         return decode(self.scheme, self.tensors(), *self.shape, self.backend).to(self.dtype)
 
     @torch.no_grad()
+    @checked
     def pack(self, weight: Tensor, *, where: str = "weight") -> None:
         """Round a dense weight into the buffers.
 
@@ -138,10 +143,11 @@ class QuantLinear(PackedWeight):
 
     bias: nn.Parameter | None
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Count,
+        out_features: Count,
         scheme: Spec,
         *,
         bias: bool = True,
@@ -155,6 +161,7 @@ class QuantLinear(PackedWeight):
         self.register_parameter("bias", start)
 
     @classmethod
+    @checked
     def from_dense(
         cls, linear: nn.Linear, scheme: Spec, *, backend: str = "torch", where: str = "weight"
     ) -> Self:
@@ -215,10 +222,11 @@ class QuantEmbedding(PackedWeight):
         device: where the tensors are allocated.
     """
 
+    @checked
     def __init__(
         self,
-        num_embeddings: int,
-        embedding_dim: int,
+        num_embeddings: Count,
+        embedding_dim: Count,
         scheme: Spec,
         *,
         backend: str = "torch",
@@ -229,6 +237,7 @@ class QuantEmbedding(PackedWeight):
         self.embedding_dim = embedding_dim
 
     @classmethod
+    @checked
     def from_dense(
         cls, table: nn.Embedding, scheme: Spec, *, backend: str = "torch", where: str = "weight"
     ) -> Self:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from effformer import registry
+from effformer.arguments import checked
 from effformer.calls import Inputs, check_parts, run
 from effformer.checks import FormatError
 from effformer.config import Spec
@@ -41,6 +42,7 @@ too little for their size (4.7 %).
 """
 
 
+@checked
 @unwrapping
 def quantize(
     model: M,
@@ -87,6 +89,7 @@ def quantize(
     return changed, quantize_(changed, scheme, where, **options, inputs=inputs)
 
 
+@checked
 @unwrapping
 def quantize_(
     model: nn.Module,
@@ -129,6 +132,7 @@ def quantize_(
     )  # fmt: skip
 
 
+@checked
 @unwrapping
 def dequantize(model: M) -> M:
     """A copy with dense layers in place of packed ones; their weights are the rounded ones.

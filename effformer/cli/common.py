@@ -112,14 +112,16 @@ def guard(verb: Callable[P, None], *, intact: str | Callable[..., str]) -> Calla
 
 @contextmanager
 def _noted() -> Iterator[None]:
-    """Show what is said about old spellings as notes, each once."""
+    """Show what users are told on the way as notes, each once: without the lines of code that Python
+    shows beside it.
+    """
     said = set[str]()
     with warnings.catch_warnings():
         warnings.simplefilter("always", RetiredWarning)
         show = warnings.showwarning
 
         def shown(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-            if not issubclass(category, RetiredWarning):
+            if not issubclass(category, UserWarning):
                 show(message, category, *rest, **more)
             elif str(message) not in said:
                 said.add(str(message))

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from effformer.checks import check_ids, check_shape
+from effformer.checks import check_ids, check_mask, check_shape
 
 __all__ = [
     "LearnedPositions",
@@ -50,8 +50,7 @@ def check_tokens(
     if mask is not None:
         shape = tuple(tokens.shape)
         check_shape(mask, f"{shape}", shape, where=f"{where}: mask")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{where}: mask must be bool (True = real token), got {mask.dtype}")
+        check_mask(mask, where=f"{where}: mask")
 
 
 def draw_tokens(

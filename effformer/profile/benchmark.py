@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effformer.arguments import checked
+from effformer.values import Threads, Times, Warmup
+
 from .latency import Latency, SideBySide, percentiles
 from .machine import Machine
 from .tables import size, table
@@ -110,13 +113,14 @@ class Benchmark:
         return f"{table(*self.table())}\n{self.how()}"
 
 
+@checked
 def benchmark(
     candidates: Sequence[Candidate],
     *,
-    threads: Sequence[int] = (1,),
-    rounds: int = 3,
-    runs: int = 7,
-    warmup: int = 2,
+    threads: Sequence[Threads] = (1,),
+    rounds: Times = 3,
+    runs: Times = 7,
+    warmup: Warmup = 2,
     compared: bool = False,
     progress: Progress | None = None,
 ) -> Benchmark:
@@ -145,7 +149,7 @@ def benchmark(
             that another process cannot import, or a candidate that refuses to be loaded or called.
         RuntimeError: a candidate failed; the message ends with what its process said.
     """
-    _check(candidates, threads, rounds, runs, warmup)
+    _check(candidates, threads)
     cases = [(c, n) for n in threads for c in candidates]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {(c.name, n): [] for c, n in cases}
     errors = {}
@@ -169,17 +173,12 @@ def benchmark(
     return Benchmark(sides=sides, errors=errors, rounds=rounds)
 
 
-def _check(
-    candidates: Sequence[Candidate], threads: Sequence[int], rounds: int, runs: int, warmup: int
-) -> None:
+def _check(candidates: Sequence[Candidate], threads: Sequence[int]) -> None:
     names = [c.name for c in candidates]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"benchmark: candidates need different names, got {names}")
-    if not threads or min(*threads, rounds, runs) < 1 or warmup < 0:
-        raise ValueError(
-            f"benchmark: threads, rounds and runs must be at least 1 and warmup at least 0, got "
-            f"threads={list(threads)}, rounds={rounds}, runs={runs}, warmup={warmup}"
-        )
+    if not threads:
+        raise ValueError("benchmark: threads is empty; give numbers such as (1, 2)")
     for candidate in candidates:
         load = candidate.load
         if load.__module__ == "__main__" or "<" in load.__qualname__:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from effformer import registry
+from effformer.arguments import checked
 from effformer.calls import Inputs
 from effformer.checks import unknown
+from effformer.values import Threads, Times, Warmup
 
 from .html import report_page
 from .latency import Latency, interleave
@@ -66,6 +68,7 @@ class ComparisonRow:
         """The same over that of the first row."""
         return self.times[0][1] if self.times else None
 
+    @checked
     def value(self, metric: Metric) -> float | None:
         """A metric in the unit of `METRICS`, None if it was not measured."""
         p, t = self.profile, self.latency
@@ -107,6 +110,7 @@ class Comparison:
     rows: tuple[ComparisonRow, ...]
     how: str = ""
 
+    @checked
     def pareto(self, x: Metric = "latency", y: Metric = "macs") -> Pareto:
         """A plot of two metrics in which the models that no other one beats in both are joined.
 
@@ -166,6 +170,7 @@ class Comparison:
         """Plain JSON values."""
         return {"rows": [row.to_dict() for row in self.rows]}
 
+    @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write as .json, .html (one self-contained page) or .txt.
 
@@ -184,15 +189,16 @@ class Comparison:
         return "\n".join([table(*self.table()), *([self.how] if self.how else [])])
 
 
+@checked
 def compare(
     models: Sequence[nn.Module | str],
     inputs: Inputs | None = None,
     *,
     names: Sequence[str] | None = None,
     time: bool = True,
-    warmup: int = 2,
-    runs: int = 7,
-    threads: int | None = None,
+    warmup: Warmup = 2,
+    runs: Times = 7,
+    threads: Threads | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Profile several models and time them in turns, in this process. What other runtimes do, and what

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effformer.arguments import checked
+
 from .fake import visible_operators
 from .operators import Kind, elements, kind, macs, name
 
@@ -72,6 +74,7 @@ class Counter(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @checked
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.rows: dict[tuple[str, str], Tally] = {}

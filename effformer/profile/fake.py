@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effformer.calls import Call, device_of
+from effformer.checks import check_values
 
 __all__ = ["Run", "on_fake", "on_real", "visible_operators"]
 
@@ -57,9 +59,23 @@ def visible_operators() -> Iterator[None]:
             setattr(flex, _EAGER, eager)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Torch logs a traceback of every operator that fails, which whoever asked for it is told anyway."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def on_real(model: nn.Module, inputs: Call) -> Run:
     """A forward on the tensors as they are; the inputs move to the device of the parameters."""
     device = device_of(model)
+    for name, x in inputs.tensors.items():
+        if device.type != "meta":
+            check_values(x, where=f"input {name!r} of {type(model).__name__}")
     inputs = inputs.map(lambda x: x.to(device))
     own = (*model.parameters(), *model.buffers(), *inputs.leaves)
 
@@ -78,7 +94,7 @@ def on_fake(model: nn.Module, inputs: Call) -> Iterator[Run]:
     """
     device = device_of(model)
     device = torch.device("cpu") if device.type == "meta" else device
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _silent():
 
         def fake(x: Tensor, place: torch.device = device) -> Tensor:
             like = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=place)

@@ -7,18 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
+from effformer.arguments import checked
 from effformer.calls import Inputs, bind, check_parts, evaluating
+from effformer.values import Range, Threads, Times, Warmup
 from effformer.wrapped import bare, is_compiled
 
 from .fake import on_real
 from .machine import Machine, machine
 
 __all__ = ["Latency", "SideBySide", "interleave", "latency"]
+
+
+Pause = Annotated[float, Range(0, 3600)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +89,14 @@ class SideBySide:
         return "\n".join(f"{self.ratios[name]:7.3f}x  {row}" for name, row in self.rows.items())
 
 
+@checked
 def latency(
     model: nn.Module,
     inputs: Inputs | None = None,
     *,
-    warmup: int = 3,
-    runs: int = 11,
-    threads: int | None = None,
+    warmup: Warmup = 3,
+    runs: Times = 11,
+    threads: Threads | None = None,
     compile: bool = False,
 ) -> Latency:
     """Time a forward in evaluation mode without gradients.
@@ -113,15 +119,16 @@ def latency(
     return next(iter(both.rows.values()))
 
 
+@checked
 def interleave(
     candidates: Mapping[str, nn.Module | Callable[[], Any]],
     inputs: Inputs | None = None,
     *,
-    warmup: int = 3,
-    runs: int = 11,
-    threads: int | None = None,
+    warmup: Warmup = 3,
+    runs: Times = 11,
+    threads: Threads | None = None,
     compile: bool = False,
-    pause: float = 0.0,
+    pause: Pause = 0.0,
 ) -> SideBySide:
     """Time several candidates in turns: a b c a b c ...; ratios are relative to the first.
 
@@ -141,11 +148,6 @@ def interleave(
     """
     if not candidates:
         raise ValueError("interleave: no candidates")
-    if runs < 1 or warmup < 0 or pause < 0 or (threads is not None and threads < 1):
-        raise ValueError(
-            f"latency: runs and threads must be at least 1 and warmup at least 0, "
-            f"got runs={runs}, threads={threads}, warmup={warmup}, pause={pause}"
-        )
     calls = {name: _call(name, c, inputs, compile) for name, c in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     modules = nn.ModuleList(c for c in candidates.values() if isinstance(c, nn.Module))

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from effformer.arguments import checked
+
 from .fake import Run
 
 __all__ = ["Memory", "MemoryTracker", "activation_memory", "peak_memory", "peak_rss"]
@@ -54,6 +56,7 @@ class MemoryTracker(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @checked
     def __init__(self, own: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
@@ -129,6 +132,7 @@ def activation_memory(run: Run, *, peak: int, method: str) -> Memory:
     return Memory(peak=peak, saved=saved, weights=weights, method=method)
 
 
+@checked
 def peak_memory(call: Callable[[], Any], own: Iterable[Tensor] = ()) -> int:
     """Largest number of bytes that tensors made by a call take at one time.
 
@@ -148,6 +152,7 @@ def peak_memory(call: Callable[[], Any], own: Iterable[Tensor] = ()) -> int:
     return tracker.peak
 
 
+@checked
 def peak_rss(call: Callable[..., Any], *args: Any) -> int:
     """Growth of the resident memory of a fresh process while it runs ``call(*args)``, in bytes.
 

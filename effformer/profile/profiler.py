@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from effformer.calls import Call, Inputs, bind, check_parts, evaluating, takes
+from effformer.arguments import checked
+from effformer.calls import Call, Inputs, bind, check_parts, evaluating, running, takes
 from effformer.context import Ledger
 from effformer.wrapped import unwrapping
 
@@ -29,6 +30,7 @@ Progress = Callable[[str], None]
 _FAKE_FAILURES = (RuntimeError, NotImplementedError, TypeError)
 
 
+@checked
 @unwrapping
 def profile(
     model: nn.Module,
@@ -95,6 +97,7 @@ def profile(
     )
 
 
+@checked
 def count_parameters(model: nn.Module) -> int:
     """Parameters, those of packed weights (modules with a ``scheme`` and a ``shape``) included; tied
     ones count once.
@@ -121,7 +124,8 @@ def _run(
             return _watch(run, memory, "fake tensors (nothing was computed)")
     except _FAKE_FAILURES as error:
         if any(p.is_meta for p in model.parameters()):
-            raise
+            with running(model, inputs):
+                raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
     counted = _watch(on_real(model, inputs), memory, "real tensors")
     notes.append(f"counted on real tensors, because fake ones failed ({reason})")

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from effformer.arguments import checked
+from effformer.values import Natural
+
 from .crosscheck import Row
 from .formulas import CONVENTION
 from .html import report_page
@@ -71,7 +74,8 @@ class Profile:
         """Floating-point operations, 2 x MACs."""
         return 2 * self.total
 
-    def tree(self, depth: int = 4) -> str:
+    @checked
+    def tree(self, depth: Natural = 4) -> str:
         """Modules with their MACs and shares as indented text, down to ``depth`` levels."""
         return tree_text(self.by_module, self.name, depth)
 
@@ -79,6 +83,7 @@ class Profile:
         """Plain JSON values."""
         return asdict(self) | {"flops": self.flops, "inputs": [list(s) for s in self.inputs]}
 
+    @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the profile; the suffix decides: .json, .html (one self-contained page) or .txt.
 

@@ -26,7 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checks import FormatError, reason, unknown
+from effformer.arguments import checked
+
+from ..checks import FormatError, reason
 from ..files import atomic_path, disk_errors, sweep, write_json
 from ..loading import tell_not_finite, unlike
 from ..retired import rename
@@ -74,7 +76,10 @@ class RunFolder:
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
-        self._about = json.loads(json.dumps(about))
+        try:
+            self._about = json.loads(json.dumps(about))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"train: about: expected JSON values ({error})") from error
         self.metrics = path / _METRICS
         identity = {"format": FORMAT, **json.loads(json.dumps(identity))}
         try:
@@ -211,6 +216,7 @@ def _identity(run: Path) -> dict[str, Any] | None:
     return dict(found)
 
 
+@checked
 def read_run(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``run.json`` says about a run.
 
@@ -223,6 +229,7 @@ def read_run(source: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
+@checked
 def read_metrics(source: str | os.PathLike[str]) -> list[dict[str, float]]:
     """Read the metrics of a run: records with step, loss, lr, grad_norm, seconds.
 
@@ -234,14 +241,17 @@ def read_metrics(source: str | os.PathLike[str]) -> list[dict[str, float]]:
     """
     path = Path(source)
     path = path / _METRICS if path.is_dir() else path
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: no metrics of a run ({reason(error)})") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError("no step")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise FormatError(
@@ -251,6 +261,7 @@ def read_metrics(source: str | os.PathLike[str]) -> list[dict[str, float]]:
     return records
 
 
+@checked
 def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint.
 
@@ -276,6 +287,8 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
 
 
 def _read(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
@@ -317,6 +330,7 @@ def _latest(run: Path) -> tuple[tuple[Path, Checkpoint] | None, list[Path]]:
     return None, []
 
 
+@checked
 @unwrapping
 def load_checkpoint(
     source: str | os.PathLike[str], model: nn.Module, weights: Literal["ema", "raw"] = "ema"
@@ -335,8 +349,6 @@ def load_checkpoint(
     Raises:
         ValueError: the run has no averaged weights, or the weights do not fit the model.
     """
-    if weights not in ("ema", "raw"):
-        raise unknown("weights", str(weights), ["ema", "raw"], where="load_checkpoint")
     tensors, state = read_checkpoint(source)
     raw, averaged = parts(tensors, "model"), parts(tensors, "ema")
     if weights == "ema" and not averaged:

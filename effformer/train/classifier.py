@@ -6,22 +6,26 @@ In training it sees real images only; it knows nothing of the generative model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from ..calls import device_of, evaluating, match
-from ..checks import check_shape
+from effformer.arguments import Shape, checked
+from effformer.values import Count, Seed
+
+from ..calls import bind, device_of, evaluating, match
 from .datasets import Dataset, load_data
 from .loop import TrainConfig, train
-from .objectives import Classification
+from .objectives import Classification, check_logits
 
 __all__ = ["Classifier", "accuracy", "train_classifier"]
 
 RECIPE = TrainConfig(steps=300, batch=64, lr=3e-3, warmup=20, weight_decay=0.05, ema=0.99)
 
 
-def accuracy(model: nn.Module, data: Dataset, *, batch: int = 500) -> float:
+@checked
+def accuracy(model: nn.Module, data: Dataset, *, batch: Count = 500) -> float:
     """Share of a data set that a classifier gets right, in [0, 1].
 
     Args:
@@ -35,9 +39,14 @@ def accuracy(model: nn.Module, data: Dataset, *, batch: int = 500) -> float:
         for rows in torch.arange(len(data)).chunk(max(1, len(data) // batch)):
             given = {name: x.to(device) for name, x in data.rows(rows).items()}
             target = given.pop(data.target)
-            predicted = match(model, given, where="accuracy")(model).argmax(1)
-            hits += int((predicted == target).sum())
+            logits = match(model, given, where="accuracy")(model)
+            check_logits(logits, target, where="accuracy")
+            hits += int((logits.argmax(1) == target).sum())
     return hits / len(data)
+
+
+Pictures = Annotated[Tensor, Shape("(B, C, H, W)")]
+Labels = Annotated[Tensor, Shape("(B,)", whole=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,13 +61,16 @@ class Classifier:
     network: nn.Module
     accuracy: float
 
-    def predict(self, samples: Tensor) -> Tensor:
+    @checked
+    def predict(self, samples: Pictures) -> Tensor:
         """Classes (B,) of samples (B, C, H, W), clamped to [-1, 1] as in an image file."""
+        call = bind(self.network, samples.clamp(-1, 1), where="Classifier.predict")
         with torch.inference_mode():
-            logits: Tensor = self.network(samples.clamp(-1, 1))
+            logits: Tensor = call(self.network)
         return logits.argmax(1)
 
-    def recognised(self, samples: Tensor, labels: Tensor) -> float:
+    @checked
+    def recognised(self, samples: Pictures, labels: Labels) -> float:
         """Share of samples that are taken for the class that they were asked to be, in [0, 1].
 
         Args:
@@ -68,14 +80,12 @@ class Classifier:
         Raises:
             ValueError: the labels do not fit the samples.
         """
-        check_shape(
-            labels, f"({len(samples)},)", (len(samples),), where="Classifier.recognised: labels"
-        )
         return (self.predict(samples) == labels).double().mean().item()
 
 
+@checked
 def train_classifier(
-    data: Dataset | None = None, *, seed: int = 0, config: TrainConfig = RECIPE
+    data: Dataset | None = None, *, seed: Seed = 0, config: TrainConfig = RECIPE
 ) -> Classifier:
     """Train a small convolutional network on 9/10 of a data set and test it on the rest.
 

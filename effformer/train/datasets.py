@@ -11,18 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..checks import need, unknown
+from effformer.arguments import Shape, checked
+from effformer.values import Checked, Range, Seed
+
+from ..checks import check_ids, need, unknown
 from .readers import find_idx, read_folder, read_idx, resize
 
 __all__ = ["Dataset", "load_data"]
 
 Part = Literal["train", "test"]
+Side = Annotated[int, Range(1, 16384)]
+Index = Annotated[Tensor, Shape("(K,)", whole=True)]
+Share = Annotated[float, Range(0, 1, above=True, below=True)]
 
 # Data sets in IDX files: name -> folder under which torchvision keeps them.
 _IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -37,7 +43,7 @@ _TORCHVISION = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dataset:
+class Dataset(Checked):
     """Named tensors whose first axis counts the samples.
 
     The names are those of the arguments of the models that read them. Images with labels are
@@ -52,7 +58,7 @@ class Dataset:
         value_range: values of black and white in ``x``, None if that is no picture or not known.
 
     Raises:
-        TypeError: ``tensors`` is no mapping.
+        TypeError: ``tensors`` is no mapping of tensors.
         ValueError: no samples, lengths that differ, or targets that are no classes.
 
     Example:
@@ -68,13 +74,8 @@ class Dataset:
     target: str = "y"
     value_range: tuple[float, float] | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         where = f"Dataset {self.name!r}"
-        if not isinstance(self.tensors, Mapping):
-            raise TypeError(
-                f"{where}: expected a dict of named tensors, such as {{'x': images, 'y': labels}}, "
-                f"got {type(self.tensors).__name__}"
-            )
         shapes = {name: tuple(x.shape) for name, x in self.tensors.items()}
         if not shapes or not all(shapes.values()) or len({s[0] for s in shapes.values()}) != 1:
             raise ValueError(
@@ -107,15 +108,23 @@ class Dataset:
             raise unknown("tensor", name, list(self.tensors), where=f"Dataset {self.name!r}")
         return self.tensors[name]
 
-    def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """A batch: the samples at ``index`` (K,) int64."""
+    @checked
+    def rows(self, index: Index) -> dict[str, Tensor]:
+        """A batch: the samples at ``index`` (K,) int64.
+
+        Raises:
+            ValueError: there is no such sample.
+        """
+        check_ids(index, len(self), where="Dataset.rows: index")
         return {name: x[index] for name, x in self.tensors.items()}
 
-    def subset(self, index: Tensor) -> Dataset:
+    @checked
+    def subset(self, index: Index) -> Dataset:
         """The data set of the samples at ``index`` (K,) int64."""
         return replace(self, tensors=self.rows(index))
 
-    def split(self, fraction: float = 0.1, *, seed: int = 0) -> tuple[Dataset, Dataset]:
+    @checked
+    def split(self, fraction: Share = 0.1, *, seed: Seed = 0) -> tuple[Dataset, Dataset]:
         """Shuffle and cut into (training, held-out).
 
         Args:
@@ -126,8 +135,6 @@ class Dataset:
         Raises:
             ValueError: ``fraction`` outside (0, 1), or a single sample.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"Dataset.split: fraction must lie between 0 and 1, got {fraction}")
         if len(self) < 2:
             raise ValueError(f"Dataset.split: {self.name!r} has one sample, two are needed")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
@@ -147,8 +154,9 @@ class Dataset:
         return digest.hexdigest()
 
 
+@checked
 def load_data(
-    source: str | os.PathLike[str], *, part: Part = "train", size: int | None = None
+    source: str | os.PathLike[str], *, part: Part = "train", size: Side | None = None
 ) -> Dataset:
     """Load images ``x`` and their labels ``y`` by name, by ``name:path``, or by path.
 
@@ -179,10 +187,6 @@ def load_data(
     BY 4.0, UCI Machine Learning Repository, doi:10.24432/C50P49.
     """
     text = os.fspath(source)
-    if part not in ("train", "test"):
-        raise unknown("part", str(part), ["train", "test"], where="load_data")
-    if size is not None and size < 1:
-        raise ValueError(f"load_data: size must be positive, got {size}")
     name, _, path = text.partition(":")
     folder = Path(text)
     if path and name in _IDX:

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.nn.precision import widened
+from effformer.values import Chance, Natural, checker
 
 from ..flow.conventions import recorded
 from ..wrapped import unwrapped
 
 __all__ = ["EMA", "ema_decay"]
 
+_SHADOW = checker(Mapping[str, Tensor])
 Weights = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 
 
@@ -58,9 +61,8 @@ class EMA:
         tensor([0.5000])
     """
 
-    def __init__(self, weights: Weights, decay: float = 0.9999, *, warmup: bool = True) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"EMA: decay must lie in [0, 1), got {decay}")
+    @checked
+    def __init__(self, weights: Weights, decay: Chance = 0.9999, *, warmup: bool = True) -> None:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
@@ -72,6 +74,7 @@ class EMA:
         self._trained = recorded(weights)
 
     @torch.no_grad()
+    @checked
     def update(self, weights: Weights) -> None:
         """Take the weights after a training step into the average.
 
@@ -92,6 +95,7 @@ class EMA:
                 shadow.lerp_(tensor.to(shadow), 1 - decay)
 
     @torch.no_grad()
+    @checked
     def copy_to(self, weights: Weights) -> None:
         """Overwrite the weights with the average.
 
@@ -116,6 +120,7 @@ class EMA:
         }
 
     @torch.no_grad()
+    @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
@@ -125,7 +130,13 @@ class EMA:
         missing = {"decay", "warmup", "updates", "shadow"} - set(state)
         if missing:
             raise ValueError(f"EMA.load_state_dict: missing {', '.join(sorted(missing))}")
-        self._check_names(state["shadow"], "load_state_dict")
+        decay, warmup, updates = (
+            checker(hint)(state[key], f"EMA.load_state_dict: {key}")
+            for key, hint in (("decay", Chance), ("warmup", bool), ("updates", Natural))
+        )
+        self._check_names(
+            _SHADOW(state["shadow"], "EMA.load_state_dict: shadow"), "load_state_dict"
+        )
         for name, tensor in state["shadow"].items():
             if tensor.shape != self.shadow[name].shape:
                 raise ValueError(
@@ -133,9 +144,7 @@ class EMA:
                     f"expected {tuple(self.shadow[name].shape)}"
                 )
             self.shadow[name].copy_(tensor)
-        self.decay = float(state["decay"])
-        self.warmup = bool(state["warmup"])
-        self.updates = int(state["updates"])
+        self.decay, self.warmup, self.updates = decay, warmup, updates
         self._trained = state.get("trained", self._trained)
 
     def _check_names(self, given: Mapping[str, Tensor], where: str) -> None:

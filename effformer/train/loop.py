@@ -26,9 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
 
-from ..checks import FormatError
+from ..checks import FormatError, shown
 from ..config import Config
 from ..context import Ledger
 from ..flow.conventions import recorded
@@ -114,6 +115,7 @@ class TrainResult:
     checkpoint: Path | None
 
 
+@checked
 def train(
     model: nn.Module,
     data: Dataset,
@@ -122,11 +124,11 @@ def train(
     *,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    log_every: int = 50,
-    save_every: int = 500,
-    keep: int = 2,
+    log_every: Count = 50,
+    save_every: Count = 500,
+    keep: Count = 2,
     evaluate: Evaluation | None = None,
-    evaluate_every: int = 500,
+    evaluate_every: Count = 500,
     about: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
@@ -211,11 +213,6 @@ class _Pace:
     save_every: int
     keep: int
     evaluate_every: int
-
-    def __post_init__(self) -> None:
-        for name in (f.name for f in dataclasses.fields(self)):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"train: {name} must be at least 1, got {value}")
 
 
 def _finish(
@@ -315,7 +312,9 @@ class _Trainer:
         for rows in self.order.rows(self.done).chunk(config.accumulate):
             batch = {name: x.to(self.device) for name, x in self.data.rows(rows).items()}
             ledger = Ledger(step=self.done)
-            value = self.objective(self.model, batch, self.generator, ledger) + ledger.total_loss()
+            value = self.objective(self.model, batch, self.generator, ledger)
+            _check_loss(value)
+            value = value + ledger.total_loss()
             value = value / config.accumulate
             value.backward()
             self.optimizer.collect()
@@ -455,6 +454,17 @@ class _Trainer:
         torch.default_generator.manual_seed(dropout)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(dropout)
+
+
+def _check_loss(value: Any) -> None:
+    """Refuse what is no loss.
+
+    Raises:
+        TypeError: no tensor of one real number.
+    """
+    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
+        raise TypeError(f"train: the objective must return one real number, got {found}")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

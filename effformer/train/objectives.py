@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import Shape
 from effformer.values import Chance, Checked, Fraction, Natural
 
 from ..calls import accepted, match, takes
-from ..checks import CapabilityError, unknown
+from ..checks import CapabilityError, check_ids, unknown
 from ..config import Config, part
 from ..context import Ledger
 from ..flow.conventions import (
@@ -50,6 +51,30 @@ class Objective(Protocol):
         """Return the loss, a scalar that is a mean over the batch."""
 
 
+_LOGITS = Shape("(B, classes)")
+
+
+def check_logits(logits: Any, target: Tensor, *, where: str) -> None:
+    """Refuse what a classifier cannot have returned.
+
+    Args:
+        logits: what it did return.
+        target: (B,) classes of the samples; read on the CPU only.
+        where: the public entry point that was called.
+
+    Raises:
+        TypeError: no real numbers, or classes that are no whole ones.
+        ValueError: another shape than (B, classes), or a class that it does not know.
+    """
+    sizes = _LOGITS.sizes(logits, f"{where}: the model's output")
+    if target.shape != (sizes["B"],):
+        raise ValueError(
+            f"{where}: the model returns {tuple(logits.shape)} for targets {tuple(target.shape)}; "
+            "expected (B, classes) for (B,)"
+        )
+    check_ids(target, sizes["classes"], where=f"{where}: target")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classification(Checked):
     """Cross entropy of a model that returns logits (B, classes).
@@ -72,10 +97,10 @@ class Classification(Checked):
             raise unknown("tensor", self.target, list(batch), where="Classification: target")
         others = {name: x for name, x in batch.items() if name != self.target}
         call = match(model, others, where="Classification")
+        target = batch[self.target]
         logits = call(model, ledger=ledger) if takes(model, "ledger") else call(model)
-        return nn.functional.cross_entropy(
-            widened(logits), batch[self.target], label_smoothing=self.smoothing
-        )
+        check_logits(logits, target, where="Classification")
+        return nn.functional.cross_entropy(widened(logits), target, label_smoothing=self.smoothing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

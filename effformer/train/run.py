@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..arguments import checked
 from ..checks import FormatError
 from ..io import load_model, rebuilt
 from .checkpoint import load_checkpoint, read_run
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["load_run"]
 
 
+@checked
 def load_run(source: str | os.PathLike[str]) -> tuple[Model, int | None]:
     """The model of a run: the finished one, else the averaged weights of the newest checkpoint, or the
     raw ones where the run averages none.

@@ -156,3 +156,15 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step(tmp_path: Path) -> None:
     _, state = effformer.train.read_checkpoint(run)
     assert state["step"] % 50_000
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "metrics.jsonl", "run.json"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_a_note(tmp_path: Path) -> None:
+    model = effformer.build_model("sit-nano", input_size=8, depth=1)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    folder = effformer.save_pretrained(model, tmp_path / "m")
+    said = invoke("profile", str(folder)).stderr
+    assert said.startswith("effformer: ")
+    assert said.count("NaN or infinite values in ") == said.count("\n") == 1
+    assert "Warning" not in said

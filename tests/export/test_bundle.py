@@ -121,9 +121,9 @@ def test_bad_requests(flow: Flow, tmp_path: Path) -> None:
         export_bundle(flow, tmp_path / "b", sampler="eulr", **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown convention 'triposq'; did you mean 'triposg'"):
         export_bundle(flow, tmp_path / "b", **(SIZES | {"convention": "triposq"}))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown quantization 'int9'"):
+    with pytest.raises(ValueError, match="export_bundle: quantize: unknown value 'int9'"):
         export_bundle(flow, tmp_path / "b", quantize="int9", **SIZES)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="export_bundle: steps must be at least 1, got 0"):
         export_bundle(flow, tmp_path / "b", steps=0, **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="guidance must be finite, got nan"):
         export_bundle(flow, tmp_path / "b", guidance=float("nan"), **SIZES)  # type: ignore[arg-type]

@@ -214,6 +214,18 @@ def test_parts_without_an_onnx_form_are_refused_before_tracing(tmp_path: Path) -
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan"), float("inf")])
 def test_tolerances_are_positive(tmp_path: Path, mlp: Mlp, tolerance: float) -> None:
-    with pytest.raises(ValueError, match="tolerance must be positive and finite"):
+    with pytest.raises(ValueError, match="export_onnx: tolerance must be positive"):
         export_onnx(mlp, tmp_path / "m.onnx", torch.randn(2, 5, 32), tolerance=tolerance)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_and_names_that_no_graph_takes(tmp_path: Path, mlp: Mlp) -> None:
+    place = tmp_path / "m.onnx"
+    with pytest.raises(ValueError, match=r"input 'x' of shape \(0, 5, 32\) is empty"):
+        export_onnx(mlp, place, torch.ones(0, 5, 32))
+    with pytest.raises(TypeError, match=r"input 'x' is torch.sparse_coo; give a dense tensor"):
+        export_onnx(mlp, place, torch.ones(2, 5, 32).to_sparse())
+    for name in ("", "x", "a\0b"):
+        with pytest.raises(ValueError, match="output_names must be words that differ"):
+            export_onnx(mlp, place, torch.ones(2, 5, 32), output_names=[name], verify=False)
     assert list(tmp_path.iterdir()) == []

@@ -134,7 +134,7 @@ def test_bad_input() -> None:
         model(ids(1, 25))
     with pytest.raises(ValueError, match=r"mask: expected shape \(1, 3\), got \(1, 4\)"):
         model(ids(1, 3), torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(TypeError, match="mask must be bool"):
+    with pytest.raises(TypeError, match="mask: expected bool, True = may attend"):
         model(ids(1, 3), torch.ones(1, 3))
     _, state = model.step(ids(1, 20), model.init_state(1))
     with pytest.raises(ValueError, match="5 tokens, but positions for 4 only"):

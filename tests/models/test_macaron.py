@@ -218,7 +218,7 @@ def test_bad_input() -> None:
         model(torch.zeros(1, 3), ids(1, 2))
     with pytest.raises(ValueError, match=r"target: tokens: expected shape \(B, N\), got \(2,\)"):
         model(ids(1, 3), ids(1, 2)[0])
-    with pytest.raises(TypeError, match="mask must be bool"):
+    with pytest.raises(TypeError, match="mask: expected bool, True = may attend"):
         model(ids(1, 3), ids(1, 2), torch.ones(1, 3))
 
 

@@ -266,6 +266,12 @@ def test_wrong_inputs_are_named(changes: dict[str, Any], match: str) -> None:
         model(**inputs(model) | changes)
 
 
+def test_a_mask_of_numbers_is_named() -> None:
+    model = awake()
+    with pytest.raises(TypeError, match=r"^\S+: text_mask: expected bool, True = may attend, got"):
+        model(**inputs(model), text_mask=torch.ones(2, 8))
+
+
 def test_what_was_not_built_is_refused() -> None:
     bare = awake(pooled_dim=None)
     with pytest.raises(CapabilityError, match="pooled_dim is None"):

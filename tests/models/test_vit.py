@@ -306,3 +306,10 @@ def test_grouped_queries_equal_repeated_keys() -> None:
     x = torch.randn(2, 5, 24)
     torch.testing.assert_close(full(x), grouped(x))
     assert grouped.macs(5) == 5 * 24 * (24 + 12 + 12 + 24) + 2 * 24 * 25
+
+
+def test_an_unknown_name_of_timm_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown model of timm 'vit_tiny_patch16_242'; did you mean"
+    ):
+        vit_config_from_timm("vit_tiny_patch16_242")

@@ -67,7 +67,7 @@ def test_refusals(comparison) -> None:
         compare(["dit-nanoo"])
     with pytest.raises(ValueError, match="2 models need as many different names"):
         compare([nn.Linear(2, 2)] * 2, torch.zeros(1, 2), names=["a", "a"])
-    with pytest.raises(ValueError, match="unknown metric 'speed'"):
+    with pytest.raises(ValueError, match=r"Comparison\.pareto: x: unknown value 'speed'"):
         comparison.pareto("speed", "macs")
 
 

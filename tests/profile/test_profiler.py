@@ -69,8 +69,8 @@ def test_inputs_in_every_form(form: str) -> None:
     ("inputs", "words"),
     [
         (None, "no example_inputs"),
-        ("x", "must be a tensor, a tuple, a dict"),
-        (3, "got int"),
+        ("x", "expected Tensor or a list or a dict, got 'x'"),
+        (3, "got 3"),
         ((), "missing a required argument: 'x'"),
         ({"y": torch.zeros(1)}, "argument"),
     ],

@@ -163,7 +163,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     assert load_checkpoint(path, nn.Linear(2, 2), weights="raw") == 5
     with pytest.raises(ValueError, match="does not fit the model"):
         load_checkpoint(path, nn.Linear(3, 2), weights="raw")
-    with pytest.raises(ValueError, match="unknown weights 'emma'"):
+    with pytest.raises(ValueError, match="weights: unknown value 'emma'"):
         load_checkpoint(path, nn.Linear(2, 2), weights="emma")  # type: ignore[arg-type]
 
 
@@ -181,6 +181,9 @@ def test_metrics_survive_a_half_written_line(tmp_path: Path) -> None:
 
 def test_metrics_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(FormatError, match=r"no metrics of a run \(not UTF-8 text\)"):
+        read_metrics(path)
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(FormatError, match="line 2"):
         read_metrics(path)

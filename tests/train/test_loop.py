@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -269,3 +270,9 @@ def test_labels_must_fit_the_model() -> None:
 def test_config_survives_json() -> None:
     config = CONFIG.replace(clip=None, betas=(0.8, 0.9))
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("answer", "words"), [(None, "None"), (torch.ones(3), "a tensor")])
+def test_an_objective_that_returns_no_loss_is_refused(answer: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=f"objective must return one real number, got {words}"):
+        train(net(), toy(), lambda *_: answer, CONFIG)

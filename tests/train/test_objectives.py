@@ -111,6 +111,23 @@ def test_classification_is_cross_entropy() -> None:
         torch.testing.assert_close(loss, expected.mean())
 
 
+@pytest.mark.parametrize(
+    ("model", "sample", "message"),
+    [
+        (nn.Identity(), batch(8), r"Classification: the model's output: expected .*, got shape"),
+        (nn.Flatten(0), batch(8), r"Classification: the model's output: expected .*, got shape"),
+        (nn.Flatten(), batch(8), r"Classification: target must lie in 0..3, got 7"),
+        (nn.Flatten(), batch(8) | {"y": torch.ones(3).long()}, r"for targets \(3,\)"),
+        (nn.Flatten(), batch(8) | {"y": torch.ones(8)}, "target must be int64 ids"),
+    ],
+)
+def test_what_no_classifier_returns_is_refused(
+    model: nn.Module, sample: Batch, message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Classification()(model, sample, torch.Generator(), Ledger())
+
+
 class _Seen(nn.Module):
     """Keeps the images that an objective hands to it."""
 

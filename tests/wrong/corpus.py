@@ -9,7 +9,7 @@ import signal
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -22,7 +22,7 @@ from effformer.checks import is_refusal
 
 __all__ = ["Bad", "Entry", "fault", "trials"]
 
-SECONDS = 5
+SECONDS = 30
 """Longest time that one wrong call may take."""
 
 MOST_WORDS = 700
@@ -38,12 +38,19 @@ class Entry:
         call: the function.
         good: makes arguments by name, in a folder of their own, anew for every trial.
         skip: arguments that take anything.
+        method: what is called with the folder and the arguments, instead of the function itself.
     """
 
     name: str
     call: Callable[..., Any]
     good: Callable[[Path], dict[str, Any]]
     skip: tuple[str, ...] = ()
+    method: Callable[..., Any] | None = None
+
+    def answer(self, folder: Path, **changes: Any) -> Any:
+        """Call it, with some arguments changed."""
+        given = self.good(folder) | changes
+        return self.call(**given) if self.method is None else self.method(folder, **given)
 
 
 @dataclass(frozen=True)
@@ -205,12 +212,19 @@ def allowed(value: Any, hint: Any) -> bool:
     return not (isinstance(value, str) and kind is not str and args)
 
 
+def number(good: Any, hint: Any) -> bool:
+    """Whether a number is meant."""
+    if good is None:
+        return hint is not Any and hint is not object and allowed(2, hint)
+    return isinstance(good, (int, float)) and not isinstance(good, bool)
+
+
 def values(good: Any, hint: Any, folder: Path) -> Iterator[Bad]:
     """Wrong values beside a right one."""
     for words, make in ANYTHING.items():
         value = make()
         yield Bad(words, value, not allowed(value, hint))
-    if isinstance(good, (int, float)) and not isinstance(good, bool):
+    if number(good, hint):
         for words, value in NUMBERS.items():
             yield Bad(words, value, words in ("nan", "inf", "-inf"))
     if isinstance(good, Tensor):
@@ -260,14 +274,21 @@ def hints(call: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of the arguments, as far as they can be read."""
     call = inspect.unwrap(call)
     of = call if inspect.isroutine(call) else (call if inspect.isclass(call) else type(call))
+    names = annotations(of) if inspect.isclass(of) else {}
+    if not inspect.isroutine(of):
+        of = of.__init__ if inspect.isclass(call) else of.__call__
+    return names | annotations(inspect.unwrap(of))
+
+
+def annotations(of: Any) -> dict[str, Any]:
     try:
-        names = typing.get_type_hints(of, include_extras=True) if inspect.isclass(of) else {}
-        of = (
-            of if inspect.isroutine(of) else (of.__init__ if inspect.isclass(call) else of.__call__)
-        )
-        return names | typing.get_type_hints(inspect.unwrap(of), include_extras=True)
-    except (NameError, TypeError):
-        return {}
+        return typing.get_type_hints(of, include_extras=True)
+    except (NameError, TypeError):  # a name that only type checkers see: the others are read
+        names, out = getattr(of, "__globals__", {}), {}
+        for name, words in inspect.get_annotations(of).items():
+            with suppress(NameError, TypeError):
+                out[name] = eval(words, names)
+        return out
 
 
 def trials(entry: Entry, folder: Path) -> Iterator[tuple[str, str, Callable[[], Any], bool]]:
@@ -288,7 +309,7 @@ def trials(entry: Entry, folder: Path) -> Iterator[tuple[str, str, Callable[[], 
         for bad in values(good, own.get(name, Any), fresh()):
 
             def call(name: str = name, value: Any = bad.value) -> Any:
-                return entry.call(**{**entry.good(fresh()), name: value})
+                return entry.answer(fresh(), **{name: value})
 
             yield name, bad.words, call, bad.wrong
 
