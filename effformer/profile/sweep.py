@@ -9,7 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .compare import Comparison
+from effformer.arguments import checked
+from effformer.checks import unknown
+from effformer.values import Natural
+
+from .compare import Comparison, ComparisonRow
 from .html import comparison_section, page
 from .plots import Curves
 from .save import COMPARISON, save_report
@@ -57,13 +61,22 @@ class Sweep:
         """Names of the models; the first is what the others are held against."""
         return tuple(row.name for row in next(iter(self.found.values())).rows)
 
-    def times(self, name: str, side: int = 0) -> dict[float, float]:
-        """Value -> milliseconds, at the given one of the numbers of threads."""
+    @checked
+    def times(self, name: str, side: Natural = 0) -> dict[float, float]:
+        """Value -> milliseconds, at the given one of the numbers of threads.
+
+        Raises:
+            ValueError: no model of that name, or fewer numbers of threads.
+        """
         rows = {value: self._row(name, value) for value in self.found}
+        if side >= (count := min(len(row.times) for row in rows.values())):
+            raise ValueError(f"times: side must be below {count} (numbers of threads), got {side}")
         return {value: 1e3 * row.times[side][0].median for value, row in rows.items()}
 
-    def _row(self, name: str, value: float) -> Any:
-        return next(row for row in self.found[value].rows if row.name == name)
+    def _row(self, name: str, value: float) -> ComparisonRow:
+        if name not in self.names:
+            raise unknown("model", name, self.names, where="times")
+        return self.found[value].rows[self.names.index(name)]
 
     def curves(self) -> Curves:
         """Time of every model over the values, at the first number of threads."""
@@ -115,6 +128,7 @@ class Sweep:
         words = "".join(f"<p>{escape(line)}</p>" for line in self.verdicts())
         return f'<div class="plot">{self.curves().svg()}</div>{words}'
 
+    @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write as .json, .html or .txt, by the suffix.
 

@@ -282,6 +282,8 @@ OWN: dict[str, dict[str, Make]] = {
     "ComparisonRow.value": {"metric": given("macs")},
     "Comparison.pareto": {"x": given("params"), "y": given("macs")},
     "Comparison.save": {"path": new("new.json")},
+    "Sweep.save": {"path": new("new.json")},
+    "Sweep.times": {"name": given("Linear")},
     "Profile.save": {"path": new("new.json")},
     "Registry": {"kind": given("thing"), "home": given("effformer.attention")},
     "Registry.add": {"entry": given(registry.Entry(name="b", kind="thing", build=dict))},
@@ -299,6 +301,10 @@ OWN: dict[str, dict[str, Make]] = {
 """Arguments of single functions and classes, beside those by name."""
 
 
+LONG = {"train_classifier": ("config",)}
+"""Arguments of which a wrong kind may be right and take minutes: {} are 1,000 steps."""
+
+
 INSTANCES: dict[str, Make] = {
     "Classifier": lambda folder: train.Classifier(_flat(), 1.0),
     "Caps": given(registry.Caps()),
@@ -311,6 +317,9 @@ INSTANCES: dict[str, Make] = {
     "Profile": lambda folder: profile.profile(dense(folder), x(folder)),
     "Registry": things,
     "Session": lambda folder: export.Session(graph(folder)),
+    "Sweep": lambda folder: profile.Sweep(
+        "width", {1.0: profile.compare([dense(folder)], x(folder), names=["Linear"])}
+    ),
     "Target": lambda folder: registry.target.get("onnx-cpu").preset,
 }
 """Objects whose methods users call, by class."""
@@ -434,8 +443,9 @@ def arguments(name: str, call: Callable[..., Any]) -> dict[str, Make]:
 def entry(name: str, call: Callable[..., Any], bound: Callable[..., Any] | None = None) -> Entry:
     makes = arguments(name, call)
     return Entry(
-        name, call, lambda folder: {key: make(folder) for key, make in makes.items()}, method=bound
-    )
+        name, call, lambda folder: {key: make(folder) for key, make in makes.items()},
+        skip=LONG.get(name, ()), method=bound,
+    )  # fmt: skip
 
 
 ENTRIES = list(found())
