@@ -123,10 +123,10 @@ class PlacedEnds(nn.Module):
 
     def matrices(self) -> tuple[Tensor | None, Tensor]:
         """Rows of ``proj_out``."""
-        weight = self.proj_out.weight
+        rows = _matrix(self.proj_out, self.pos_embed)
         if not self.scales:
-            return None, weight
-        log_scale, shift = weight.chunk(2)
+            return None, rows
+        log_scale, shift = rows.chunk(2)
         return log_scale, shift
 
 
@@ -190,5 +190,13 @@ class StartedEnds(nn.Module):
 
     def matrices(self) -> tuple[Tensor | None, Tensor]:
         """Rows of ``proj_out``."""
-        log_scale, shift = self.proj_out.weight.chunk(2)
+        log_scale, shift = _matrix(self.proj_out, self.proj_in.bias).chunk(2)
         return log_scale, shift
+
+
+def _matrix(linear: nn.Module, like: Tensor) -> Tensor:
+    """The matrix (out, width) of a linear layer, whatever it keeps it as; ``like`` (..., width)."""
+    width = like.shape[-1]
+    points = torch.cat([like.new_zeros(1, width), torch.eye(width).to(like)])
+    values: Tensor = linear(points)
+    return (values[1:] - values[:1]).mT

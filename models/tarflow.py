@@ -199,6 +199,8 @@ class TarFlow(Model):
         if y is not None:
             check_shape(y, "(B,)", (len(like),), where=f"{where}: y")
             check_ids(y, classes, where=f"{where}: labels y")
+        if drop is not None:
+            check_shape(drop, "(B,)", (len(like),), where=f"{where}: drop")
         ctx = cooled(ctx, temperature, self.blocks, where)
         return [
             TokenMap(ends=ends, blocks=blocks, ctx=ctx, added=ends.label(y, drop))

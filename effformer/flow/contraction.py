@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import Shape, checked
 from ..values import Count
 from ..wrapped import unwrapping
-from .inversion import Inversion, Start, TokenFlow, TokenMap, token_flow
+from .inversion import Inversion, Start, TokenFlow, TokenMap, token_maps
 
 __all__ = ["Contraction", "contractions", "inversion_plan"]
 
@@ -53,9 +53,9 @@ def contractions(
 
     Reference: Accelerating TarFlow Sampling with GS-Jacobi Iteration, 2025, arXiv 2505.12849.
     """
-    token_flow(model, "contractions")
+    maps = token_maps(model, x, cond, "contractions")
     tokens, found = model.tokens(x), []
-    for one in model.maps(x, **cond):
+    for one in maps:
         tokens = one.order(tokens)
         here = one.affine(tokens)
         alpha = torch.exp(-here.log_scale)

@@ -8,6 +8,7 @@ are in practice.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Shape, checked
+from ..checks import unknown
 from ..values import Checked, Count, NonNegative, Positive
 from ..wrapped import unwrapping
 from .paths import widened
@@ -28,7 +30,7 @@ __all__ = [
     "TokenFlow",
     "TokenMap",
     "invert",
-    "token_flow",
+    "token_maps",
 ]
 
 Start = Literal["latents", "zeros"]
@@ -222,8 +224,8 @@ def invert(
 
     Raises:
         TypeError: the model is not made of such maps.
-        ValueError: another number of inversions than the model has maps, or the model is in training
-            mode.
+        ValueError: another number of inversions than the model has maps, a condition that it has not,
+            or the model is in training mode.
         CapabilityError: segments of a map whose token mixers cannot stream; those that can are named,
             and ``segment=None`` needs none.
 
@@ -236,12 +238,12 @@ def invert(
         >>> torch.allclose(again, x, atol=1e-4)
         True
     """
-    maps = token_flow(model, "invert").maps(z, **cond)
+    maps = token_maps(model, z, cond, "invert")
     if getattr(model, "training", False):
         raise ValueError("invert: a model in training mode drops out at random; call eval()")
     weak: Sequence[TokenMap | None] = [None] * len(maps)
     if guidance is not None and guidance.scale:
-        weak = model.maps(z, **{**cond, **guidance.weak})
+        weak = token_maps(model, z, {**cond, **guidance.weak}, "invert: guidance")
     each = _each(inversion, len(maps))
     x, iterations = model.prior(widened(model.tokens(z))), []
     for own, other, how in reversed(list(zip(maps, weak, each, strict=True))):
@@ -252,11 +254,14 @@ def invert(
     return Inverted(model.image(x, z), tuple(reversed(iterations)), x.isfinite().flatten(1).all(1))
 
 
-def token_flow(model: TokenFlow, where: str) -> TokenFlow:
-    """The model, which is made of token maps.
+def token_maps(
+    model: TokenFlow, like: Tensor, cond: Mapping[str, Any], where: str
+) -> Sequence[TokenMap]:
+    """The maps of a model under conditions, for data of the shape of ``like``.
 
     Raises:
-        TypeError: it is not.
+        TypeError: the model is not made of maps.
+        ValueError: it has no such condition.
     """
     if not all(hasattr(model, name) for name in ("maps", "tokens", "image", "prior")):
         name = getattr(model, "name", type(model).__name__)
@@ -264,7 +269,10 @@ def token_flow(model: TokenFlow, where: str) -> TokenFlow:
             f"{where}: {name} is not made of autoregressive maps of tokens; "
             "effformer.models.TarFlow and STARFlow are"
         )
-    return model
+    known = [*inspect.signature(model.maps).parameters][1:]
+    if other := next((name for name in cond if name not in known), None):
+        raise unknown("condition", other, known, where=where)
+    return model.maps(like, **cond)
 
 
 def _each(inversion: Inversion | Sequence[Inversion] | None, count: int) -> Sequence[Inversion]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
+from effformer.compress import quantize
 from torch import Tensor, nn
 
 import effformer
@@ -175,6 +176,15 @@ def test_metrics_rank_maps() -> None:
     assert idle.rate == 0
 
 
+def test_metrics_read_matrices_in_whatever_form() -> None:
+    model, x, _ = made("starflow-tiny", text_dim=None)
+    plain = contractions(model, x)
+    small, _ = quantize(model.float(), "int8", where="flows.*")
+    assert type(small.flows[0].proj_out) is not type(model.flows[0].proj_out)
+    for one, two in zip(plain, contractions(small, x.float()), strict=True):
+        assert two.rate == pytest.approx(one.rate, rel=0.05)
+
+
 def test_a_plan_gives_segments_to_the_slow_maps() -> None:
     found = (Contraction(0.1, 0.2, 5.0), Contraction(0.3, 0.2, 50.0), Contraction(0.2, 0.2, 7.0))
     plan = inversion_plan(found, tough=1, segment=8, iterations=6, elsewhere=4)
@@ -209,6 +219,10 @@ def test_what_cannot_be_inverted_is_refused() -> None:
     model.eval()
     with pytest.raises(ValueError, match=r"x: expected shape \(B, 3, 6, 6\), got \(2, 3, 4, 6\)"):
         invert(model, z[:, :, :4], **cond)
+    with pytest.raises(ValueError, match="invert: unknown condition 'label'"):
+        invert(model, z, label=cond["y"])
+    with pytest.raises(ValueError, match="invert: guidance: unknown condition 'text'"):
+        invert(model, z, guidance=Away(scale=1.0, weak={"text": None}), **cond)
     with pytest.raises(ValueError, match="nothing makes the maps weaker; give weak"):
         Away(scale=1.0)
     with pytest.raises(ValueError, match="segment must be at least 1"):

@@ -259,6 +259,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     for model, given, message in cases:
         with pytest.raises(ValueError, match=message):
             model(*given)
+    with pytest.raises(ValueError, match=r"drop: expected shape \(B,\), got \(1,\)"):
+        tar(x, y * 0, drop=torch.tensor([True]))
     with pytest.raises(TypeError, match="x must be floating point"):
         tar(x.long())
     with pytest.raises(CapabilityError, match="'flow' has none; temperature=1 would do"):

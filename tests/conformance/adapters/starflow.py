@@ -25,12 +25,13 @@ def build(golden: Golden) -> STARFlow:
     golden.only("sos", True, why="a start token predicts the first one")
     golden.only("cond_top_only", True, why="the last map alone reads the text")
     golden.only("top_block_channels", None, c["channels"], why="all maps are equally wide")
-    bias = any(key.endswith("qkv.bias") for key in weights)
-    gated = any("gate_proj" in key for key in weights)
     layers, dim = tuple(c["layers_per_block"]), c["channels"]
-    inner = next(v for k, v in weights.items() if k.endswith(("main.0.weight", "gate_proj.weight")))
-    rms = not any(key.endswith("attention.norm.bias") for key in weights)
-    kv = next(v for k, v in weights.items() if k.endswith("qkv.weight")).shape[0] - dim
+    shapes = {key.split("attn_blocks.")[-1]: value.shape for key, value in weights.items()}
+    rows = shapes.get("0.attention.qkv.weight", (3 * dim,))[0] - dim  # of keys and values
+    gated = "0.mlp.gate_proj.weight" in shapes
+    bias = not weights or "0.attention.qkv.bias" in shapes
+    inner = shapes.get(f"0.mlp.{'gate_proj' if gated else 'main.0'}.weight", (4 * dim,))[0]
+    rms = bool(weights) and "0.attention.norm.bias" not in shapes
     model = effformer.build_model(
         "starflow-tiny",
         dim=dim,
@@ -48,12 +49,12 @@ def build(golden: Golden) -> STARFlow:
         scale="softplus" if c["use_softplus"] else "exp",
         first="reversed" if c["seq_order"] == "L2R" else "raster",
         attn={
-            "qk_norm": any("query_norm" in key for key in weights), "qkv_bias": bias,
-            "proj_bias": bias, "kv_heads": None if kv == 2 * dim else kv // 2 // c["head_dim"],
+            "qk_norm": "0.attention.query_norm.weight" in shapes, "qkv_bias": bias,
+            "proj_bias": bias, "kv_heads": None if rows == 2 * dim else rows // 2 // c["head_dim"],
         },
         ffn={
             "name": "geglu" if gated else "mlp", "act": "gelu-tanh" if gated else "gelu",
-            "hidden": inner.shape[0], "bias": bias,
+            "hidden": inner, "bias": bias,
         },
     )  # fmt: skip
     assert effformer.load_weights(model, weights).layout == "official"
