@@ -100,6 +100,11 @@ class STARFlow(Model):
                 raise ValueError(
                     f"input_size {self.input_size} is not divisible by patch {self.patch}"
                 )
+            if (self.rope.kind, self.rope.offset, self.rope.reference) != ("axial", 0.0, None):
+                raise ValueError(
+                    "rope: places are scaled to the config's grid; use kind 'axial', offset 0 and "
+                    "reference None"
+                )
             if not any(self.flows):
                 raise ValueError(f"flows {self.flows} have no block at all")
             if self.text_dim is not None and not self.flows[-1]:
@@ -197,13 +202,12 @@ class STARFlow(Model):
         """
         self._check_text(text, len(like))
         ctx, made = cooled(ctx, temperature, self.blocks, self.name), []
+        plain = self._placed(ctx, like, 0)
         for i, ends, blocks in pieces(self.config, self.flows, self.blocks):
-            front = None
+            front, here = None, plain
             if text is not None and i == len(self.flows) - 1:
                 front = ends.proj_text(text.to(ends.like.dtype))
-            places = self._places(like, front)
-            (rope,) = self.rope(places, like=ends.like)
-            here = replace(ctx, positions=places, rope=rope)
+                here = self._placed(ctx, like, text.shape[1])
             changed = front is not None or temperature != 1
             made.append(
                 TokenMap(ends=ends, blocks=blocks, ctx=here, front=front, conditioned=changed)
@@ -223,20 +227,19 @@ class STARFlow(Model):
             shown = f"({batch}, L, {width})"
             check_shape(text, shown, (batch, None, width), where=f"{self.name}: text")
 
-    def _places(self, like: Tensor, front: Tensor | None) -> Tensor:
-        """Coordinates (1, L + T, axes) of a text and of the grid of ``like``."""
+    def _placed(self, ctx: Context, like: Tensor, words: int) -> Context:
+        """With the coordinates (1, L + T, axes) of a text and of the grid of ``like``."""
         config = self.config
-        side = config.input_size // config.patch
-        grid = [n // config.patch for n in like.shape[2:]]
-        cells = grid_positions(cell_counts(grid, device=like.device))
-        cells = cells * (side / math.sqrt(math.prod(grid)))
-        if config.text_dim is None:
-            return cells
-        cells = nn.functional.pad(cells, (0, 1))
-        if front is None:
-            return cells
-        words = torch.arange(front.shape[1], device=like.device) * side / front.shape[1]
-        return torch.cat([nn.functional.pad(words[None, :, None], (2, 0)), cells], dim=1)
+        side, grid = config.input_size // config.patch, [n // config.patch for n in like.shape[2:]]
+        places = grid_positions(cell_counts(grid, device=like.device))
+        places = places * (side / math.sqrt(math.prod(grid)))
+        if config.text_dim is not None:
+            places = nn.functional.pad(places, (0, 1))
+        if words:
+            text = torch.arange(words, device=like.device) * side / words
+            places = torch.cat([nn.functional.pad(text[None, :, None], (2, 0)), places], dim=1)
+        (rope,) = self.rope(places, like=like)
+        return replace(ctx, positions=places, rope=rope)
 
     @explained
     def example_inputs(

@@ -110,17 +110,11 @@ class TarFlow(Model):
         )
         self.flows = nn.ModuleList(
             PlacedEnds(
-                config.features,
-                config.dim,
-                places=config.places,
-                num_classes=config.num_classes,
-                scales=not config.volume_preserving,
-                reverses=i % 2 == 1,
-            )
-            if count
-            else nn.Identity()
+                config.features, config.dim, places=config.places, num_classes=config.num_classes,
+                scales=not config.volume_preserving, reverses=i % 2 == 1,
+            ) if count else nn.Identity()
             for i, count in enumerate(config.flows)
-        )
+        )  # fmt: skip
         self.blocks = build_stack(config, site, Needs(causal=True), name=self.name)
         if config.volume_preserving:
             self.register_buffer("variance", torch.ones(config.places, config.features))

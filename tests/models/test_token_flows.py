@@ -229,6 +229,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "starflow-tiny", {"attn": "gla"}, "cannot apply rotary embedding; choices: .*flow",
     ),
     "no text map": ("starflow-tiny", {"flows": (2, 2, 0)}, "the last map reads the text"),
+    "own units": (
+        "starflow-tiny", {"rope": {"kind": "centered"}}, "places are scaled to the config's grid",
+    ),
     "narrow heads": ("starflow-tiny", {"heads": 3}, "heads of width 16 leave no pair of channels"),
 }  # fmt: skip
 
