@@ -21,7 +21,7 @@ from effformer.train import Generation, TrainConfig, load_data, train
 
 SMALL = "--small" in sys.argv
 THREADS, STEPS, RUNS, SAMPLES = 1, *((3, 1, 1) if SMALL else (500, 5, 4))
-NOISE, TOLERANCE, SEGMENT = 0.1, 1e-6, 16
+NOISE, TOLERANCE, SEGMENT = 0.1, 1e-5, 32
 BATCHES = (1,) if SMALL else (1, 8)
 AIM, EQUAL = 1 / 3, 1e-4
 
@@ -51,8 +51,9 @@ def each(model: Any, z: Tensor, y: Tensor, batch: int, how: Any) -> Tensor:
 def main() -> None:
     model, data, bits = trained()
     plan = inversion_plan(
-        contractions(model, data["x"][:256]), segment=SEGMENT, iterations=SEGMENT, elsewhere=64
-    )
+        contractions(model, data["x"][:256]), segment=SEGMENT, iterations=SEGMENT, elsewhere=64,
+        tolerance=TOLERANCE,
+    )  # fmt: skip
     ways = {
         "token by token": Inversion(),
         "Jacobi, all 64 tokens at once": Inversion(segment=None, tolerance=TOLERANCE),

@@ -200,7 +200,7 @@ class STARFlow(Model):
             ValueError: a shape does not fit, or the text is missing.
             CapabilityError: a text for a model without, or a temperature without softmax attention.
         """
-        self._check_text(text, len(like))
+        self._check_text(text, like.shape[0])
         ctx, made = cooled(ctx, temperature, self.blocks, self.name), []
         plain = self._placed(ctx, like, 0)
         for i, ends, blocks in pieces(self.config, self.flows, self.blocks):

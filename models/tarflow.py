@@ -191,10 +191,10 @@ class TarFlow(Model):
         if (y is not None or drop is not None) and not classes:
             raise CapabilityError(f"{where}: built without labels; num_classes is 0")
         if y is not None:
-            check_shape(y, "(B,)", (len(like),), where=f"{where}: y")
+            check_shape(y, "(B,)", (like.shape[0],), where=f"{where}: y")
             check_ids(y, classes, where=f"{where}: labels y")
         if drop is not None:
-            check_shape(drop, "(B,)", (len(like),), where=f"{where}: drop")
+            check_shape(drop, "(B,)", (like.shape[0],), where=f"{where}: drop")
         ctx = cooled(ctx, temperature, self.blocks, where)
         return [
             TokenMap(ends=ends, blocks=blocks, ctx=ctx, added=ends.label(y, drop))

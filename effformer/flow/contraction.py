@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import Shape, checked
-from ..values import Count
+from ..checks import check_values
+from ..values import Count, NonNegative
 from ..wrapped import unwrapping
 from .inversion import Inversion, Start, TokenFlow, TokenMap, token_maps
 
@@ -46,13 +48,15 @@ def contractions(
         cond: conditions of the model; without labels its mean of all classes counts.
 
     Returns:
-        One for every map, in the order of the model from the data to the latents.
+        One for every map, in the order of the model from the data to the latents; nan where values
+        overflow.
 
     Raises:
         TypeError: the model is not made of such maps.
 
     Reference: Accelerating TarFlow Sampling with GS-Jacobi Iteration, 2025, arXiv 2505.12849.
     """
+    check_values(x, where="contractions: x")
     maps = token_maps(model, x, cond, "contractions")
     tokens, found = model.tokens(x), []
     for one in maps:
@@ -78,6 +82,7 @@ def inversion_plan(
     segment: Count = 32,
     iterations: Count = 32,
     elsewhere: Count = 10,
+    tolerance: NonNegative = 1e-6,
 ) -> list[Inversion]:
     """How to invert every map of a model: those with the largest rate by GS-Jacobi in segments, the
     others by a few Jacobi iterations; each from the guess that is nearer.
@@ -88,6 +93,7 @@ def inversion_plan(
         segment: tokens in a segment.
         iterations: most iterations of a segment.
         elsewhere: most iterations of the other maps.
+        tolerance: see `Inversion`.
 
     Returns:
         What `invert` takes.
@@ -97,7 +103,9 @@ def inversion_plan(
     for i, one in enumerate(found):
         start: Start = "latents" if one.from_latents <= one.from_zeros else "zeros"
         sizes = (segment, iterations) if i in ranked else (None, elsewhere)
-        plan.append(Inversion(segment=sizes[0], iterations=sizes[1], tolerance=1e-6, start=start))
+        plan.append(
+            Inversion(segment=sizes[0], iterations=sizes[1], tolerance=tolerance, start=start)
+        )
     return plan
 
 
@@ -108,5 +116,7 @@ def _missed(one: TokenMap, guess: Tensor, z: Tensor, x: Tensor) -> float:
 
 
 def _size(matrix: Tensor) -> float:
-    """The spectral norm."""
+    """The spectral norm; nan of what is not finite."""
+    if not bool(matrix.isfinite().all()):
+        return math.nan
     return float(torch.linalg.matrix_norm(matrix.float(), ord=2))

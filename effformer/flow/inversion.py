@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Shape, checked
-from ..checks import unknown
+from ..checks import check_values, unknown
 from ..values import Checked, Count, NonNegative, Positive
 from ..wrapped import unwrapping
 from .paths import widened
@@ -239,6 +239,7 @@ def invert(
         True
     """
     maps = token_maps(model, z, cond, "invert")
+    check_values(z, where="invert: z")
     if getattr(model, "training", False):
         raise ValueError("invert: a model in training mode drops out at random; call eval()")
     weak: Sequence[TokenMap | None] = [None] * len(maps)

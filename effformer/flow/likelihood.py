@@ -25,7 +25,7 @@ __all__ = [
     "Density", "Likelihood", "LikelihoodOutput", "NormalizingFlow", "bits_per_dim", "denoised", "log_likelihood",
 ]  # fmt: skip
 
-Data = Annotated[Tensor, Shape("(B, ...)")]
+Data = Annotated[Tensor, Shape("(B, C, ...)")]
 
 
 class Density(Protocol):
@@ -116,7 +116,7 @@ class Likelihood:
 
         Args:
             network: called as ``network(x, **cond)``.
-            data: (B, ...).
+            data: (B, C, ...).
             generator: randomness of the noise.
             cond: conditions of the network.
 
@@ -125,7 +125,7 @@ class Likelihood:
         """
         x = self._noisy(data, generator)
         found = _asked(network, x, cond, where="likelihood")
-        per_sample = -_log_density(found, constant=False) / x[0].numel()
+        per_sample = -_log_density(found, constant=False) / math.prod(x.shape[1:])
         return LikelihoodOutput(per_sample.mean(), per_sample, x, found.z, found.log_det)
 
     def _noisy(self, data: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -147,7 +147,7 @@ def log_likelihood(model: NormalizingFlow, x: Data, **cond: Any) -> Tensor:
 
     Args:
         model: a normalizing flow, such as `effformer.models.TarFlow`.
-        x: (B, ...) data.
+        x: (B, C, ...) data.
         cond: conditions of the model. A classifier takes the class under which a sample is likeliest.
 
     Returns:
@@ -174,7 +174,7 @@ def bits_per_dim(
 
     Args:
         model: a normalizing flow.
-        x: (B, ...) data, dequantised: level k stands for values between k and k + 1 of ``levels``.
+        x: (B, C, ...) data, dequantised: level k stands for values between k and k + 1 of ``levels``.
         levels: number of levels.
         value_range: values of the lowest edge of the first level and the highest of the last one.
         cond: conditions of the model.
@@ -189,7 +189,7 @@ def bits_per_dim(
     if low >= high:
         raise ValueError(f"bits_per_dim: value_range must increase, got {low} and {high}")
     density = _log_density(_asked(model, x, cond, where="bits_per_dim"), constant=True)
-    return (math.log(levels / (high - low)) - density / x[0].numel()) / math.log(2)
+    return (math.log(levels / (high - low)) - density / math.prod(x.shape[1:])) / math.log(2)
 
 
 @unwrapping
@@ -202,13 +202,13 @@ def denoised(
 
     Args:
         model: a normalizing flow.
-        x: (B, ...).
+        x: (B, C, ...).
         noise: standard deviation of the noise; 0 changes nothing.
         strength: 0.9 to 1.4 in published samples.
         cond: conditions of the model.
 
     Returns:
-        (B, ...).
+        (B, C, ...).
 
     Reference: Normalizing Flows are Capable Generative Models, 2024, arXiv 2412.06329.
     """
