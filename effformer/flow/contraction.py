@@ -98,7 +98,8 @@ def inversion_plan(
     Returns:
         What `invert` takes.
     """
-    ranked = sorted(range(len(found)), key=lambda i: -found[i].rate)[:tough]
+    rates = [one.rate if math.isfinite(one.rate) else math.inf for one in found]
+    ranked = sorted(range(len(found)), key=lambda i: -rates[i])[:tough]
     plan = []
     for i, one in enumerate(found):
         start: Start = "latents" if one.from_latents <= one.from_zeros else "zeros"

@@ -193,6 +193,9 @@ def test_a_plan_gives_segments_to_the_slow_maps() -> None:
     ]  # fmt: skip
     two = inversion_plan(found, tough=2)
     assert [one.segment for one in two] == [None, 32, 32]
+    overflown = (*found, Contraction(math.nan, 1.0, math.nan))
+    last = inversion_plan(overflown)[-1]
+    assert (last.segment, last.start) == (32, "zeros")
 
 
 def test_samples_that_overflow_are_told() -> None:
