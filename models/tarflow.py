@@ -39,6 +39,10 @@ class TarFlow(Model):
     many at once; `effformer.flow.log_likelihood`, `bits_per_dim` and `denoised` read the density. It
     is trained by ``Generation(loss="likelihood")``.
 
+    Published samples move away from ``{"y": None}`` by rising scales of 2.0 (64 x 64), 1.5 (128 x 128) and
+    3.4 (AFHQ), without labels from ``{"temperature": 0.3}`` by 0.2, and noise of 0.05, 0.15 and 0.07 is
+    taken out of them.
+
     The first patch of a map's order passes unchanged. Labels are added to the patches; without a label
     (``y=None``, or ``drop``) the mean of all classes is.
 
@@ -241,7 +245,7 @@ PRESETS = {
         ("TarFlow-4-1024-8-8",),
     ),
     "tarflow-afhq": _published(
-        8, 768, 463_463_424, 256, 0, "of 256 x 256 images of animals", ("TarFlow-8-768-8-8",)
+        8, 768, 463_481_856, 256, 3, "of 256 x 256 images of cats, dogs and wild animals", ("TarFlow-8-768-8-8",)
     ),
     "tarflow-tiny": Preset(
         config=TarFlow.Config(
