@@ -25,6 +25,8 @@ from .mmdit import MMDiT
 from .predformer import PredFormer
 from .relactrl import RelaCtrl
 from .sit import SiT
+from .starflow import STARFlow
+from .tarflow import TarFlow
 from .timm import vit_config_from_timm
 from .twostream import JointDiT
 from .vit import ViT
@@ -50,8 +52,10 @@ __all__ = [
     "PredFormer",
     "Preset",
     "RelaCtrl",
+    "STARFlow",
     "SiT",
     "SpikingLMUFormer",
+    "TarFlow",
     "ViT",
     "vit_config_from_timm",
 ]

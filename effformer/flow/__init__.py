@@ -1,4 +1,5 @@
-"""Rectified flow: conventions, paths, losses, samplers, guidance.
+"""Rectified flow: conventions, paths, losses, samplers, guidance; and normalizing flows: densities and
+inversion.
 
 Time runs from noise (t = 0) to data (t = 1) and a velocity is ``v(x, t, **cond) = dx/dt``. Networks
 that count otherwise come in through `adapt`.
@@ -13,6 +14,9 @@ Example:
 from __future__ import annotations
 
 from . import reference as reference
+from .contraction import Contraction as Contraction
+from .contraction import contractions as contractions
+from .contraction import inversion_plan as inversion_plan
 from .conventions import CONVENTIONS as CONVENTIONS
 from .conventions import FlowConvention as FlowConvention
 from .conventions import Trained as Trained
@@ -31,6 +35,15 @@ from .guidance import Guided as Guided
 from .guidance import Weak as Weak
 from .guidance import forward_with_cfg as forward_with_cfg
 from .guidance import guided as guided
+from .inversion import Away as Away
+from .inversion import Inversion as Inversion
+from .inversion import Inverted as Inverted
+from .inversion import invert as invert
+from .likelihood import Likelihood as Likelihood
+from .likelihood import LikelihoodOutput as LikelihoodOutput
+from .likelihood import bits_per_dim as bits_per_dim
+from .likelihood import denoised as denoised
+from .likelihood import log_likelihood as log_likelihood
 from .losses import Distillation as Distillation
 from .losses import FlowMatching as FlowMatching
 from .losses import LossOutput as LossOutput

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["PatchEmbed", "unpatchify"]
+__all__ = ["PatchEmbed", "patchify", "unpatchify"]
 
 
 class PatchEmbed(nn.Module):
@@ -31,6 +31,22 @@ class PatchEmbed(nn.Module):
         """Tokens (B, H/p * W/p, D)."""
         # tokens in memory order: a transposed stream would be copied by every norm behind it
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+def patchify(x: Tensor, patch: int, *, channels_first: bool = False) -> Tensor:
+    """Cut an image into tokens; the inverse of `unpatchify`, with the same order inside a token.
+
+    Args:
+        x: (B, C, H, W), H and W divisible by the patch.
+        patch: patch side in pixels.
+        channels_first: see `unpatchify`.
+
+    Returns:
+        (B, H/p * W/p, patch * patch * C), row-major.
+    """
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    order = (0, 2, 4, 1, 3, 5) if channels_first else (0, 2, 4, 3, 5, 1)
+    return x.permute(order).flatten(3).flatten(1, 2)
 
 
 def unpatchify(

@@ -106,6 +106,25 @@ def operator(c: Options) -> dict[str, Tensor]:
     return axes | made
 
 
+def token_flow(c: Options) -> dict[str, Tensor]:
+    x = randn(2, c["in_channels"], c["img_size"], c["img_size"])
+    places = (c["img_size"] // c["patch_size"]) ** 2
+    noise = randn(2, places, c["in_channels"] * c["patch_size"] ** 2)
+    made = {"in.x": x, "in.noise": noise}
+    if c["num_classes"]:
+        made |= {"in.y": torch.tensor([0, 1]), "in.y_dropped": torch.tensor([-1, 1])}
+    return made
+
+
+def starflow(c: Options) -> dict[str, Tensor]:
+    size, words = (2, c["in_channels"], *c["input_hw"]), (2, c["txt_size"], c["txt_dim"])
+    made = {"in.x": randn(size), "in.noise": randn(size), "out.z": 0.1 * randn(size)}
+    made |= {"in.guid_mu": randn(2, 3, 4), "in.guid_sigma": torch.rand(2, 3, 4) + 0.5}
+    if c["txt_dim"]:
+        made |= {"in.y": randn(words), "in.y_null": randn(words)}
+    return made
+
+
 Case = tuple[str, Options, Options, Callable[[Options], dict[str, Tensor]]]
 RESPACED = {"diffusion": {"respacing": "ddim20", "idx": 3}}
 PLAIN = {"use_swiglu": False, "use_rmsnorm": False, "use_rope": False, "learn_sigma": True}
@@ -137,6 +156,18 @@ CASES: dict[str, Case] = {
     "vision": (
         "flow-attention-vision",
         {"embed_dim": [8, 8, 16, 24], "img_size": 32, "num_heads": 4, "mlp_ratio": 2.5}, {}, vision,
+    ),
+    "unconditional tarflow": (
+        "tarflow",
+        {"num_classes": 0, "channels": 16, "head_dim": 8, "img_size": 6, "num_blocks": 2}, {}, token_flow,
+    ),
+    "starflow of a wide grid": (
+        "starflow",
+        {
+            "input_hw": [2, 3], "layers_per_block": [1, 0, 1], "use_softplus": False,
+            "use_final_norm": False, "soft_clip": 0, "seq_order": "R2L", "txt_size": 4,
+        },
+        {}, starflow,
     ),
     "operator on a plane": (
         "ifactformer_model_m",

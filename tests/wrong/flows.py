@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import effformer
 from effformer import flow
 
 from .corpus import Entry
@@ -42,6 +44,20 @@ def process() -> flow.Diffusion:
 
 def labels() -> Tensor:
     return torch.tensor([0, 1, 2])
+
+
+class Stretched(NamedTuple):
+    z: Tensor
+    log_det: Tensor
+
+
+def doubled(x: Tensor) -> Stretched:
+    """A normalizing flow."""
+    return Stretched(2 * x, x.new_full((len(x),), 0.7 * math.prod(x.shape[1:])))
+
+
+def tarflow() -> Any:
+    return effformer.build_model("tarflow-tiny", input_size=4).eval()
 
 
 PATHS = {p.name: p for p in (flow.Linear(), flow.GVP(), flow.VP(), flow.DDPM())}
@@ -405,4 +421,69 @@ add(
     generator=rng,
     clip=lambda: True,
     progress=lambda: lambda a, b: None,
+)
+add("flow.Likelihood", flow.Likelihood, config=lambda: flow.Likelihood.Config())
+add("flow.Likelihood.Config", flow.Likelihood.Config, noise=lambda: 0.0, levels=lambda: 256)
+add(
+    "flow.Likelihood call",
+    flow.Likelihood(flow.Likelihood.Config()),
+    network=lambda: doubled,
+    data=lambda: x(3, 2),
+    generator=rng,
+)
+add("flow.log_likelihood", flow.log_likelihood, model=lambda: doubled, x=lambda: x(3, 2))
+add(
+    "flow.bits_per_dim",
+    flow.bits_per_dim,
+    model=lambda: doubled,
+    x=lambda: x(3, 2),
+    levels=lambda: 16,
+    value_range=lambda: (-1.0, 1.0),
+)
+add(
+    "flow.denoised",
+    flow.denoised,
+    model=lambda: doubled,
+    x=lambda: x(3, 2),
+    noise=lambda: 0.1,
+    strength=lambda: 1.2,
+)
+add(
+    "flow.Inversion",
+    flow.Inversion,
+    segment=lambda: 4,
+    iterations=lambda: 3,
+    tolerance=lambda: 1e-3,
+    measure=lambda: "relative",
+    start=lambda: "zeros",
+    bound=lambda: 3.0,
+)
+add(
+    "flow.Away",
+    flow.Away,
+    scale=lambda: 1.5,
+    weak=lambda: {"y": None},
+    rule=lambda: "gaussian",
+    moves=lambda: "both",
+    rising=lambda: True,
+)
+add(
+    "flow.invert",
+    flow.invert,
+    model=tarflow,
+    z=lambda: x(3, 3, 4, 4),
+    inversion=lambda: [flow.Inversion(), flow.Inversion(segment=None), flow.Inversion()],
+    guidance=lambda: flow.Away(scale=1.0, weak={"y": None}),
+    y=labels,
+)
+add("flow.contractions", flow.contractions, model=tarflow, x=lambda: x(3, 3, 4, 4))
+add(
+    "flow.inversion_plan",
+    flow.inversion_plan,
+    found=lambda: [flow.Contraction(1.0, 2.0, 3.0)],
+    tough=lambda: 1,
+    segment=lambda: 8,
+    iterations=lambda: 4,
+    elsewhere=lambda: 3,
+    tolerance=lambda: 1e-4,
 )
