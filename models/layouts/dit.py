@@ -75,9 +75,12 @@ _NAMES = renamed(
 )
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def check_positions(state: StateDict, config: Any) -> StateDict:
-    """Refuse a position table that is not the fixed one, unless the model has a learned table; one
-    that was rounded to half precision on its way is as exact again as the positions of other sizes.
+    """Refuse a position table that is not the fixed one, unless the model has a learned table; that of
+    a file in half precision is as exact again as the positions of other sizes.
     """
     table = state.get("pos_embed")
     if table is None or config.positions == "learned":
@@ -90,7 +93,7 @@ def check_positions(state: StateDict, config: Any) -> StateDict:
         raise FormatError(
             "pos_embed is not the fixed sin-cos table; build the model with positions='learned'"
         )
-    return {**state, "pos_embed": expected}
+    return {**state, "pos_embed": expected} if table.dtype in _HALF else state
 
 
 OFFICIAL = Layout(

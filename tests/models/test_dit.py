@@ -233,12 +233,15 @@ def test_changed_position_tables_need_learned_positions() -> None:
         learned(torch.zeros(1, 4, 12, 12), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
 
-def test_a_table_rounded_to_half_is_exact_again() -> None:
+def test_the_table_of_a_half_file_is_exact_again() -> None:
     state = awake().state_dict()
     rounded = state | {"pos_embed": state["pos_embed"].bfloat16()}
     model = effformer.build_model("dit-nano", **SMALL)
     effformer.load_weights(model, model.LAYOUTS[0].from_ours(rounded, model.config))
     torch.testing.assert_close(model.pos_embed, awake().pos_embed, rtol=0, atol=0)
+    once = awake().half().float()
+    effformer.load_weights(model, once.LAYOUTS[0].from_ours(once.state_dict(), once.config))
+    torch.testing.assert_close(model.pos_embed, once.pos_embed, rtol=0, atol=0)
 
 
 def test_a_changed_table_is_exported_and_not_the_formula(tmp_path: Path) -> None:
