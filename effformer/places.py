@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,8 @@ class Rope:
 
     def tokens(self, rows: slice | Tensor) -> Rope:
         """The tables of some tokens (a slice, or int64 indices), queries and keys alike."""
-        return self._mapped(lambda table: table[..., rows, :])
+        # `torch.compile` takes a slice that a function finds around it for a constant
+        return self._mapped(lambda table, rows: table[..., rows, :], rows)
 
     def at(self, places: Tensor) -> Rope:
         """The tables of the tokens at some places of every sample: (B, G) -> (B, 1 or H, G, K)."""
@@ -142,7 +144,7 @@ class Rope:
     def heads(self, some: slice | Tensor) -> Rope:
         """The tables of some heads, a slice of them or int64 indices."""
         alone = self.cos.dim() < 3 or self.cos.shape[-3] == 1
-        return self if alone else self._mapped(lambda table: table[..., some, :, :])
+        return self if alone else self._mapped(lambda table, some: table[..., some, :, :], some)
 
     def halved(self) -> Rope:
         """Tables for heads of half the width: every second pair.
@@ -185,9 +187,10 @@ class Rope:
         alone = self.cos.dim() < 4 or self.cos.shape[0] == 1
         return self if alone else self._mapped(lambda table: table.index_select(0, index))
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Rope:
-        cos, sin = (None if x is None else change(x) for x in (self.key_cos, self.key_sin))
-        return Rope(change(self.cos), change(self.sin), cos, sin, self.interleaved)
+    def _mapped(self, change: Callable[..., Tensor], *given: Any) -> Rope:
+        """The tables changed; ``given`` are further arguments of ``change``."""
+        cos, sin = (None if x is None else change(x, *given) for x in (self.key_cos, self.key_sin))
+        return Rope(change(self.cos, *given), change(self.sin, *given), cos, sin, self.interleaved)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if cos.shape[-1] != x.shape[-1]:

@@ -20,10 +20,13 @@ from .inputs import Axes
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["guard"]
+__all__ = ["BEYOND", "guard", "guard_ids"]
 
 REFUSED = "refused: "
 """What the name of a node begins with; `run.refusal` looks for it."""
+
+BEYOND = 2**31 - 1
+"""An id that no table has, in the place of those below 0."""
 
 _NODES: dict[type[ast.AST], str] = {
     ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div", ast.Pow: "Pow",
@@ -82,6 +85,60 @@ def guard(
         graph.register_initializer(value)
     if made.nodes:
         graph.insert_before(graph[0], made.nodes) if len(graph) else graph.extend(made.nodes)
+
+
+def guard_ids(model: onnx_ir.Model) -> None:
+    """Let embeddings of a graph's own inputs say which ids they take; others, whose ids the graph
+    counts itself, need not look at a sign.
+
+    Args:
+        model: the graph, changed in place; its inputs have their names.
+    """
+    constant = need("onnx_ir").convenience.get_const_tensor
+    for node in [n for n in model.graph.all_nodes() if n.op_type == "Gather"]:
+        table, ids = node.inputs
+        within = ids.producer() if ids is not None else None
+        if within is None or within.op_type != "Where":
+            continue
+        below, beyond, given = within.inputs
+        number = constant(beyond)
+        if number is None or number.size != 1 or number.numpy().item() != BEYOND:
+            continue
+        names, copied = _origins(given)
+        if not names:
+            node.replace_input_with(1, given)
+            unused = [within, below.producer()] if not ids.uses() else []
+            within.graph.remove(unused, safe=True)
+            continue
+        rows = table.shape[0] if table is not None and table.shape is not None else None
+        where = f"in 0 to {rows - 1}" if isinstance(rows, int) else "in the table"
+        node.name = (
+            f"{REFUSED}{' and '.join(names)} must {'lie' if copied else 'give rows'} {where}"
+        )
+
+
+_MOVES = {
+    "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split",
+    "Squeeze", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+"""Operators that give whole numbers on as they are, or choose some."""
+
+
+def _origins(value: onnx_ir.Value) -> tuple[list[str], bool]:
+    """The inputs of the graph from whose whole numbers others are made, and whether as copies."""
+    whole = (None, need("onnx_ir").DataType.INT64, need("onnx_ir").DataType.INT32)
+    found, todo, seen, copied = dict[str, None](), [value], {value}, True
+    while todo:
+        one = todo.pop()
+        made = one.producer()
+        if made is None and one.is_graph_input():
+            found[str(one.name)] = None
+        elif made is not None and made.op_type != "Shape":
+            copied = copied and made.op_type in _MOVES
+            more = {v for v in made.inputs if v is not None and v.dtype in whole} - seen
+            todo += more
+            seen |= more
+    return sorted(found), copied
 
 
 def sentence(condition: str) -> str:

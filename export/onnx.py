@@ -30,7 +30,7 @@ from effformer.wrapped import unwrapping
 
 from .conditions import Held, ends_of, holds, where_it_holds, without
 from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
-from .guards import guard
+from .guards import guard, guard_ids
 from .inputs import Axes, as_it_was, changes, graph_call, resolve_axes, rewritten, sizes, traceable
 from .lengths import Ranges
 from .packed import decodes_codes, kernels_for, translations
@@ -127,7 +127,8 @@ def export_onnx(
             lengths.
         opset: version of the standard operators, None for the target's (20 on CPUs).
         target: name of a registered target.
-        verify: compare ONNX Runtime with torch at three other shapes, see `verify_onnx`.
+        verify: compare ONNX Runtime with torch at the example and three other shapes, see
+            `verify_onnx`.
         tolerance: largest accepted relative difference.
         accuracy_level: of MatMulNBits: 0 computes in float32; 4 rounds activations to 8 bits, which
             is faster with kernels for it and outside the default tolerance.
@@ -302,6 +303,7 @@ def _guarded(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes, hel
     ranges, conditions = held
     known = [*ends_of(ranges), *conditions]
     least = least_lengths(model, call, axes, known, draws)
+    guard_ids(graph)
     guard(graph, axes, [*known, *least], unequal_axes(model, call, axes, draws))
     conditions += least
     _say(graph, (ranges, conditions))

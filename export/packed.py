@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from effformer.checks import need
 
+from .guards import BEYOND
+
 if TYPE_CHECKING:
     import onnx_ir
 
@@ -101,6 +103,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
       translates to ScatterND with an index per element; with step 1 the result is the slice between
       two pieces of x.
     - ``table[codes]`` with int32 codes becomes a GatherND, which takes int64 only; it is a Gather.
+    - An embedding refuses ids below 0, where a Gather counts from the end: they become `BEYOND`, which
+      no table has (see `effformer.export.guards.guard_ids`).
     """
     op = need("onnxscript").opset20
     core = need("onnxscript.function_libs.torch_lib.ops.core")
@@ -126,8 +130,15 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return op.Gather(self, indices[0], axis=0)
         return core.aten_index(self, wide)
 
+    def embedding(weight, indices, *unused, **known):  # type: ignore[no-untyped-def]
+        within = op.Where(op.Less(indices, 0), BEYOND, indices)
+        return op.Gather(weight, within, axis=0)
+
     aten = torch.ops.aten
-    return {aten.slice_scatter.default: slice_scatter, aten.index.Tensor: index}
+    return {
+        aten.slice_scatter.default: slice_scatter, aten.index.Tensor: index,
+        aten.embedding.default: embedding,
+    }  # fmt: skip
 
 
 def decodes_codes(node: onnx_ir.Node) -> bool | None:

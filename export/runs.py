@@ -45,12 +45,14 @@ def other_runs(
     traced: Lengths,
     draws: Generator,
 ) -> Iterator[Run]:
-    """Runs at lengths other than the traced ones, without end.
+    """The run of the example, and then runs at lengths other than its own and the traced ones, or with
+    other values if no length varies, without end.
 
     Raises:
         TooFewError: the model takes no others.
     """
     base = sizes(call, axes)
+    yield base, call, quiet_run(model, call)
     while not base:
         other = resized(call, axes, base, draws)
         yield {}, other, quiet_run(model, other)

@@ -167,13 +167,14 @@ def verify_onnx(
 ) -> VerifyReport:
     """Compare an ONNX file with the module it was exported from.
 
-    The symbols of the graph's inputs tell what may vary. The first one (batch) takes 1, 3, 2, 4,
-    ... The others go, in this order, far: four times their length in ``inputs``, and beyond twice
-    every chunk, window or number of landmarks of the model (`effformer.attention.Core.turns`), and
-    past the end of the range that the tracer gave; to 1, or 2; to one and a half times, half, ...
-    their length. For every branch on lengths that the tracer took, the graph is compared on the
-    other side, too, up to a length of 1,024. Sizes that the model itself refuses are passed over. A graph
-    without symbols is compared at its one shape with other values.
+    First comes the example itself. Then the symbols of the graph's inputs tell what may vary. The
+    first one (batch) takes 1, 3, 2, 4, ... The others go, in this order, far: four times their
+    length in ``inputs``, and beyond twice every chunk, window or number of landmarks of the model
+    (`effformer.attention.Core.turns`), and past the end of the range that the tracer gave; to 1, or
+    2; to one and a half times, half, ... their length. For every branch on lengths that the tracer
+    took, the graph is compared on the other side, too, up to a length of 1,024. Sizes that the model
+    itself refuses are passed over. A graph without symbols is compared at its one shape with other
+    values.
 
     A graph in half precision is compared with the model in float64, from which it may differ by
     four times as much as the model itself does in half precision, and one rounding.
@@ -182,7 +183,7 @@ def verify_onnx(
         path: the file.
         model: the module; evaluated in eval mode, its state is put back.
         inputs: example inputs, as for `export_onnx`.
-        cases: number of comparisons.
+        cases: number of comparisons beside that of the example.
         tolerance: largest accepted ``max |onnx - torch| / max |torch|`` of every output.
         threads: threads of ONNX Runtime.
         generator: randomness of the values; None is a fresh one with seed 0.
@@ -207,7 +208,7 @@ def verify_onnx(
         taken = [*ends_of(ranges), *conditions]
         more = other_sides(model, call, axes, taken, draws, lengths)
         try:
-            for some, other, expected in chain(islice(runs, cases), more):
+            for some, other, expected in chain(islice(runs, 1 + cases), more):
                 allowed = _allowed(exact, other, expected, tolerance)
                 beyond = _beyond(some, ranges, conditions)
                 found.append(_compare(session, other, expected, allowed, beyond))

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config, part
 from effformer.context import Context, Ledger, Rope, Tap, explained
-from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, sincos_2d
+from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, is_formula, sincos_2d
 from effformer.nn.init import xavier_linears
 from effformer.nn.norms import Modulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
@@ -129,8 +130,9 @@ def positions_of(table: Tensor, grid: tuple[int, int], config: LatentConfig) -> 
     """Positions of a grid: the stored table, or the formula for grids that it was not made for."""
     if config.positions == "learned":
         return table
-    # an exported graph serves every grid, so it carries the formula instead of the table
-    if torch.compiler.is_exporting() or grid != config.grid:
+    # a graph for every grid carries the formula, and `latent_axes` says whether that is the table
+    every = torch.compiler.is_exporting() and not all(map(has_static_value, grid))
+    if every or grid != config.grid:
         return sincos_2d(*grid, config.dim).to(table)
     return table
 
@@ -209,9 +211,14 @@ def latent_inputs(
     return {"x": x, "t": t, "y": y}
 
 
-def latent_axes(config: LatentConfig) -> dict[str, dict[int, str]]:
-    """Axes of the inputs that may vary at run time."""
-    space = {} if config.positions == "learned" else {2: "height", 3: "width"}
+def latent_axes(config: LatentConfig, table: Tensor) -> dict[str, dict[int, str]]:
+    """Axes of the inputs that may vary at run time; sizes do where the table (1, N, D) of positions
+    is what the formula gives.
+    """
+    fixed = config.positions == "learned" or not is_formula(
+        table, sincos_2d(*config.grid, config.dim)
+    )
+    space = {} if fixed else {2: "height", 3: "width"}
     return {"x": {0: "batch", **space}, "t": {0: "batch"}, "y": {0: "batch"}}
 
 
@@ -342,7 +349,7 @@ class LatentTransformer(Model):
         return latent_inputs(self.config, like, batch, steps=self.STEPS, generator=generator)
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        return latent_axes(self.config)
+        return latent_axes(self.config, self.pos_embed)
 
 
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}

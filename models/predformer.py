@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from effformer.attention import Attention, Mixer
 from effformer.blocks import BackboneConfig, Branch, Gated, Needs, build_stack
@@ -21,7 +22,7 @@ from effformer.config import part
 from effformer.context import Context, Ledger, Tap, explained
 from effformer.ffn import SwiGLU
 from effformer.layout import Layout
-from effformer.nn.embeddings import sincos_1d
+from effformer.nn.embeddings import is_formula, sincos_1d
 from effformer.nn.init import truncated_normal_linears
 from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed, unpatchify
@@ -178,8 +179,9 @@ class PredFormer(Model):
     def embed(self, x: Tensor) -> Tensor:
         """Tokens with positions, frame after frame: (B, T, C, H, W) to (B, T N, D)."""
         h = self.patch_embed(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])).flatten(1, 2)
-        # an exported graph serves every size, so it carries the formula instead of the table
-        if torch.compiler.is_exporting() or h.shape[1] != self.positions.shape[0]:
+        # a graph for every size carries the formula, and `dynamic_axes` says whether that is the table
+        every = torch.compiler.is_exporting() and not has_static_value(h.shape[1])
+        if every or h.shape[1] != self.positions.shape[0]:
             return h + _positions(h.shape[1], h.shape[2]).to(h)
         return h + self.positions
 
@@ -223,7 +225,8 @@ class PredFormer(Model):
         }
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        return {"x": {0: "batch", 1: "frames", 3: "height", 4: "width"}}
+        own = is_formula(self.positions, _positions(*self.positions.shape))
+        return {"x": {0: "batch", **({1: "frames", 3: "height", 4: "width"} if own else {})}}
 
     def _set_mixer_dropout(self, rate: float) -> None:
         for branch in self.blocks.modules():

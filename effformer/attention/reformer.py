@@ -19,12 +19,11 @@ from effformer.site import Site
 from effformer.values import Count, Even, Seed
 
 from .base import Mixer
-from .slices import known_length, over_sequences, padded, token_slices
+from .slices import chunk_count, known_length, over_sequences, padded, token_slices
 
 __all__ = ["Reformer"]
 
 _CAPS = Caps(causal="optional", mask="key", rope=True, packed=True, onnx=False, cost="n log n")
-_NEVER = -1e9
 
 
 @attention.register("reformer", caps=_CAPS, paper="2001.04451")
@@ -109,7 +108,6 @@ class Reformer(Mixer):
                 "heads; change heads or give head_dim"
             )
         self.strict = config.causal and config.compat == "none"
-        self.own = -5e4 if config.compat == "reformer-pytorch" else -1e5
         self.heads, self.head_dim = site.heads, config.head_width(site.dim, site.heads)
         inner = self.heads * self.head_dim
         self.qk = nn.Linear(site.dim, inner, bias=False)
@@ -159,7 +157,9 @@ class Reformer(Mixer):
         known = known_length(q)
         if known and n <= chunk and not self.strict:
             return self._plain(turned, v, mask)
-        pad = (-n) % chunk
+        # where chunks wrap around, the first would see one more than is needed
+        chunks = chunk_count(q, chunk) if self.config.compat == "none" else -(-n // chunk)
+        pad = chunks * chunk - n
         if not known or pad:
             mask = q.new_ones(q.shape[0], n, dtype=torch.bool) if mask is None else mask
             q, turned, v = (padded(x, pad) for x in (q, turned, v))
@@ -200,12 +200,16 @@ class Reformer(Mixer):
         n = q.shape[2]
         scores = q @ self._keys(q).mT
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None], _NEVER)
+            scores = _hidden(scores, ~mask[:, None, None])
         if self.config.causal:
             lower = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-            scores = scores.masked_fill(~lower, _NEVER)
+            scores = _hidden(scores, ~lower)
         own = torch.eye(n, dtype=torch.bool, device=q.device)
-        return scores.masked_fill(own, self.own).softmax(dim=-1) @ v
+        return self._last(scores, own).softmax(dim=-1) @ v
+
+    def _last(self, scores: Tensor, own: Tensor) -> Tensor:
+        """Scores with which tokens see themselves only if they see nothing else."""
+        return scores.masked_fill_(own, -5e4 if self.config.compat == "reformer-pytorch" else -1e5)
 
     def _chunks(
         self, q: Tensor, v: Tensor, hashes: Tensor, order: Tensor, mask: Tensor | None
@@ -238,9 +242,9 @@ class Reformer(Mixer):
         ):
             allowed = self._allowed(mine, theirs, real, buckets, some)
             scores = queries[:, :, :, some] @ keys[:, :, :, some].mT
-            scores = scores if allowed is None else scores.masked_fill_(~allowed, _NEVER)
+            scores = scores if allowed is None else _hidden(scores, ~allowed)
             own = mine[:, :, :, some, :, None] == theirs[:, :, :, some, None]
-            scores = scores.masked_fill_(own, self.own)
+            scores = self._last(scores, own)
             if met is not None:
                 scores = scores - (met[:, :, :, some] + 1e-9).log()
             normalisers.append(scores.logsumexp(dim=-1, keepdim=True))
@@ -315,6 +319,13 @@ class Reformer(Mixer):
             return total + 2 * n * n * inner
         rows = rounds * -(-n // chunk) * chunk
         return total + rows * inner * (self.buckets // 2 + 4 * chunk)
+
+
+def _hidden(scores: Tensor, hidden: Tensor) -> Tensor:
+    """Scores, written over where keys are hidden."""
+    # a literal: `torch.compile(dynamic=True)` makes inputs of named floats, and captures all anew when
+    # it finds that an operator takes none
+    return scores.masked_fill_(hidden, -1e9)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

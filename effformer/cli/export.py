@@ -45,7 +45,9 @@ def export(
         str | None, typer.Option(help="onnx: effformer list targets; default: onnx-cpu.")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
-    verify: Annotated[bool, typer.Option(help="Compare with torch at three other shapes.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Compare with torch at the example and three other shapes.")
+    ] = True,
     sampler: Annotated[
         str | None, typer.Option(help="bundle: its sampler; default: euler.")
     ] = None,

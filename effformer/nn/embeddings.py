@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from effformer.checks import check_ids
 
+from .gates import values_known
 from .precision import exactly, widened
 
 __all__ = [
     "FourierPositions",
     "LabelEmbedding",
     "TimeEmbedding",
+    "is_formula",
     "resize_positions",
     "sincos_1d",
     "sincos_2d",
@@ -104,6 +106,22 @@ class LabelEmbedding(nn.Module):
                 )
             y = torch.where(drop, self.num_classes, y)
         return self.table(y)
+
+
+def is_formula(table: Tensor, formula: Tensor) -> bool:
+    """Whether a stored table of positions is what its formula gives, up to rounding in its own type.
+
+    A graph that serves every size carries the formula; where the table is another one, it serves
+    the sizes of the table only. Of tensors without values nothing else is known: True.
+
+    Args:
+        table: what a model stores.
+        formula: what it gives at other sizes, of the same shape.
+    """
+    if not values_known(table):
+        return True
+    atol = max(1e-5, torch.finfo(table.dtype).eps)
+    return torch.allclose(table.float(), formula.to(table).float(), rtol=0, atol=atol)
 
 
 def sincos_1d(positions: Tensor, dim: int, *, period: float = 1e4) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_close
 from definitions import HEADS, SITE, WIDTH
+from torch._dynamo.utils import counters
 
 import effformer
 from effformer.attention import Reformer
@@ -108,3 +110,15 @@ def test_bad_options_and_calls_are_refused() -> None:
     packing = Packing.from_mask(torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(CapabilityError, match="packing goes with neither"):
         _part()(torch.randn(1, 5, 24).double(), Context(packing=packing, tap=Tap()))
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_every_length() -> None:
+    part = _part().float()
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(part, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (7, 16, 33, 64):
+        x = torch.randn(2, n, SITE.dim, requires_grad=True)
+        assert_close(compiled(x), part(x), rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -218,6 +218,39 @@ def test_what_the_model_refuses_at_length_one(tmp_path: Path) -> None:
         session.run({"x": torch.randn(1, 1, 1)})
 
 
+class Looks(nn.Module):
+    """Rows of a table by the ids of an input, by ids of its own, and from the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.other, self.last = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 8)
+
+    def forward(self, ids: Tensor, back: Tensor) -> Tensor:
+        own = nn.functional.embedding(self.other.weight.argmax(0)[:1], self.other.weight)
+        some = self.table(torch.where(ids > 7, 8, ids)[:, :2]) + self.table.weight[back]
+        return self.last(some + own + self.table(ids[:, :2] % 4 + back))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_embeddings_refuse_ids_outside_their_table(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Looks()
+    ids, back = torch.randint(0, 9, (2, 3), dtype=dtype), torch.tensor([[1, 2], [0, 3]])
+    report = export_onnx(model, tmp_path / "m.onnx", {"ids": ids, "back": back})
+    assert report.graph.operators["Less"] == 2
+    packed = quantize_onnx(report.path, tmp_path / "q.onnx", "dynamic-uint8")
+    with pytest.raises(IndexError):
+        model(torch.full_like(ids, -1), back)
+    for path in (report.path, packed.path):
+        session = Session(path, threads=1)
+        found = torch.from_numpy(session.run({"ids": ids, "back": back})["output"])
+        torch.testing.assert_close(found, model(ids, back), rtol=0, atol=5e-2)
+        for wrong in (-1, -9, torch.iinfo(dtype).min):
+            with pytest.raises(RuntimeError, match=r"^session: ids must lie in 0 to 8, got ids"):
+                session.run({"ids": torch.full_like(ids, wrong), "back": back})
+        with pytest.raises(RuntimeError, match="back and ids must give rows in 0 to 8, got ids"):
+            session.run({"ids": ids, "back": back - 9})
+
+
 @pytest.mark.parametrize(
     ("condition", "said"),
     [

@@ -28,10 +28,10 @@ def test_reports_every_output_of_every_case(exported: ExportReport, mlp: Mlp) ->
     report = verify_onnx(exported.path, mlp, torch.randn(4, 5, 32), cases=4, threads=1)
     assert report.passed
     assert not report.constant
-    assert len(report.cases) == 4
+    assert len(report.cases) == 1 + 4
     assert all(len(case.outputs) == 1 for case in report.cases)
     assert report.max_rel == max(c.outputs[0].max_rel for c in report.cases) < 1e-4
-    assert report.to_dict()["cases"][0]["shapes"] == {"x": [1, 5, 32]}
+    assert report.to_dict()["cases"][0]["shapes"] == {"x": [4, 5, 32]}
 
 
 def test_finds_other_weights(exported: ExportReport) -> None:
@@ -97,6 +97,20 @@ def test_values_that_are_not_finite_do_not_agree(tmp_path: Path) -> None:
         export_onnx(Log(), tmp_path / "m.onnx", torch.randn(2, 4))
 
 
+def test_the_example_itself_is_compared(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        """A table for the example's length, a formula for others and in graphs."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.compiler.is_exporting() or x.shape[1] != 6:
+                return x * 2
+            return x * 3
+
+    axes = {"x": {0: "batch", 1: "tokens"}}
+    with pytest.raises(VerificationError, match=r"differs .* at x \(2, 6, 4\)"):
+        export_onnx(Own(), tmp_path / "m.onnx", torch.randn(2, 6, 4), dynamic=axes)
+
+
 def test_a_model_that_accepts_too_few_sizes(tmp_path: Path) -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +164,7 @@ def test_looks_beyond_the_chunks_of_the_parts(tmp_path: Path) -> None:
         export_onnx(Around(), tmp_path / "m.onnx", x, dynamic=TOKENS)
     report = export_onnx(Around(most=30), tmp_path / "m.onnx", x, dynamic=TOKENS)
     assert report.parity is not None
-    assert report.parity.lengths == {"batch": (1, 3, 2), "tokens": (20, 1, 7)}
+    assert report.parity.lengths == {"batch": (2, 1, 3, 2), "tokens": (5, 20, 1, 7)}
 
 
 def test_looks_far_at_the_least_and_between(tmp_path: Path) -> None:
@@ -160,8 +174,8 @@ def test_looks_far_at_the_least_and_between(tmp_path: Path) -> None:
 
     report = export_onnx(Total(), tmp_path / "m.onnx", torch.randn(2, 6, 4), dynamic=TOKENS)
     assert report.parity is not None
-    assert report.parity.lengths == {"batch": (1, 3, 2), "tokens": (25, 1, 9)}
-    assert report.parity.to_dict()["lengths"]["tokens"] == [25, 1, 9]
+    assert report.parity.lengths == {"batch": (2, 1, 3, 2), "tokens": (6, 25, 1, 9)}
+    assert report.parity.to_dict()["lengths"]["tokens"] == [6, 25, 1, 9]
     assert report.ranges == report.parity.ranges == {}
 
 
@@ -183,7 +197,7 @@ def test_where_the_tracer_holds_the_graph_is_said(tmp_path: Path) -> None:
     report = export_onnx(Narrow(8), tmp_path / "m.onnx", x, dynamic=TOKENS)
     assert report.ranges == {"tokens": (2, 8)}
     assert report.parity is not None
-    assert report.parity.lengths["tokens"] == (8, 1, 7)
+    assert report.parity.lengths["tokens"] == (5, 8, 1, 7)
     with pytest.raises(
         VerificationError, match=r"holds from 2 to 8 'tokens' only.*another example"
     ):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.export import Session, VerificationError, export_onnx
 from effformer.models import DiT
 from effformer.models.dit import PRESETS
 from torch import Tensor
@@ -230,6 +231,31 @@ def test_changed_position_tables_need_learned_positions() -> None:
     torch.testing.assert_close(learned.pos_embed, state["pos_embed"])
     with pytest.raises(ValueError, match=r"x: expected shape \(B, 4, 8, 8\), got \(1, 4, 12, 12\)"):
         learned(torch.zeros(1, 4, 12, 12), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_the_table_of_a_half_file_is_exact_again() -> None:
+    state = awake().state_dict()
+    rounded = state | {"pos_embed": state["pos_embed"].bfloat16()}
+    model = effformer.build_model("dit-nano", **SMALL)
+    effformer.load_weights(model, model.LAYOUTS[0].from_ours(rounded, model.config))
+    torch.testing.assert_close(model.pos_embed, awake().pos_embed, rtol=0, atol=0)
+    once = awake().half().float()
+    effformer.load_weights(model, once.LAYOUTS[0].from_ours(once.state_dict(), once.config))
+    torch.testing.assert_close(model.pos_embed, once.pos_embed, rtol=0, atol=0)
+
+
+def test_a_changed_table_is_exported_and_not_the_formula(tmp_path: Path) -> None:
+    model = awake(depth=1)
+    every = model.dynamic_axes()
+    with torch.no_grad():
+        model.pos_embed.mul_(1.1)
+    assert model.dynamic_axes()["x"] == {0: "batch"}
+    path, given = tmp_path / "m.onnx", inputs(model, 3)
+    export_onnx(model, path, verify=False)
+    found = torch.from_numpy(Session(path).run(given)["output"])
+    torch.testing.assert_close(found, model(**given), rtol=1e-4, atol=1e-5)
+    with pytest.raises(VerificationError, match=r"differs .* at x \(2, 4, 8, 8\)"):
+        export_onnx(model, path, dynamic=every)
 
 
 def test_position_table_is_the_published_one() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.export import export_onnx
+from effformer.export import Session, export_onnx
 from effformer.models.predformer import PRESETS
 from torch import Tensor, nn
 
@@ -159,6 +159,16 @@ def test_position_table() -> None:
             angle = torch.tensor(k / 10000 ** (2 * (i // 2) / 24), dtype=torch.float64)
             expected = angle.cos() if i % 2 else angle.sin()
             assert abs(table[k, i] - expected) < 1e-6
+
+
+def test_a_changed_table_is_exported_and_not_the_formula(tmp_path: Path) -> None:
+    model, x = awake(), clip()
+    with torch.no_grad():
+        model.positions.mul_(1.1)
+    assert model.dynamic_axes() == {"x": {0: "batch"}}
+    export_onnx(model, tmp_path / "m.onnx", verify=False)
+    found = torch.from_numpy(Session(tmp_path / "m.onnx").run({"x": x})["output"])
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_other_sizes_have_their_own_positions() -> None:

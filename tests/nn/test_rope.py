@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+from closeness import assert_close
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 from effformer.nn.rope import GridRope
+from effformer.places import Rope
 
 
 def test_every_coordinate_turns_its_own_channels() -> None:
@@ -47,3 +51,17 @@ def test_scores_hang_on_differences_of_places() -> None:
 def test_widths_that_do_not_fit_are_refused(options: dict, axes: int, match: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ValueError, match=match):
         GridRope(GridRope.Config(**options), 16, heads=1, depth=1, axes=axes)
+
+
+def test_one_compiled_graph_serves_every_slice_of_the_tables() -> None:
+    def turned(text: Tensor, table: Tensor) -> Tensor:
+        rows = slice(text.shape[1], None)
+        return Rope(table, table, interleaved=False).tokens(rows).query(table[:, :, rows])
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(turned, fullgraph=True, dynamic=True, backend="eager")
+    for n in (6, 3, 12):
+        text, table = torch.randn(2, n, 5), torch.randn(1, 1, n + 20, 4)
+        assert_close(compiled(text, table), turned(text, table), rtol=1e-6, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
