@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effformer.config import Config as BaseConfig
-from effformer.ffn import FFNConfig
+from effformer.ffn import InnerConfig
 from effformer.nn.activations import Activation
 from effformer.registry import Caps, block
 from effformer.site import Site
@@ -69,7 +69,7 @@ class Macaron(Block):
         site: Site,
         *,
         attn: BaseConfig,
-        ffn: FFNConfig,
+        ffn: InnerConfig,
         cross: BaseConfig | None = None,
     ) -> None:
         if config.post_norm and site.cond_dim is not None:
