@@ -22,6 +22,8 @@ from .dynamic import (
     sort_by_magnitude,
 )
 from .kernels import optimize
+from .plan import Plan, plan
+from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
@@ -37,20 +39,30 @@ __all__ = [
     "GateTable",
     "KeptLayer",
     "LearnerDistillation",
+    "Masks",
     "MatMulNBits",
     "PackedLayer",
+    "Plan",
+    "PruneReport",
+    "PruneScheme",
     "QuantEmbedding",
     "QuantLinear",
     "Report",
+    "SparseScheme",
     "WorkTarget",
     "acmize",
+    "cut",
     "dequantize",
     "gate_tables",
+    "importance",
     "optimize",
+    "plan",
     "prepare_widths",
+    "prune",
     "quantize",
     "quantize_",
     "replay",
     "restore",
     "sort_by_magnitude",
+    "sparsify",
 ]
