@@ -7,6 +7,7 @@ if not __name__.startswith("effformer."):
         "import effformer.compress, not compress: a second copy of every class would be loaded"
     )
 
+from .distill import Distillation
 from .dynamic import (
     AdaptiveReport,
     AdaptiveScheme,
@@ -34,6 +35,7 @@ __all__ = [
     "AdaptiveReport",
     "AdaptiveScheme",
     "Budgeted",
+    "Distillation",
     "Frugal",
     "GatePretraining",
     "GateTable",
