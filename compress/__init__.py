@@ -7,6 +7,7 @@ if not __name__.startswith("effformer."):
         "import effformer.compress, not compress: a second copy of every class would be loaded"
     )
 
+from .adapt import LoRA, adapt, adapter_scale, load_adapter, merge, save_adapter, unadapt
 from .distill import Distillation
 from .dynamic import (
     AdaptiveReport,
@@ -41,6 +42,7 @@ __all__ = [
     "GateTable",
     "KeptLayer",
     "LearnerDistillation",
+    "LoRA",
     "Masks",
     "MatMulNBits",
     "PackedLayer",
@@ -53,10 +55,14 @@ __all__ = [
     "SparseScheme",
     "WorkTarget",
     "acmize",
+    "adapt",
+    "adapter_scale",
     "cut",
     "dequantize",
     "gate_tables",
     "importance",
+    "load_adapter",
+    "merge",
     "optimize",
     "plan",
     "prepare_widths",
@@ -65,6 +71,8 @@ __all__ = [
     "quantize_",
     "replay",
     "restore",
+    "save_adapter",
     "sort_by_magnitude",
     "sparsify",
+    "unadapt",
 ]
