@@ -7,6 +7,8 @@ if not __name__.startswith("effformer."):
         "import effformer.compress, not compress: a second copy of every class would be loaded"
     )
 
+from .adapt import LoRA, adapt, adapter_scale, load_adapter, merge, save_adapter, unadapt
+from .distill import Distillation
 from .dynamic import (
     AdaptiveReport,
     AdaptiveScheme,
@@ -22,6 +24,8 @@ from .dynamic import (
     sort_by_magnitude,
 )
 from .kernels import optimize
+from .plan import Plan, plan
+from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
@@ -32,25 +36,43 @@ __all__ = [
     "AdaptiveReport",
     "AdaptiveScheme",
     "Budgeted",
+    "Distillation",
     "Frugal",
     "GatePretraining",
     "GateTable",
     "KeptLayer",
     "LearnerDistillation",
+    "LoRA",
+    "Masks",
     "MatMulNBits",
     "PackedLayer",
+    "Plan",
+    "PruneReport",
+    "PruneScheme",
     "QuantEmbedding",
     "QuantLinear",
     "Report",
+    "SparseScheme",
     "WorkTarget",
     "acmize",
+    "adapt",
+    "adapter_scale",
+    "cut",
     "dequantize",
     "gate_tables",
+    "importance",
+    "load_adapter",
+    "merge",
     "optimize",
+    "plan",
     "prepare_widths",
+    "prune",
     "quantize",
     "quantize_",
     "replay",
     "restore",
+    "save_adapter",
     "sort_by_magnitude",
+    "sparsify",
+    "unadapt",
 ]

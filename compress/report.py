@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from effformer.weights import once
 
-__all__ = ["KeptLayer", "PackedLayer", "Report", "file_bytes"]
+__all__ = ["KeptLayer", "PackedLayer", "Report", "file_bytes", "relative_error", "size_text"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,16 +98,26 @@ class Report:
                 f"{layer.error:>8.2%}  {layer.ratio:>5.3f}x"
             )
         for kept in self.kept:
-            lines.append(f"{kept.name:<{wide}}  kept: {kept.reason} ({_size(kept.bytes)})")
+            lines.append(f"{kept.name:<{wide}}  kept: {kept.reason} ({size_text(kept.bytes)})")
         lines.append(
-            f"file: {_size(self.bytes_before)} -> {_size(self.bytes_after)} ({self.ratio:.3f}x)"
+            f"file: {size_text(self.bytes_before)} -> {size_text(self.bytes_after)} ({self.ratio:.3f}x)"
         )
         if self.output_error is not None:
             lines.append(f"relative output error: {self.output_error:.2%}")
         return "\n".join(lines)
 
 
-def _size(count: int) -> str:
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """``||a - e|| / ||e||`` over all tensors, 0 if both are zero."""
+    square = sum(
+        float((a.double() - e).square().sum()) for a, e in zip(actual, expected, strict=True)
+    )
+    norm = sum(float(e.double().square().sum()) for e in expected)
+    return (square / norm) ** 0.5 if norm > 0 else square**0.5
+
+
+def size_text(count: int) -> str:
+    """Bytes in words."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

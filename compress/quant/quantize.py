@@ -18,7 +18,7 @@ from effformer.checks import FormatError
 from effformer.config import Spec
 from effformer.wrapped import unwrapping
 
-from ..report import KeptLayer, PackedLayer, Report, file_bytes
+from ..report import KeptLayer, PackedLayer, Report, file_bytes, relative_error
 from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
 from .foreign import opened
@@ -125,7 +125,7 @@ def quantize_(
     _record(model, packed)
     error = None
     if reference is not None and inputs is not None:
-        error = _relative(_run(model, inputs), reference)
+        error = relative_error(_run(model, inputs), reference)
     return Report(
         layers=tuple(layers), kept=tuple(kept), output_error=error,
         bytes_before=before, bytes_after=file_bytes(model.state_dict()),
@@ -253,7 +253,7 @@ def _describe(name: str, dense: Dense, packed: Packed) -> PackedLayer:
         name=name,
         scheme=packed.scheme.name,
         shape=tuple(weight.shape),
-        error=_relative([packed.weight], [weight]),
+        error=relative_error([packed.weight], [weight]),
         bytes_before=weight.numel() * weight.element_size(),
         bytes_after=sum(t.numel() * t.element_size() for t in packed.tensors().values()),
     )
@@ -274,12 +274,3 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     if floats := [x.clone() for x in found if x.is_floating_point()]:
         return floats
     raise TypeError(f"quantize: {type(model).__name__} returns no floating-point tensor to compare")
-
-
-def _relative(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """``||a - e|| / ||e||`` over all tensors, 0 if both are zero."""
-    square = sum(
-        float((a.double() - e).square().sum()) for a, e in zip(actual, expected, strict=True)
-    )
-    norm = sum(float(e.double().square().sum()) for e in expected)
-    return (square / norm) ** 0.5 if norm > 0 else square**0.5

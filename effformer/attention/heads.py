@@ -92,8 +92,8 @@ class Heads(Mixer):
                 f"{self.where}: width {site.dim} is not divisible by {site.heads} heads; "
                 "change heads or give head_dim"
             )
-        self.heads = site.heads
         self.head_dim = config.head_width(site.dim, site.heads)
+        self.heads = config.head_count(site.heads)
         self.value_dim = config.value_dim or self.head_dim
         self.q_heads = config.qk_heads or self.heads
         self.k_heads = config.qk_heads or config.kv_heads or self.heads
@@ -327,6 +327,24 @@ class Heads(Mixer):
         return self.heads
 
     @property
+    def bundle(self) -> int:
+        """How many heads beside each other can only be cut together: those of one key."""
+        return self.heads // min(self.q_heads, self.k_heads, self.v_heads)
+
+    def _bundled(self, units: Tensor, count: int) -> Tensor:
+        """Which of ``count`` queries, keys or values these heads read."""
+        each = self.heads // count
+        if each == 1:
+            return units
+        whole = units.view(-1, each) if len(units) % each == 0 else units[:, None]
+        first = whole[:, :1] // each
+        if not torch.equal(whole, first * each + torch.arange(each, device=units.device)):
+            raise CapabilityError(
+                f"{self.where}: {each} heads share a key each, and can only be cut together"
+            )
+        return first[:, 0]
+
+    @property
     def cut(self) -> tuple[nn.Module, ...]:
         """The projections."""
         ends = (self.proj,) if self.closes else ()
@@ -346,20 +364,25 @@ class Heads(Mixer):
         """The same with some of the heads: rows of the input projections, columns of ``proj``.
 
         Raises:
-            CapabilityError: heads share keys, a norm or learners, so that they cannot be taken apart.
+            CapabilityError: heads share a norm or learners, so that they cannot be taken apart, or
+                keys that others of them keep: those go in bundles of `bundle`.
         """
-        if (why := self.config.joined) is not None:
+        if (why := self.config.inseparable) is not None:
             raise CapabilityError(f"{self.where}: cannot be cut to some heads, because it {why}")
         q, k, _ = self._widths()
-        keys, values = spread(units, self.head_dim), spread(units, self.value_dim)
+        own = [self._bundled(units, n) for n in (self.q_heads, self.k_heads, self.v_heads)]
+        values = spread(units, self.value_dim)
+        rows_q, rows_k = (spread(one, self.head_dim) for one in own[:2])
+        rows_v = spread(own[2], self.value_dim)
         small = twin(self)
-        small.heads = small.q_heads = small.k_heads = small.v_heads = len(units)
+        small.heads = len(units)
+        small.q_heads, small.k_heads, small.v_heads = map(len, own)
         small.site = replace(self.site, heads=len(units))
         if self.cross:
-            small.q = cut_linear(self.q, rows=keys)  # type: ignore[arg-type]
-            small.kv = cut_linear(self.kv, rows=torch.cat([keys, values + k]))
+            small.q = cut_linear(self.q, rows=rows_q)  # type: ignore[arg-type]
+            small.kv = cut_linear(self.kv, rows=torch.cat([rows_k, rows_v + k]))
         else:
-            rows = torch.cat([keys, keys + q, values + q + k])
+            rows = torch.cat([rows_q, rows_k + q, rows_v + q + k])
             small.qkv = cut_linear(self.qkv, rows=rows)
             if self.config.short_conv:
                 small.conv = self.conv.select(rows)

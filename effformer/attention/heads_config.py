@@ -26,7 +26,8 @@ class HeadsConfig(Config):
         qk_norm: queries and keys are normalised before the core (and before rotary embedding), per
             head (True) or over all heads together ("across-heads"); of which kind, the model says.
         qk_norm_eps: epsilon of these norms; None means that of the model's norms.
-        head_dim: width K of a query or key; None means dim / heads.
+        heads: number of heads here; None means that of the model. They are as wide as the model's.
+        head_dim: width K of a query or key; None means the model's dim / heads.
         value_dim: width V of a value, for cores that take another one; None means K.
         kv_heads: number of key and value heads, each shared by heads / kv_heads query heads
             (grouped-query attention); None means one per query head.
@@ -47,6 +48,7 @@ class HeadsConfig(Config):
     proj: bool = True
     qk_norm: bool | Literal["across-heads"] = False
     qk_norm_eps: Positive | None = None
+    heads: Count | None = None
     head_dim: Count | None = None
     value_dim: Count | None = None
     kv_heads: Count | None = None
@@ -67,9 +69,14 @@ class HeadsConfig(Config):
 
     @property
     def joined(self) -> str | None:
-        """Why heads cannot be taken apart, None if they can."""
+        """Why heads cannot be taken apart one by one, None if they can."""
         if self.kv_heads is not None or self.qk_heads is not None:
             return "lets heads share keys (kv_heads=None and qk_heads=None would do)"
+        return self.inseparable
+
+    @property
+    def inseparable(self) -> str | None:
+        """Why not even heads that share no keys can be taken apart, None if they can."""
         if self.qk_norm == "across-heads":
             return "lets heads share a norm (qk_norm=True or False would do)"
         if isinstance(self.gate, OutputGate) and self.gate.norm == "groups":
@@ -80,8 +87,12 @@ class HeadsConfig(Config):
             return "has heads that are the output (proj=True would do)"
         return None
 
+    def head_count(self, heads: int) -> int:
+        """Number of heads in a model of ``heads`` heads."""
+        return self.heads or heads
+
     def head_width(self, dim: int, heads: int) -> int:
-        """Width K of a query or key."""
+        """Width K of a query or key in a model of ``heads`` heads."""
         return self.head_dim or dim // heads
 
 

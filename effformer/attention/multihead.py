@@ -107,7 +107,8 @@ class Attention(Heads):
             """
             width = self.head_width(site.dim, site.heads)
             values = self.value_dim or width
-            grouped = self.qk_heads not in (None, site.heads) or values != width
+            heads = self.head_count(site.heads)
+            grouped = self.qk_heads not in (None, heads) or values != width
             if grouped and not self.core.GROUPED:
                 able = ", ".join(e.name for e in core if getattr(e.config, "GROUPED", False))
                 raise CapabilityError(
@@ -120,7 +121,8 @@ class Attention(Heads):
             """The core alone, between heads at a site."""
             width = self.head_width(site.dim, site.heads)
             values = self.value_dim or width
-            inside = replace(site, dim=site.heads * width, out_dim=site.heads * values)
+            heads = self.head_count(site.heads)
+            inside = replace(site, heads=heads, dim=heads * width, out_dim=heads * values)
             made: Core = self.core.build(inside)
             return made
 

@@ -60,10 +60,17 @@ class Retention(GatedCore):
         super().__init__(config, site)
         # whole numbers stay exact in a model of half precision
         self.register_buffer("head", torch.arange(site.heads), persistent=False)
+        self.numbers = tuple(range(site.heads))
 
     def reset_buffers(self) -> None:
         """Number the heads again."""
-        self.head = torch.arange(self.site.heads, device=self.head.device)
+        self.head = torch.tensor(self.numbers, device=self.head.device)
+
+    def select(self, heads: Tensor) -> GatedCore:
+        small = super().select(heads)
+        assert isinstance(small, Retention)
+        small.numbers = tuple(self.numbers[i] for i in heads.tolist())
+        return small
 
     def terms(self, q: Tensor, k: Tensor, v: Tensor, **further: Tensor) -> Terms:
         head, site = self.head.to(torch.promote_types(v.dtype, torch.float32)), self.site

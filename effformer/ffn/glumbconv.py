@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effformer.checks import CapabilityError
 from effformer.context import EMPTY, Context
 from effformer.nn.activations import ACTIVATIONS, Activation
+from effformer.nn.cut import cut_linear, put, twin
 from effformer.registry import Caps, ffn
 from effformer.site import Site
 from effformer.values import Odd, Positive
@@ -95,6 +96,20 @@ class GLUMBConv(FFN):
         if prod(ctx.grid) > x.shape[1]:
             raise ValueError(f"{where}: grid {ctx.grid} does not fit {x.shape[1]} tokens")
         return ctx.grid
+
+    def select(self, units: Tensor) -> GLUMBConv:
+        """The network with some of its hidden channels, each with its gate."""
+        small = twin(self)
+        small.hidden = len(units)
+        both = torch.cat([units, units + self.hidden])
+        small.fc1 = cut_linear(self.fc1, rows=both)
+        small.fc2 = cut_linear(self.fc2, columns=units)
+        small.conv = twin(self.conv)
+        put(small.conv, "weight", self.conv.weight.index_select(0, both))
+        if self.conv.bias is not None:
+            put(small.conv, "bias", self.conv.bias.index_select(0, both))
+        small.conv.groups = small.conv.in_channels = small.conv.out_channels = len(both)
+        return small
 
     def macs(self, n: int) -> int:
         return n * self.hidden * (3 * self.site.dim + 2 * self.kernel**2)

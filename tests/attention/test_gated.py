@@ -260,9 +260,17 @@ def test_a_layer_of_some_heads_is_the_layer_with_the_others_at_nothing(
     same(small(x), part(x, Context(width=width)))
 
 
+def test_heads_of_one_query_are_cut_together() -> None:
+    part, x = make("gated-delta", qk_heads=2), tokens(9)
+    small = part.select(torch.tensor([2, 3]))
+    assert (small.q_heads, small.k_heads, small.v_heads, part.bundle) == (1, 1, 2, 2)
+    width = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(2, -1)
+    same(small(x), part(x, Context(width=width)))
+
+
 @pytest.mark.parametrize("options", [{"qk_heads": 2}, {"gate": {"norm": "groups"}}])
 def test_heads_that_share_cannot_be_taken_apart(options: dict[str, Any]) -> None:
-    with pytest.raises(CapabilityError, match="cannot be cut to some heads"):
+    with pytest.raises(CapabilityError, match="cannot be cut to some heads|only be cut together"):
         make("gated-delta", **options).select(torch.tensor([0]))
 
 

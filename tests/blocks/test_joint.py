@@ -281,7 +281,7 @@ def test_selected_heads_are_the_block_without_the_others(core: str, ends: bool) 
 
 
 def test_heads_that_cannot_be_cut_say_so() -> None:
-    with pytest.raises(CapabilityError, match="share keys"):
+    with pytest.raises(CapabilityError, match="share a key"):
         build({"name": "softmax", "kv_heads": 1}).select(torch.tensor([0]))
     gated = build(width="dynamic")
     assert gated.select(torch.tensor([1, 0, 2])).units == 3

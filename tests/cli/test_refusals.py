@@ -69,7 +69,9 @@ def test_damaged_models(
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("verb", ["build", "compress", "export", "sample", "convert", "train"])
+@pytest.mark.parametrize(
+    "verb", ["build", "compress", "prune", "export", "sample", "convert", "train"]
+)
 def test_targets_that_cannot_be_written(verb: str, saved: Path, tmp_path: Path) -> None:
     source = "sit-nano" if verb in ("build", "train") else str(saved)
     file = tmp_path / "file"
@@ -87,6 +89,7 @@ def test_targets_that_cannot_be_written(verb: str, saved: Path, tmp_path: Path) 
 def test_a_model_is_not_replaced_by_its_own_product(saved: Path) -> None:
     before = fingerprint(saved)
     assert "dense weights would be lost" in refusal("compress", str(saved), "-o", str(saved))
+    assert "whose weights would be lost" in refusal("prune", str(saved), "-o", str(saved))
     inside = str(saved / "model.safetensors")
     lies = refusal("convert", str(saved), "--to", "official", "-o", inside)
     assert "lies inside" in lies
@@ -206,6 +209,7 @@ def test_memory_that_does_not_suffice(monkeypatch: pytest.MonkeyPatch, saved: Pa
     ("verb", "broken"),
     [
         ("compress", "effformer.io.save_pretrained"),
+        ("prune", "effformer.io.save_pretrained"),
         ("export", "effformer.export.export_bundle"),
         ("convert", "effformer.io.save_weights"),
         ("sample", "effformer.export.run.write_image"),
@@ -302,14 +306,26 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize(
     "verb",
-    ["show", "profile", "bench", "sample", "compress", "export", "verify", "convert", "train"],
+    [
+        "show",
+        "profile",
+        "bench",
+        "sample",
+        "compress",
+        "prune",
+        "export",
+        "verify",
+        "convert",
+        "train",
+    ],
 )
 def test_files_of_every_wrong_kind(
     verb: str, strange: list[Path], saved: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out.png")
     options = {
-        "sample": ["-o", out], "compress": ["-o", out], "export": ["-o", out], "train": ["-o", out],
+        "sample": ["-o", out], "compress": ["-o", out], "prune": ["-o", out],
+        "export": ["-o", out], "train": ["-o", out],
         "verify": [str(saved)], "convert": ["-m", "sit-nano", "-o", out],
     }  # fmt: skip
     for path in strange:

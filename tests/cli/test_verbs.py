@@ -377,6 +377,28 @@ def test_compress(saved: Path, tmp_path: Path) -> None:
     assert "did you mean" in refusal("compress", str(saved), "--scheme", "nf5", "-o", "x")
 
 
+def test_prune(saved: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    data = answer("prune", str(saved), "--keep", "0.5", "-o", str(half))
+    assert data["params_ratio"] < 1
+    assert effformer.load_model(half).config.ffn.hidden < effformer.load_model(
+        saved
+    ).config.ffn.width(48)
+    words = ("--scheme", "activation", "--data", "digits", "--samples", "32", "--units", "channels")
+    text = invoke("prune", str(saved), "--params", "0.8", *words, "-o", str(tmp_path / "p")).stdout
+    assert "relative output error" in text
+    out = ("-o", str(tmp_path / "x"))
+    assert "cannot be met" in refusal("prune", str(saved), "--macs", "0.01", *out)
+    assert "got keep and macs" in refusal(
+        "prune", str(saved), "--macs", "0.5", "--keep", "0.5", *out
+    )
+    assert "matches no module" in refusal("prune", str(saved), "--where", "blokcs.*", *out)
+    assert "'magnitude'" in refusal("prune", str(saved), "--scheme", "magnitud", *out)
+    assert "is measured on data=" in refusal("prune", str(saved), "--scheme", "taylor", *out)
+    assert "Add --out" in refusal("prune", str(saved))
+    assert not (tmp_path / "x").exists()
+
+
 def test_convert(tmp_path: Path) -> None:
     folder, there = tmp_path / "dit", tmp_path / "official.safetensors"
     invoke("build", "dit-nano", "-o", str(folder))
