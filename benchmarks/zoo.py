@@ -34,8 +34,10 @@ from effformer.site import Site
 
 DIM, HEADS = 384, 6
 TOKENS, SMALL_TOKENS = (256, 1024, 4096, 16384), (64, 256)
-RUNS, PATIENCE = 5, 20.0
-"""Calls that are timed, fewer where they would take more than so many seconds."""
+RUNS, PATIENCE, LIMIT = 5, 5.0, 1500.0
+"""Calls that are timed, fewer where they would take more than so many seconds; a form that takes more
+than so many milliseconds at a length is not measured at greater ones.
+"""
 HYBRID = ("gated-delta", "softmax", 3)
 SHOWN = ("softmax", "flow", "sana", "gated-delta", "gated-delta 3:1 softmax")
 RESULTS = Path(__file__).parent / "results"
@@ -207,6 +209,8 @@ def main(*, small: bool = False, only: Sequence[str] = ()) -> None:
                     continue
                 lines.append(line)
                 print(f"{name:24} {tokens:6} {line.milliseconds:10.2f} ms", file=sys.stderr)
+                if line.milliseconds > LIMIT:
+                    break
         mixed = {n: hybrid(n) for n in sizes}
     keep = not small and not only
     if keep:
@@ -237,6 +241,7 @@ def _notes(mixed: dict[int, float]) -> list[str]:
         "ratio: time over that of softmax of the same direction",
         f"all lengths, memory, work and states: `zoo.csv`; {count} layers of {name} to one of {other}, "
         f"per layer: {times}",
+        f"forms that take more than {LIMIT / 1e3:g} s at some length were not measured beyond it",
         "time is CPU time of one thread, so that other work on the machine counts for little",
     ]
 
