@@ -22,7 +22,7 @@ from .dynamic import (
     sort_by_magnitude,
 )
 from .kernels import optimize
-from .quant import MatMulNBits, QuantEmbedding, QuantLinear
+from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
 from .transforms import replay, restore
@@ -50,6 +50,7 @@ __all__ = [
     "prepare_widths",
     "quantize",
     "quantize_",
+    "recording",
     "replay",
     "restore",
     "sort_by_magnitude",

@@ -5,14 +5,18 @@ load.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from effformer import registry
-from effformer.calls import Inputs, check_parts, run
+from effformer.calls import Call, Inputs, bind, check_parts, evaluating
 from effformer.checks import FormatError
 from effformer.config import Spec
 from effformer.wrapped import unwrapping
@@ -20,9 +24,12 @@ from effformer.wrapped import unwrapping
 from ..report import KeptLayer, PackedLayer, Report, file_bytes
 from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
+from .calibrate import Data, Seen, calls, observe
+from .fold import points
 from .foreign import opened
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
 from .schemes import Scheme, make_scheme
+from .smooth import Smoothed
 from .swap import irreplaceable, swap
 
 __all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
@@ -50,29 +57,35 @@ def quantize(
     skip: Where = (),
     sensitive: Spec | None = "int8",
     backend: str = "torch",
+    data: Data | None = None,
     inputs: Inputs | None = None,
 ) -> tuple[M, Report]:
     """A copy of a model with packed weights in its linear layers and embeddings, and a report.
 
     Args:
         model: any module.
-        scheme: "int8", "int4", "nf4", "fp4", "int8-dynamic", "llm-int8"; a dict with options
-            ({"name": "int8", "block": 32}), or a Config.
+        scheme: a name ("int8", "nf4", "gptq", ...: ``effformer list quantizers``), a dict with
+            options ({"name": "int8", "block": 32}), or a Config. Schemes around another one name it
+            ({"name": "rotate", "scheme": "gptq"}).
         where: glob patterns of module paths; a match covers everything below it ("blocks.*.ffn").
         skip: patterns of layers that stay in floating point.
         sensitive: scheme of the layers in `SENSITIVE` if ``scheme`` has fewer than 8 bits; None
             makes no exception.
         backend: "torch", "bitsandbytes" (same bytes, its kernels) or "auto"; sensitive layers are
             always decoded by torch.
+        data: calibration data of the schemes that look at the inputs of layers: named tensors whose
+            first axis counts samples, a data set, or batches of them; what `recording` has kept. Names
+            that the model does not take are left out. Memory does not grow with their number.
         inputs: named tensors (or one tensor, or a tuple), to measure the relative error of all
-            tensors that the model returns.
+            tensors that the model returns; None: the first batch of ``data``.
 
     Returns:
         The new model and what was done.
 
     Raises:
-        ValueError: a pattern matches nothing, a chosen layer is already quantized or not finite, or
-            the model has no layer that can be quantized.
+        ValueError: a pattern matches nothing, a chosen layer is already quantized or not finite, the
+            model has no layer that can be quantized, or the data are missing, empty, not finite or do
+            not fit the model.
 
     Example:
         >>> import torch
@@ -84,7 +97,7 @@ def quantize(
     check_parts(model, where="quantize")
     options: dict[str, Any] = {"skip": skip, "sensitive": sensitive, "backend": backend}
     changed = copy.deepcopy(model)
-    return changed, quantize_(changed, scheme, where, **options, inputs=inputs)
+    return changed, quantize_(changed, scheme, where, **options, data=data, inputs=inputs)
 
 
 @unwrapping
@@ -96,6 +109,7 @@ def quantize_(
     skip: Where = (),
     sensitive: Spec | None = "int8",
     backend: str = "torch",
+    data: Data | None = None,
     inputs: Inputs | None = None,
 ) -> Report:
     """`quantize` in place; if it raises, the model is as it was."""
@@ -105,28 +119,139 @@ def quantize_(
     if sensitive is not None and main.bits < 8:
         careful = make_scheme(sensitive, where="quantize: sensitive")
     before = file_bytes(model.state_dict())
-    reference = None if inputs is None else _run(model, inputs)
-    packed: dict[str, Packed] = {}
-    layers = []
+    call = None if inputs is None else bind(model, inputs, where="quantize")
+    if data is not None:
+        first, data = _first(model, data)
+        call = call or first
+    reference = None if call is None else _run(model, call)
     with opened(model):
         chosen, kept = _choose(model, patterns(where), patterns(skip))
-        for name, dense in chosen.items():
-            tied = [n for n, other in chosen.items() if other.weight is dense.weight]
-            used = careful if any(covers(SENSITIVE, n) for n in tied) else main
-            by = backend if used is main else "torch"  # the few layers of another format
-            packed[name] = _pack(dense, used, by, f"{name}.weight")
-            if tied[0] != name:
-                packed[name].tie(packed[tied[0]])
-            layers.append(_describe(name, dense, packed[name]))
+        plan = _plan(chosen, main, careful)
+        seen = _look(model, plan, data)
+        with _undone() as touched:
+            _fold(model, plan, seen, call, touched)
+            packed = {name: _pack(name, one, seen, backend) for name, one in plan.items()}
+            for name, one in plan.items():
+                if one.first != name:
+                    packed[name].tie(packed[one.first])
+            layers = [_describe(name, plan[name], layer) for name, layer in packed.items()]
         swap(model, {chosen[name]: layer for name, layer in packed.items()})
     _record(model, packed)
     error = None
-    if reference is not None and inputs is not None:
-        error = _relative(_run(model, inputs), reference)
+    if reference is not None and call is not None:
+        error = _relative(_run(model, call), reference)
     return Report(
         layers=tuple(layers), kept=tuple(kept), output_error=error,
         bytes_before=before, bytes_after=file_bytes(model.state_dict()),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What becomes of a layer.
+
+    Attributes:
+        dense: the layer.
+        scheme: its format.
+        main: it is the scheme that was asked for, not that of sensitive layers.
+        first: path of the first layer with the same weight.
+        scale: factor (K,) of the weight whose inverse is folded into what makes the inputs.
+        label: what the report calls the scheme.
+    """
+
+    dense: Dense
+    scheme: Scheme
+    main: bool
+    first: str
+    label: str
+    scale: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is rounded."""
+        weight = self.dense.weight.detach()
+        return weight if self.scale is None else weight * self.scale.to(weight)
+
+
+def _plan(chosen: Mapping[str, Dense], main: Scheme, careful: Scheme) -> dict[str, _Planned]:
+    """Formats by path; layers that share a weight share its format."""
+    plan = {}
+    for name, dense in chosen.items():
+        tied = [n for n, other in chosen.items() if other.weight is dense.weight]
+        used = careful if any(covers(SENSITIVE, n) for n in tied) else main
+        is_main = used is main
+        if any(isinstance(chosen[n], nn.Embedding) for n in tied):
+            used = used.of_table()
+        plan[name] = _Planned(dense, used, is_main, tied[0], used.name)
+    return plan
+
+
+def _first(model: nn.Module, data: Data) -> tuple[Call, Data]:
+    """The first batch as a call, and data that still hold it."""
+    where = "quantize: data"
+    if not isinstance(data, Iterator):
+        return next(calls(model, data, where=where)), data
+    head = list(itertools.islice(data, 1))
+    return next(calls(model, head, where=where)), itertools.chain(head, data)
+
+
+def _look(
+    model: nn.Module, plan: Mapping[str, _Planned], data: Data | None
+) -> dict[nn.Module, Seen]:
+    """Statistics of the inputs of the layers whose schemes ask for them."""
+    wants: dict[nn.Module, Any] = {p.dense: p.scheme.wants for p in plan.values() if p.scheme.wants}
+    if not wants:
+        return {}
+    if data is None:
+        name = next(p.scheme.name for p in plan.values() if p.scheme.wants)
+        raise ValueError(
+            f"quantize: scheme {name!r} looks at the inputs of layers, but there are no calibration "
+            "data; give data=, a dict of named tensors or batches of them, or take a scheme such as "
+            "'hqq' that needs none"
+        )
+    return observe(model, wants, data, where="quantize: data")
+
+
+def _fold(
+    model: nn.Module,
+    plan: dict[str, _Planned],
+    seen: Mapping[nn.Module, Seen],
+    call: Call | None,
+    touched: dict[nn.Parameter, Tensor],
+) -> None:
+    """Give the divisions of smoothing schemes to norms and modulations where that is exact."""
+    paths = {
+        p.dense: n for n, p in plan.items() if isinstance(p.scheme, Smoothed) and p.dense in seen
+    }
+    able = [n for n in paths.values() if plan[n].scheme.config.fold]
+    if not able or call is None:
+        return
+    for point in points(model, call):
+        names = [paths.get(reader) for reader in point.readers]
+        if not all(name in able for name in names):
+            continue
+        scheme: Any = plan[str(names[0])].scheme
+        if any(plan[str(name)].scheme is not scheme for name in names):
+            continue
+        stacked = torch.cat([reader.weight.detach() for reader in point.readers])
+        scale = scheme.scale(stacked, seen[point.readers[0]])
+        touched.update({p: p.detach().clone() for p in point.parameters if p not in touched})
+        point.divide(scale)
+        for name in map(str, names):
+            plan[name] = replace(plan[name], scale=scale, label=f"{scheme.name}, folded")
+
+
+@contextmanager
+def _undone() -> Iterator[dict[nn.Parameter, Tensor]]:
+    """Parameters with their values, which are given back if the block raises."""
+    before: dict[nn.Parameter, Tensor] = {}
+    try:
+        yield before
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
+        raise
 
 
 @unwrapping
@@ -237,17 +362,30 @@ def _kept(
     return out
 
 
-def _pack(dense: Dense, scheme: Scheme, backend: str, where: str) -> Packed:
-    if isinstance(dense, nn.Linear):
-        return QuantLinear.from_dense(dense, scheme.config, backend=backend, where=where)
-    return QuantEmbedding.from_dense(dense, scheme.config, backend=backend, where=where)
+def _pack(name: str, one: _Planned, seen: Mapping[nn.Module, Seen], backend: str) -> Packed:
+    scheme: Any = one.scheme
+    backend = backend if one.main else "torch"  # the few layers of another format
+    statistics = seen.get(one.dense)
+    if one.scale is not None:
+        assert statistics is not None
+        statistics = statistics.scaled(one.scale)
+    kind = QuantLinear if isinstance(one.dense, nn.Linear) else QuantEmbedding
+    config = scheme.config if one.scale is None else scheme.inner.config
+    packed: Packed = kind.like(one.dense, config, backend=backend)  # type: ignore[arg-type]
+    weight = one.weight
+    if one.scale is not None:
+        weight = scheme.weight_for(weight, statistics)
+    packed.pack(weight, where=f"{name}.weight", seen=statistics)
+    if isinstance(packed, QuantLinear):
+        packed.register_parameter("bias", one.dense.bias)  # type: ignore[arg-type]
+    return packed
 
 
-def _describe(name: str, dense: Dense, packed: Packed) -> PackedLayer:
-    weight = dense.weight.detach()
+def _describe(name: str, one: _Planned, packed: Packed) -> PackedLayer:
+    weight = one.weight
     return PackedLayer(
         name=name,
-        scheme=packed.scheme.name,
+        scheme=one.label,
         shape=tuple(weight.shape),
         error=_relative([packed.weight], [weight]),
         bytes_before=weight.numel() * weight.element_size(),
@@ -264,8 +402,9 @@ def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
         record(model, "quantize", {"scheme": config, "layers": names})
 
 
-def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    found = run(model, inputs, where="quantize")
+def _run(model: nn.Module, call: Call) -> list[Tensor]:
+    with evaluating(model):
+        found = call.run(model)
     # copied: a model may return a buffer that its next call writes into
     if floats := [x.clone() for x in found if x.is_floating_point()]:
         return floats
