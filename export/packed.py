@@ -2,7 +2,7 @@
 elsewhere.
 
 Row formats with a block size of the kernel become ``com.microsoft.MatMulNBits``, nf4 and fp4
-``com.microsoft.MatMulBnb4``. Every other format exports as the operators of its own ``decode``, which
+``com.microsoft.MatMulBnb4``, on targets that ask for it. Every other format exports as the operators of its own ``decode``, which
 stay in the graph: the file holds the packed codes, and ONNX Runtime decodes them once, when it loads
 the graph.
 """
@@ -10,7 +10,7 @@ the graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +66,13 @@ class KernelLinear(nn.Module):
 
 
 @contextmanager
-def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
+def kernels_for(model: nn.Module, kernels: Collection[str], accuracy_level: int) -> Iterator[bool]:
     """Put `KernelLinear` in the place of every `QuantLinear` that has that form; undone on leaving.
 
     Args:
         model: the model.
-        accuracy_level: of MatMulNBits; None: the runtime does not have it.
+        kernels: operators that the target has.
+        accuracy_level: of MatMulNBits.
 
     Yields:
         Whether the model holds any packed weight.
@@ -81,12 +82,12 @@ def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
     try:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if accuracy_level is None or not isinstance(child, QuantLinear) or hooked(child):
+                if not isinstance(child, QuantLinear) or hooked(child):
                     continue
                 if child.dtype != torch.float32:  # the kernel wants scales of the activations' type
                     continue
                 weight = None if child in made else child.kernel()
-                if weight is not None:
+                if weight is not None and weight.op in kernels:
                     made[child] = KernelLinear(weight, child, accuracy_level)
                 if child in made:
                     replaced.append((parent, name, child))

@@ -19,7 +19,9 @@ from effformer.checks import is_refusal, reason
 
 from .histogram import Histogram
 
-__all__ = ["TIMES", "Data", "Seen", "Want", "batches", "observe", "recording"]
+__all__ = [
+    "TIMES", "Data", "Seen", "Want", "attempt", "batches", "calls", "observe", "recording",
+]  # fmt: skip
 
 Data = Inputs | Iterable[Inputs]
 """Named tensors whose first axis counts samples, a `effformer.train.Dataset`, or batches of such."""
@@ -262,17 +264,24 @@ def _fill(model: nn.Module, made: Mapping[nn.Module, Seen], data: Data, where: s
             for index, call in enumerate(calls(model, data, where=where)):
                 known = call.tensors
                 times[0] = next((known[n] for n in _TIME if n in known), None)
-                try:
-                    call.run(model)
-                except Exception as error:
-                    if not is_refusal(error) and not isinstance(error, RuntimeError | IndexError):
-                        raise
-                    raise ValueError(
-                        f"{where}: batch {index} does not fit the model: {reason(error)}"
-                    ) from error
+                attempt(model, call, where=f"{where}: batch {index}")
     finally:
         for handle in handles:
             handle.remove()
+
+
+def attempt(model: nn.Module, call: Call, *, where: str) -> list[Tensor]:
+    """What a model makes of a call.
+
+    Raises:
+        ValueError: the call does not fit it.
+    """
+    try:
+        return call.run(model)
+    except Exception as error:
+        if not is_refusal(error) and not isinstance(error, RuntimeError | IndexError):
+            raise
+        raise ValueError(f"{where} does not fit the model: {reason(error)}") from error
 
 
 def calls(model: nn.Module, data: Data, *, where: str) -> Iterator[Call]:

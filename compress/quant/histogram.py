@@ -12,6 +12,8 @@ __all__ = ["Histogram", "entropy_range", "percentile_range"]
 BINS = 2048
 """Bins on each side of zero."""
 
+_STRIDE = 16  # bins from one candidate of a range to the next
+
 
 class Histogram:
     """Counts of values in equal bins on both sides of zero, in constant memory.
@@ -80,7 +82,7 @@ class Histogram:
         if rule == "percentile":
             found = percentile_range(counts, edges, percentile)
         else:
-            found = entropy_range(counts, edges)
+            found = entropy_range(counts, edges, stride=_STRIDE)
         return max(min(found[0], 0.0), low), min(max(found[1], 0.0), high)
 
 
@@ -104,7 +106,7 @@ def percentile_range(counts: Tensor, edges: Tensor, percentile: float) -> tuple[
 
 
 def entropy_range(
-    counts: Tensor, edges: Tensor, *, levels: int = 128, spread_whole: bool = False
+    counts: Tensor, edges: Tensor, *, levels: int = 128, stride: int = 1, spread_whole: bool = False
 ) -> tuple[float, float]:
     """Symmetric range whose rounded distribution is nearest to the counted one.
 
@@ -116,6 +118,7 @@ def entropy_range(
         counts: (bins,) int64, the middle of the bins is zero.
         edges: (bins + 1,) float64.
         levels: steps on the whole range.
+        stride: bins from one candidate to the next.
         spread_whole: as ONNX Runtime's calibrator: a step is spread in whole numbers over all of its
             bins, empty ones too; False spreads fractions over those that are not empty.
 
@@ -124,7 +127,7 @@ def entropy_range(
     bins, middle = len(counts), len(counts) // 2
     counts = counts.double()
     best, found = math.inf, (float(edges[0]), float(edges[-1]))
-    for half in range(levels // 2, middle + 1):
+    for half in range(levels // 2, middle + 1, stride):
         start, stop = middle - half, min(middle + half + 1, bins)
         inside = counts[start:stop]
         p = inside.clone()

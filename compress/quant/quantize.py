@@ -24,7 +24,7 @@ from effformer.wrapped import unwrapping
 from ..report import KeptLayer, PackedLayer, Report, file_bytes
 from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
-from .calibrate import Data, Seen, calls, observe
+from .calibrate import Data, Seen, attempt, calls, observe
 from .fold import points
 from .foreign import opened
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
@@ -119,11 +119,15 @@ def quantize_(
     if sensitive is not None and main.bits < 8:
         careful = make_scheme(sensitive, where="quantize: sensitive")
     before = file_bytes(model.state_dict())
-    call = None if inputs is None else bind(model, inputs, where="quantize")
+    call, reference = None, None
     if data is not None:
-        first, data = _first(model, data)
-        call = call or first
-    reference = None if call is None else _run(model, call)
+        call, data = _first(model, data)
+        with evaluating(model):
+            attempt(model, call, where="quantize: data: batch 0")
+    if inputs is not None:
+        call = bind(model, inputs, where="quantize")
+    if call is not None:
+        reference = _run(model, call)
     with opened(model):
         chosen, kept = _choose(model, patterns(where), patterns(skip))
         plan = _plan(chosen, main, careful)
@@ -199,11 +203,12 @@ def _look(
     model: nn.Module, plan: Mapping[str, _Planned], data: Data | None
 ) -> dict[nn.Module, Seen]:
     """Statistics of the inputs of the layers whose schemes ask for them."""
-    wants: dict[nn.Module, Any] = {p.dense: p.scheme.wants for p in plan.values() if p.scheme.wants}
-    if not wants:
+    asking = [p for p in plan.values() if isinstance(p.dense, nn.Linear) and p.scheme.wants]
+    wants: dict[nn.Module, Any] = {p.dense: p.scheme.wants for p in asking}
+    if not asking:
         return {}
     if data is None:
-        name = next(p.scheme.name for p in plan.values() if p.scheme.wants)
+        name = asking[0].scheme.name
         raise ValueError(
             f"quantize: scheme {name!r} looks at the inputs of layers, but there are no calibration "
             "data; give data=, a dict of named tensors or batches of them, or take a scheme such as "

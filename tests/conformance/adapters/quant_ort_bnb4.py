@@ -50,7 +50,13 @@ def _node(layer: QuantLinear, x: Tensor) -> Tensor:
     pytest.importorskip("onnxscript")
     ort = pytest.importorskip("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
-        report = export_onnx(nn.Sequential(layer), Path(folder) / "layer.onnx", x, verify=False)
+        report = export_onnx(
+            nn.Sequential(layer),
+            Path(folder) / "layer.onnx",
+            x,
+            target="onnx-cpu-small",
+            verify=False,
+        )
         assert report.graph.operators.get("com.microsoft::MatMulBnb4") == 1, report.graph.operators
         session = ort.InferenceSession(str(report.path))
         (made,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
