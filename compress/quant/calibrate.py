@@ -196,57 +196,59 @@ def _cut(data: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
 
 def observe(
     model: nn.Module,
-    layers: Mapping[nn.Module, Iterable[Want]],
+    units: Iterable[Sequence[nn.Module]],
+    wants: Mapping[nn.Module, Iterable[Want]],
     data: Data,
     *,
     where: str,
-) -> dict[nn.Module, Seen]:
+) -> Iterator[dict[nn.Module, Seen | None]]:
     """Run a model over data and keep statistics of what some of its linear layers are given.
 
-    Statistics that would together be larger than the model are gathered in several passes, if the
-    data can be read several times.
+    Statistics that would together be larger than a quarter of the model are gathered in several
+    passes, if the data can be read several times.
 
     Args:
-        model: the model; it stays as it is.
-        layers: linear layers, and what is wanted of each.
+        model: the model; it stays as it is, and must do so until the last pass.
+        units: linear layers; those of a unit are looked at in one pass.
+        wants: what is wanted of each.
         data: see `Data`.
         where: verb and argument for messages, "quantize: data".
 
-    Returns:
-        Layers that were called, with their statistics.
+    Yields:
+        For every pass its layers with their statistics, None for those that were not called.
 
     Raises:
         ValueError: data without samples, with NaN or infinite values, or that do not fit the model.
     """
-    most = sum(p.numel() * p.element_size() for p in model.parameters())
-    again = not isinstance(data, Iterator)
+    most = sum(p.numel() * p.element_size() for p in model.parameters()) // 4
     names = {module: name for name, module in model.named_modules()}
-    found: dict[nn.Module, Seen] = {}
-    for group in _passes(layers, most if again else None):
-        made = {m: Seen(m.in_features, layers[m]) for m in group}  # type: ignore[arg-type]
+    for group in _passes(units, wants, None if isinstance(data, Iterator) else most):
+        made = {m: Seen(m.in_features, wants[m]) for m in group}  # type: ignore[arg-type]
         _fill(model, made, data, where)
-        found |= {m: seen for m, seen in made.items() if seen.tokens}
-    for module, seen in found.items():
-        sums = [x for x in (seen.second, seen.total, seen.peak) if x is not None]
-        if not all(x.isfinite().all() for x in sums):
-            raise ValueError(
-                f"{where}: the inputs of {names[module]!r} become NaN or infinite on these data; its "
-                "statistics would mean nothing. Leave it out with skip=, or mend the model"
-            )
-    return found
+        for module, seen in made.items():
+            sums = [x for x in (seen.second, seen.total, seen.peak) if x is not None]
+            if not all(x.isfinite().all() for x in sums):
+                raise ValueError(
+                    f"{where}: the inputs of {names[module]!r} become NaN or infinite on these data; "
+                    "its statistics would mean nothing. Leave it out with skip=, or mend the model"
+                )
+        yield {module: seen if seen.tokens else None for module, seen in made.items()}
 
 
 def _passes(
-    layers: Mapping[nn.Module, Iterable[Want]], most: int | None
+    units: Iterable[Sequence[nn.Module]],
+    wants: Mapping[nn.Module, Iterable[Want]],
+    most: int | None,
 ) -> Iterator[list[nn.Module]]:
     group: list[nn.Module] = []
     size = 0
-    for module, wants in layers.items():
-        own = 4 * int(module.in_features) ** 2 if "second" in wants else 0  # type: ignore[arg-type]
+    for unit in units:
+        widths = [int(m.in_features) for m in unit if "second" in wants[m]]  # type: ignore[arg-type]
+        own = sum(4 * width**2 for width in widths)
         if group and most is not None and size + own > most:
             yield group
             group, size = [], 0
-        group.append(module)
+        group += unit
         size += own
     if group:
         yield group

@@ -53,9 +53,15 @@ class Point:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What `divide` changes."""
-        rows: list[nn.Module] = [r.layer for r in (self.scale, self.shift) if r is not None]
-        makers = rows if self.norm is None else [self.norm]
-        return list(dict.fromkeys(p for m in makers for p in m.parameters(recurse=False)))
+        own = (p for m in self.makers for p in m.parameters(recurse=False))
+        return list(dict.fromkeys(own))
+
+    @property
+    def makers(self) -> list[nn.Module]:
+        """The modules that hold them."""
+        if self.norm is not None:
+            return [self.norm]
+        return [rows.layer for rows in (self.scale, self.shift) if rows is not None]
 
     @torch.no_grad()
     def divide(self, s: Tensor) -> None:

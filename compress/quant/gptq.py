@@ -88,7 +88,8 @@ def solve(weight: Tensor, second: Tensor, config: GPTQConfig) -> bw.RowBlocks:
     scale, zero = (x.squeeze(-1) for x in grid(cut(w, block), config))
     dead = second.diagonal() == 0
     w[:, dead] = 0
-    moments = second.float() + torch.diag(dead.float())
+    moments = second.float().clone()
+    moments.diagonal().add_(dead.float())
     order = torch.arange(k, device=w.device)
     if config.order:
         order = moments.diagonal().argsort(descending=True)
@@ -118,10 +119,13 @@ def _factor(moments: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor of the inverse; moments that are singular are damped more."""
     mean = moments.diagonal().mean()
     while True:
-        damped = moments + torch.diag(torch.full_like(moments.diagonal(), damp) * mean)
+        damped = moments.clone()
+        damped.diagonal().add_(damp * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if not int(info):
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            damped = torch.cholesky_inverse(lower)
+            del lower  # matrices of this size are what the memory is needed for
+            upper, info = torch.linalg.cholesky_ex(damped, upper=True)
             if not int(info) and bool(upper.isfinite().all()):
                 return upper
         damp *= 10

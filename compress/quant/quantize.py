@@ -7,11 +7,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -24,19 +21,17 @@ from effformer.wrapped import unwrapping
 from ..report import KeptLayer, PackedLayer, Report, file_bytes
 from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
-from .calibrate import Data, Seen, attempt, calls, observe
-from .fold import points
+from .calibrate import Data, attempt, calls
 from .foreign import opened
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
+from .plan import Packed, Planned, make_plan, pack
 from .schemes import Scheme, make_scheme
-from .smooth import Smoothed
 from .swap import irreplaceable, swap
 
 __all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
 
 M = TypeVar("M", bound=nn.Module)
 Dense = nn.Linear | nn.Embedding
-Packed = QuantLinear | QuantEmbedding
 _KINDS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding)
 
 SENSITIVE: tuple[str, ...] = ("*label_embed*", "*y_embedder*", "*final*", "*head")
@@ -130,15 +125,9 @@ def quantize_(
         reference = _run(model, call)
     with opened(model):
         chosen, kept = _choose(model, patterns(where), patterns(skip))
-        plan = _plan(chosen, main, careful)
-        seen = _look(model, plan, data)
-        with _undone() as touched:
-            _fold(model, plan, seen, call, touched)
-            packed = {name: _pack(name, one, seen, backend) for name, one in plan.items()}
-            for name, one in plan.items():
-                if one.first != name:
-                    packed[name].tie(packed[one.first])
-            layers = [_describe(name, plan[name], layer) for name, layer in packed.items()]
+        plan = make_plan(chosen, main, careful, SENSITIVE, backend)
+        packed = pack(model, plan, data, call)
+        layers = [_describe(name, plan[name], layer) for name, layer in packed.items()]
         swap(model, {chosen[name]: layer for name, layer in packed.items()})
     _record(model, packed)
     error = None
@@ -150,46 +139,6 @@ def quantize_(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """What becomes of a layer.
-
-    Attributes:
-        dense: the layer.
-        scheme: its format.
-        main: it is the scheme that was asked for, not that of sensitive layers.
-        first: path of the first layer with the same weight.
-        scale: factor (K,) of the weight whose inverse is folded into what makes the inputs.
-        label: what the report calls the scheme.
-    """
-
-    dense: Dense
-    scheme: Scheme
-    main: bool
-    first: str
-    label: str
-    scale: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is rounded."""
-        weight = self.dense.weight.detach()
-        return weight if self.scale is None else weight * self.scale.to(weight)
-
-
-def _plan(chosen: Mapping[str, Dense], main: Scheme, careful: Scheme) -> dict[str, _Planned]:
-    """Formats by path; layers that share a weight share its format."""
-    plan = {}
-    for name, dense in chosen.items():
-        tied = [n for n, other in chosen.items() if other.weight is dense.weight]
-        used = careful if any(covers(SENSITIVE, n) for n in tied) else main
-        is_main = used is main
-        if any(isinstance(chosen[n], nn.Embedding) for n in tied):
-            used = used.of_table()
-        plan[name] = _Planned(dense, used, is_main, tied[0], used.name)
-    return plan
-
-
 def _first(model: nn.Module, data: Data) -> tuple[Call, Data]:
     """The first batch as a call, and data that still hold it."""
     where = "quantize: data"
@@ -197,66 +146,6 @@ def _first(model: nn.Module, data: Data) -> tuple[Call, Data]:
         return next(calls(model, data, where=where)), data
     head = list(itertools.islice(data, 1))
     return next(calls(model, head, where=where)), itertools.chain(head, data)
-
-
-def _look(
-    model: nn.Module, plan: Mapping[str, _Planned], data: Data | None
-) -> dict[nn.Module, Seen]:
-    """Statistics of the inputs of the layers whose schemes ask for them."""
-    asking = [p for p in plan.values() if isinstance(p.dense, nn.Linear) and p.scheme.wants]
-    wants: dict[nn.Module, Any] = {p.dense: p.scheme.wants for p in asking}
-    if not asking:
-        return {}
-    if data is None:
-        name = asking[0].scheme.name
-        raise ValueError(
-            f"quantize: scheme {name!r} looks at the inputs of layers, but there are no calibration "
-            "data; give data=, a dict of named tensors or batches of them, or take a scheme such as "
-            "'hqq' that needs none"
-        )
-    return observe(model, wants, data, where="quantize: data")
-
-
-def _fold(
-    model: nn.Module,
-    plan: dict[str, _Planned],
-    seen: Mapping[nn.Module, Seen],
-    call: Call | None,
-    touched: dict[nn.Parameter, Tensor],
-) -> None:
-    """Give the divisions of smoothing schemes to norms and modulations where that is exact."""
-    paths = {
-        p.dense: n for n, p in plan.items() if isinstance(p.scheme, Smoothed) and p.dense in seen
-    }
-    able = [n for n in paths.values() if plan[n].scheme.config.fold]
-    if not able or call is None:
-        return
-    for point in points(model, call):
-        names = [paths.get(reader) for reader in point.readers]
-        if not all(name in able for name in names):
-            continue
-        scheme: Any = plan[str(names[0])].scheme
-        if any(plan[str(name)].scheme is not scheme for name in names):
-            continue
-        stacked = torch.cat([reader.weight.detach() for reader in point.readers])
-        scale = scheme.scale(stacked, seen[point.readers[0]])
-        touched.update({p: p.detach().clone() for p in point.parameters if p not in touched})
-        point.divide(scale)
-        for name in map(str, names):
-            plan[name] = replace(plan[name], scale=scale, label=f"{scheme.name}, folded")
-
-
-@contextmanager
-def _undone() -> Iterator[dict[nn.Parameter, Tensor]]:
-    """Parameters with their values, which are given back if the block raises."""
-    before: dict[nn.Parameter, Tensor] = {}
-    try:
-        yield before
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in before.items():
-                parameter.copy_(value)
-        raise
 
 
 @unwrapping
@@ -367,26 +256,7 @@ def _kept(
     return out
 
 
-def _pack(name: str, one: _Planned, seen: Mapping[nn.Module, Seen], backend: str) -> Packed:
-    scheme: Any = one.scheme
-    backend = backend if one.main else "torch"  # the few layers of another format
-    statistics = seen.get(one.dense)
-    if one.scale is not None:
-        assert statistics is not None
-        statistics = statistics.scaled(one.scale)
-    kind = QuantLinear if isinstance(one.dense, nn.Linear) else QuantEmbedding
-    config = scheme.config if one.scale is None else scheme.inner.config
-    packed: Packed = kind.like(one.dense, config, backend=backend)  # type: ignore[arg-type]
-    weight = one.weight
-    if one.scale is not None:
-        weight = scheme.weight_for(weight, statistics)
-    packed.pack(weight, where=f"{name}.weight", seen=statistics)
-    if isinstance(packed, QuantLinear):
-        packed.register_parameter("bias", one.dense.bias)  # type: ignore[arg-type]
-    return packed
-
-
-def _describe(name: str, one: _Planned, packed: Packed) -> PackedLayer:
+def _describe(name: str, one: Planned, packed: Packed) -> PackedLayer:
     weight = one.weight
     return PackedLayer(
         name=name,

@@ -86,6 +86,13 @@ def test_memory_does_not_grow_with_the_number_of_samples() -> None:
     assert size() == first
 
 
+def _seen(model: nn.Module, layers: list[nn.Module], data: Any) -> dict[nn.Module, Any]:
+    """Second moments of all layers, over all passes."""
+    wants: Any = {layer: ["second"] for layer in layers}
+    passes = observe(model, [[layer] for layer in layers], wants, data, where="here")
+    return {layer: seen for one in passes for layer, seen in one.items()}
+
+
 def test_every_shape_of_data_gives_the_same_statistics() -> None:
     model = small()
     x = torch.randn(40, 32)
@@ -98,7 +105,7 @@ def test_every_shape_of_data_gives_the_same_statistics() -> None:
         model(x[:20])
         model(input=x[20:])
     for data in (*forms, record):
-        seen = observe(model, {model[0]: ["second"]}, data, where="here")[model[0]]
+        seen = _seen(model, [model[0]], data)[model[0]]
         assert seen.tokens == 40
         torch.testing.assert_close(seen.second, x.t() @ x)
 
@@ -113,10 +120,9 @@ def test_large_statistics_take_several_passes_and_are_the_same() -> None:
             passes.append(1)
             return iter([x])
 
-    wants = {m: ["second"] for m in model}
-    found = observe(model, wants, Data(), where="here")  # type: ignore[arg-type]
+    found = _seen(model, list(model), Data())
     assert len(passes) > 1
-    once = observe(model, wants, itertools.chain([x]), where="here")  # type: ignore[arg-type]
+    once = _seen(model, list(model), itertools.chain([x]))
     for layer in model:
         assert torch.equal(found[layer].second, once[layer].second)  # type: ignore[arg-type]
 
