@@ -196,8 +196,8 @@ class QuantLinear(PackedWeight):
         return y if self.bias is None else y + self.bias
 
     def macs(self, n: int) -> int:
-        """Multiply-adds for n tokens; decoding has none that scale with n."""
-        return n * self.in_features * self.out_features
+        """Multiply-adds for n tokens."""
+        return n * self.scheme.macs(*self.shape)
 
     def kernel(self) -> Kernel | None:
         """The weight as an operator of ONNX Runtime multiplies prepared inputs with it, None if there

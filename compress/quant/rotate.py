@@ -110,6 +110,10 @@ class Rotate(Scheme):
     def linear(self, x: Tensor, tensors: Tensors, n: int, k: int) -> Tensor:
         return self.inner.linear(turn(x, self.config.group), tensors, n, self._filled(k))
 
+    def macs(self, n: int, k: int) -> int:
+        filled = self._filled(k)
+        return self.inner.macs(n, filled) + filled * self.config.group
+
     def of_table(self) -> Scheme:
         return self.inner.of_table()
 

@@ -166,6 +166,10 @@ class Scheme(ABC):
         """The product of a layer that prepares its inputs: (..., k) -> (..., n)."""
         return F.linear(self.prepare(x, tensors), self.base(tensors, n, k).to(x.dtype))
 
+    def macs(self, n: int, k: int) -> int:
+        """Multiply-adds of one token in a (n, k) layer; decoding has none that scale with tokens."""
+        return n * k
+
     def of_table(self) -> Scheme:
         """The scheme of an embedding, which has no inputs to look at or to change."""
         return self

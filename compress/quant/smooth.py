@@ -94,6 +94,9 @@ class Smoothed(Scheme):
     def _smoothed(self, x: Tensor, tensors: Tensors) -> Tensor:
         return x * (1.0 / tensors["smooth"].float()).to(x.dtype)
 
+    def macs(self, n: int, k: int) -> int:
+        return self.inner.macs(n, k)
+
     def of_table(self) -> Scheme:
         return self.inner.of_table()
 

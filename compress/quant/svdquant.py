@@ -193,5 +193,8 @@ class SVDQuant(Scheme):
         branch = tensors["up"].float() @ tensors["down"].float()
         return (self.inner.decode(tensors, n, k) + branch) / tensors["smooth"].float()
 
+    def macs(self, n: int, k: int) -> int:
+        return self.inner.macs(n, k) + self.rank(n, k) * (n + k)
+
     def of_table(self) -> Scheme:
         return self.inner.of_table()

@@ -16,6 +16,7 @@ from effformer.compress.quant.gptq import loss_of_rows
 from torch import Tensor, nn
 
 import effformer
+from effformer.profile import profile
 
 METHODS: list[str | dict[str, Any]] = [
     "affine", "gptq", "hqq", "awq", "smoothquant", "ptq4dit", "rotate", "svdquant", "bct", "w8a8", "w4a4",
@@ -208,6 +209,13 @@ def test_regular_hadamard_matrices(size: int) -> None:
     torch.testing.assert_close(matrix, matrix.t())
     sums = matrix.sum(1)
     torch.testing.assert_close(sums, sums[:1].expand(size))
+
+
+@pytest.mark.parametrize("spec", ["svdquant", "rotate", {"name": "awq", "fold": False}], ids=str)
+def test_work_is_that_of_the_products(spec: Any) -> None:
+    x = torch.randn(20, 72)
+    small, _ = quantize(nn.Sequential(nn.Linear(72, 30)), spec, data=x, sensitive=None)
+    assert profile(small, x[:7]).total == small[0].macs(7)  # type: ignore[operator]
 
 
 def test_bct_reaches_eight_times() -> None:
