@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import effformer
@@ -282,6 +283,22 @@ def test_compress(saved: Path, tmp_path: Path) -> None:
     where = refusal("compress", str(saved), "--where", "blokcs.*", "-o", str(tmp_path / "x"))
     assert "matches no module" in where
     assert "did you mean" in refusal("compress", str(saved), "--scheme", "nf5", "-o", "x")
+
+
+def test_compress_looks_at_data(saved: Path, tmp_path: Path) -> None:
+    scheme = ("compress", str(saved), "--scheme", "gptq", "--set", "block=16")
+    data = answer(*scheme, "--data", "sampler", "--samples", "2", "-o", str(tmp_path / "drawn"))
+    assert "gptq" in {layer["scheme"] for layer in data["layers"]}
+    file = tmp_path / "inputs.safetensors"
+    model = effformer.load_model(saved)
+    save_file({k: x.contiguous() for k, x in model.example_inputs(4).items()}, file)
+    data = answer(*scheme, "--data", str(file), "-o", str(tmp_path / "filed"))
+    assert data["output_error"] < 1
+    out = ("-o", str(tmp_path / "x"))
+    assert "give data=" in refusal(*scheme, *out)
+    assert "no readable safetensors file" in refusal(*scheme, "--data", "none.safetensors", *out)
+    assert "missing a required argument: 't'" in refusal(*scheme, "--data", "digits", *out)
+    assert not (tmp_path / "x").exists()
 
 
 def test_convert(tmp_path: Path) -> None:

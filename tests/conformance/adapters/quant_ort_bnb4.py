@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 
 def check(golden: Golden) -> None:
-    for case, config in golden.config.items():
-        _check_case(golden, case, config)
+    layers = {case: _check_case(golden, case, config) for case, config in golden.config.items()}
+    made = _graph(list(layers.values()), [golden.tensor(f"in.A.{case}") for case in layers])
+    for case, y in zip(layers, made, strict=True):
+        golden.assert_close(y, f"out.Y.{case}", rtol=1e-5)
 
 
-def _check_case(golden: Golden, case: str, config: dict[str, Any]) -> None:
+def _check_case(golden: Golden, case: str, config: dict[str, Any]) -> QuantLinear:
     golden.only("quant_type", 0, 1, why="0 is fp4, 1 nf4", among=config)
     weight, name = golden.tensor(f"w.weight.{case}"), ("fp4", "nf4")[config["quant_type"]]
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -42,22 +44,34 @@ def _check_case(golden: Golden, case: str, config: dict[str, Any]) -> None:
     )
     assert torch.equal(ours, theirs)
     golden.assert_close(layer(golden.tensor(f"in.A.{case}")), f"out.Y.{case}", rtol=1e-5)
-    golden.assert_close(_node(layer, golden.tensor(f"in.A.{case}")), f"out.Y.{case}", rtol=1e-5)
+    return layer
 
 
-def _node(layer: QuantLinear, x: Tensor) -> Tensor:
-    """The output of the exported graph, one MatMulBnb4."""
+class _Together(nn.Module):
+    """Several layers, each with a piece of one input."""
+
+    def __init__(self, layers: list[QuantLinear], inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.shapes = [x.shape for x in inputs]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        pieces = x.split([shape.numel() for shape in self.shapes])
+        parts = zip(self.layers, pieces, self.shapes, strict=True)
+        return tuple(layer(piece.view(shape)) for layer, piece, shape in parts)
+
+
+def _graph(layers: list[QuantLinear], inputs: list[Tensor]) -> list[Tensor]:
+    """The outputs of an exported graph with one MatMulBnb4 for each layer."""
     pytest.importorskip("onnxscript")
     ort = pytest.importorskip("onnxruntime")
+    x = torch.cat([x.flatten() for x in inputs])
     with tempfile.TemporaryDirectory() as folder:
         report = export_onnx(
-            nn.Sequential(layer),
-            Path(folder) / "layer.onnx",
-            x,
-            target="onnx-cpu-small",
-            verify=False,
-        )
-        assert report.graph.operators.get("com.microsoft::MatMulBnb4") == 1, report.graph.operators
+            _Together(layers, inputs), Path(folder) / "layers.onnx", x, dynamic=None,
+            target="onnx-cpu-small", verify=False,
+        )  # fmt: skip
+        assert report.graph.operators.get("com.microsoft::MatMulBnb4") == len(layers)
         session = ort.InferenceSession(str(report.path))
-        (made,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    return torch.from_numpy(made)
+        made = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return [torch.from_numpy(y) for y in made]
