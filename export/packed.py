@@ -137,10 +137,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def decodes_codes(node: onnx_ir.Node) -> bool | None:
     """Rule for constant folding: never fold the first step of decoding, so that codes stay packed
-    in the file.
+    in the file, and branches in 16 bit.
     """
     ir = need("onnx_ir")
-    narrow = (ir.DataType.UINT8, ir.DataType.INT8)
+    narrow = [ir.DataType.UINT8, ir.DataType.INT8]
+    if node.op_type == "Cast":
+        narrow.append(ir.DataType.FLOAT16)
     packed = any(
         v is not None and v.dtype in narrow and v.const_value is not None for v in node.inputs
     )

@@ -257,10 +257,10 @@ def _passes(
 def _fill(model: nn.Module, made: Mapping[nn.Module, Seen], data: Data, where: str) -> None:
     times: list[Tensor | None] = [None]
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        made[module].add(args[0], times[0])
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        made[module].add(args[0] if args else named["input"], times[0])
 
-    handles = [module.register_forward_pre_hook(hook) for module in made]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in made]
     try:
         with evaluating(model):
             for index, call in enumerate(calls(model, data, where=where)):

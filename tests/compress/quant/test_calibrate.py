@@ -110,6 +110,22 @@ def test_every_shape_of_data_gives_the_same_statistics() -> None:
         torch.testing.assert_close(seen.second, x.t() @ x)
 
 
+def test_layers_that_are_called_by_keyword_and_several_times_are_seen() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.fc(input=x))
+
+    model, x = Twice(), torch.randn(5, 8)
+    seen = _seen(model, [model.fc], x)[model.fc]
+    inner = model.fc(x).detach()
+    assert seen.tokens == 10
+    torch.testing.assert_close(seen.second, x.t() @ x + inner.t() @ inner)
+
+
 def test_large_statistics_take_several_passes_and_are_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 4), nn.Linear(4, 256), nn.Linear(256, 2))

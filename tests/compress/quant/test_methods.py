@@ -284,7 +284,7 @@ def test_refusals() -> None:
 
 
 QUICK: list[tuple[Any, str | None]] = [
-    ({"name": "awq", "fold": False}, "MatMulNBits"), ("nf4", "MatMulBnb4"),
+    ({"name": "awq", "fold": False}, "MatMulNBits"),
 ]  # fmt: skip
 MORE: list[tuple[Any, str | None]] = [
     ("gptq", "MatMulNBits"),
@@ -292,6 +292,7 @@ MORE: list[tuple[Any, str | None]] = [
     ({"name": "rotate", "scheme": "gptq"}, "MatMulNBits"),
     ({"name": "smoothquant", "fold": False}, "MatMulNBits"),
     ("torchao-int4", "MatMulNBits"),
+    ("nf4", "MatMulBnb4"),
     ("fp4", "MatMulBnb4"),
     ("hqq", None),
     ("svdquant", None),
