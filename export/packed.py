@@ -25,7 +25,7 @@ from effformer.checks import need
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["decodes_codes", "kernels_for", "translations"]
+__all__ = ["decodes_codes", "kernels_for", "step_of", "translations"]
 
 
 class KernelLinear(nn.Module):
@@ -96,6 +96,12 @@ def kernels_for(model: nn.Module, kernels: Collection[str], accuracy_level: int)
     finally:
         for parent, name, child in replaced:
             setattr(parent, name, child)
+
+
+def step_of(model: nn.Module) -> float:
+    """Largest relative step that a packed layer of a model rounds its inputs to, 0 without one."""
+    packed = (m for m in model.modules() if isinstance(m, PackedWeight))
+    return max((m.scheme.step for m in packed), default=0.0)
 
 
 @functools.cache

@@ -112,6 +112,7 @@ class BCT(Scheme):
         super().__init__(config)
         self.bits = config.bits
         self.prepares = config.inputs == "int8"
+        self.step = 1.0 / 64 if self.prepares else 0.0
 
     @property
     def _tile(self) -> tuple[int, int]:

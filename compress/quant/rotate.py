@@ -82,7 +82,7 @@ class Rotate(Scheme):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.inner: Scheme = config.scheme.build()
-        self.bits, self.wants = self.inner.bits, self.inner.wants
+        self.bits, self.step, self.wants = self.inner.bits, self.inner.step, self.inner.wants
 
     def layout(self, n: int, k: int) -> Layout:
         return self.inner.layout(n, self._filled(k))

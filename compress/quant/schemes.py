@@ -127,6 +127,8 @@ class Scheme(ABC):
         by_row: every tensor has one entry per row of the weight, so that rows can be decoded alone.
         wants: statistics of the layer's inputs that `fit` reads.
         prepares: `prepare` changes the inputs of a layer.
+        step: distance of the values that inputs are rounded to, relative to their range; 0: they are
+            not. Two runtimes that round differently differ by such steps.
     """
 
     name: ClassVar[str]
@@ -134,6 +136,7 @@ class Scheme(ABC):
     by_row: ClassVar[bool]
     wants: tuple[Want, ...] = ()
     prepares: bool = False
+    step: float = 0.0
 
     def __init__(self, config: Any) -> None:
         self.config = config

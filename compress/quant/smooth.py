@@ -50,7 +50,7 @@ class Smoothed(Scheme):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.inner: Scheme = config.scheme.build()
-        self.bits = self.inner.bits
+        self.bits, self.step = self.inner.bits, self.inner.step
         self.wants = tuple(dict.fromkeys((*self.own, *self.inner.wants)))
 
     @abstractmethod

@@ -129,7 +129,7 @@ class SVDQuant(Scheme):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.inner: Scheme = config.scheme.build()
-        self.bits = self.inner.bits
+        self.bits, self.step = self.inner.bits, self.inner.step
 
     def rank(self, n: int, k: int) -> int:
         """Rank of the branch of a (n, k) weight."""

@@ -66,6 +66,7 @@ class Symmetric(Scheme):
     def __init__(self, config: SymmetricConfig) -> None:
         super().__init__(config)
         self.prepares = config.inputs != "float"
+        self.step = 1.0 / self.steps if self.prepares else 0.0
         self.wants = ("range", "peak") if config.inputs == "static" else ()
 
     def layout(self, n: int, k: int) -> Layout:

@@ -218,6 +218,27 @@ def test_work_is_that_of_the_products(spec: Any) -> None:
     assert profile(small, x[:7]).total == small[0].macs(7)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("spec", "step"),
+    [
+        ("gptq", 0.0),
+        ("w8a8", 1 / 127),
+        ("rotate", 1 / 7),
+        ("smoothquant", 1 / 127),
+        ({"name": "svdquant", "scheme": "int4"}, 0.0),
+        ({"name": "bct", "inputs": "int8"}, 1 / 64),
+    ],
+    ids=str,
+)
+def test_rounded_inputs_say_by_how_much_runtimes_may_differ(spec: Any, step: float) -> None:
+    scheme = make_scheme(spec)
+    assert scheme.step == pytest.approx(step)
+    tensors = scheme.fit(torch.randn(8, 64), None)
+    x = torch.randn(5, 64)
+    moved = (scheme.prepare(x, tensors) - scheme.prepare(x * (1 + 1e-6), tensors)).abs().amax()
+    assert float(moved) <= 1.01 * max(scheme.step * 4.5 * float(x.abs().max()), 1e-4)
+
+
 def test_bct_reaches_eight_times() -> None:
     model = nn.Sequential(nn.Embedding(2048, 256), nn.Linear(256, 1024))
     _, report = quantize(model, "bct", sensitive=None)
