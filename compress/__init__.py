@@ -26,7 +26,7 @@ from .dynamic import (
 from .kernels import optimize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
-from .quant import MatMulNBits, QuantEmbedding, QuantLinear
+from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
 from .transforms import replay, restore
@@ -69,6 +69,7 @@ __all__ = [
     "prune",
     "quantize",
     "quantize_",
+    "recording",
     "replay",
     "restore",
     "save_adapter",

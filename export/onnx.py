@@ -107,9 +107,10 @@ def export_onnx(
 ) -> ExportReport:
     """Write a module as an ONNX graph.
 
-    Layers quantized by `effformer.compress` keep their packed weights: row formats ("int8", "int4")
-    become MatMulNBits on targets that have it, other formats are decoded in the graph, once, when
-    it is loaded. So a packed model with ``target="onnx"`` takes the memory and time of float32.
+    Layers quantized by `effformer.compress` keep their packed weights: row formats ("int8", "int4",
+    "gptq", ...) become MatMulNBits on targets that have it, nf4 and fp4 MatMulBnb4 on
+    ``"onnx-cpu-small"``; other formats are decoded in the graph, once, when it is loaded. So a packed
+    model with ``target="onnx"`` takes the memory and time of float32.
 
     Where the trace does not hold, and at lengths that the model refuses, the graph refuses to run: a
     node named "refused: height must be a multiple of 2" fails. Symbols that several inputs share
@@ -164,7 +165,7 @@ def export_onnx(
     call = graph_call(model, inputs, where="export_onnx")
     axes = resolve_axes(model, call, dynamic, where="export_onnx")
     call = traceable(call, axes)
-    nbits = accuracy_level if "com.microsoft" in runtime.domains else None
+    kernels = (runtime.kernels, accuracy_level)
     with evaluating(model):
         with as_it_was(model):
             changed = rewritten(model, call)  # inputs that do not fit fail with their own message
@@ -175,7 +176,7 @@ def export_onnx(
                 "as an input and return the new one"
             )
         with capturing_for(runtime.domains), as_it_was(model):
-            program, held = _trace_anew(model, call, axes, version, nbits)
+            program, held = _trace_anew(model, call, axes, version, kernels)
         _name(program, call, axes, output_names)
         _stamp(program.model, model, call, axes)
         if verify:
@@ -217,14 +218,14 @@ def _check_parts(model: nn.Module) -> None:
 
 
 def _trace_anew(
-    model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
+    model: nn.Module, call: Call, axes: Axes, opset: int, kernels: tuple[tuple[str, ...], int]
 ) -> tuple[torch.onnx.ONNXProgram, Held]:
     """`_trace` of the model as it is; and only if that fails, of the model after a run, for there
     are caches that a graph cannot fill. Their length then is the end of a range.
     """
     try:
         with as_it_was(model):
-            return _trace(model, call, axes, opset, nbits)
+            return _trace(model, call, axes, opset, kernels)
     except ExportError as error:
         try:
             caches = changes(model, call)
@@ -232,11 +233,11 @@ def _trace_anew(
             caches = False
         if not caches:
             raise error from error.__cause__
-        return _trace(model, call, axes, opset, nbits)
+        return _trace(model, call, axes, opset, kernels)
 
 
 def _trace(
-    model: nn.Module, call: Call, axes: Axes, opset: int, nbits: int | None
+    model: nn.Module, call: Call, axes: Axes, opset: int, kernels: tuple[tuple[str, ...], int]
 ) -> tuple[torch.onnx.ONNXProgram, Held]:
     """The graph, and where the tracer holds it."""
     need("onnxscript")
@@ -244,7 +245,7 @@ def _trace(
     given = tuple(call.arguments)
     shapes = {n: {a: dim.DYNAMIC for a in axes[n]} if n in axes else None for n in given}
     name = type(model).__name__
-    with warnings.catch_warnings(), torch.no_grad(), kernels_for(model, nbits) as packed:
+    with warnings.catch_warnings(), torch.no_grad(), kernels_for(model, *kernels) as packed:
         warnings.simplefilter("ignore")  # about the exporter's own insides
         try:
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes)

@@ -1,20 +1,22 @@
 """Packed weights in exported graphs: kernels of ONNX Runtime where one fits, decoding in the graph
 elsewhere.
 
-Row formats with a block size of the kernel become ``com.microsoft.MatMulNBits``. Every other format
-exports as the operators of its own ``decode``, which stay in the graph: the file holds the packed
-codes, and ONNX Runtime decodes them once, when it loads the graph.
+Row formats with a block size of the kernel become ``com.microsoft.MatMulNBits``, nf4 and fp4
+``com.microsoft.MatMulBnb4``, on targets that ask for it. Every other format exports as the operators of its own ``decode``, which
+stay in the graph: the file holds the packed codes, and ONNX Runtime decodes them once, when it loads
+the graph.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from effformer.compress.quant import MatMulNBits, PackedWeight, QuantLinear
+from effformer.compress.quant import PackedWeight, QuantLinear
+from effformer.compress.quant.schemes import Kernel
 from effformer.compress.quant.swap import hooked
 from torch import Tensor, nn
 
@@ -25,25 +27,24 @@ from .guards import BEYOND
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["decodes_codes", "kernels_for", "translations"]
+__all__ = ["decodes_codes", "kernels_for", "step_of", "translations"]
 
 
-class NBitsLinear(nn.Module):
+class KernelLinear(nn.Module):
     """What stands in for a `QuantLinear` while it is traced."""
 
-    def __init__(self, weight: MatMulNBits, layer: QuantLinear, accuracy_level: int) -> None:
+    def __init__(self, weight: Kernel, layer: QuantLinear, accuracy_level: int) -> None:
         super().__init__()
         bias, self._layer = layer.bias, (layer,)  # no child: only what is used is traced
-        self.out_features = weight.N
-        self.attributes: dict[str, Any] = {
-            "K": weight.K, "N": weight.N, "bits": weight.bits,
-            "block_size": weight.block_size, "accuracy_level": accuracy_level,
-        }  # fmt: skip
-        self.register_buffer("packed", weight.packed)
-        self.register_buffer("scales", weight.scales.flatten())
-        zeros = weight.zero_points
-        self.register_buffer("zero_points", None if zeros is None else zeros.flatten())
+        self.op, self.out_features = weight.op, weight.N
+        self.attributes = weight.attributes(accuracy_level)
+        self.count = len(weight.inputs)
+        for i, tensor in enumerate(weight.inputs):
+            self.register_buffer(f"input_{i}", tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.held = sorted(layer.tensors()) if layer.scheme.prepares else []
+        for name in self.held:
+            self.register_buffer(name, layer.get_buffer(name))
 
     @property
     def weight(self) -> Tensor:
@@ -52,9 +53,12 @@ class NBitsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
+        if self.held:
+            held = {name: self.get_buffer(name) for name in self.held}
+            x = self._layer[0].scheme.prepare(x, held)
         y = torch.onnx.ops.symbolic(
-            "com.microsoft::MatMulNBits",
-            (x, self.packed, self.scales, self.zero_points),  # type: ignore[arg-type]
+            f"com.microsoft::{self.op}",
+            (x, *(getattr(self, f"input_{i}") for i in range(self.count))),
             self.attributes,
             dtype=x.dtype,
             shape=(*x.shape[:-1], self.out_features),
@@ -64,28 +68,29 @@ class NBitsLinear(nn.Module):
 
 
 @contextmanager
-def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
-    """Put `NBitsLinear` in the place of every `QuantLinear` that has that form; undone on leaving.
+def kernels_for(model: nn.Module, kernels: Collection[str], accuracy_level: int) -> Iterator[bool]:
+    """Put `KernelLinear` in the place of every `QuantLinear` that has that form; undone on leaving.
 
     Args:
         model: the model.
-        accuracy_level: of MatMulNBits; None: the runtime does not have it.
+        kernels: operators that the target has.
+        accuracy_level: of MatMulNBits.
 
     Yields:
         Whether the model holds any packed weight.
     """
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    made: dict[nn.Module, NBitsLinear] = {}
+    made: dict[nn.Module, KernelLinear] = {}
     try:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if accuracy_level is None or not isinstance(child, QuantLinear) or hooked(child):
+                if not isinstance(child, QuantLinear) or hooked(child):
                     continue
                 if child.dtype != torch.float32:  # the kernel wants scales of the activations' type
                     continue
-                weight = None if child in made else child.to_matmul_nbits()
-                if weight is not None:
-                    made[child] = NBitsLinear(weight, child, accuracy_level)
+                weight = None if child in made else child.kernel()
+                if weight is not None and weight.op in kernels:
+                    made[child] = KernelLinear(weight, child, accuracy_level)
                 if child in made:
                     replaced.append((parent, name, child))
                     setattr(parent, name, made[child])
@@ -93,6 +98,12 @@ def kernels_for(model: nn.Module, accuracy_level: int | None) -> Iterator[bool]:
     finally:
         for parent, name, child in replaced:
             setattr(parent, name, child)
+
+
+def step_of(model: nn.Module) -> float:
+    """Largest relative step that a packed layer of a model rounds its inputs to, 0 without one."""
+    packed = (m for m in model.modules() if isinstance(m, PackedWeight))
+    return max((m.scheme.step for m in packed), default=0.0)
 
 
 @functools.cache
@@ -143,10 +154,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def decodes_codes(node: onnx_ir.Node) -> bool | None:
     """Rule for constant folding: never fold the first step of decoding, so that codes stay packed
-    in the file.
+    in the file, and branches in 16 bit.
     """
     ir = need("onnx_ir")
-    narrow = (ir.DataType.UINT8, ir.DataType.INT8)
+    narrow = [ir.DataType.UINT8, ir.DataType.INT8]
+    if node.op_type == "Cast":
+        narrow.append(ir.DataType.FLOAT16)
     packed = any(
         v is not None and v.dtype in narrow and v.const_value is not None for v in node.inputs
     )

@@ -22,12 +22,14 @@ class Target(Config):
         opset: opset that is exported by default.
         newest: newest opset that it runs completely.
         domains: operator sets beside the standard one.
+        kernels: operators that multiply with packed weights, of those that packed layers know.
         providers: execution providers of ONNX Runtime.
     """
 
     opset: Count = 20
     newest: Count = 23
     domains: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 
     @checked
@@ -42,6 +44,9 @@ class Target(Config):
             f"operators of {domain!r} are unknown here" for domain in foreign if domain in used
         ]
         return found
+
+
+_RUNTIME = ("com.microsoft", "ai.onnx.ml")
 
 
 def get_target(name: str) -> Target:
@@ -64,9 +69,16 @@ def _add(name: str, target: Target, summary: str, aliases: tuple[str, ...] = ())
 
 _add(
     "onnx-cpu",
-    Target(domains=("com.microsoft", "ai.onnx.ml")),
-    "ONNX Runtime on a CPU, with its kernels for packed weights.",
+    Target(domains=_RUNTIME, kernels=("MatMulNBits",)),
+    "ONNX Runtime on a CPU, with its kernels for packed weights in rows; nf4 and fp4 are decoded when "
+    "the graph is loaded.",
     aliases=("onnxruntime",),
+)
+_add(
+    "onnx-cpu-small",
+    Target(domains=_RUNTIME, kernels=("MatMulNBits", "MatMulBnb4")),
+    "ONNX Runtime on a CPU in little memory: nf4 and fp4 stay packed while the graph runs (MatMulBnb4), "
+    "which takes longer with few tokens.",
 )
 _add(
     "onnx",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from . import awq, bct, gptq, hqq, rotate, smooth, svdquant, symmetric
 from .activations import DynamicLinear, RowwiseInt8, dynamic_quantize_linear, quantize_rowwise
 from .backends import select_backend
+from .calibrate import recording
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
 from .schemes import MatMulNBits, Scheme, make_scheme
 
@@ -15,8 +17,17 @@ __all__ = [
     "QuantLinear",
     "RowwiseInt8",
     "Scheme",
+    "awq",
+    "bct",
     "dynamic_quantize_linear",
+    "gptq",
+    "hqq",
     "make_scheme",
     "quantize_rowwise",
+    "recording",
+    "rotate",
     "select_backend",
+    "smooth",
+    "svdquant",
+    "symmetric",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from effformer.checks import need, unknown
 
 from .blockwise import DYNAMIC, NESTED_BLOCK
+from .calibrate import Seen
 from .schemes import FlatFourBit, Int8Dynamic, LLMInt8, Scheme, Tensors
 
 __all__ = ["BACKENDS", "Backend", "decode", "encode", "select_backend"]
@@ -67,10 +68,12 @@ def select_backend(backend: str, scheme: Scheme, device: torch.device) -> Backen
     return "bitsandbytes"
 
 
-def encode(scheme: Scheme, weight: Tensor, backend: Backend) -> dict[str, Tensor]:
-    """`Scheme.encode` by the chosen backend; the bytes are the same on a CPU."""
+def encode(
+    scheme: Scheme, weight: Tensor, backend: Backend, seen: Seen | None = None
+) -> dict[str, Tensor]:
+    """`Scheme.fit` by the chosen backend; the bytes are the same on a CPU."""
     if backend == "torch":
-        return scheme.encode(weight)
+        return scheme.fit(weight, seen)
     functional = need("bitsandbytes.functional")
     if isinstance(scheme, FlatFourBit):
         codes, state = functional.quantize_4bit(

@@ -15,7 +15,8 @@ from effformer.config import Spec
 from effformer.values import Count
 
 from .backends import Backend, decode, encode, select_backend
-from .schemes import MatMulNBits, make_scheme
+from .calibrate import Seen
+from .schemes import Kernel, MatMulNBits, make_scheme
 
 __all__ = ["PackedWeight", "QuantEmbedding", "QuantLinear"]
 
@@ -94,14 +95,14 @@ class PackedWeight(nn.Module):
 
     @torch.no_grad()
     @checked
-    def pack(self, weight: Tensor, *, where: str = "weight") -> None:
-        """Round a dense weight into the buffers.
+    def pack(self, weight: Tensor, *, where: str = "weight", seen: Seen | None = None) -> None:
+        """Round a dense weight into the buffers, for the inputs that its layer has seen.
 
         Raises:
             ValueError: ``weight`` or a scale of it is NaN or infinite; the message names ``where``.
         """
         _check_finite(weight, where)
-        for name, tensor in encode(self.scheme, weight, self.backend).items():
+        for name, tensor in encode(self.scheme, weight, self.backend, seen).items():
             if tensor.is_floating_point():
                 _check_finite(tensor, f"{where}: {name} of scheme {self.scheme.name!r}")
             self.get_buffer(name).copy_(tensor)
@@ -163,15 +164,16 @@ class QuantLinear(PackedWeight):
     @classmethod
     @checked
     def from_dense(
-        cls, linear: nn.Linear, scheme: Spec, *, backend: str = "torch", where: str = "weight"
-    ) -> Self:
-        """Pack a linear layer; its bias parameter is shared.
+        cls, linear: nn.Linear, scheme: Spec, *, backend: str = "torch", where: str = "weight",
+        seen: Seen | None = None,
+    ) -> Self:  # fmt: skip
+        """Pack a linear layer, for the inputs that it has seen; its bias parameter is shared.
 
         Raises:
             ValueError: a weight is NaN or infinite.
         """
         packed = cls.like(linear, scheme, backend=backend)
-        packed.pack(linear.weight, where=where)
+        packed.pack(linear.weight, where=where, seen=seen)
         packed.register_parameter("bias", linear.bias)
         return packed
 
@@ -195,19 +197,29 @@ class QuantLinear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        return F.linear(x, self.weight, self.bias)
+        if not self.scheme.prepares:
+            return F.linear(x, self.weight, self.bias)
+        y = self.scheme.linear(x, self.tensors(), *self.shape)
+        return y if self.bias is None else y + self.bias
 
     def macs(self, n: int) -> int:
-        """Multiply-adds for n tokens; decoding has none that scale with n."""
-        return n * self.in_features * self.out_features
+        """Multiply-adds for n tokens."""
+        return n * self.scheme.macs(*self.shape)
+
+    def kernel(self) -> Kernel | None:
+        """The weight as an operator of ONNX Runtime multiplies prepared inputs with it, None if there
+        is none for this scheme or block size.
+        """
+        return self.scheme.kernel(self.tensors(), *self.shape)
 
     def to_matmul_nbits(self) -> MatMulNBits | None:
         """Inputs of ONNX Runtime's MatMulNBits with the same weight.
 
-        None if the scheme is not one of the row formats ("int8", "int4"), or its block size not one
-        of the kernel's.
+        None if the scheme is not one of the row formats ("int8", "int4", ...), or its block size not
+        one of the kernel's.
         """
-        return self.scheme.to_matmul_nbits(self.tensors(), *self.shape)
+        found = self.kernel()
+        return found if isinstance(found, MatMulNBits) else None
 
 
 class QuantEmbedding(PackedWeight):

@@ -5,7 +5,8 @@ load.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from effformer import registry
 from effformer.arguments import checked
-from effformer.calls import Inputs, check_parts, run
+from effformer.calls import Call, Inputs, bind, check_parts, evaluating
 from effformer.checks import FormatError
 from effformer.config import Spec
 from effformer.wrapped import unwrapping
@@ -21,8 +22,10 @@ from effformer.wrapped import unwrapping
 from ..report import KeptLayer, PackedLayer, Report, file_bytes, relative_error
 from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
+from .calibrate import Data, attempt, calls
 from .foreign import opened
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
+from .plan import Packed, Planned, make_plan, pack
 from .schemes import Scheme, make_scheme
 from .swap import irreplaceable, swap
 
@@ -30,7 +33,6 @@ __all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
 
 M = TypeVar("M", bound=nn.Module)
 Dense = nn.Linear | nn.Embedding
-Packed = QuantLinear | QuantEmbedding
 _KINDS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding)
 
 SENSITIVE: tuple[str, ...] = ("*label_embed*", "*y_embedder*", "*final*", "*head")
@@ -52,29 +54,35 @@ def quantize(
     skip: Where = (),
     sensitive: Spec | None = "int8",
     backend: str = "torch",
+    data: Data | None = None,
     inputs: Inputs | None = None,
 ) -> tuple[M, Report]:
     """A copy of a model with packed weights in its linear layers and embeddings, and a report.
 
     Args:
         model: any module.
-        scheme: "int8", "int4", "nf4", "fp4", "int8-dynamic", "llm-int8"; a dict with options
-            ({"name": "int8", "block": 32}), or a Config.
+        scheme: a name ("int8", "nf4", "gptq", ...: ``effformer list quantizers``), a dict with
+            options ({"name": "int8", "block": 32}), or a Config. Schemes around another one name it
+            ({"name": "rotate", "scheme": "gptq"}).
         where: glob patterns of module paths; a match covers everything below it ("blocks.*.ffn").
         skip: patterns of layers that stay in floating point.
         sensitive: scheme of the layers in `SENSITIVE` if ``scheme`` has fewer than 8 bits; None
             makes no exception.
         backend: "torch", "bitsandbytes" (same bytes, its kernels) or "auto"; sensitive layers are
             always decoded by torch.
+        data: calibration data of the schemes that look at the inputs of layers: named tensors whose
+            first axis counts samples, a data set, or batches of them; what `recording` has kept. Names
+            that the model does not take are left out. Memory does not grow with their number.
         inputs: named tensors (or one tensor, or a tuple), to measure the relative error of all
-            tensors that the model returns.
+            tensors that the model returns; None: the first batch of ``data``.
 
     Returns:
         The new model and what was done.
 
     Raises:
-        ValueError: a pattern matches nothing, a chosen layer is already quantized or not finite, or
-            the model has no layer that can be quantized.
+        ValueError: a pattern matches nothing, a chosen layer is already quantized or not finite, the
+            model has no layer that can be quantized, or the data are missing, empty, not finite or do
+            not fit the model.
 
     Example:
         >>> import torch
@@ -86,7 +94,7 @@ def quantize(
     check_parts(model, where="quantize")
     options: dict[str, Any] = {"skip": skip, "sensitive": sensitive, "backend": backend}
     changed = copy.deepcopy(model)
-    return changed, quantize_(changed, scheme, where, **options, inputs=inputs)
+    return changed, quantize_(changed, scheme, where, **options, data=data, inputs=inputs)
 
 
 @checked
@@ -99,6 +107,7 @@ def quantize_(
     skip: Where = (),
     sensitive: Spec | None = "int8",
     backend: str = "torch",
+    data: Data | None = None,
     inputs: Inputs | None = None,
 ) -> Report:
     """`quantize` in place; if it raises, the model is as it was."""
@@ -108,28 +117,38 @@ def quantize_(
     if sensitive is not None and main.bits < 8:
         careful = make_scheme(sensitive, where="quantize: sensitive")
     before = file_bytes(model.state_dict())
-    reference = None if inputs is None else _run(model, inputs)
-    packed: dict[str, Packed] = {}
-    layers = []
+    call, reference = None, None
+    if data is not None:
+        call, data = _first(model, data)
+        with evaluating(model):
+            attempt(model, call, where="quantize: data: batch 0")
+    if inputs is not None:
+        call = bind(model, inputs, where="quantize")
+    if call is not None:
+        reference = _run(model, call)
     with opened(model):
         chosen, kept = _choose(model, patterns(where), patterns(skip))
-        for name, dense in chosen.items():
-            tied = [n for n, other in chosen.items() if other.weight is dense.weight]
-            used = careful if any(covers(SENSITIVE, n) for n in tied) else main
-            by = backend if used is main else "torch"  # the few layers of another format
-            packed[name] = _pack(dense, used, by, f"{name}.weight")
-            if tied[0] != name:
-                packed[name].tie(packed[tied[0]])
-            layers.append(_describe(name, dense, packed[name]))
+        plan = make_plan(chosen, main, careful, SENSITIVE, backend)
+        packed = pack(model, plan, data, call)
+        layers = [_describe(name, plan[name], layer) for name, layer in packed.items()]
         swap(model, {chosen[name]: layer for name, layer in packed.items()})
     _record(model, packed)
     error = None
-    if reference is not None and inputs is not None:
-        error = relative_error(_run(model, inputs), reference)
+    if reference is not None and call is not None:
+        error = relative_error(_run(model, call), reference)
     return Report(
         layers=tuple(layers), kept=tuple(kept), output_error=error,
         bytes_before=before, bytes_after=file_bytes(model.state_dict()),
     )  # fmt: skip
+
+
+def _first(model: nn.Module, data: Data) -> tuple[Call, Data]:
+    """The first batch as a call, and data that still hold it."""
+    where = "quantize: data"
+    if not isinstance(data, Iterator):
+        return next(calls(model, data, where=where)), data
+    head = list(itertools.islice(data, 1))
+    return next(calls(model, head, where=where)), itertools.chain(head, data)
 
 
 @checked
@@ -241,17 +260,11 @@ def _kept(
     return out
 
 
-def _pack(dense: Dense, scheme: Scheme, backend: str, where: str) -> Packed:
-    if isinstance(dense, nn.Linear):
-        return QuantLinear.from_dense(dense, scheme.config, backend=backend, where=where)
-    return QuantEmbedding.from_dense(dense, scheme.config, backend=backend, where=where)
-
-
-def _describe(name: str, dense: Dense, packed: Packed) -> PackedLayer:
-    weight = dense.weight.detach()
+def _describe(name: str, one: Planned, packed: Packed) -> PackedLayer:
+    weight = one.weight
     return PackedLayer(
         name=name,
-        scheme=packed.scheme.name,
+        scheme=one.label,
         shape=tuple(weight.shape),
         error=relative_error([packed.weight], [weight]),
         bytes_before=weight.numel() * weight.element_size(),
@@ -268,8 +281,9 @@ def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
         record(model, "quantize", {"scheme": config, "layers": names})
 
 
-def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    found = run(model, inputs, where="quantize")
+def _run(model: nn.Module, call: Call) -> list[Tensor]:
+    with evaluating(model):
+        found = call.run(model)
     # copied: a model may return a buffer that its next call writes into
     if floats := [x.clone() for x in found if x.is_floating_point()]:
         return floats

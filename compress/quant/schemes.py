@@ -2,7 +2,7 @@
 
 ``int8`` and ``int4`` are the row blocks of ONNX Runtime's MatMulNBits; ``nf4``, ``fp4``,
 ``int8-dynamic`` and ``llm-int8`` are the formats of bitsandbytes. All are rounded to nearest,
-without data.
+without data. Schemes that look at the inputs of a layer, or change them, stand in files of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from effformer import registry
 from effformer.config import Config, Spec, resolve
@@ -21,17 +22,21 @@ from effformer.values import Count
 
 from . import blockwise as bw
 from .activations import quantize_rowwise
+from .calibrate import Seen, Want
 
 __all__ = [
     "FlatConfig",
     "FlatFourBit",
     "FourBitConfig",
     "Int8Dynamic",
+    "Kernel",
     "LLMInt8",
+    "MatMulBnb4",
     "MatMulNBits",
     "RowConfig",
     "RowScheme",
     "Scheme",
+    "kernel_form",
     "make_scheme",
 ]
 
@@ -63,6 +68,54 @@ class MatMulNBits:
     zero_points: Tensor | None
     K: int
     N: int
+    op: ClassVar[str] = "MatMulNBits"
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """Inputs behind the first, as the operator takes them."""
+        zeros = None if self.zero_points is None else self.zero_points.flatten()
+        return self.packed, self.scales.flatten(), zeros
+
+    def attributes(self, accuracy_level: int) -> dict[str, Any]:
+        """Attributes of the operator; level 0 computes in float32."""
+        sizes = {"K": self.K, "N": self.N, "bits": self.bits, "block_size": self.block_size}
+        return sizes | {"accuracy_level": accuracy_level}
+
+
+@dataclass(frozen=True, slots=True)
+class MatMulBnb4:
+    """Inputs and attributes of ONNX Runtime's ``com.microsoft.MatMulBnb4`` for one weight.
+
+    Attributes:
+        quant_type: 0 for fp4, 1 for nf4.
+        block_size: values per absmax in the flattened weight.
+        packed: (ceil(N K / 2),) uint8, the first of two codes in the high half.
+        absmax: (ceil(N K / block_size),) float32.
+        K: input features.
+        N: output features.
+    """
+
+    quant_type: int
+    block_size: int
+    packed: Tensor
+    absmax: Tensor
+    K: int
+    N: int
+    op: ClassVar[str] = "MatMulBnb4"
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """Inputs behind the first, as the operator takes them."""
+        return self.packed, self.absmax
+
+    def attributes(self, accuracy_level: int) -> dict[str, Any]:
+        """Attributes of the operator, which knows no levels of accuracy."""
+        sizes = {"K": self.K, "N": self.N, "block_size": self.block_size}
+        return sizes | {"quant_type": self.quant_type}
+
+
+Kernel = MatMulNBits | MatMulBnb4
+"""A weight as an operator of ONNX Runtime takes it."""
 
 
 class Scheme(ABC):
@@ -72,11 +125,18 @@ class Scheme(ABC):
         name: name in the registry.
         bits: bits per code.
         by_row: every tensor has one entry per row of the weight, so that rows can be decoded alone.
+        wants: statistics of the layer's inputs that `fit` reads.
+        prepares: `prepare` changes the inputs of a layer.
+        step: distance of the values that inputs are rounded to, relative to their range; 0: they are
+            not. Two runtimes that round differently differ by such steps.
     """
 
     name: ClassVar[str]
-    bits: ClassVar[int]
+    bits: int
     by_row: ClassVar[bool]
+    wants: tuple[Want, ...] = ()
+    prepares: bool = False
+    step: float = 0.0
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -93,9 +153,33 @@ class Scheme(ABC):
     def decode(self, tensors: Tensors, n: int, k: int) -> Tensor:
         """The (n, k) float32 weight that the tensors stand for."""
 
-    def to_matmul_nbits(self, tensors: Tensors, n: int, k: int) -> MatMulNBits | None:
-        """The same weight for ONNX Runtime's kernel, None if this format or block size has no such
-        form.
+    def fit(self, weight: Tensor, seen: Seen | None) -> dict[str, Tensor]:
+        """Round a weight for the inputs that its layer has seen; None: for any."""
+        return self.encode(weight)
+
+    def prepare(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """The inputs x (..., k) that `base` is multiplied with."""
+        return x
+
+    def base(self, tensors: Tensors, n: int, k: int) -> Tensor:
+        """The float32 weight for prepared inputs."""
+        return self.decode(tensors, n, k)
+
+    def linear(self, x: Tensor, tensors: Tensors, n: int, k: int) -> Tensor:
+        """The product of a layer that prepares its inputs: (..., k) -> (..., n)."""
+        return F.linear(self.prepare(x, tensors), self.base(tensors, n, k).to(x.dtype))
+
+    def macs(self, n: int, k: int) -> int:
+        """Multiply-adds of one token in a (n, k) layer; decoding has none that scale with tokens."""
+        return n * k
+
+    def of_table(self) -> Scheme:
+        """The scheme of an embedding, which has no inputs to look at or to change."""
+        return self
+
+    def kernel(self, tensors: Tensors, n: int, k: int) -> Kernel | None:
+        """The weight for ONNX Runtime's kernel, which multiplies prepared inputs; None if this format
+        or block size has no such form.
         """
         return None
 
@@ -125,51 +209,81 @@ class RowScheme(Scheme):
     def layout(self, n: int, k: int) -> Layout:
         blocks = -(-k // (self.config.block or k))
         out: Layout = {
-            "codes": ((n, -(-k * self.bits // 8)), torch.uint8),
+            "codes": ((n, -(-k * self._width // 8)), torch.uint8),
             "scales": ((n, blocks), torch.float32),
         }
         if not self.config.symmetric:
-            out["zero_points"] = ((n, -(-blocks * self.bits // 8)), torch.uint8)
+            out["zero_points"] = ((n, -(-blocks * self._width // 8)), torch.uint8)
         return out
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         block, symmetric = self.config.block, self.config.symmetric
-        rows = bw.quantize_rows(weight, bits=self.bits, block=block, symmetric=symmetric)
-        narrow = self.bits == 4
+        return self._packed(
+            bw.quantize_rows(weight, bits=self.bits, block=block, symmetric=symmetric)
+        )
+
+    def _packed(self, rows: bw.RowBlocks) -> dict[str, Tensor]:
+        """The tensors of `layout`."""
+        narrow = self._width == 4
         codes = bw.pack_nibbles(rows.codes, high_first=False) if narrow else rows.codes
         out = {"codes": codes, "scales": rows.scales}
         if rows.zero_points is not None:
-            out["zero_points"] = bw.pack_zero_points(rows.zero_points, bits=self.bits)
+            out["zero_points"] = bw.pack_zero_points(rows.zero_points, bits=self._width)
         return out
+
+    @property
+    def _width(self) -> int:
+        """Bits of a code in the file."""
+        return 8 if self.bits > 4 else 4
 
     def decode(self, tensors: Tensors, n: int, k: int) -> Tensor:
         scales = tensors["scales"].float()
         zeros: Tensor | float = float(2 ** (self.bits - 1))
         if "zero_points" in tensors:
-            zeros = self._values(tensors["zero_points"], scales.shape[1])
-        values = self._values(tensors["codes"], k)
+            zeros = _codes(tensors["zero_points"], scales.shape[1], self._width)
+        values = _codes(tensors["codes"], k, self._width)
         return bw.dequantize_rows(values, scales, zeros, self.config.block)
 
-    def _values(self, packed: Tensor, count: int) -> Tensor:
-        if self.bits == 8:
-            return packed.float()
-        return bw.lookup_nibbles(packed, range(16), count, high_first=False)
+    def kernel(self, tensors: Tensors, n: int, k: int) -> Kernel | None:
+        zeros, scales = tensors.get("zero_points"), tensors["scales"]
+        if zeros is None and self.bits != self._width:  # the kernel's own is that of its width
+            middle = torch.full(scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
+            zeros = bw.pack_zero_points(middle.to(scales.device), bits=self._width)
+        return kernel_form(self._width, self.config.block, tensors["codes"], scales, zeros, k)
 
-    def to_matmul_nbits(self, tensors: Tensors, n: int, k: int) -> MatMulNBits | None:
-        scales, zeros = tensors["scales"].float(), tensors.get("zero_points")
-        block = self.config.block or k
-        if block >= k:  # one scale per row serves every block of the kernel
-            block, blocks = KERNEL_BLOCKS[-1], -(-k // KERNEL_BLOCKS[-1])
-            block = min(block, max(KERNEL_BLOCKS[0], 1 << (k - 1).bit_length()))
-            scales = scales.expand(n, blocks).contiguous()
-            if zeros is not None:
-                zeros = self._values(zeros, 1).to(torch.uint8).expand(n, blocks)
-                zeros = bw.pack_zero_points(zeros.contiguous(), bits=self.bits)
-        if block not in KERNEL_BLOCKS:
-            return None
-        codes = self._values(tensors["codes"], k).to(torch.uint8)
-        packed = bw.pack_rows(codes, bits=self.bits, block=block)
-        return MatMulNBits(self.bits, block, packed, scales, zeros, K=k, N=n)
+
+def kernel_form(
+    bits: int, block: int | None, codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int
+) -> MatMulNBits | None:
+    """Row blocks of unsigned codes as the kernel takes them, None for a block size that it has not.
+
+    Args:
+        bits: 4 or 8.
+        block: values per block, None for whole rows.
+        codes: (N, ceil(K bits / 8)) uint8.
+        scales: (N, ceil(K / block)).
+        zeros: packed zero points, None for the middle of the codes.
+        k: input features.
+    """
+    n, scales, block = len(codes), scales.float(), block or k
+    if block >= k:  # one scale per row serves every block of the kernel
+        block, blocks = KERNEL_BLOCKS[-1], -(-k // KERNEL_BLOCKS[-1])
+        block = min(block, max(KERNEL_BLOCKS[0], 1 << (k - 1).bit_length()))
+        scales = scales.expand(n, blocks).contiguous()
+        if zeros is not None:
+            zeros = _codes(zeros, 1, bits).to(torch.uint8).expand(n, blocks)
+            zeros = bw.pack_zero_points(zeros.contiguous(), bits=bits)
+    if block not in KERNEL_BLOCKS:
+        return None
+    packed = bw.pack_rows(_codes(codes, k, bits).to(torch.uint8), bits=bits, block=block)
+    return MatMulNBits(bits, block, packed, scales, zeros, K=k, N=n)
+
+
+def _codes(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Unpacked codes as floats."""
+    if bits == 8:
+        return packed.float()
+    return bw.lookup_nibbles(packed, range(16), count, high_first=False)
 
 
 @registry.quantizer.register("int8")
@@ -230,6 +344,7 @@ class FlatFourBit(Scheme):
     by_row = False
     config: FourBitConfig
     table: ClassVar[tuple[float, ...]]
+    quant_type: ClassVar[int]
 
     def layout(self, n: int, k: int) -> Layout:
         blocks = -(-n * k // self.config.block)
@@ -250,20 +365,28 @@ class FlatFourBit(Scheme):
         return {"codes": codes} | dict(zip(names, bw.quantize_absmax(absmax), strict=True))
 
     def decode(self, tensors: Tensors, n: int, k: int) -> Tensor:
-        absmax = tensors["absmax"]
-        if self.config.double_quant:
-            nested, offset = tensors["nested_absmax"].float(), tensors["offset"].float()
-            absmax = bw.dequantize_absmax(absmax, nested, offset)
         codes = tensors["codes"].flatten()
         values = bw.lookup_nibbles(codes, self.table, n * k, high_first=True)
-        return bw.dequantize_flat(values, absmax.float(), self.config.block).view(n, k)
+        return bw.dequantize_flat(values, self._absmax(tensors), self.config.block).view(n, k)
+
+    def _absmax(self, tensors: Tensors) -> Tensor:
+        if not self.config.double_quant:
+            return tensors["absmax"].float()
+        nested, offset = tensors["nested_absmax"].float(), tensors["offset"].float()
+        return bw.dequantize_absmax(tensors["absmax"], nested, offset)
+
+    def kernel(self, tensors: Tensors, n: int, k: int) -> Kernel | None:
+        if self.config.block not in KERNEL_BLOCKS:
+            return None
+        codes, absmax = tensors["codes"].flatten(), self._absmax(tensors)
+        return MatMulBnb4(self.quant_type, self.config.block, codes, absmax, K=k, N=n)
 
 
 @registry.quantizer.register("nf4", paper="2305.14314")
 class NF4(FlatFourBit):
     """4-bit quantiles of a normal distribution in flat blocks (bitsandbytes)."""
 
-    name, table = "nf4", bw.NF4
+    name, table, quant_type = "nf4", bw.NF4, 1
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(FourBitConfig):
@@ -274,7 +397,7 @@ class NF4(FlatFourBit):
 class FP4(FlatFourBit):
     """4-bit floats in flat blocks (bitsandbytes)."""
 
-    name, table = "fp4", bw.FP4
+    name, table, quant_type = "fp4", bw.FP4, 0
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(FourBitConfig):

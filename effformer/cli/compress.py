@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import Force, Json, Out, Set, emit, load, overrides, save_to
+
+if TYPE_CHECKING:
+    from effformer.models.base import Model
 
 
 def compress(
@@ -22,6 +25,16 @@ def compress(
         list[str] | None, typer.Option(help="Glob of layers that stay as they are.")
     ] = None,
     backend: Annotated[str, typer.Option(help="torch, bitsandbytes or auto.")] = "torch",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration data of schemes such as gptq: a .safetensors file of named tensors, a "
+            "data set as of train, or 'sampler': what the model sees while it draws its classes."
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Samples of the data set to use, or to draw.", min=1, max=10**6)
+    ] = 64,
     pairs: Set = None,
     out: Out = None,
     force: Force = False,
@@ -31,7 +44,8 @@ def compress(
 
     Options of the scheme go into --set: `--scheme int8 --set block=32`.
 
-    Examples: `effformer compress model --scheme nf4 -o model-nf4`
+    Examples: `effformer compress model --scheme nf4 -o model-nf4`,
+    `effformer compress runs/digits/model --scheme gptq --set block=32 --data sampler -o small`
     """
     from ..compress import quantize
     from ..files import check_folder
@@ -47,7 +61,38 @@ def compress(
     dense = load(str(model))
     small, report = quantize(
         dense, {"name": scheme, **overrides(pairs=pairs)}, where or "*", skip=skip or (),
-        backend=backend, inputs=dense.example_inputs(),
+        backend=backend, data=None if data is None else _calibration(dense, data, samples),
+        inputs=dense.example_inputs() if data is None else None,
     )  # fmt: skip
     save_pretrained(small, target, by="compress", force=force)
     emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)
+
+
+def _calibration(model: Model, data: str, samples: int) -> Any:
+    """What `effformer.compress.quantize` takes as data."""
+    from ..compress import recording
+    from ..train import load_data
+
+    if data == "sampler":
+        from .sample import draw
+
+        classes = getattr(model.config, "num_classes", 1)
+        with recording(model) as record:
+            for start in range(0, samples, 16):
+                labels = [i % classes for i in range(start, min(start + 16, samples))]
+                draw(model, labels, seed=start)
+        return record
+    if data.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from ..checks import FormatError, reason
+
+        try:
+            tensors = load_file(data)
+        except (OSError, SafetensorError) as error:
+            raise FormatError(
+                f"compress: --data {data}: no readable safetensors file ({reason(error)})"
+            ) from error
+        return {name: x[:samples] if x.dim() else x for name, x in tensors.items()}
+    return {name: x[:samples] for name, x in load_data(data).tensors.items()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from closeness import assert_close
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import effformer
@@ -396,6 +397,22 @@ def test_prune(saved: Path, tmp_path: Path) -> None:
     assert "'magnitude'" in refusal("prune", str(saved), "--scheme", "magnitud", *out)
     assert "is measured on data=" in refusal("prune", str(saved), "--scheme", "taylor", *out)
     assert "Add --out" in refusal("prune", str(saved))
+    assert not (tmp_path / "x").exists()
+
+
+def test_compress_looks_at_data(saved: Path, tmp_path: Path) -> None:
+    scheme = ("compress", str(saved), "--scheme", "gptq", "--set", "block=16")
+    data = answer(*scheme, "--data", "sampler", "--samples", "2", "-o", str(tmp_path / "drawn"))
+    assert "gptq" in {layer["scheme"] for layer in data["layers"]}
+    file = tmp_path / "inputs.safetensors"
+    model = effformer.load_model(saved)
+    save_file({k: x.contiguous() for k, x in model.example_inputs(4).items()}, file)
+    data = answer(*scheme, "--data", str(file), "-o", str(tmp_path / "filed"))
+    assert data["output_error"] < 1
+    out = ("-o", str(tmp_path / "x"))
+    assert "give data=" in refusal(*scheme, *out)
+    assert "no readable safetensors file" in refusal(*scheme, "--data", "none.safetensors", *out)
+    assert "missing a required argument: 't'" in refusal(*scheme, "--data", "digits", *out)
     assert not (tmp_path / "x").exists()
 
 

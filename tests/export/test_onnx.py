@@ -91,16 +91,20 @@ def test_dit_with_any_grid(attn: str, tmp_path: Path) -> None:
     assert any(h != w for h, w in grids)
 
 
-@pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=SLOW), "nf4"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", *(pytest.param(name, marks=SLOW) for name in ("int4", "svdquant")), "nf4"]
+)
 def test_quantized_layers_stay_packed(scheme: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 64))
-    small, _ = quantize(model, scheme, sensitive=None)
+    small, packed = quantize(model, scheme, data=torch.randn(40, 128), sensitive=None)
     report = export_onnx(small, tmp_path / "q.onnx", torch.randn(2, 3, 128))
     floats = 4 * sum(p.numel() for p in model.parameters())
-    assert report.graph.bytes <= {"int8": 0.29, "int4": 0.18, "nf4": 0.18}[scheme] * floats
+    limit = {"int8": 0.29, "int4": 0.18, "nf4": 0.18, "svdquant": 0.4}[scheme]
+    assert report.graph.bytes <= limit * floats
+    assert report.graph.bytes <= packed.bytes_after + 0.05 * floats
     kernels = report.graph.operators.get("com.microsoft::MatMulNBits", 0)
-    assert kernels == (0 if scheme == "nf4" else 2)
+    assert kernels == (2 if scheme in ("int8", "int4") else 0)
     assert all(type(layer).__name__ == "QuantLinear" for layer in (small[0], small[2]))
 
 
