@@ -169,7 +169,8 @@ def picture(found: dict[str, dict[int, float]]) -> None:
     for name in SHOWN:
         points = sorted(found[name].items())
         at = crossover(found["softmax"], found[name])
-        words = f"{name}, faster from {at:,.0f} tokens" if at and name != "softmax" else name
+        where = "at all of these" if at == min(found[name]) else f"from {at or 0:,.0f} tokens"
+        words = f"{name}, faster {where}" if at and name != "softmax" else name
         lines[words] = points
     Curves(lines, "tokens", f"ms for one layer of {HEADS} heads of 64", log=True).save(
         PICTURE, force=True

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.attention import Attention, Mixer
 from effformer.blocks import BackboneConfig, Joint
 from effformer.checks import CapabilityError
@@ -124,6 +125,7 @@ class Plan:
         return "\n".join(lines)
 
 
+@checked
 @unwrapping
 def plan(model: nn.Module, where: Where = "*", kinds: tuple[Kind, ...] = KINDS) -> Plan:
     """What can be cut in a model.

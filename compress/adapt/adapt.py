@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from effformer import registry
+from effformer.arguments import checked
 from effformer.calls import check_parts
 from effformer.checks import CapabilityError, FormatError
 from effformer.config import Config
@@ -98,6 +99,7 @@ class AdaptReport:
         )
 
 
+@checked
 @unwrapping
 def adapt(
     model: M,
@@ -178,6 +180,7 @@ def adapted_layers(model: nn.Module, verb: str) -> dict[str, Adapted]:
     return found
 
 
+@checked
 @unwrapping
 def merge(model: M) -> M:
     """A copy with the changes inside the weights: an ordinary model again, trainable as a whole.
@@ -189,6 +192,7 @@ def merge(model: M) -> M:
     return _without(model, "merge", keep=True)
 
 
+@checked
 @unwrapping
 def unadapt(model: M) -> M:
     """A copy without the changes: the model that was adapted, trainable as a whole.
@@ -207,6 +211,7 @@ def _without(model: M, verb: str, *, keep: bool) -> M:
     return changed.requires_grad_()
 
 
+@checked
 @unwrapping
 def adapter_scale(model: nn.Module, strength: float) -> None:
     """Set how much of the changes counts, in place: 1 as trained, 0 none.

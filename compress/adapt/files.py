@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.checks import FormatError
 from effformer.files import atomic_folder, read_json, write_json
 from effformer.wrapped import unwrapping
@@ -25,6 +26,7 @@ _PREFIX = "base_model.model."
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
+@checked
 @unwrapping
 def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -> Path:
     """Write the changes of an adapted model alone: ``adapter_model.safetensors`` and
@@ -75,6 +77,7 @@ def _config(layers: Mapping[str, Adapted]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@checked
 @unwrapping
 def load_adapter(model: M, folder: str | Path) -> M:
     """A copy of a model with the changes of a folder that `save_adapter` or peft wrote for it.

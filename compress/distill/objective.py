@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -194,6 +194,10 @@ LOSSES: dict[str, type[DistillLoss]] = {
 """Losses by the names that `Distillation` takes."""
 
 
+Loss = str | Mapping[str, Any] | DistillLoss
+"""A name, a name with options, or a config."""
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Distillation:
     """Objective for `effformer.train.train`: ``task(student) + sum weight * distance(student, teacher)``.
@@ -224,12 +228,15 @@ class Distillation:
     """
 
     teacher: nn.Module
-    losses: Sequence[str | Mapping[str, Any] | DistillLoss] = ("logits",)
+    losses: Loss | Sequence[Loss] = ("logits",)
     task: Objective | None = None
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        checker(NonNegative)(self.weight, "Distillation.weight")
+        kinds = {"teacher": nn.Module, "losses": Loss | Sequence[Loss], "weight": NonNegative}
+        for name, kind in (kinds | {"task": Callable[..., Any] | None}).items():
+            kept = checker(kind)(getattr(self, name), f"Distillation: {name}")
+            object.__setattr__(self, name, kept)
         given = (
             (self.losses,) if isinstance(self.losses, (str, Mapping, DistillLoss)) else self.losses
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer import registry
+from effformer.arguments import checked
 from effformer.blocks import Branch
 from effformer.checks import CapabilityError, FormatError
 from effformer.nn.cut import Forms
@@ -27,6 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 Kept = Mapping[str, Sequence[int] | Tensor]
 
 
+@checked
 @unwrapping
 def cut(model: M, kept: Kept) -> M:
     """The model with some of its units, everything else of it unchanged.

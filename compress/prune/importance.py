@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.calls import evaluating
 from effformer.checks import unknown
 from effformer.context import Ledger
@@ -28,6 +29,7 @@ METHODS: tuple[Importance, ...] = get_args(Importance)
 _LEARNED = ("taylor", "gradient", "sides")
 
 
+@checked
 @unwrapping
 def importance(
     model: nn.Module,

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.calls import check_parts
 from effformer.config import Config
 from effformer.values import Chance, Count
@@ -150,6 +151,7 @@ class Masks:
         masks: path of a linear layer -> bool mask of its weight.
     """
 
+    @checked
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self.masks = dict(masks)
 
@@ -159,11 +161,23 @@ class Masks:
         total = sum(mask.numel() for mask in self.masks.values())
         return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / total
 
+    @checked
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
-        """Make the masked weights zero, in place; call it after every step of an optimizer."""
+        """Make the masked weights zero, in place; call it after every step of an optimizer.
+
+        Raises:
+            ValueError: the masks are those of another model.
+        """
+        weights = dict(model.named_parameters())
         for path, mask in self.masks.items():
-            weight = model.get_submodule(path).get_parameter("weight")
+            weight = weights.get(f"{path}.weight")
+            if weight is None or weight.shape != mask.shape:
+                found = "none" if weight is None else tuple(weight.shape)
+                raise ValueError(
+                    f"Masks.apply_: the mask of {path!r} is {tuple(mask.shape)}, the model has {found} "
+                    "there; sparsify(model) makes masks for a model"
+                )
             weight.mul_(mask.to(weight.device))
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,6 +185,7 @@ class Masks:
         return {path: 1 - float(mask.double().mean()) for path, mask in self.masks.items()}
 
 
+@checked
 @unwrapping
 def sparsify(
     model: M,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.calls import Call, bind, check_parts, evaluating, outputs
 from effformer.checks import CapabilityError
 from effformer.profile.profiler import count_parameters, profile
@@ -32,6 +33,7 @@ __all__ = ["prune"]
 M = TypeVar("M", bound=nn.Module)
 
 
+@checked
 @unwrapping
 def prune(
     model: M,

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from effformer.arguments import checked
 from effformer.calls import Call, Inputs, bind, bound, evaluating, match
-from effformer.checks import is_refusal, reason
+from effformer.checks import check_values, is_refusal, reason
 
 from .histogram import Histogram
 
@@ -302,6 +303,7 @@ def calls(model: nn.Module, data: Data, *, where: str) -> Iterator[Call]:
         else:
             call = bind(model, batch, where=where)
         for name, x in call.tensors.items():
+            check_values(x, where=f"{where}: batch {index}: {name}")
             if not x.numel():
                 raise ValueError(f"{where}: batch {index}: {name} {tuple(x.shape)} is empty")
             if x.is_floating_point() and not x.isfinite().all():
@@ -332,6 +334,7 @@ class Recorder(list[Call]):
 
 
 @contextmanager
+@checked
 def recording(
     model: nn.Module, limit: int = 32, *, generator: torch.Generator | None = None
 ) -> Iterator[Recorder]:

@@ -189,10 +189,15 @@ def forward_with_cfg(
         (2B, Cout, ...), in float32 at least.
 
     Raises:
-        ValueError: the batch is odd.
+        ValueError: the batch is odd, or the times are not those of its samples.
     """
     if x.shape[0] % 2:
         raise ValueError(f"forward_with_cfg: expected an even batch [cond; null], got {x.shape[0]}")
+    if t.shape != (len(x),) or t.is_complex() or t.device != x.device:
+        raise ValueError(
+            f"forward_with_cfg: expected times ({len(x)},) of real numbers on {x.device}, got "
+            f"{tuple(t.shape)} of {t.dtype} on {t.device}"
+        )
     half = x[: x.shape[0] // 2]
     out = network(torch.cat([half, half]), t, **cond)
     if not isinstance(out, Tensor) or out.dim() != x.dim() or len(out) != len(x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -163,8 +164,16 @@ def peak_rss(call: Callable[..., Any], *args: Any) -> int:
         args: its arguments, pickled as well.
 
     Raises:
+        TypeError: what cannot be pickled.
         RuntimeError: the process failed; the message carries its error.
     """
+    try:
+        pickle.dumps((call, args))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"peak_rss: another process runs it, which takes functions of modules and what can be "
+            f"pickled ({error})"
+        ) from error
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_rss, args=(sender, call, args))

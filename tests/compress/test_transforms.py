@@ -58,7 +58,9 @@ def test_records_are_appended_and_forgotten_by_kind() -> None:
 
 @pytest.mark.parametrize("kind", ["test-scale", "", None, 3])
 def test_unknown_kinds_name_the_known_ones(kind: object) -> None:
-    with pytest.raises(FormatError, match=f"transform {kind!r}: unknown; known: 'quantize'"):
+    with pytest.raises(
+        FormatError, match=f"transform {kind!r}: unknown; known: 'lora', 'prune', 'quantize'"
+    ):
         replay(nn.Linear(2, 2), {"kind": kind})
 
 

@@ -64,6 +64,19 @@ def data(folder: Path) -> Dataset:
     return Dataset("squares", {"x": images, "y": torch.arange(6) % 3}, ("a", "b", "c"))
 
 
+def samples(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Inputs of `dense`, as calibration takes them."""
+    return [{"input": x(folder)}]
+
+
+def adapted(folder: Path) -> nn.Module:
+    return compress.adapt(dense(folder), {"rank": 2}, "*")[0]
+
+
+def adapter(folder: Path) -> Path:
+    return compress.save_adapter(adapted(folder), folder / "adapter")
+
+
 def saved(folder: Path) -> Path:
     return effformer.save_pretrained(_model("sit-nano"), folder / "saved")
 
@@ -215,8 +228,24 @@ OWN: dict[str, dict[str, Make]] = {
     "sort_by_magnitude": {"model": model("sit-nano")},
     "optimize": {"rows": given(2)},
     "acmize": {"model": model("sit-nano"), "scheme": given(compress.AdaptiveScheme())},
-    "quantize": {"where": given("*"), "skip": given(("2",))},
-    "quantize_": {"where": given(["0", "2"])},
+    "quantize": {"where": given("*"), "skip": given(("2",)), "data": samples},
+    "quantize_": {"where": given(["0", "2"]), "data": samples},
+    "plan": {"model": model("sit-nano"), "where": given("*")},
+    "prune": {"model": model("sit-nano"), "scheme": given({"keep": 0.5}), "data": given(None), "objective": given(None)},
+    "cut": {"model": model("sit-nano"), "kept": given({"blocks.0.attn.part": [1]})},
+    "importance": {"model": model("sit-nano"), "where": given("*"), "data": given(None), "objective": given(None)},
+    "sparsify": {"where": given("*"), "scheme": given({"kind": "magnitude"}), "data": samples},
+    "adapt": {"scheme": given({"rank": 2}), "where": given("*")},
+    "merge": {"model": adapted},
+    "unadapt": {"model": adapted},
+    "adapter_scale": {"model": adapted, "strength": given(0.5)},
+    "save_adapter": {"model": adapted, "folder": new("adapter")},
+    "load_adapter": {"folder": adapter},
+    "recording": {"limit": given(4)},
+    "Distillation": {"teacher": dense, "losses": given(("logits",)), "task": task, "weight": given(0.5)},
+    "PruneScheme": {"keep": given(0.5)},
+    "Masks": {"masks": lambda folder: {"0": torch.ones(8, 8).bool()}},
+    "Masks.apply_": {"model": dense},
     "vit_config_from_timm": {"model": given("vit_tiny_patch16_224")},
     "benchmark": {"threads": given((1,)), "candidates": lambda folder: [profile.Candidate(name="a", load=candidate)]},
     "compare": {
@@ -301,8 +330,10 @@ OWN: dict[str, dict[str, Make]] = {
 """Arguments of single functions and classes, beside those by name."""
 
 
-LONG = {"train_classifier": ("config",)}
-"""Arguments of which a wrong kind may be right and take minutes: {} are 1,000 steps."""
+LONG = {"train_classifier": ("config",), "benchmark": ("rounds", "runs", "warmup")}
+"""Arguments of which a wrong kind may be right and take minutes: {} are 1,000 steps, and so are many
+rounds.
+"""
 
 
 INSTANCES: dict[str, Make] = {
@@ -314,6 +345,7 @@ INSTANCES: dict[str, Make] = {
     "Dataset": data,
     "EMA": lambda folder: train.EMA(dense(folder)),
     "GateTable": lambda folder: compress.GateTable(torch.ones(2), {"a": torch.ones(2, 3).bool()}),
+    "Masks": lambda folder: compress.sparsify(dense(folder))[1],
     "Profile": lambda folder: profile.profile(dense(folder), x(folder)),
     "Registry": things,
     "Session": lambda folder: export.Session(graph(folder)),
@@ -327,8 +359,8 @@ INSTANCES: dict[str, Make] = {
 OURS = ("part", "resolve")
 """Functions that classes of parts are declared with."""
 
-INSIDE = ("Context", "Ledger", "Packing", "Rope", "Tap")
-"""Classes whose methods parts call in a forward pass; the contract gives parts wrong ones."""
+INSIDE = ("Context", "Ledger", "MatMulNBits", "Packing", "Rope", "Tap")
+"""Classes whose methods parts and packed layers call; the contract gives parts wrong ones."""
 
 
 def packages() -> Iterator[Any]:

@@ -166,7 +166,7 @@ def test_a_record_is_a_uniform_choice_of_bounded_size() -> None:
         ({"x": torch.zeros(3, 32), "y": torch.zeros(2)}, "one row for every sample"),
         ({"x": torch.full((3, 32), float("nan"))}, "96 of 96 values of input are NaN or infinite"),
         ({"x": torch.zeros(3, 31)}, "batch 0 does not fit the model"),
-        (7, "expected a dict of named tensors"),
+        (7, "data: expected .* got 7"),
         ({"other": torch.zeros(3, 32)}, "missing a required argument"),
     ],
 )

@@ -185,8 +185,8 @@ def test_layers_that_look_linear_but_are_not() -> None:
 
 
 def test_foreign_records_are_refused() -> None:
-    with pytest.raises(FormatError, match="'prune': unknown"):
-        replay(plain_model(), {"kind": "prune"})
+    with pytest.raises(FormatError, match="'shrink': unknown"):
+        replay(plain_model(), {"kind": "shrink"})
     record = {"kind": "quantize", "scheme": {"name": "int3"}, "layers": ["0"]}
     with pytest.raises(FormatError, match="newer effformer"):
         replay(plain_model(), record)
