@@ -133,7 +133,11 @@ def load_model(folder: str | Path) -> Model:
 
 def _load_model(folder: Path) -> Model:
     if not (folder / _CONFIG).is_file():
-        raise FormatError(f"{folder}: no {_CONFIG}; expected a folder written by save_pretrained")
+        run = (folder / "run.json").is_file()
+        hint = "it is a training run, which effformer.train.load_run reads"
+        raise FormatError(
+            f"{folder}: no {_CONFIG}; {hint if run else 'expected a folder written by save_pretrained'}"
+        )
     facts = read_json(folder / _CONFIG)
     _check_facts(facts, folder / _CONFIG)
     if facts["format"] > FORMAT:

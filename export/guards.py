@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ def guard_ids(model: onnx_ir.Model) -> None:
         model: the graph, changed in place; its inputs have their names.
     """
     constant = need("onnx_ir").convenience.get_const_tensor
+    said = Counter[str]()
     for node in [n for n in model.graph.all_nodes() if n.op_type == "Gather"]:
         table, ids = node.inputs
         within = ids.producer() if ids is not None else None
@@ -112,9 +114,9 @@ def guard_ids(model: onnx_ir.Model) -> None:
             continue
         rows = table.shape[0] if table is not None and table.shape is not None else None
         where = f"in 0 to {rows - 1}" if isinstance(rows, int) else "in the table"
-        node.name = (
-            f"{REFUSED}{' and '.join(names)} must {'lie' if copied else 'give rows'} {where}"
-        )
+        words = f"{REFUSED}{' and '.join(names)} must {'lie' if copied else 'give rows'} {where}"
+        said[words] += 1  # two tables of one size; nodes have names of their own
+        node.name = words if said[words] == 1 else f"{words} #{said[words]}"
 
 
 _MOVES = {

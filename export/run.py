@@ -262,7 +262,7 @@ class Bundle:
 
 def refusal(error: Exception) -> str:
     """What a graph itself says when it refuses (`effformer.export.guards`), or nothing."""
-    found = re.search(r"Name:'refused: ([^']+?)(_quant)?'", str(error))
+    found = re.search(r"Name:'refused: ([^']+?)( #[0-9]+)?(_quant)?'", str(error))
     return found[1] if found else ""
 
 

@@ -100,7 +100,7 @@ class PlacedEnds(nn.Module):
         mean = self.class_embed.mean(dim=0, keepdim=True)
         if y is None:
             return mean
-        rows = self.class_embed[y]
+        rows = nn.functional.embedding(y, self.class_embed.flatten(1))[:, None]
         return rows if drop is None else torch.where(drop[:, None, None], mean, rows)
 
     def inputs(self, x: Tensor) -> Tensor:

@@ -161,6 +161,10 @@ def _with_mixers(models: list[str], attn: str | None) -> dict[str, str]:
             f"bench: --attn gives mixers to one model by name, got {', '.join(models)}; write "
             "them behind a colon, dit-s:attn=flow"
         )
+    if "attn=" in models[0].partition(":")[2]:
+        raise ValueError(
+            f"bench: {models[0]} has an attn=, and --attn gives it others; leave one out"
+        )
     names = list(dict.fromkeys(attn.split(",")))
     return {name: _added(models[0], f"attn={name}") for name in names}
 

@@ -39,8 +39,12 @@ SAMPLES = "samples"  # the kind that `effformer.export.run` writes
 def sample(
     source: Annotated[Path, typer.Argument(help="Folder of a saved model, or of an edge bundle.")],
     labels: Annotated[
-        str, typer.Option(help="Class ids or names, one image each: 0,1,2 or 0-9 or circle,square.")
-    ] = "0-9",
+        str | None,
+        typer.Option(
+            help="Classes by name or number, one image each: circle,square or 0,1,2 or 0-9. A name "
+            "that is a number means the class of that name. Default: the first ten classes."
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of the sampler; default: the bundle's, or 10.", min=1, max=10_000),
@@ -70,7 +74,7 @@ def sample(
     Examples: `effformer sample runs/digits/model --labels 0-9 -o digits.png`,
     `effformer sample bundle --labels 7,7,7 --guidance 3 -o sevens.png`
     """
-    from ..export.run import Bundle, parse_labels, write_image, write_samples
+    from ..export.run import Bundle, write_image, write_samples
     from ..files import atomic_path, check_file
 
     target = save_to(out, "sample")
@@ -83,7 +87,7 @@ def sample(
     if (source / "bundle.json").exists():
         bundle = Bundle(source, threads)
         own, named = bundle.facts["sampler"], bundle.facts.get("trained") or {}
-        ids = parse_labels(_numbered(labels, named.get("classes", ())))
+        ids = _ids(labels, named.get("classes", ()), bundle.facts["num_classes"])
         options = {
             "steps": own["steps"] if steps is None else steps,
             "guidance": own["guidance"] if guidance is None else guidance,
@@ -94,7 +98,7 @@ def sample(
     else:
         model = load(_folder(source))
         record = _trained(model)
-        ids = parse_labels(_numbered(labels, record.classes))
+        ids = _ids(labels, record.classes, getattr(model.config, "num_classes", 0))
         count, scale = record.settings(steps, guidance)
         options = {
             "steps": count,
@@ -161,7 +165,7 @@ def draw(
     noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     result = integrate(
         adapt(model.eval()),
-        torch.from_numpy(noise),
+        torch.from_numpy(noise).to(next(model.parameters()).dtype),
         sampler=sampler,
         steps=steps,
         guidance=None if guidance == 1 else Guidance(guidance, null={"y": config.num_classes}),
@@ -169,7 +173,7 @@ def draw(
         progress=progress,
         y=torch.tensor(labels),
     )
-    samples: np.ndarray[Any, Any] = result.x.numpy()
+    samples: np.ndarray[Any, Any] = result.x.float().numpy()
     return samples
 
 
@@ -203,21 +207,28 @@ def pixels(
     return made.transpose(0, 2, 3, 1)
 
 
-def _numbered(labels: str, classes: Sequence[str]) -> str:
-    """Labels with ids in the place of names; a number always is an id.
+def _ids(labels: str | None, classes: Sequence[str], count: int) -> list[int]:
+    """Numbers of classes that are named, numbered or given as ranges; a name comes first.
 
     Raises:
         ValueError: no such class.
     """
+    from ..export.run import parse_labels
+
+    if labels is None:
+        return list(range(min(count, 10)))
     ids = {name: str(i) for i, name in enumerate(classes)}
-    words = []
-    for word in map(str.strip, labels.split(",")):
-        if word in ids and not word.isdecimal():
-            word = ids[word]
-        elif classes and not re.fullmatch(r"[0-9]+(-[0-9]+)?", word):
+    words = [ids.get(word, word) for word in map(str.strip, labels.split(","))]
+    for word in words:
+        if classes and not re.fullmatch(r"[0-9]+(-[0-9]+)?", word):
             raise unknown("class", word, list(classes), where="sample: --labels")
-        words.append(word)
-    return ",".join(words)
+    found = parse_labels(",".join(words))
+    if wrong := [i for i in found if i >= count]:
+        named = f", named {', '.join(classes)}" if ids and list(ids) != list(ids.values()) else ""
+        raise ValueError(
+            f"sample: label {wrong[0]} is not one of the classes 0..{count - 1}{named}"
+        )
+    return found
 
 
 def _folder(source: Path) -> str:

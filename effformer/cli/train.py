@@ -124,7 +124,9 @@ def train(
     from ..train import train as run
     from .training import Watch, header
 
-    if resume and is_run(Path(model)):
+    if not 0 <= validation < 1:
+        raise ValueError(f"--validation must lie in [0, 1), got {validation:g}")
+    if resume and (is_run(Path(model)) or out is None):
         return train(context, **_as_begun(Path(model), context))
     if objective is not None:
         note("train: --objective is now called --loss")
@@ -208,6 +210,9 @@ def _call(context: typer.Context, steps: int) -> dict[str, Any]:
         for k, v in context.params.items()
         if isinstance(v, (str, int, float, list, type(None)))
     }
+    name, colon, place = context.params["data"].rpartition(":")
+    if Path(place).is_dir():  # also from another folder
+        kept["data"] = f"{name}{colon}{Path(place).resolve()}"
     return kept | {"steps": steps, "minutes": None}
 
 

@@ -6,6 +6,7 @@ stretches volumes: ``log p(x) = log N(z; 0, I) + log |det dz/dx|``.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -18,7 +19,7 @@ from ..arguments import Shape, checked
 from ..checks import check_shape
 from ..registry import loss as registry
 from ..values import Count, NonNegative, Real
-from ..wrapped import unwrapping
+from ..wrapped import bare, unwrapping
 from .paths import widened
 
 __all__ = [
@@ -123,6 +124,11 @@ class Likelihood:
         Raises:
             TypeError: the network is no normalizing flow.
         """
+        if "t" in inspect.signature(getattr(bare(network), "forward", network)).parameters:
+            raise TypeError(
+                f"likelihood: {type(network).__name__} is asked for times, a normalizing flow is not; "
+                "loss='flow-matching' trains it, and likelihood trains TarFlow and STARFlow"
+            )
         x = self._noisy(data, generator)
         found = _asked(network, x, cond, where="likelihood")
         per_sample = -_log_density(found, constant=False) / math.prod(x.shape[1:])

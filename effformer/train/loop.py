@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,8 +44,12 @@ from .seeding import Order, isolated_randomness, seed_for
 
 __all__ = ["DivergenceError", "Evaluation", "TrainConfig", "TrainResult", "train"]
 
-Evaluation = Callable[[nn.Module, int], Mapping[str, float]]
+Evaluation = Callable[[nn.Module, int], Mapping[str, float] | None]
 """What looks at a model in training: (model, steps done) -> numbers by name."""
+
+HALVES = (torch.float16, torch.bfloat16)
+RECORDED = ("step", "loss", "lr", "grad_norm", "seconds")
+"""Names of the numbers that every record holds."""
 
 
 class DivergenceError(ValueError):
@@ -243,7 +247,7 @@ def _finish(
                 if last or saving or looking or trainer.done % pace.log_every == 0:
                     record = trainer.record(folder)
                     if looking and evaluate is not None:
-                        record |= trainer.evaluated(evaluate)
+                        record |= _look(trainer, folder, evaluate, pace.keep)
                     if folder is not None:
                         folder.log(record)
                 show(trainer.done, trainer.numbers)
@@ -257,6 +261,43 @@ def _finish(
         trainer.ema.copy_to(model)
     history, newest = (None, None) if folder is None else (folder.metrics, folder.newest())
     return TrainResult(trainer.done, trainer.seconds(), trainer.loss, resumed, history, newest)
+
+
+def _look(
+    trainer: _Trainer, folder: RunFolder | None, evaluate: Evaluation, keep: int
+) -> dict[str, float]:
+    """Numbers of an evaluation; one that fails does not cost the steps before it."""
+    try:
+        return trainer.evaluated(evaluate)
+    except BaseException:
+        if folder is not None:
+            folder.save(trainer.done, trainer.tensors(), trainer.state(), keep=keep)
+        raise
+
+
+def _numbers(found: Any, own: Collection[str]) -> dict[str, float]:
+    """What an evaluation returned, as numbers by name; nothing is none.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a name of the training's own records.
+    """
+    wrong = (
+        "train: evaluate must return numbers by name, such as {'accuracy': 0.9}, or None; got "
+        f"{shown(found)}"
+    )
+    if not isinstance(found, Mapping | None):
+        raise TypeError(wrong)
+    try:
+        numbers = {str(name): float(x) for name, x in (found or {}).items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(wrong) from error
+    if taken := sorted(set(numbers) & set(own)):
+        raise ValueError(
+            f"train: evaluate returned {taken[0]!r}, which the training records itself; another "
+            f"name would do, val_{taken[0]}"
+        )
+    return numbers
 
 
 @contextmanager
@@ -294,6 +335,7 @@ class _Trainer:
         self.optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas)
         self.trainable = [self.optimizer.stepped(p) for p in model.parameters() if p.requires_grad]
         self.device = self.trainable[0].device
+        self.half = next((p.dtype for p in model.parameters() if p.dtype in HALVES), None)
         self.ema = None if config.ema is None else EMA(model, config.ema, warmup=True)
         self.generator = torch.Generator()
         self.order = Order(len(data), config.batch, config.seed)
@@ -310,7 +352,7 @@ class _Trainer:
         self._seed()
         loss = torch.zeros((), device=self.device)
         for rows in self.order.rows(self.done).chunk(config.accumulate):
-            batch = {name: x.to(self.device) for name, x in self.data.rows(rows).items()}
+            batch = self._placed(self.data.rows(rows))
             ledger = Ledger(step=self.done)
             value = self.objective(self.model, batch, self.generator, ledger)
             _check_loss(value)
@@ -370,7 +412,7 @@ class _Trainer:
         self.model.eval()
         try:
             with torch.no_grad():
-                found = {name: float(x) for name, x in evaluate(self.model, self.done).items()}
+                found = _numbers(evaluate(self.model, self.done), RECORDED)
         finally:
             self.model.train()
             if raw:
@@ -438,6 +480,13 @@ class _Trainer:
         """Time spent, over all resumes."""
         return self._spent + time.perf_counter() - self._began
 
+    def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the device of the model, and in half precision where its weights are."""
+        placed = {name: x.to(self.device) for name, x in batch.items()}
+        if self.half is None:
+            return placed
+        return {n: x.to(self.half) if x.dtype == torch.float32 else x for n, x in placed.items()}
+
     def _lr(self, step: int) -> float:
         config = self.config
         return learning_rate(
@@ -497,7 +546,13 @@ def _identity(
             "parameters": hashlib.sha256(repr(layout).encode()).hexdigest(),
         },
         "data": {"samples": len(data), "sha256": data.fingerprint()},
+        "autocast": _autocast(next(model.parameters()).device.type),
     }
+
+
+def _autocast(device: str) -> str | None:
+    """The type of `torch.autocast` around the call, None if there is none."""
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 @unwrapping
@@ -506,7 +561,8 @@ def _renewed(model: nn.Module, trained: Any, found: dict[str, Any]) -> dict[str,
     and with what its objective trains.
     """
     trained = json.loads(json.dumps(trained))
-    found = {"trained": trained, **found}
+    autocast = _autocast(next(model.parameters()).device.type)
+    found = {"trained": trained, "autocast": autocast, **found}
     if isinstance(trained, dict) and isinstance(found["trained"], dict):
         found["trained"] = {**trained, **found["trained"]}
     own, there = getattr(model, "config", None), dict(found.get("model", {}))

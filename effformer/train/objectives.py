@@ -206,6 +206,11 @@ class Augmented(Checked):
             found = "none" if x is None else tuple(x.shape)
             raise ValueError(f"Augmented: changes images x (B, C, H, W), the data have {found}")
         mirrored = torch.rand(len(x), generator=generator) < self.flip
+        if self.shift >= min(x.shape[2:]):
+            raise ValueError(
+                f"Augmented: shift must be below the side of the images, {min(x.shape[2:])}, got "
+                f"{self.shift}"
+            )
         x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
         if self.shift:
             x = _shifted(x, self.shift, generator)

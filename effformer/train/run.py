@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ def load_run(source: str | os.PathLike[str]) -> tuple[Model, int | None]:
         source: the folder of the run.
 
     Returns:
-        The model in evaluation mode, and the step of its checkpoint, None for a finished one.
+        The model in evaluation mode, and the step of its checkpoint, None for a finished run.
 
     Raises:
         FormatError: no run of one of our models, or one that is damaged.
@@ -42,5 +43,6 @@ def load_run(source: str | os.PathLike[str]) -> tuple[Model, int | None]:
             f"{run}: does not say which model was trained; build it and load_checkpoint into it"
         )
     model = rebuilt({**described, **named}, run / "run.json")
-    averaged = facts.get("config", {}).get("ema") is not None
-    return model.eval(), load_checkpoint(run, model, "ema" if averaged else "raw")
+    config = facts.get("config", {})
+    step = load_checkpoint(run, model, "raw" if config.get("ema") is None else "ema")
+    return model.eval(), None if step >= config.get("steps", math.inf) else step

@@ -153,6 +153,7 @@ def test_bench(tmp_path: Path) -> None:
     assert "did you mean 'onnx'" in refusal("bench", small, "--forms", "onxx")
     assert "--threads 1,x: numbers" in refusal("bench", small, "--threads", "1,x")
     assert "one model by name" in refusal("bench", small, small, "--attn", "flow")
+    assert "leave one out" in refusal("bench", f"{small},attn=flow", "--attn", "sana")
     assert "write KEY=A,B" in refusal("bench", small, "--sweep", "input_size=8")
     assert "did you mean 'flow'" in refusal("bench", small, "--attn", "softmax,flwo")
 
@@ -233,6 +234,9 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert (shown["kind"], shown["state"]) == ("training run", "at step 3 of 6")
     assert answer("train", "--resume", str(run), "--threads", "1")["resumed"] == 3
     assert "shift was 1 and is 2" in refusal("train", "--resume", str(run), "--shift", "2")
+    assert "autocast was None" in refusal("train", "--resume", str(run), "--amp")
+    assert "holds no training run" in refusal("train", "--resume", str(tmp_path / "nothere"))
+    assert "--validation must lie in [0, 1)" in refusal("train", "sit-nano", "--validation", "1")
     assert effformer.load_model(effformer_model).config.attn.core.entry.name == "flow"
     (shown,) = answer("show", str(run))
     assert shown["state"] == "finished"
@@ -253,8 +257,34 @@ def test_classes_keep_their_names(tmp_path: Path) -> None:
     assert shown["trained"]["classes"] == ["1", "circle", "square"]
     for source in (run, bundle):
         words = ["sample", source, "--steps", "1", "-o", str(tmp_path / "s.npy"), "--force"]
-        assert answer(*words, "--labels", "square, circle,0-1")["labels"] == [2, 1, 0, 1]
+        assert answer(*words, "--labels", "square, circle,2")["labels"] == [2, 1, 2]
+        assert answer(*words, "--labels", "1")["labels"] == [0]  # the class of that name
+        assert answer(*words)["labels"] == [0, 1, 2]
+        assert "0..2, named 1, circle, square" in refusal(*words, "--labels", "7")
         assert "did you mean 'circle'" in refusal(*words, "--labels", "circel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_are_sampled(
+    saved: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    half = effformer.save_pretrained(effformer.load_model(saved).to(dtype), tmp_path / "half")
+    drawn = []
+    for source in (saved, half):
+        invoke(
+            "sample",
+            str(source),
+            "--labels",
+            "3",
+            "--steps",
+            "2",
+            "-o",
+            str(tmp_path / "s.npy"),
+            "--force",
+        )
+        drawn.append(torch.from_numpy(np.load(tmp_path / "s.npy")))
+    assert drawn[1].dtype == torch.float32
+    assert_close(drawn[1], drawn[0], rtol=0, atol=2e-2)
 
 
 def test_training_ends_in_the_time_that_it_is_given(tmp_path: Path) -> None:

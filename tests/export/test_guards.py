@@ -293,3 +293,30 @@ def test_a_graph_reads_conditions_as_the_report_does(condition: str, tmp_path: P
                 found = False
             if expected is not None:  # a division by 0, which does not end the process
                 assert found is expected, (n, m)
+
+
+class _Twice(nn.Module):
+    """Two tables of one size, read by the same ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Embedding(5, 4), nn.Embedding(5, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.one(ids) * self.other(ids)
+
+
+def test_two_tables_of_one_size_refuse_the_same_ids(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    assert export_onnx(_Twice(), path, torch.tensor([[0, 4, 2]])).parity is not None
+    with pytest.raises(RuntimeError, match=r"^session: ids must lie in 0 to 4, got ids"):
+        Session(path).run({"ids": torch.tensor([[0, -1, 2]])})
+
+
+def test_labels_of_flows_are_refused_in_graphs(tmp_path: Path) -> None:
+    model = effformer.build_model("tarflow-tiny").eval()
+    export_onnx(model, tmp_path / "m.onnx")
+    inputs = model.example_inputs(2)
+    for wrong in (-1, 5):
+        with pytest.raises(RuntimeError, match="y must lie in 0 to 4"):
+            Session(tmp_path / "m.onnx").run({**inputs, "y": torch.tensor([0, wrong])})

@@ -175,5 +175,16 @@ def test_augmented_training_knows_what_it_trains() -> None:
     assert model.trained is not None
     with pytest.raises(ValueError, match="changes images x"):
         task(model, {"x": torch.ones(3, 4)}, torch.Generator(), Ledger())
+    with pytest.raises(ValueError, match="shift must be below the side of the images, 8, got 8"):
+        Augmented(task=Generation(), shift=8)(
+            model, {"x": load_data("digits")["x"][:2]}, torch.Generator(), Ledger()
+        )
+    with pytest.raises(TypeError, match="likelihood: SiT is asked for times"):
+        train(
+            model,
+            load_data("digits"),
+            Generation(loss="likelihood"),
+            TrainConfig(steps=1, warmup=0),
+        )
     with pytest.raises(ValueError, match="flip must lie in"):
         Augmented(task=Generation(), flip=2.0)

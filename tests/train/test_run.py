@@ -22,7 +22,7 @@ def test_an_unfinished_run_has_a_model(tmp_path: Path, ema: float | None) -> Non
     model = effformer.build_model("sit-nano", attn="flow", **SMALL)
     train(model, data, Generation(), CONFIG.replace(ema=ema), out=tmp_path / "run")
     loaded, step = load_run(tmp_path / "run")
-    assert (step, loaded.training, loaded.name) == (4, False, "sit-nano")
+    assert (step, loaded.training, loaded.name) == (None, False, "sit-nano")  # all steps are done
     assert loaded.config == model.config
     for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -33,6 +33,28 @@ def test_an_unfinished_run_has_a_model(tmp_path: Path, ema: float | None) -> Non
     finished, step = load_run(tmp_path / "run")
     assert step is None
     assert finished.get_parameter("final.linear.weight").eq(3).all()
+
+
+def test_a_run_under_autocast_goes_on_under_autocast(tmp_path: Path) -> None:
+    data = load_data("digits").subset(torch.arange(20))
+
+    def run(**options: bool) -> None:
+        model = effformer.build_model("sit-nano", **SMALL)
+        train(model, data, Generation(), CONFIG, out=tmp_path / "run", **options)
+
+    run()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"autocast was None and is 'torch\.bfloat16'"),
+    ):
+        run(resume=True)
+
+
+def test_half_weights_learn_from_ordinary_data() -> None:
+    model = effformer.build_model("sit-nano", **SMALL).bfloat16()
+    result = train(model, load_data("digits"), Generation(), CONFIG)
+    assert result.loss > 0
+    assert model.final.linear.weight.dtype == torch.bfloat16
 
 
 def test_runs_without_a_model_of_ours_say_what_to_do(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,29 @@ def test_what_fails_leaves_the_raw_weights() -> None:
     other = net()
     train(other, data, Classification(), CONFIG.replace(ema=None, steps=9), evaluate_every=3)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (3.5, TypeError, "numbers by name"),
+        ({"a": "x"}, TypeError, "numbers by name"),
+        ({"a": torch.zeros(3)}, TypeError, "numbers by name"),
+        ({"loss": 5.0}, ValueError, "val_loss"),
+        ({"step": 5}, ValueError, "which the training records itself"),
+    ],
+)
+def test_answers_that_are_none_cost_no_steps(
+    tmp_path: Path, answer: Any, error: type[Exception], words: str
+) -> None:
+    data, _ = halves()
+    with pytest.raises(error, match=words):
+        train(
+            net(), data, Classification(), CONFIG, out=tmp_path, evaluate=lambda model, step: answer,
+            evaluate_every=4,
+        )  # fmt: skip
+    done = train(net(), data, Classification(), CONFIG, out=tmp_path, resume=True, evaluate=print)
+    assert (done.resumed, done.steps) == (4, 9)
 
 
 def test_options() -> None:
