@@ -224,6 +224,10 @@ class STARFlow(Model):
                 "text for none"
             )
         if text is not None:
+            if not text.is_floating_point():
+                raise TypeError(
+                    f"{self.name}: text: expected features of a text, real numbers, got {text.dtype}"
+                )
             shown = f"({batch}, L, {width})"
             check_shape(text, shown, (batch, None, width), where=f"{self.name}: text")
 

@@ -135,7 +135,11 @@ def test_no_such_folder(tmp_path: Path) -> None:
         ({"name": 5}, FormatError, "name is 5, expected str"),
         ({"transforms": 5}, FormatError, "transforms is 5, expected list"),
         ({"transforms": [5]}, FormatError, "format or transforms are damaged"),
-        ({"transforms": [{"kind": "pruned"}]}, FormatError, "'pruned': unknown; known: 'quantize'"),
+        (
+            {"transforms": [{"kind": "pruned"}]},
+            FormatError,
+            "'pruned': unknown; known: 'lora', 'prune', 'quantize'",
+        ),
         ({"transforms": [{"kind": "quantize"}]}, FormatError, "expected a scheme and a list"),
         ({"config": [1]}, FormatError, "is not an effformer config"),
         ({"family": "vti"}, ValueError, "unknown model family 'vti'; did you mean 'vit'"),

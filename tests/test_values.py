@@ -31,6 +31,9 @@ REQUIRED = {
 }  # fmt: skip
 """Values of options without a default."""
 
+ONE_OF: dict[str, dict[str, Any]] = {"PruneScheme": {"keep": 0.5}}
+"""Options of which one must be given."""
+
 HOSTILE: tuple[Any, ...] = (
     math.nan, math.inf, -math.inf, -1, -0.5, 0, 0.0, 2.5, 1e400, 10**400, True, "1", [], {}, object(),
 )  # fmt: skip
@@ -55,7 +58,8 @@ def made(cls: type[Config]) -> Config:
     if presets:
         return presets[0]
     names = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-    return cls(**{name: value for name, value in REQUIRED.items() if name in names})
+    chosen = {name: value for name, value in REQUIRED.items() if name in names}
+    return cls(**chosen, **ONE_OF.get(cls.__qualname__, {}))
 
 
 def ranges(hint: Any) -> Iterator[tuple[type, Range | None]]:

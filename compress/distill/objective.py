@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from effformer.calls import evaluating, match, outputs, takes
 from effformer.checks import CapabilityError, unknown
 from effformer.config import Config
 from effformer.context import Ledger, Tap
-from effformer.values import Count, NonNegative, Positive, checker
+from effformer.values import Count, NonNegative, Positive, Range, checker
 from effformer.wrapped import bare, unwrapped
 
 from .losses import (
@@ -169,7 +169,7 @@ class MiniLM(DistillLoss):
 
     version: Literal[1, 2] = 2
     heads: Count = 12
-    block: int = -1
+    block: Annotated[int, Range(-4096, 4095)] = -1
 
     def __call__(self, student: Seen, teacher: Seen) -> Tensor:
         if not -teacher.depth <= self.block < teacher.depth:

@@ -106,10 +106,6 @@ def _scheme(given: PruneScheme | Mapping[str, Any] | None) -> PruneScheme:
         return PruneScheme(macs=0.5)
     if isinstance(given, PruneScheme):
         return given
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"prune: scheme must be a PruneScheme or a dict such as {{'macs': 0.5}}, got {given!r}"
-        )
     return PruneScheme.from_dict(given, where="prune: scheme")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effformer import registry
+from effformer.values import Count
 
 from . import blockwise as bw
 from .schemes import RowConfig, RowScheme
@@ -28,7 +29,7 @@ class AffineConfig(RowConfig):
     """
 
     bits: Literal[2, 3, 4, 8] = 4
-    block: int | None = 64
+    block: Count | None = 64
     symmetric: bool = False
     anchored: bool = True
 

@@ -241,10 +241,15 @@ def sample_field(model: Any, convention: Any, rule: Guidance, x: Tensor, y: Tens
 def test_objectives_around_others_and_joint_models() -> None:
     dynamic = build(width="dynamic", tokens="dynamic", dim=32)
     train(dynamic, digits(), Frugal(task=Generation(label_drop=0.0), target=0.5), QUICK)
-    assert trained_of(dynamic) == Trained(convention=EFFFORMER, value_range=(-1.0, 1.0))
+    digit = tuple("0123456789")
+    assert trained_of(dynamic) == Trained(
+        convention=EFFFORMER, value_range=(-1.0, 1.0), classes=digit
+    )
     adaptive = acmize(build())[0]
     train(adaptive, digits(), Budgeted(task=Generation(), target=0.5), QUICK)
-    assert trained_of(adaptive) == Trained(convention=EFFFORMER, null=True, value_range=(-1, 1))
+    assert trained_of(adaptive) == Trained(
+        convention=EFFFORMER, null=True, value_range=(-1, 1), classes=digit
+    )
     joint = effformer.build_model("joint-dit-nano", depth=1)
     drawn = {n: x for n, x in joint.example_inputs(8).items() if n != "t"}
     train(joint, Dataset("texts", drawn), Generation(loss="pseudo-huber"), QUICK)
