@@ -145,6 +145,17 @@ def check_folder(
         FormatError: it may not.
     """
     folder = Path(folder)
+    look = functools.partial(_replaceable, folder, marker, own, objection, force)
+    return read_whole(folder, look)  # another process may exchange it meanwhile
+
+
+def _replaceable(
+    folder: Path,
+    marker: str,
+    own: Collection[str],
+    objection: Callable[[Path], str] | None,
+    force: bool,
+) -> Path:
     try:
         target = _resolved(folder)
         if target.exists() and not target.is_dir():
@@ -411,8 +422,8 @@ def _put(new: Path, folder: Path) -> None:
         try:
             os.rename(new, folder)  # a place that is free, or an empty folder
             return
-        except OSError:
-            if not folder.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not folder.is_dir():
                 raise
         # a file system that cannot exchange: for a moment the place is empty
         with suppress(FileNotFoundError):

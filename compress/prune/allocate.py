@@ -63,15 +63,15 @@ class PruneScheme(Config):
         given = [n for n in ("keep", "macs", "params") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"prune: give one of keep=, macs= and params=, got {' and '.join(given) or 'none'}; "
+                f"PruneScheme: give one of keep=, macs= and params=, got {' and '.join(given) or 'none'}; "
                 "macs=0.5 halves the work"
             )
         if not self.units:
-            raise ValueError(f"prune: units is empty; choices: {', '.join(KINDS)}")
+            raise ValueError(f"PruneScheme: units is empty; choices: {', '.join(KINDS)}")
         if isinstance(self.keep, Mapping):
             if not self.keep or not set(self.keep) <= set(KINDS):
                 raise ValueError(
-                    f"prune: keep names {', '.join(self.keep) or 'nothing'}; choices: {', '.join(KINDS)}"
+                    f"PruneScheme: keep names {', '.join(self.keep) or 'nothing'}; choices: {', '.join(KINDS)}"
                 )
             for kind, share in self.keep.items():
                 checker(Portion)(share, f"prune: keep[{kind!r}]")
