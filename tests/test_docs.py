@@ -132,8 +132,9 @@ def test_changelog_has_this_version() -> None:
     assert re.search(rf"^## \[{re.escape(VERSION)}\]", text, flags=re.MULTILINE)
 
 
-def test_generated_lists_are_current() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "doclists.py"), "--check"]
+@pytest.mark.parametrize("tool", ["doclists.py", "zoo_page.py"])
+def test_generated_pages_are_current(tool: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ def forms() -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def main() -> None:
-    """Write the page."""
+def render() -> str:
+    """The page."""
     data = json.dumps(forms(), separators=(",", ":")).replace("</", "<\\/")
     template = (Path(__file__).parent / "zoo_page.html").read_text(encoding="utf-8")
-    with atomic_path(PAGE) as path:
-        path.write_text(template.replace("/*DATA*/[]", data), encoding="utf-8")
+    return template.replace("/*DATA*/[]", data)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--check"]:
+        stale = PAGE.read_text(encoding="utf-8") != render()
+        sys.exit(f"{PAGE.name} is out of date: python tools/zoo_page.py" if stale else 0)
+    with atomic_path(PAGE) as path:
+        path.write_text(render(), encoding="utf-8")

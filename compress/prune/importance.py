@@ -16,8 +16,9 @@ from effformer.context import Ledger
 from effformer.wrapped import unwrapping
 
 from ..plan import Group, Member, plan
+from ..samples import Data, listed
 from ..where import Where
-from .samples import Data, batches, observed
+from .statistics import observed
 
 if TYPE_CHECKING:
     from effformer.train import Objective
@@ -94,7 +95,7 @@ def scores(
     if data is None and (needs or len(sliced) < len(groups)):
         why = where if needs else "prune: units 'blocks'"
         raise ValueError(f"{why} is measured on data=; give some batches, or take 'magnitude'")
-    found = [] if data is None else batches(data, where=where)
+    found = [] if data is None else listed(data, where=where)
     out: dict[str, Tensor] = {}
     if method == "magnitude":
         state = model.state_dict()

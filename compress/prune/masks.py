@@ -16,8 +16,9 @@ from effformer.config import Config
 from effformer.values import Chance, Count
 from effformer.wrapped import unwrapping
 
+from ..samples import Data, listed
 from ..where import Where, check, covers
-from .samples import Data, batches, observed
+from .statistics import observed
 
 __all__ = [
     "Masks", "Movement", "SparseScheme", "block_mask", "block_scores", "cubic", "magnitude_mask",
@@ -238,7 +239,7 @@ def _masks(
     if scheme.kind == "wanda":
         if data is None:
             raise ValueError("sparsify: 'wanda' is measured on data=; 'magnitude' needs none")
-        seen = observed(model, batches(data, where="sparsify"), weights, where="sparsify")
+        seen = observed(model, listed(data, where="sparsify"), weights, where="sparsify")
         return {
             path: within_rows(wanda_scores(w, seen[path].norms), scheme.sparsity)
             for path, w in weights.items()

@@ -17,13 +17,13 @@ from effformer.wrapped import unwrapping
 
 from ..plan import Group, Plan, plan
 from ..report import file_bytes, relative_error
+from ..samples import Data, calls, listed
 from ..where import Where
 from .allocate import PruneScheme, allocate, budgeted
 from .cut import cut_groups
 from .importance import scores
 from .recover import compensated
 from .report import PrunedPart, PruneReport
-from .samples import Data, batches, calls
 
 if TYPE_CHECKING:
     from effformer.train import Objective
@@ -79,7 +79,7 @@ def prune(
     chosen = _scheme(scheme)
     planned = plan(model, where, chosen.kinds)
     _check_plan(model, planned, chosen)
-    found = None if data is None else batches(data, where="prune")
+    found = None if data is None else listed(data, where="prune: data")
     groups = list(planned.groups)
     by = scores(model, chosen.importance, groups, data=found, objective=objective)
     call = _call(model, found, objective)

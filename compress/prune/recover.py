@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import Group, Member
-from .samples import observed
+from .statistics import observed
 
 if TYPE_CHECKING:
     from effformer.train import Objective

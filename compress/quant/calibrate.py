@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from effformer.arguments import checked
-from effformer.calls import Call, Inputs, bind, bound, evaluating, match
-from effformer.checks import check_values, is_refusal, reason
+from effformer.calls import Call, bound, evaluating
+from effformer.checks import is_refusal, reason
 
+from ..samples import Data, calls
 from .histogram import Histogram
 
 __all__ = [
-    "TIMES", "Data", "Seen", "Want", "attempt", "batches", "calls", "observe", "recording",
+    "TIMES", "Seen", "Want", "attempt", "observe", "recording",
 ]  # fmt: skip
-
-Data = Inputs | Iterable[Inputs]
-"""Named tensors whose first axis counts samples, a `effformer.train.Dataset`, or batches of such."""
 
 Want = Literal["second", "mean", "peak", "times", "range", "sample"]
 
@@ -35,7 +33,6 @@ TIMES = 8
 SAMPLE = 256
 """Tokens that are kept of all that a layer has seen."""
 
-_CHUNK = 32  # samples per call, where the data are one piece
 _TIME = ("t", "timestep", "timesteps", "time")
 
 
@@ -149,52 +146,6 @@ class Seen:
         return out
 
 
-def batches(data: Data, *, where: str) -> Iterator[Inputs]:
-    """The batches of calibration data; named tensors and data sets are cut into some.
-
-    Raises:
-        ValueError: no sample, or tensors of different lengths.
-        TypeError: nothing that holds tensors.
-    """
-    data = getattr(data, "tensors", data)
-    if isinstance(data, Mapping):
-        yield from _cut(data, where)
-        return
-    if isinstance(data, Tensor) or (isinstance(data, tuple) and _positional(data)):
-        yield data
-        return
-    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
-        raise TypeError(
-            f"{where}: expected a dict of named tensors, a data set or batches of such, got "
-            f"{type(data).__name__}"
-        )
-    empty = True
-    for batch in data:
-        empty = False
-        yield batch
-    if empty:
-        raise ValueError(f"{where}: there are no samples; give at least one batch")
-
-
-def _positional(data: Sequence[Any]) -> bool:
-    return all(isinstance(x, Tensor) for x in data) and len(data) > 0
-
-
-def _cut(data: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    tensors = {k: x for k, x in data.items() if isinstance(x, Tensor) and x.dim() > 0}
-    lengths = {len(x) for x in tensors.values()}
-    if not lengths or 0 in lengths:
-        raise ValueError(f"{where}: there are no samples; give at least one")
-    if len(lengths) > 1:
-        shapes = {k: tuple(x.shape) for k, x in tensors.items()}
-        raise ValueError(
-            f"{where}: expected tensors with one row for every sample, got lengths {shapes}"
-        )
-    count = lengths.pop()
-    for start in range(0, count, _CHUNK):
-        yield dict(data) | {k: x[start : start + _CHUNK] for k, x in tensors.items()}
-
-
 def observe(
     model: nn.Module,
     units: Iterable[Sequence[nn.Module]],
@@ -285,34 +236,6 @@ def attempt(model: nn.Module, call: Call, *, where: str) -> list[Tensor]:
         if not is_refusal(error) and not isinstance(error, RuntimeError | IndexError):
             raise
         raise ValueError(f"{where} does not fit the model: {reason(error)}") from error
-
-
-def calls(model: nn.Module, data: Data, *, where: str) -> Iterator[Call]:
-    """Calibration data as calls of a model.
-
-    Raises:
-        ValueError: a value is NaN or infinite, or there are no samples.
-        TypeError: an argument that the model needs is missing.
-    """
-    for index, batch in enumerate(batches(data, where=where)):
-        made: Any = batch
-        if isinstance(made, Call):
-            call = made
-        elif isinstance(batch, Mapping):
-            call = match(model, batch, where=where)
-        else:
-            call = bind(model, batch, where=where)
-        for name, x in call.tensors.items():
-            check_values(x, where=f"{where}: batch {index}: {name}")
-            if not x.numel():
-                raise ValueError(f"{where}: batch {index}: {name} {tuple(x.shape)} is empty")
-            if x.is_floating_point() and not x.isfinite().all():
-                bad = int((~x.isfinite()).sum())
-                raise ValueError(
-                    f"{where}: batch {index}: {bad} of {x.numel()} values of {name} are NaN or "
-                    "infinite; drop these samples"
-                )
-        yield call
 
 
 class Recorder(list[Call]):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from effformer.calls import Call
 
+from ..samples import Data
 from ..where import covers
-from .calibrate import Data, Seen, Want, observe
+from .calibrate import Seen, Want, observe
 from .fold import Point, points
 from .linear import QuantEmbedding, QuantLinear
 from .schemes import Scheme

@@ -20,9 +20,10 @@ from effformer.config import Spec
 from effformer.wrapped import unwrapping
 
 from ..report import KeptLayer, PackedLayer, Report, file_bytes, relative_error
+from ..samples import Data, calls
 from ..transforms import forget, record
 from ..where import Where, check, covers, patterns
-from .calibrate import Data, attempt, calls
+from .calibrate import attempt
 from .foreign import opened
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
 from .plan import Packed, Planned, make_plan, pack

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
@@ -17,15 +16,6 @@ if TYPE_CHECKING:
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 __all__ = ["cost_rows", "page", "summary"]
-
-_STYLE = """<style>
-.grids { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
-.grids figure { margin: 0; } .grids figcaption { font-size: .9rem; margin-top: .4rem; }
-.grids figcaption span { color: var(--soft); }
-.grids img { width: 100%; display: block; image-rendering: pixelated; border-radius: .35rem; }
-code { font-size: .95em; }
-</style>"""
 
 
 def summary(demo: Demo) -> dict[str, Any]:
@@ -78,11 +68,11 @@ def pareto(demo: Demo) -> Pareto:
 
 def page(demo: Demo) -> str:
     """The report, one self-contained HTML document."""
+    from ..profile.html import gallery
     from ..profile.html import page as document
 
     recipe = demo.recipe
     body = [
-        _STYLE,
         "<h1>effformer demo</h1>",
         "<p>Two rectified-flow transformers that differ in nothing but <code>attn=</code>, trained "
         "on real handwritten digits on this machine; then measured, quantized, exported, and run "
@@ -93,7 +83,7 @@ def page(demo: Demo) -> str:
         "convolutional network that saw real digits only "
         f"({demo.judge.accuracy:.1%} on held-out ones) judges {len(demo.labels)} samples of each "
         "form.</p>",
-        _grids(demo),
+        gallery((grid.file, grid.title, grid.note) for grid in demo.grids),
         "<h2>Training</h2>",
         f'<div class="plot">{_losses(demo).svg()}</div>',
         "<h2>What each form costs</h2>",
@@ -120,6 +110,8 @@ def page(demo: Demo) -> str:
 
 
 def _tiles(demo: Demo) -> str:
+    from ..profile.html import tiles
+
     edge, dense = demo.form(EDGE, RUNTIME), demo.form("flow")
     shown = [(f"{demo.form(a).recognised:.1%}", f"recognised, attn={a}") for a in ATTENTIONS]
     shown += [
@@ -128,19 +120,7 @@ def _tiles(demo: Demo) -> str:
         (f"{max(r.max_rel for r in demo.parity.values()):.0e}", "largest export error"),
         (f"{sum(demo.seconds.values()):.0f} s", "for all of this"),
     ]
-    tiles = (f'<div class="tile"><b>{v}</b><span>{escape(t)}</span></div>' for v, t in shown)
-    return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _grids(demo: Demo) -> str:
-    figures = []
-    for grid in demo.grids:
-        data = base64.b64encode(grid.file.read_bytes()).decode()
-        figures.append(
-            f'<figure><img alt="{escape(grid.title)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{escape(grid.title)}<br><span>{escape(grid.note)}</span></figcaption></figure>"
-        )
-    return f'<div class="grids">{"".join(figures)}</div>'
+    return tiles(shown)
 
 
 def _scaling(demo: Demo) -> Table:

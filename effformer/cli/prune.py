@@ -82,9 +82,6 @@ def _measured(model: Model, source: str, samples: int) -> dict[str, Any]:
     from ..train import Classification, Generation, load_data
 
     found = load_data(source)
-    tensors = {name: x[:samples].split(64) for name, x in found.tensors.items()}
-    batches = [
-        dict(zip(tensors, some, strict=True)) for some in zip(*tensors.values(), strict=True)
-    ]
+    tensors = {name: x[:samples] for name, x in found.tensors.items()}
     generator = type(model).CONVENTION is not None
-    return {"data": batches, "objective": Generation() if generator else Classification()}
+    return {"data": tensors, "objective": Generation() if generator else Classification()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import time
 from collections.abc import Mapping, Sequence
@@ -114,23 +113,14 @@ class Watch:
         return file
 
     def _grids(self) -> list[str]:
-        files = sorted((self.run / "samples").glob("step-*.png"))
-        if not files:
-            return []
-        shown = files[-1:-9:-1]
-        figures = [
-            f'<figure style="margin:0"><img alt="samples" style="width:100%;image-rendering:pixelated"'
-            f' src="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}">'
-            f"<figcaption>step {int(f.stem.removeprefix('step-')):,}</figcaption></figure>"
-            for f in shown
-        ]
-        more = f", the last {len(shown)} of {len(files)}" if len(files) > len(shown) else ""
-        return [
-            "<h2>Samples</h2>",
-            f"<p>One of each class from the averaged weights, the newest first{more}.</p>",
-            '<div style="display:grid;gap:1.25rem;grid-template-columns:'
-            f'repeat(auto-fill,minmax(13rem,1fr))">{"".join(figures)}</div>',
-        ]
+        """The last grids of samples, the newest first."""
+        from ..profile.html import gallery
+
+        files = sorted((self.run / "samples").glob("step-*.png"))[:-9:-1]
+        steps = [f"step {int(file.stem.removeprefix('step-')):,}" for file in files]
+        words = "one of each class, averaged weights"
+        shown = gallery((file, step, words) for file, step in zip(files, steps, strict=True))
+        return ["<h2>Samples</h2>", shown] if files else []
 
 
 def _points(records: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
@@ -144,6 +134,8 @@ def _some(
 
 
 def _tiles(records: Sequence[Mapping[str, float]]) -> str:
+    from ..profile.html import tiles
+
     last = records[-1]
     shown = [
         (f"{last['step']:,}", "steps"),
@@ -153,5 +145,4 @@ def _tiles(records: Sequence[Mapping[str, float]]) -> str:
     ]
     if held_out := _points(records, "val_loss"):
         shown.insert(2, (f"{held_out[-1][1]:.4f}", "loss on held-out data"))
-    tiles = (f'<div class="tile"><b>{v}</b><span>{escape(t)}</span></div>' for v, t in shown)
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+    return tiles(shown)

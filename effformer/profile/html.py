@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effformer.files import mark
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from .crosscheck import Row
     from .result import Profile
 
-__all__ = ["comparison_section", "page", "profile_section", "report_page"]
+__all__ = ["comparison_section", "gallery", "page", "profile_section", "report_page", "tiles"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667080; --line: #e1e4ea;
@@ -70,6 +72,12 @@ td.wrap { white-space: normal; }
 details.more { margin-top: 1rem; }
 details.more > summary { color: var(--soft); }
 .bad { color: #d55e00; font-weight: 600; }
+.grids { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
+.grids figure { margin: 0; } .grids figcaption { font-size: .9rem; margin-top: .4rem; }
+.grids figcaption span { color: var(--soft); }
+.grids img { width: 100%; display: block; image-rendering: pixelated; border-radius: .35rem; }
+code { font-size: .95em; }
 """
 
 
@@ -124,9 +132,9 @@ def profile_section(profile: Profile) -> str:
     return f"<section>{''.join(pieces)}</section>"
 
 
-def comparison_section(comparison: Comparison) -> str:
+def comparison_section(comparison: Comparison, title: str = "Side by side") -> str:
     """The table of all models and, where latency was measured, the Pareto plot."""
-    pieces = ["<section><h2>Side by side</h2>", _table(*comparison.table())]
+    pieces = [f"<section><h2>{escape(title)}</h2>", _table(*comparison.table())]
     if comparison.how:
         pieces.append(f"<p>{escape(comparison.how)}</p>")
         pieces.append(f'<div class="plot">{comparison.pareto(y=comparison.against()).svg()}</div>')
@@ -134,16 +142,33 @@ def comparison_section(comparison: Comparison) -> str:
 
 
 def _tiles(p: Profile) -> str:
-    tiles = [(amount(p.total), "MACs")]
+    shown = [(amount(p.total), "MACs")]
     if p.executed is not None and p.executed != p.total:
-        tiles.append((amount(p.executed), f"MACs executed ({_share(p.executed, p.total)})"))
-    tiles += [(amount(p.flops), "FLOPs = 2 x MACs"), (amount(p.params), "parameters")]
+        shown.append((amount(p.executed), f"MACs executed ({_share(p.executed, p.total)})"))
+    shown += [(amount(p.flops), "FLOPs = 2 x MACs"), (amount(p.params), "parameters")]
     if p.memory is not None:
-        tiles.append((size(p.memory.peak), "peak activations"))
+        shown.append((size(p.memory.peak), "peak activations"))
         if p.memory.saved is not None:
-            tiles.append((size(p.memory.saved), "saved for backward"))
-    inside = (f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in tiles)
+            shown.append((size(p.memory.saved), "saved for backward"))
+    return tiles(shown)
+
+
+def tiles(shown: Iterable[tuple[str, str]]) -> str:
+    """Headline numbers, each with what it is."""
+    inside = (f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in shown)
     return f'<div class="tiles">{"".join(inside)}</div>'
+
+
+def gallery(pictures: Iterable[tuple[Path, str, str]]) -> str:
+    """Small PNG pictures side by side, inside the page: file, title, note."""
+    figures = []
+    for file, title, note in pictures:
+        data = base64.b64encode(file.read_bytes()).decode()
+        figures.append(
+            f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{escape(title)}<br><span>{escape(note)}</span></figcaption></figure>"
+        )
+    return f'<div class="grids">{"".join(figures)}</div>'
 
 
 def _elementwise(p: Profile) -> str:

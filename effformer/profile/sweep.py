@@ -143,8 +143,7 @@ class Sweep:
     def _page(self) -> str:
         title = f"{', '.join(self.names)} over {self.option}"
         sections = [
-            comparison_section(one).replace("Side by side", f"{escape(self.option)}={value:g}", 1)
-            for value, one in self.found.items()
+            comparison_section(one, f"{self.option}={value:g}") for value, one in self.found.items()
         ]
         body = [f"<h1>{escape(title)}</h1>", self._repr_html_(), *sections]
         return page(title, "\n".join(body), COMPARISON)

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from effformer.compress import quantize, quantize_, recording
-from effformer.compress.quant.calibrate import SAMPLE, TIMES, Seen, batches, observe
+from effformer.compress.quant.calibrate import SAMPLE, TIMES, Seen, observe
+from effformer.compress.samples import batches
 from torch import Tensor, nn
 
+import effformer
 from effformer.train import Dataset
 
 WANTS = ("second", "mean", "peak", "times", "range", "sample")
@@ -192,3 +194,14 @@ def test_tensors_are_cut_along_their_samples() -> None:
     pieces = list(batches({"x": torch.zeros(70, 2), "scale": torch.tensor(2.0)}, where="here"))
     assert [len(piece["x"]) for piece in pieces] == [32, 32, 6]  # type: ignore[call-overload]
     assert all(piece["scale"] == 2 for piece in pieces)  # type: ignore[call-overload]
+
+
+def test_wrapped_models_are_calibrated_as_they_are_without() -> None:
+    model = effformer.build_model("sit-nano", input_size=8, channels=1, patch=2).eval()
+    torch.nn.init.normal_(model.final.linear.weight)  # zero until it is trained
+    data = model.example_inputs(3)
+    plain, _ = quantize(model, {"name": "gptq", "block": 16}, data=data)
+    wrapped, _ = quantize(
+        torch.compile(model, backend="eager"), {"name": "gptq", "block": 16}, data=data
+    )
+    assert torch.equal(wrapped(**data), plain(**data))

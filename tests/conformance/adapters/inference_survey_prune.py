@@ -14,7 +14,7 @@ from effformer.compress.prune.masks import (
     sparsify,
     wanda_scores,
 )
-from effformer.compress.prune.samples import observed
+from effformer.compress.prune.statistics import observed
 from effformer.compress.prune.widths import dyna_layers, dyna_widths
 from harness import Golden
 from torch import Tensor, nn

@@ -1,70 +1,23 @@
-"""Calibration data: batches of named tensors, checked before anything is measured."""
+"""What linear layers read while batches run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from effformer.calls import Call, Inputs, bind, evaluating, match
+from effformer.calls import evaluating
 from effformer.context import Ledger
+
+from ..samples import calls
 
 if TYPE_CHECKING:
     from effformer.train import Objective
 
-__all__ = ["Data", "Statistics", "batches", "calls", "observed"]
-
-Data = Inputs | Iterable[Inputs]
-"""One batch (a tensor, a tuple of arguments, named tensors), or a list or iterator of batches."""
-
-
-def batches(data: Data, *, where: str) -> list[Any]:
-    """The batches of calibration data.
-
-    Raises:
-        ValueError: there are none, one is empty, or not all of its numbers are finite.
-        TypeError: no data.
-    """
-    if isinstance(data, (Tensor, Mapping, tuple)):
-        found: list[Any] = [data]
-    elif isinstance(data, Iterable) and not isinstance(data, str):
-        found = list(data)
-    else:
-        raise TypeError(
-            f"{where}: data must be a tensor, a dict of named tensors or a list of such batches, got "
-            f"{type(data).__name__}"
-        )
-    if not found:
-        raise ValueError(f"{where}: data is empty; give at least one batch")
-    for i, batch in enumerate(found):
-        named = batch.items() if isinstance(batch, Mapping) else [("", batch)]
-        for name, value in named:
-            _check(value, f"{where}: data[{i}]" + (f".{name}" if name else ""))
-    return found
-
-
-def _check(value: Any, place: str) -> None:
-    for x in value if isinstance(value, (tuple, list)) else (value,):
-        if not isinstance(x, Tensor):
-            continue
-        if not x.numel():
-            raise ValueError(
-                f"{place} of shape {tuple(x.shape)} is empty; give at least one sample"
-            )
-        if x.is_floating_point() and not bool(x.isfinite().all()):
-            raise ValueError(f"{place} holds NaN or infinite numbers; leave those samples out")
-
-
-def calls(model: nn.Module, found: list[Any], *, where: str) -> Iterator[Call]:
-    """Each batch as a call of the model; named tensors that it does not take are left out."""
-    for batch in found:
-        if isinstance(batch, Mapping):
-            yield match(model, batch, where=where)
-        else:
-            yield bind(model, batch, where=where)
+__all__ = ["Statistics", "observed"]
 
 
 class Statistics:
