@@ -20,7 +20,7 @@ from effformer.config import Config, part
 from effformer.context import Context, Ledger, Rope, Tap, explained
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, is_formula, sincos_2d
 from effformer.nn.init import xavier_linears
-from effformer.nn.norms import Modulation, branch_norm, modulate
+from effformer.nn.norms import Modulation, SharedModulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
 from effformer.values import Chance, Count, Positive
@@ -93,11 +93,18 @@ class FinalLayer(nn.Module):
 
     ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_final", "": "final_linear"}
 
-    def __init__(self, site: Site, patch: int, channels: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        patch: int,
+        channels: int,
+        *,
+        by: type[Modulation] | type[SharedModulation] = Modulation,
+    ) -> None:
         super().__init__()
         assert site.cond_dim is not None
         self.norm = branch_norm(site)
-        self.modulation = Modulation(site.cond_dim, site.dim, 2)
+        self.modulation = by(site.cond_dim, site.dim, 2)
         self.linear = nn.Linear(site.dim, patch * patch * channels)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -157,7 +164,7 @@ def reset_parameters(
     for table in tables:
         nn.init.normal_(table.weight, std=0.02)
     for module in model.modules():
-        if isinstance(module, Modulation):
+        if isinstance(module, (Modulation, SharedModulation)):
             module.reset_parameters()
     nn.init.zeros_(final.linear.weight)
     nn.init.zeros_(final.linear.bias)
