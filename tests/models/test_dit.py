@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.export import Session, VerificationError, export_onnx
+from effformer.export import Session, export_onnx
 from effformer.models import DiT
 from effformer.models.dit import PRESETS
 from torch import Tensor
@@ -254,8 +254,8 @@ def test_a_changed_table_is_exported_and_not_the_formula(tmp_path: Path) -> None
     export_onnx(model, path, verify=False)
     found = torch.from_numpy(Session(path).run(given)["output"])
     torch.testing.assert_close(found, model(**given), rtol=1e-4, atol=1e-5)
-    with pytest.raises(VerificationError, match=r"differs .* at x \(2, 4, 8, 8\)"):
-        export_onnx(model, path, dynamic=every)
+    with pytest.raises(ValueError, match=r"axis 2 of 'x' is fixed in this model"):
+        export_onnx(model, path, dynamic=every, verify=False)
 
 
 def test_position_table_is_the_published_one() -> None:
