@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
-    "guard", "is_run", "load", "loaded", "note", "overrides", "parse_value", "placed", "save_to", "set_threads", "stages",
+    "FFN", "Attn", "Averaged", "Batch", "Block", "Device", "Dtype", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
+    "guard", "is_run", "load", "loaded", "moved", "note", "overrides", "parse_value", "placed", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
@@ -49,6 +49,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="Numbers in which a model computes; default: those of its weights."),
 ]
 Batch = Annotated[int, typer.Option(help="Samples per call.", min=1, max=10**6)]
 Strict = Annotated[
@@ -328,12 +333,35 @@ def placed(device: str) -> torch.device:
 
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); cpu always can"
         ) from error
     return found
+
+
+def moved(model: Model, device: str, dtype: str | None = None) -> Model:
+    """A model on a device, its weights as numbers of a type; None keeps theirs.
+
+    Raises:
+        ValueError: no such device, or not here, or one that does not compute with such numbers.
+    """
+    import torch
+
+    place, kind = placed(device), None if dtype is None else getattr(torch, dtype)
+    if kind is not None:
+        try:
+            one = torch.ones(2, 2, dtype=kind, device=place)
+            (one @ one).sum().item()
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"--dtype {dtype}: {device} cannot compute with it ({str(error).splitlines()[0]}); "
+                "float32 always can"
+            ) from error
+    return model.to(place, kind)
 
 
 def save_to(out: Path | None, verb: str) -> Path:

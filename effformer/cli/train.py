@@ -12,6 +12,7 @@ from .common import (
     FFN,
     Attn,
     Block,
+    Device,
     Json,
     Out,
     Seed,
@@ -97,7 +98,7 @@ def train(
         int,
         typer.Option(help="Steps between grids of samples and held-out losses.", max=10**9),
     ] = 500,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Device = "cpu",
     amp: Annotated[
         bool, typer.Option("--amp", help="Compute in bfloat16, on float32 weights.")
     ] = False,

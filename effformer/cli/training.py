@@ -78,7 +78,7 @@ class Watch:
         from ..export.run import write_image
         from ..files import atomic_path
         from ..wrapped import bare
-        from .sample import draw, pixels
+        from .drawing import draw, pixels
 
         plain: Any = bare(model)
         labels = range(min(plain.config.num_classes, 10))

@@ -225,9 +225,25 @@ def _digits(size: int | None) -> Dataset:
     return _dataset("digits", tensors["images"], tensors["labels"], 16, classes, size)
 
 
+def has_test(source: str) -> bool:
+    """Whether `load_data` finds a test part."""
+    name, _, path = source.partition(":")
+    if path and name in (*_IDX, *_TORCHVISION):
+        return name in _TORCHVISION or _idx_files(name, Path(path), "test") is not None
+    return find_idx(Path(source), "test") is not None
+
+
+def _idx_places(name: str, folder: Path) -> list[Path]:
+    return [folder, folder / _IDX[name] / "raw"] if name in _IDX else [folder]
+
+
+def _idx_files(name: str, folder: Path, part: Part) -> tuple[Path, Path] | None:
+    found = (find_idx(place, part) for place in _idx_places(name, folder))
+    return next((files for files in found if files), None)
+
+
 def _idx(name: str, folder: Path, part: Part, size: int | None) -> Dataset:
-    places = [folder, folder / _IDX[name] / "raw"] if name in _IDX else [folder]
-    found = next((files for place in places if (files := find_idx(place, part))), None)
+    places, found = _idx_places(name, folder), _idx_files(name, folder, part)
     if found is None:
         wanted = "train-images-idx3-ubyte" if part == "train" else "t10k-images-idx3-ubyte"
         looked = " and ".join(str(place) for place in places)
