@@ -27,15 +27,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FFN", "Attn", "Averaged", "Batch", "Block", "Device", "Dtype", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
-    "guard", "is_run", "load", "loaded", "moved", "note", "overrides", "parse_value", "placed", "save_to", "set_threads", "stages",
+    "guard", "is_run", "load", "loaded", "moved", "named", "note", "overrides", "pairs_of", "parse_value", "placed", "save_to", "set_threads", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 
-Attn = Annotated[str | None, typer.Option(help="Token mixer or attention core.", metavar="NAME")]
-FFN = Annotated[str | None, typer.Option("--ffn", help="FFN of every block.", metavar="NAME")]
-Block = Annotated[str | None, typer.Option(help="Block type.", metavar="NAME")]
+_PART = "NAME[:KEY=VALUE,...]"
+Attn = Annotated[
+    str | None,
+    typer.Option(help="Token mixer or attention core, flow or flow:eps=1e-5.", metavar=_PART),
+]
+FFN = Annotated[str | None, typer.Option("--ffn", help="FFN of every block.", metavar=_PART)]
+Block = Annotated[str | None, typer.Option(help="Block type.", metavar=_PART)]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -246,38 +250,72 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def named(text: str) -> str | dict[str, Any]:
+    """A part with its options: ``flow:eps=1e-5,heads.gate=head``; the name alone where there are none.
+
+    Raises:
+        ValueError: as in `overrides`.
+    """
+    name, _, options = text.partition(":")
+    return {"name": name, **overrides(pairs=pairs_of(options), flag=text)} if options else name
+
+
+def pairs_of(text: str) -> list[str]:
+    """KEY=VALUE between commas; those inside a list, a dict or a string of JSON part nothing."""
+    pairs: list[str] = []
+    for piece in text.split(","):
+        if pairs and _unfinished(pairs[-1].partition("=")[2]):
+            pairs[-1] += f",{piece}"
+        else:
+            pairs.append(piece)
+    return [pair for pair in pairs if pair]
+
+
+def _unfinished(value: str) -> bool:
+    return value[:1] in ("[", "{", '"') and parse_value(value) == value
+
+
 def overrides(
     attn: str | None = None,
     ffn: str | None = None,
     block: str | None = None,
     pairs: Sequence[str] | None = None,
+    *,
+    flag: str = "--set",
 ) -> dict[str, Any]:
     """Keywords of `build_model` from the command line.
 
-    ``--attn flow --set attn.eps=1e-5`` gives ``{"attn": {"name": "flow", "eps": 1e-05}}``.
+    ``--attn flow --set attn.eps=1e-5`` and ``--attn flow:eps=1e-5`` give
+    ``{"attn": {"name": "flow", "eps": 1e-05}}``.
+
+    Args:
+        attn: a part, see `named`.
+        ffn: a part.
+        block: a part.
+        pairs: KEY=VALUE.
+        flag: where the pairs stand, for messages.
 
     Raises:
         ValueError: a pair without "=", or a key that is given a value and has options below it.
     """
-    made: dict[str, Any] = {
-        k: v for k, v in (("attn", attn), ("ffn", ffn), ("block", block)) if v is not None
-    }
+    given = (("attn", attn), ("ffn", ffn), ("block", block))
+    made: dict[str, Any] = {k: named(v) for k, v in given if v is not None}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not all(key.split(".")):
-            raise ValueError(f"--set {pair}: write KEY=VALUE, for instance --set depth=4")
-        _put(made, key.split("."), parse_value(value), pair)
+            raise ValueError(f"{flag}: write KEY=VALUE, for instance depth=4, got {pair!r}")
+        _put(made, key.split("."), parse_value(value), f"{flag} {pair}")
     return made
 
 
-def _put(target: dict[str, Any], keys: list[str], value: Any, pair: str) -> None:
+def _put(target: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
     *above, last = keys
     for key in above:
         below = target.setdefault(key, {})
         if isinstance(below, str):
             below = target[key] = {"name": below}
         if not isinstance(below, dict):
-            raise ValueError(f"--set {pair}: {key} already has the value {below!r}")
+            raise ValueError(f"{where}: {key} already has the value {below!r}")
         target = below
     if isinstance(target.get(last), dict) and isinstance(value, str):
         value = {"name": value, **target[last]}

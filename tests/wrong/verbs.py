@@ -34,6 +34,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "profile": ("profile", "model"),
     "bench": ("bench", "model", "--rounds", "1", "--runs", "1", "--warmup", "0", "--threads", "1"),
     "train": ("train", "sit-nano", *TINY[:8], *RUN, "-o", "new"),
+    "train of a recipe": ("train", "--recipe", "digits-quick", *TINY[:8], *RUN, "-o", "new"),
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "evaluate": ("evaluate", "classifier", "--data", "digits"),
