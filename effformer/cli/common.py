@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Averaged", "Batch", "Block", "Device", "Dtype", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
-    "guard", "is_run", "load", "loaded", "moved", "named", "note", "overrides", "pairs_of", "parse_value", "placed", "save_to", "set_threads", "stages",
+    "FFN", "Attn", "Averaged", "Batch", "Block", "Device", "Dtype", "Force", "Json", "Keep", "Out", "Seed", "Set", "Size", "Strict", "Threads", "check_report", "emit",
+    "guard", "is_run", "load", "loaded", "moved", "named", "note", "overrides", "pairs_of", "parse_value", "placed", "save_to", "set_threads", "sides", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
@@ -53,6 +54,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Bring images to this side, or to HEIGHTxWIDTH, and cut off what is too much.",
+        metavar="SIDE",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[
@@ -400,6 +408,20 @@ def moved(model: Model, device: str, dtype: str | None = None) -> Model:
                 "float32 always can"
             ) from error
     return model.to(place, kind)
+
+
+def sides(size: str | int | None) -> int | tuple[int, int] | None:
+    """The sides of images, ``32`` or ``24x32``; a run of an earlier version kept a number.
+
+    Raises:
+        ValueError: something else.
+    """
+    if size is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(size))
+    if found is None or not all(1 <= int(side) <= 2**14 for side in found.groups(found[1])):
+        raise ValueError(f"--size {size}: a side of 1 to {2**14}, or HEIGHTxWIDTH such as 24x32")
+    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
 
 
 def save_to(out: Path | None, verb: str) -> Path:

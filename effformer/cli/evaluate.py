@@ -16,11 +16,13 @@ from .common import (
     Json,
     Out,
     Seed,
+    Size,
     Threads,
     check_report,
     emit,
     is_run,
     set_threads,
+    sides,
     stages,
 )
 from .drawing import Drawing, drawing_of_bundle, drawing_of_model, is_bundle, model_of
@@ -46,9 +48,7 @@ def evaluate(
         str | None,
         typer.Option(help="What it should know, as of train; default: what a run was trained on."),
     ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Resize images to this side.", min=1, max=2**14)
-    ] = None,
+    size: Size = None,
     part: Annotated[
         Literal["train", "test"] | None,
         typer.Option(help="Default: test for classifiers where there is one, else train."),
@@ -88,7 +88,7 @@ def evaluate(
         network, drawing = _opened(source, given, threads, device, dtype)
         if part is None:
             part = "test" if drawing is None and has_test(named) else "train"
-        known = load_data(named, part=part, size=side)
+        known = load_data(named, part=part, size=sides(side))
         how = f"{part} part of {named}"
         if drawing is None:
             stage("evaluating")
@@ -100,7 +100,7 @@ def evaluate(
     emit(found.to_dict(), str(found), as_json)
 
 
-def _data_of(source: Path, data: str | None, size: int | None) -> tuple[str, int | None]:
+def _data_of(source: Path, data: str | None, size: str | None) -> tuple[str, str | int | None]:
     """The name and the size of the data: those that are given, else those that a run was trained on.
 
     Raises:

@@ -17,6 +17,7 @@ from .common import (
     Out,
     Seed,
     Set,
+    Size,
     Threads,
     emit,
     is_run,
@@ -27,6 +28,7 @@ from .common import (
     placed,
     save_to,
     set_threads,
+    sides,
 )
 from .request import FITTED, as_begun, by_recipe, call_of
 
@@ -59,9 +61,7 @@ def train(
         str,
         typer.Option(help="digits, mnist:DIR, cifar10:DIR, ..., or a folder of images by class."),
     ] = "digits",
-    size: Annotated[
-        int | None, typer.Option(help="Resize images to this side.", min=1, max=2**14)
-    ] = None,
+    size: Size = None,
     validation: Annotated[
         float, typer.Option(help="Share of the data that is held out to measure the loss on.")
     ] = 0.0,
@@ -158,7 +158,7 @@ def train(
     if Path(model).is_dir():
         raise ValueError(f"train: {model} is a saved model; training starts from a model's name")
     set_threads(threads)
-    images, held_out = _split(load_data(data, size=size), validation, seed)
+    images, held_out = _split(load_data(data, size=sides(size)), validation, seed)
     changes = _fit(model, images) | overrides(attn, ffn, block, pairs)
     config = TrainConfig.from_dict(
         {"steps": steps, "batch": batch, "lr": lr, "warmup": min(warmup, steps), "seed": seed}
@@ -246,8 +246,10 @@ def _fit(model: str, images: Any) -> dict[str, Any]:
     """
     from ..registry import model as registry
 
-    sizes = (images["x"].shape[-1], images["x"].shape[1], len(images.classes), False)
-    fitted = dict(zip(FITTED, sizes, strict=True))
+    height, width = images["x"].shape[2:]
+    size = height if height == width else (height, width)
+    values = (size, images["x"].shape[1], len(images.classes), False)
+    fitted = dict(zip(FITTED, values, strict=True))
     fields = registry.get(model).preset.to_dict()
     if not set(fitted) <= set(fields):
         names = [e.name for e in registry if set(fitted) <= set(e.preset.to_dict())]

@@ -288,7 +288,7 @@ OWN: dict[str, dict[str, Make]] = {
     "EMA.load_state_dict": {"state": lambda folder: train.EMA(dense(folder)).state_dict()},
     "Dataset": {
         "name": given("squares"), "tensors": lambda folder: dict(data(folder).tensors), "classes": given(("a", "b", "c")),
-        "value_range": given((-1.0, 1.0)),
+        "value_range": given((-1.0, 1.0)), "cut": given(0.25),
     },
     "Dataset.rows": {"index": lambda folder: torch.tensor([0, 2])},
     "Dataset.subset": {"index": lambda folder: torch.tensor([0, 2])},
