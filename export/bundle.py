@@ -283,7 +283,8 @@ def _describe(
     """Shape of a sample, number of classes and null class: as given, or as our configs say."""
     config: Any = getattr(model, "config", None)
     if shape is None and hasattr(config, "input_size") and hasattr(config, "channels"):
-        shape = (config.channels, config.input_size, config.input_size)
+        size = config.input_size
+        shape = (config.channels, *((size, size) if isinstance(size, int) else size))
     if num_classes is None and hasattr(config, "num_classes"):
         num_classes = config.num_classes
         if null_label is None and record.null and getattr(config, "label_dropout", 0) > 0:

@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checks import unknown
-from .common import Batch, Force, Json, Out, check_report, emit, load, overrides, stages, steps_bar
+from .common import (
+    Batch,
+    Force,
+    Json,
+    Out,
+    check_report,
+    emit,
+    load,
+    overrides,
+    pairs_of,
+    stages,
+    steps_bar,
+)
 from .forms import FORMS, GRAPHS, candidate, graph_of, keep_inputs, write_graph
 
 if TYPE_CHECKING:
@@ -222,7 +234,7 @@ def _source(spec: str, label: str) -> _Source:
     name, _, changes = spec.partition(":")
     if (graph := graph_of(spec)) is not None:
         return _Source(spec=spec, label=label, graph=graph)
-    options = overrides(pairs=[c for c in changes.split(",") if c])
+    options = overrides(pairs=pairs_of(changes), flag=spec)
     return _Source(spec=spec, label=label, changes=options, model=load(name, options))
 
 
@@ -320,7 +332,7 @@ def _verdict(rows: list[_Row], found: Benchmark) -> str:
 def _next(best: _Row) -> str:
     """The command that makes the fastest form."""
     name, _, changes = best.spec.partition(":")
-    words = " ".join(f"--set {change}" for change in changes.split(",") if change)
+    words = " ".join(f"--set {change}" for change in pairs_of(changes))
     model = f"{name} {words}".strip()
     if best.form == "file":
         return f"effformer show {name}"

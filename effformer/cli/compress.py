@@ -74,7 +74,7 @@ def _calibration(model: Model, data: str, samples: int) -> Any:
     from ..train import load_data
 
     if data == "sampler":
-        from .sample import draw
+        from .drawing import draw
 
         classes = getattr(model.config, "num_classes", 1)
         with recording(model) as record:

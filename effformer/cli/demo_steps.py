@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import load
+from .drawing import draw, pixels
 from .forms import candidate, keep_inputs
-from .sample import draw, pixels
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from .crosscheck import Row
     from .result import Profile
 
-__all__ = ["comparison_section", "gallery", "page", "profile_section", "report_page", "tiles"]
+__all__ = [
+    "comparison_section",
+    "gallery",
+    "page",
+    "profile_section",
+    "report_page",
+    "table_of",
+    "tiles",
+]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667080; --line: #e1e4ea;
@@ -116,14 +124,14 @@ def profile_section(profile: Profile) -> str:
     ops = [
         (op, str(p.calls.get(op, "")), f"{n:,}", _share(n, p.total)) for op, n in p.by_op.items()
     ]
-    missing = _table(("operator", "calls"), ((op, f"{n:,}") for op, n in p.uncounted.items()))
+    missing = table_of(("operator", "calls"), ((op, f"{n:,}") for op, n in p.uncounted.items()))
     pieces = [
         _tiles(p),
         f"<p>One forward on inputs {escape(' '.join(str(shape) for shape in p.inputs))}",
         f"; memory from {escape(p.memory.method)}.</p>" if p.memory is not None else ".</p>",
         f"<h3>By part</h3>{_bars(p)}",
         f'<h3>By module</h3><div class="tree">{tree}</div>',
-        f"<h3>By operator</h3>{_table(('operator', 'calls', 'MACs', 'share'), ops)}",
+        f"<h3>By operator</h3>{table_of(('operator', 'calls', 'MACs', 'share'), ops)}",
         f"<h3>Not counted</h3>{missing}" if p.uncounted else "",
         _elementwise(p),
         f"<h3>Other counters</h3>{_cross_check(p.cross_check)}" if p.cross_check else "",
@@ -134,7 +142,7 @@ def profile_section(profile: Profile) -> str:
 
 def comparison_section(comparison: Comparison, title: str = "Side by side") -> str:
     """The table of all models and, where latency was measured, the Pareto plot."""
-    pieces = [f"<section><h2>{escape(title)}</h2>", _table(*comparison.table())]
+    pieces = [f"<section><h2>{escape(title)}</h2>", table_of(*comparison.table())]
     if comparison.how:
         pieces.append(f"<p>{escape(comparison.how)}</p>")
         pieces.append(f'<div class="plot">{comparison.pareto(y=comparison.against()).svg()}</div>')
@@ -171,23 +179,24 @@ def gallery(pictures: Iterable[tuple[Path, str, str]]) -> str:
     return f'<div class="grids">{"".join(figures)}</div>'
 
 
+def table_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells in rows; a wide table scrolls."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
 def _elementwise(p: Profile) -> str:
     head = f"Elementwise work: {amount(sum(p.elements.values()))} elements, 0 MACs by convention"
     if not p.uncounted:
         head = "Every operator has a formula or is elementwise. " + head
     rows = ((op, f"{n:,}") for op, n in p.elements.items())
-    inside = _table(("operator", "elements"), rows)
+    inside = table_of(("operator", "elements"), rows)
     return f'<details class="more"><summary>{head}</summary>{inside}</details>'
 
 
 def _share(n: int, total: int) -> str:
     return f"{n / total:.1%}" if total else "-"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _bars(profile: Profile) -> str:

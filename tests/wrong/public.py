@@ -258,6 +258,7 @@ OWN: dict[str, dict[str, Make]] = {
     "peak_rss": {"call": given(gc.collect)},
     "peak_memory": {"own": lambda folder: [x(folder)]},
     "accuracy": {"model": lambda folder: _flat()},
+    "confusion": {"model": lambda folder: _flat()},
     "train": {"model": lambda folder: _flat(), "out": new("run"), "progress": given(False)},
     "train_classifier": {"config": config()},
     "load_checkpoint": {"source": run, "model": lambda folder: _flat()},
@@ -287,11 +288,12 @@ OWN: dict[str, dict[str, Make]] = {
     "EMA.load_state_dict": {"state": lambda folder: train.EMA(dense(folder)).state_dict()},
     "Dataset": {
         "name": given("squares"), "tensors": lambda folder: dict(data(folder).tensors), "classes": given(("a", "b", "c")),
-        "value_range": given((-1.0, 1.0)),
+        "value_range": given((-1.0, 1.0)), "cut": given(0.25),
     },
     "Dataset.rows": {"index": lambda folder: torch.tensor([0, 2])},
     "Dataset.subset": {"index": lambda folder: torch.tensor([0, 2])},
     "Classifier.predict": {"samples": pictures},
+    "Classifier.features": {"samples": pictures},
     "Classifier.recognised": {"samples": pictures, "labels": lambda folder: torch.arange(6) % 3},
     "Generation": {"loss": given("flow-matching"), "convention": given(None)},
     "Augmented": {"task": task},
@@ -314,6 +316,11 @@ OWN: dict[str, dict[str, Make]] = {
     "Sweep.save": {"path": new("new.json")},
     "Sweep.times": {"name": given("Linear")},
     "Profile.save": {"path": new("new.json")},
+    "Quality": {
+        "model": given("a"), "data": given("b"), "classes": given(("c", "d")), "counts": given(((1, 0), (2, 3))),
+        "judge": given(0.5), "distance": given(1.0), "floor": given(0.5), "how": given("so"),
+    },
+    "Quality.save": {"path": new("new.json")},
     "Registry": {"kind": given("thing"), "home": given("effformer.attention")},
     "Registry.add": {"entry": given(registry.Entry(name="b", kind="thing", build=dict))},
     "Registry.register": {"name": given("b"), "paper": given("2209.03003")},
@@ -347,6 +354,9 @@ INSTANCES: dict[str, Make] = {
     "GateTable": lambda folder: compress.GateTable(torch.ones(2), {"a": torch.ones(2, 3).bool()}),
     "Masks": lambda folder: compress.sparsify(dense(folder))[1],
     "Profile": lambda folder: profile.profile(dense(folder), x(folder)),
+    "Quality": lambda folder: profile.Quality(
+        model="a", data="b", classes=("c", "d"), counts=((1, 0), (2, 3))
+    ),
     "Registry": things,
     "Session": lambda folder: export.Session(graph(folder)),
     "Sweep": lambda folder: profile.Sweep(

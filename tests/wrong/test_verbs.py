@@ -77,10 +77,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(autouse=True)
 def _apart(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the folder, without the training of the demo and the processes of the benchmark."""
+    """In the folder, without trainings of the demo and of judges, and the processes of the benchmark."""
     monkeypatch.chdir(place.folder)
     monkeypatch.setattr("effformer.cli.demo_steps.run_demo", ended)
     monkeypatch.setattr("effformer.profile.benchmark", ended)
+    monkeypatch.setattr("effformer.train.train_classifier", ended)
 
 
 def ended(*_: object, **__: object) -> None:

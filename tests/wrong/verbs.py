@@ -14,6 +14,7 @@ import click
 import torch
 import typer
 
+import effformer
 from effformer.cli import main
 
 __all__ = ["CALLS", "INNER", "SAVED", "VALUES", "Trial", "lay_out", "options", "trials"]
@@ -33,8 +34,11 @@ CALLS: dict[str, tuple[str, ...]] = {
     "profile": ("profile", "model"),
     "bench": ("bench", "model", "--rounds", "1", "--runs", "1", "--warmup", "0", "--threads", "1"),
     "train": ("train", "sit-nano", *TINY[:8], *RUN, "-o", "new"),
+    "train of a recipe": ("train", "--recipe", "digits-quick", *TINY[:8], *RUN, "-o", "new"),
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
+    "evaluate": ("evaluate", "classifier", "--data", "digits"),
+    "evaluate of a bundle": ("evaluate", "bundle", "--data", "digits", "--samples", "2", "--steps", "1"),
     "compress": ("compress", "model", "-o", "new"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
@@ -97,6 +101,10 @@ def lay_out(folder: Path) -> list[str]:
         ("run", "run"), ("vision", "models/vit"),
     ):  # fmt: skip
         shutil.copytree(SAVED / place, folder / name)
+    classifier = effformer.build_model(
+        "vit-nano", depth=1, dim=16, heads=2, patch=4, image_size=8, channels=1, num_classes=10
+    )
+    effformer.save_pretrained(classifier, folder / "classifier")
     _damage_models(folder)
     weights = (folder / "model/model.safetensors").read_bytes()
     graph = (folder / "bundle/velocity.onnx").read_bytes()
