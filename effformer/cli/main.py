@@ -19,6 +19,7 @@ from . import (
     demo,
     doctor,
     export,
+    new,
     profile,
     prune,
     sample,
@@ -56,6 +57,7 @@ _VERBS: tuple[tuple[str, Callable[..., None], str | Callable[..., str]], ...] = 
     ("export", export.export, _OLD),
     ("verify", verify.verify, _NOTHING),
     ("convert", convert.convert, _OLD),
+    ("new", new.new, _OLD),
     ("doctor", doctor.doctor, _NOTHING),
 )
 for _name, _verb, _intact in _VERBS:
