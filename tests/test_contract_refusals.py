@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from compatibility import columns, families
 from contract import context_for, make_ffn, make_mixer, tokens
 from torch import Tensor
 
 from effformer.build import build_model
+from effformer.testing.matrix import columns, families
 from effformer.testing.work import Calls, answers_or_refuses
 
 
