@@ -25,7 +25,7 @@ PARTS = {"nn", "attention", "ffn", "blocks"}
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
     "__main__": {"cli"},
-    "": TOP | {"compress", "export", "flow", "models", "profile", "train"},
+    "": TOP | {"compress", "export", "flow", "models", "profile", "testing", "train"},
     "build": BASE,
     **{name: BASE | READ for name in READ},
     "io": BASE | READ,
@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile"},
     "export": TOP | PARTS | {"flow", "profile", "compress.quant"},
-    "cli": TOP | PARTS | {"models", "flow", "profile", "train", "compress", "export"},
+    "testing": TOP | PARTS | {"profile", "export"},
+    "cli": TOP | PARTS | {"models", "flow", "profile", "testing", "train", "compress", "export"},
 }
 
 

@@ -20,6 +20,7 @@ from . import (
     doctor,
     evaluate,
     export,
+    new,
     profile,
     prune,
     sample,
@@ -58,6 +59,7 @@ _VERBS: tuple[tuple[str, Callable[..., None], str | Callable[..., str]], ...] = 
     ("export", export.export, _OLD),
     ("verify", verify.verify, _NOTHING),
     ("convert", convert.convert, _OLD),
+    ("new", new.new, _OLD),
     ("doctor", doctor.doctor, _NOTHING),
 )
 for _name, _verb, _intact in _VERBS:

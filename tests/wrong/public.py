@@ -246,6 +246,8 @@ OWN: dict[str, dict[str, Make]] = {
     "PruneScheme": {"keep": given(0.5)},
     "Masks": {"masks": lambda folder: {"0": torch.ones(8, 8).bool()}},
     "Masks.apply_": {"model": dense},
+    "check_part": {"name": given("mlp"), "kind": given("ffn")},
+    "new_package": {"kind": given("ffn"), "name": given("squared")},
     "vit_config_from_timm": {"model": given("vit_tiny_patch16_224")},
     "benchmark": {"threads": given((1,)), "candidates": lambda folder: [profile.Candidate(name="a", load=candidate)]},
     "compare": {

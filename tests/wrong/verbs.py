@@ -47,6 +47,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "verify of a bundle": ("verify", "bundle"),
     "convert": ("convert", "model/model.safetensors", "-m", "sit-nano", *TINY, "-o", "new.safetensors"),
     "convert of a folder": ("convert", "model", "--to", "official", "-o", "new.safetensors"),
+    "new": ("new", "ffn", "squared", "-o", "new"),
     "doctor": ("doctor",),
 }  # fmt: skip
 """Right calls, which run in the folder of `lay_out` and write new things only."""
