@@ -27,8 +27,10 @@ from .kernels import optimize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
+from .quant.mixed import MixedScheme
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .report import KeptLayer, PackedLayer, Report
+from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "AdaptiveScheme",
     "Budgeted",
     "Distillation",
+    "Expected",
     "Frugal",
     "GatePretraining",
     "GateTable",
@@ -45,6 +48,7 @@ __all__ = [
     "LoRA",
     "Masks",
     "MatMulNBits",
+    "MixedScheme",
     "PackedLayer",
     "Plan",
     "PruneReport",
@@ -52,6 +56,8 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "Report",
+    "Sensitivity",
+    "SensitivityRow",
     "SparseScheme",
     "WorkTarget",
     "acmize",
@@ -73,6 +79,7 @@ __all__ = [
     "replay",
     "restore",
     "save_adapter",
+    "sensitivity",
     "sort_by_magnitude",
     "sparsify",
     "unadapt",

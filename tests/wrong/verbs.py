@@ -36,6 +36,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "compress": ("compress", "model", "-o", "new"),
+    "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
     "export of a bundle": ("export", "model", "--no-verify", "-o", "new"),
