@@ -27,8 +27,10 @@ from .kernels import optimize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
+from .quant.control import ControlReport
 from .quant.mixed import MixedScheme
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
+from .quant.within import quantize_within
 from .report import KeptLayer, PackedLayer, Report
 from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
@@ -38,6 +40,7 @@ __all__ = [
     "AdaptiveReport",
     "AdaptiveScheme",
     "Budgeted",
+    "ControlReport",
     "Distillation",
     "Expected",
     "Frugal",
@@ -75,6 +78,7 @@ __all__ = [
     "prune",
     "quantize",
     "quantize_",
+    "quantize_within",
     "recording",
     "replay",
     "restore",

@@ -19,6 +19,7 @@ from .linear import QuantEmbedding, QuantLinear
 from .mixed import Rule, decide
 from .schemes import Scheme
 from .smooth import Smoothed
+from .swap import carry
 
 __all__ = ["Packed", "Planned", "make_plan", "pack"]
 
@@ -51,6 +52,16 @@ class Planned:
         """The weight that is rounded."""
         weight = self.dense.weight.detach()
         return weight if self.scale is None else weight * self.scale.to(weight)
+
+    def restored(self) -> Dense:
+        """The dense layer, with its weight times the factor that is folded into what makes its inputs."""
+        if self.scale is None:
+            return self.dense
+        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(self.weight, requires_grad=self.dense.weight.requires_grad)
+        layer.register_parameter("bias", self.dense.bias)  # type: ignore[arg-type]
+        carry(self.dense, layer)
+        return layer
 
     @property
     def label(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -31,7 +32,10 @@ from .plan import Packed, Planned, make_plan, pack
 from .schemes import Scheme, make_scheme
 from .swap import irreplaceable, swap
 
-__all__ = ["SENSITIVE", "choose", "dequantize", "float_outputs", "quantize", "quantize_"]
+__all__ = [
+    "SENSITIVE", "Done", "choose", "dequantize", "first_call", "float_outputs", "keep_record", "put_in", "quantize",
+    "quantize_",
+]  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
 Dense = nn.Linear | nn.Embedding
@@ -119,30 +123,63 @@ def quantize_(
     before = file_bytes(model.state_dict())
     call, reference = None, None
     if data is not None:
-        call, data = _first(model, data)
+        call, data = first_call(model, data)
         with evaluating(model):
             attempt(model, call, where="quantize: data: batch 0")
     if inputs is not None:
         call = bind(model, inputs, where="quantize")
     if call is not None:
         reference = float_outputs(model, call)
+    done = put_in(model, rules, named, where, skip, data, call)
+    keep_record(model, done.packed)
+    error = None
+    if reference is not None and call is not None:
+        error = relative_error(float_outputs(model, call), reference)
+    return done.report(before, file_bytes(model.state_dict()), error)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Packed layers that stand in a model, which has no record of them yet.
+
+    Attributes:
+        plan: what became of which layer, by path.
+        packed: the layers.
+        kept: layers that stay.
+    """
+
+    plan: Mapping[str, Planned]
+    packed: Mapping[str, Packed]
+    kept: list[KeptLayer]
+
+    def report(self, before: int, after: int, error: float | None) -> Report:
+        """The report for these sizes of the file."""
+        layers = [_describe(name, self.plan[name], layer) for name, layer in self.packed.items()]
+        return Report(
+            layers=tuple(layers), kept=tuple(self.kept), output_error=error,
+            bytes_before=before, bytes_after=after,
+        )  # fmt: skip
+
+
+def put_in(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    named: Sequence[str],
+    where: Where,
+    skip: Where,
+    data: Data | None,
+    call: Call | None,
+) -> Done:
+    """Pack layers in place, see `choose` and `pack`; if it raises, the model is as it was."""
     with opened(model):
         chosen, kept = choose(model, patterns(where), patterns(skip), rules, named)
         plan = make_plan(chosen, rules)
         packed = pack(model, plan, data, call)
-        layers = [_describe(name, plan[name], layer) for name, layer in packed.items()]
         swap(model, {chosen[name]: layer for name, layer in packed.items()})
-    _record(model, packed)
-    error = None
-    if reference is not None and call is not None:
-        error = relative_error(float_outputs(model, call), reference)
-    return Report(
-        layers=tuple(layers), kept=tuple(kept), output_error=error,
-        bytes_before=before, bytes_after=file_bytes(model.state_dict()),
-    )  # fmt: skip
+    return Done(plan, packed, kept)
 
 
-def _first(model: nn.Module, data: Data) -> tuple[Call, Data]:
+def first_call(model: nn.Module, data: Data) -> tuple[Call, Data]:
     """The first batch as a call, and data that still hold it."""
     where = "quantize: data"
     if not isinstance(data, Iterator):
@@ -294,7 +331,8 @@ def _describe(name: str, one: Planned, packed: Packed) -> PackedLayer:
     )
 
 
-def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
+def keep_record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Write to ``model.transforms`` what is packed, from which loading repeats it."""
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, layer in packed.items():
         config = layer.scheme.config.to_dict()

@@ -24,7 +24,7 @@ from ..quant.mixed import Rule
 from ..quant.plan import Dense, Packed, Planned, make_plan
 from ..quant.quantize import choose, float_outputs
 from ..quant.schemes import Scheme, make_scheme
-from ..quant.swap import standing_in
+from ..quant.swap import carry, standing_in
 from ..report import file_bytes
 from ..samples import Data, calls
 from ..where import Where, patterns
@@ -249,6 +249,7 @@ def _candidates(
         packed: dict[nn.Module, Packed] = {}
         for one in plan.values():
             packed[one.dense] = one.packed(seen.get(one.dense) if one.wants else None)
+            carry(one.dense, packed[one.dense])
             if one.first != one.name:
                 packed[one.dense].tie(packed[plan[one.first].dense])
         yield _Candidate(unit, label, packed)

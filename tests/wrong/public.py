@@ -245,6 +245,10 @@ OWN: dict[str, dict[str, Make]] = {
     "Sensitivity.expected": {"scheme": lambda folder: looked_at(folder).budget(bits=9.0)},
     "Sensitivity.read": {"path": looked_at_file},
     "Sensitivity.save": {"path": new("new.json")},
+    "quantize_within": {"metric": given(lambda model: 1.0), "where": given("*"), "data": samples},
+    "quantize_onnx_within": {
+        "path": graph, "out": new("out.onnx"), "metric": given(lambda session: 1.0), "scheme": given("int8"),
+    },
     "plan": {"model": model("sit-nano"), "where": given("*")},
     "prune": {"model": model("sit-nano"), "scheme": given({"keep": 0.5}), "data": given(None), "objective": given(None)},
     "cut": {"model": model("sit-nano"), "kept": given({"blocks.0.attn.part": [1]})},
@@ -281,7 +285,7 @@ OWN: dict[str, dict[str, Make]] = {
     "read_metrics": {"source": run},
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
-    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "compared": lambda folder: (dense(folder), x(folder))},
+    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear"]), "compared": lambda folder: (dense(folder), x(folder))},
     "export_onnx": {"path": new("new.onnx"), "output_names": given(["out"])},
     "export_bundle": {
         "model": model("sit-nano"), "steps": given(1), "guidance": given(1.0), "quantize": given(None),
