@@ -23,7 +23,7 @@ from .dynamic import (
     prepare_widths,
     sort_by_magnitude,
 )
-from .kernels import optimize
+from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
@@ -47,6 +47,8 @@ __all__ = [
     "GatePretraining",
     "GateTable",
     "KeptLayer",
+    "KernelReport",
+    "LayerKernel",
     "LearnerDistillation",
     "LoRA",
     "Masks",
@@ -66,6 +68,7 @@ __all__ = [
     "acmize",
     "adapt",
     "adapter_scale",
+    "choose_kernels",
     "cut",
     "dequantize",
     "gate_tables",

@@ -245,6 +245,7 @@ OWN: dict[str, dict[str, Make]] = {
     "Sensitivity.expected": {"scheme": lambda folder: looked_at(folder).budget(bits=9.0)},
     "Sensitivity.read": {"path": looked_at_file},
     "Sensitivity.save": {"path": new("new.json")},
+    "choose_kernels": {"goal": given("size"), "forms": given(["int8-bitsandbytes"]), "cache": new("cache")},
     "quantize_within": {"metric": given(lambda model: 1.0), "where": given("*"), "data": samples},
     "quantize_onnx_within": {
         "path": graph, "out": new("out.onnx"), "metric": given(lambda session: 1.0), "scheme": given("int8"),
