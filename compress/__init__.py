@@ -23,12 +23,16 @@ from .dynamic import (
     prepare_widths,
     sort_by_magnitude,
 )
-from .kernels import optimize
+from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
+from .quant.control import ControlReport
+from .quant.mixed import MixedScheme
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
+from .quant.within import quantize_within
 from .report import KeptLayer, PackedLayer, Report
+from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
 
 __all__ = [
@@ -36,15 +40,20 @@ __all__ = [
     "AdaptiveReport",
     "AdaptiveScheme",
     "Budgeted",
+    "ControlReport",
     "Distillation",
+    "Expected",
     "Frugal",
     "GatePretraining",
     "GateTable",
     "KeptLayer",
+    "KernelReport",
+    "LayerKernel",
     "LearnerDistillation",
     "LoRA",
     "Masks",
     "MatMulNBits",
+    "MixedScheme",
     "PackedLayer",
     "Plan",
     "PruneReport",
@@ -52,11 +61,14 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "Report",
+    "Sensitivity",
+    "SensitivityRow",
     "SparseScheme",
     "WorkTarget",
     "acmize",
     "adapt",
     "adapter_scale",
+    "choose_kernels",
     "cut",
     "dequantize",
     "gate_tables",
@@ -69,10 +81,12 @@ __all__ = [
     "prune",
     "quantize",
     "quantize_",
+    "quantize_within",
     "recording",
     "replay",
     "restore",
     "save_adapter",
+    "sensitivity",
     "sort_by_magnitude",
     "sparsify",
     "unadapt",

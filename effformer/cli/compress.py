@@ -13,28 +13,31 @@ from .common import Force, Json, Out, Set, emit, load, overrides, save_to
 if TYPE_CHECKING:
     from effformer.models.base import Model
 
+Where = Annotated[
+    list[str] | None,
+    typer.Option(help="Glob of module paths, for instance 'blocks.*.ffn'. May be repeated."),
+]
+Skip = Annotated[list[str] | None, typer.Option(help="Glob of layers that stay as they are.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration data, which schemes such as gptq need: a .safetensors file of named tensors, a "
+        "data set as of train, or 'sampler': what the model sees while it draws its classes."
+    ),
+]
+Samples = Annotated[
+    int, typer.Option(help="Samples of the data set to use, or to draw.", min=1, max=10**6)
+]
+
 
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)],
     scheme: Annotated[str, typer.Option(help="effformer list quantizers.")] = "int8",
-    where: Annotated[
-        list[str] | None,
-        typer.Option(help="Glob of module paths to pack, for instance 'blocks.*.ffn'."),
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Glob of layers that stay as they are.")
-    ] = None,
+    where: Where = None,
+    skip: Skip = None,
     backend: Annotated[str, typer.Option(help="torch, bitsandbytes or auto.")] = "torch",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration data of schemes such as gptq: a .safetensors file of named tensors, a "
-            "data set as of train, or 'sampler': what the model sees while it draws its classes."
-        ),
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(help="Samples of the data set to use, or to draw.", min=1, max=10**6)
-    ] = 64,
+    data: Data = None,
+    samples: Samples = 64,
     pairs: Set = None,
     out: Out = None,
     force: Force = False,
@@ -61,14 +64,14 @@ def compress(
     dense = load(str(model))
     small, report = quantize(
         dense, {"name": scheme, **overrides(pairs=pairs)}, where or "*", skip=skip or (),
-        backend=backend, data=None if data is None else _calibration(dense, data, samples),
+        backend=backend, data=None if data is None else calibration(dense, data, samples, "compress"),
         inputs=dense.example_inputs() if data is None else None,
     )  # fmt: skip
     save_pretrained(small, target, by="compress", force=force)
     emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)
 
 
-def _calibration(model: Model, data: str, samples: int) -> Any:
+def calibration(model: Model, data: str, samples: int, verb: str) -> Any:
     """What `effformer.compress.quantize` takes as data."""
     from ..compress import recording
     from ..train import load_data
@@ -92,7 +95,7 @@ def _calibration(model: Model, data: str, samples: int) -> Any:
             tensors = load_file(data)
         except (OSError, SafetensorError) as error:
             raise FormatError(
-                f"compress: --data {data}: no readable safetensors file ({reason(error)})"
+                f"{verb}: --data {data}: no readable safetensors file ({reason(error)})"
             ) from error
         return {name: x[:samples] if x.dim() else x for name, x in tensors.items()}
     return {name: x[:samples] for name, x in load_data(data).tensors.items()}

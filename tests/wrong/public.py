@@ -95,6 +95,15 @@ def packed(folder: Path) -> Path:
     return Path(effformer.save_weights(small, folder / "packed.safetensors"))
 
 
+def looked_at(folder: Path) -> compress.Sensitivity:
+    return compress.sensitivity(dense(folder), ["int8"], data=samples(folder), runs=1)
+
+
+def looked_at_file(folder: Path) -> Path:
+    looked_at(folder).save(folder / "looked at.json")
+    return folder / "looked at.json"
+
+
 def written(folder: Path) -> Path:
     (folder / "some.json").write_text('{"a": 1}')
     return folder / "some.json"
@@ -230,6 +239,17 @@ OWN: dict[str, dict[str, Make]] = {
     "acmize": {"model": model("sit-nano"), "scheme": given(compress.AdaptiveScheme())},
     "quantize": {"where": given("*"), "skip": given(("2",)), "data": samples},
     "quantize_": {"where": given(["0", "2"]), "data": samples},
+    "MixedScheme": {"schemes": given({"0": "int4", "*": "int8"})},
+    "sensitivity": {"schemes": given(["int8"]), "where": given("*"), "skip": given(("2",)), "data": samples},
+    "Sensitivity.budget": {"bits": given(9.0)},
+    "Sensitivity.expected": {"scheme": lambda folder: looked_at(folder).budget(bits=9.0)},
+    "Sensitivity.read": {"path": looked_at_file},
+    "Sensitivity.save": {"path": new("new.json")},
+    "choose_kernels": {"goal": given("size"), "forms": given(["int8-bitsandbytes"]), "cache": new("cache")},
+    "quantize_within": {"metric": given(lambda model: 1.0), "where": given("*"), "data": samples},
+    "quantize_onnx_within": {
+        "path": graph, "out": new("out.onnx"), "metric": given(lambda session: 1.0), "scheme": given("int8"),
+    },
     "plan": {"model": model("sit-nano"), "where": given("*")},
     "prune": {"model": model("sit-nano"), "scheme": given({"keep": 0.5}), "data": given(None), "objective": given(None)},
     "cut": {"model": model("sit-nano"), "kept": given({"blocks.0.attn.part": [1]})},
@@ -269,7 +289,7 @@ OWN: dict[str, dict[str, Make]] = {
     "read_metrics": {"source": run},
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
-    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "compared": lambda folder: (dense(folder), x(folder))},
+    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear"]), "compared": lambda folder: (dense(folder), x(folder))},
     "export_onnx": {"path": new("new.onnx"), "output_names": given(["out"])},
     "export_bundle": {
         "model": model("sit-nano"), "steps": given(1), "guidance": given(1.0), "quantize": given(None),
@@ -361,6 +381,7 @@ INSTANCES: dict[str, Make] = {
     ),
     "Registry": things,
     "Session": lambda folder: export.Session(graph(folder)),
+    "Sensitivity": looked_at,
     "Sweep": lambda folder: profile.Sweep(
         "width", {1.0: profile.compare([dense(folder)], x(folder), names=["Linear"])}
     ),
