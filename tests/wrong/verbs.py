@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 import typer
+from safetensors.torch import save_file
 
 from effformer.cli import main
 
@@ -37,6 +38,10 @@ CALLS: dict[str, tuple[str, ...]] = {
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "compress": ("compress", "model", "-o", "new"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
+    "linearize": (
+        "linearize", "model", "--data", "samples.safetensors", "--steps", "1", "--whole", "1", "--batch", "2",
+        "--threads", "1", "-o", "new",
+    ),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
     "export of a bundle": ("export", "model", "--no-verify", "-o", "new"),
     "verify": ("verify", "bundle/velocity.onnx", "model", "--cases", "1"),
@@ -109,6 +114,8 @@ def lay_out(folder: Path) -> list[str]:
     }  # fmt: skip
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+    images = {"x": torch.linspace(-1, 1, 1024).reshape(4, 4, 8, 8), "y": torch.arange(4)}
+    save_file(images, folder / "samples.safetensors")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"x": torch.ones(2), "n": {"y": torch.ones(1)}}, folder / "foreign.pt")
     (folder / "cut.pt").write_bytes((folder / "foreign.pt").read_bytes()[:300])
