@@ -24,6 +24,7 @@ from .dynamic import (
     sort_by_magnitude,
 )
 from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
+from .linearize import LinearizedLayer, LinearizeReport, LinearizeScheme, linearize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
@@ -50,6 +51,9 @@ __all__ = [
     "KernelReport",
     "LayerKernel",
     "LearnerDistillation",
+    "LinearizeReport",
+    "LinearizeScheme",
+    "LinearizedLayer",
     "LoRA",
     "Masks",
     "MatMulNBits",
@@ -73,6 +77,7 @@ __all__ = [
     "dequantize",
     "gate_tables",
     "importance",
+    "linearize",
     "load_adapter",
     "merge",
     "optimize",

@@ -408,6 +408,29 @@ def test_compress(saved: Path, tmp_path: Path) -> None:
     assert "did you mean" in refusal("compress", str(saved), "--scheme", "nf5", "-o", "x")
 
 
+def test_linearize(saved: Path, tmp_path: Path) -> None:
+    softmax, flow, run = (tmp_path / name for name in ("softmax", "flow", "run"))
+    invoke("build", "sit-nano", *SMALL, "-o", str(softmax))
+    words = ("--data", "digits", "--steps", "2", "--whole", "1", "--batch", "4", "--run", str(run))
+    data = answer("linearize", str(softmax), *words, "--set", "attn.eps=1e-5", "-o", str(flow))
+    assert {one["after"] for one in data["layers"]} == {"flow"}
+    assert effformer.load_model(flow).config.at("attn.core.eps") == 1e-5
+    other = (*words[:-1], str(tmp_path / "other"), "--attn", "sana", "-o", str(tmp_path / "sana"))
+    assert "effformer bench" in invoke("linearize", str(softmax), *other).stdout
+    out = ("-o", str(tmp_path / "x"))
+    assert "a different run" in refusal("linearize", str(softmax), *words, "--attn", "sana", *out)
+    assert "no softmax attention" in refusal("linearize", str(saved), *words, *out)
+    assert "all pairs of tokens" in refusal(
+        "linearize", str(softmax), *words, "--attn", "topk", *out
+    )
+    assert "--data" in refusal("linearize", str(softmax), *out)
+    assert "Add --out" in refusal("linearize", str(softmax), *words)
+    assert "whose weights would be lost" in refusal(
+        "linearize", str(softmax), *words, "-o", str(softmax)
+    )
+    assert not (tmp_path / "x").exists()
+
+
 def test_prune(saved: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     data = answer("prune", str(saved), "--keep", "0.5", "-o", str(half))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 import typer
+from safetensors.torch import save_file
 
 import effformer
 from effformer.cli import main
@@ -42,6 +43,10 @@ CALLS: dict[str, tuple[str, ...]] = {
     "compress": ("compress", "model", "-o", "new"),
     "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
+    "linearize": (
+        "linearize", "model", "--data", "samples.safetensors", "--steps", "1", "--whole", "1", "--batch", "2",
+        "--threads", "1", "-o", "new",
+    ),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
     "export of a bundle": ("export", "model", "--no-verify", "-o", "new"),
     "verify": ("verify", "bundle/velocity.onnx", "model", "--cases", "1"),
@@ -119,6 +124,8 @@ def lay_out(folder: Path) -> list[str]:
     }  # fmt: skip
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+    images = {"x": torch.linspace(-1, 1, 1024).reshape(4, 4, 8, 8), "y": torch.arange(4)}
+    save_file(images, folder / "samples.safetensors")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"x": torch.ones(2), "n": {"y": torch.ones(1)}}, folder / "foreign.pt")
     (folder / "cut.pt").write_bytes((folder / "foreign.pt").read_bytes()[:300])
