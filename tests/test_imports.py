@@ -36,10 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | PARTS,
     "flow": {"arguments", "wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
+    "cache": BASE | PARTS | {"flow", "profile"},
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile"},
-    "export": TOP | PARTS | {"flow", "profile", "compress.quant"},
-    "cli": TOP | PARTS | {"models", "flow", "profile", "train", "compress", "export"},
+    "export": TOP | PARTS | {"cache", "flow", "profile", "compress.quant"},
+    "cli": TOP | PARTS | {"models", "cache", "flow", "profile", "train", "compress", "export"},
 }
 
 
