@@ -36,11 +36,12 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | PARTS,
     "flow": {"arguments", "wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
+    "cache": BASE | PARTS | {"flow", "profile"},
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile", "train"},
-    "export": TOP | PARTS | {"flow", "profile", "compress.quant"},
+    "export": TOP | PARTS | {"cache", "flow", "profile", "compress.quant"},
     "testing": TOP | PARTS | {"profile", "export"},
-    "cli": TOP | PARTS | {"models", "flow", "profile", "testing", "train", "compress", "export"},
+    "cli": TOP | PARTS | {"models", "cache", "flow", "profile", "testing", "train", "compress", "export"},
 }
 
 
