@@ -41,7 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "compress": TOP | PARTS | {"profile", "train"},
     "export": TOP | PARTS | {"cache", "flow", "profile", "compress.quant"},
     "testing": TOP | PARTS | {"profile", "export"},
-    "cli": TOP | PARTS | {"models", "cache", "flow", "profile", "testing", "train", "compress", "export"},
+    "cli": TOP
+    | PARTS
+    | {"models", "cache", "flow", "profile", "testing", "train", "compress", "export"},
 }
 
 
