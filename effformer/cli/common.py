@@ -340,7 +340,6 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
 
     from ..build import build_model
     from ..io import load_model
-    from ..train import load_run
 
     if Path(source).is_dir():
         if changes:
@@ -350,6 +349,8 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
             )
         if not is_run(Path(source)):
             return load_model(source)
+        from ..train import load_run
+
         model, step = load_run(source)
         if step is not None:
             note(f"{source} is unfinished: the weights are those of step {step}")
