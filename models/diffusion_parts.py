@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
@@ -20,6 +19,7 @@ from effformer.config import Config, part
 from effformer.context import Context, Ledger, Rope, Tap, explained
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, is_formula, sincos_2d
 from effformer.nn.init import xavier_linears
+from effformer.nn.lengths import is_fixed
 from effformer.nn.norms import Modulation, SharedModulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
@@ -144,7 +144,7 @@ def positions_of(table: Tensor, grid: tuple[int, int], config: LatentConfig) -> 
     if config.positions == "learned":
         return table
     # a graph for every grid carries the formula, and `latent_axes` says whether that is the table
-    every = torch.compiler.is_exporting() and not all(map(has_static_value, grid))
+    every = torch.compiler.is_exporting() and not all(map(is_fixed, grid))
     if every or grid != config.grid:
         return sincos_2d(*grid, config.dim).to(table)
     return table

@@ -340,7 +340,6 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
 
     from ..build import build_model
     from ..io import load_model
-    from ..train import load_run
 
     if Path(source).is_dir():
         if changes:
@@ -350,6 +349,8 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
             )
         if not is_run(Path(source)):
             return load_model(source)
+        from ..train import load_run
+
         model, step = load_run(source)
         if step is not None:
             note(f"{source} is unfinished: the weights are those of step {step}")
@@ -369,11 +370,11 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def placed(device: str) -> torch.device:
-    """A device by its name.
+def placed(device: str, dtype: str | None = None) -> torch.device:
+    """A device by its name, which computes with numbers of a type if one is given.
 
     Raises:
-        ValueError: no such device, or not here.
+        ValueError: no such device, or not here, or one that does not compute with such numbers.
     """
     import torch
 
@@ -384,30 +385,36 @@ def placed(device: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); cpu always can"
+            f"--device {device}: cannot be used here ({_first(error)}); cpu always can"
+        ) from error
+    if dtype is None:
+        return found
+    try:
+        one = torch.ones(2, 2, dtype=getattr(torch, dtype), device=found)
+        (one @ one).sum().item()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"--dtype {dtype}: {device} cannot compute with it ({_first(error)}); float32 always "
+            "can"
         ) from error
     return found
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of what torch says."""
+    return re.split(r"\n|\. |; |, ", str(error), maxsplit=1)[0][:120]
 
 
 def moved(model: Model, device: str, dtype: str | None = None) -> Model:
     """A model on a device, its weights as numbers of a type; None keeps theirs.
 
     Raises:
-        ValueError: no such device, or not here, or one that does not compute with such numbers.
+        ValueError: as in `placed`.
     """
     import torch
 
-    place, kind = placed(device), None if dtype is None else getattr(torch, dtype)
-    if kind is not None:
-        try:
-            one = torch.ones(2, 2, dtype=kind, device=place)
-            (one @ one).sum().item()
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"--dtype {dtype}: {device} cannot compute with it ({str(error).splitlines()[0]}); "
-                "float32 always can"
-            ) from error
-    return model.to(place, kind)
+    place = placed(device, dtype)
+    return model.to(place, None if dtype is None else getattr(torch, dtype))
 
 
 def sides(size: str | int | None) -> int | tuple[int, int] | None:
