@@ -64,11 +64,11 @@ def list_parts(
     if {e.kind for e in found} == {"model"}:
         sizes = model_sizes()
         data = [one | sizes.get(e.name, {}) for one, e in zip(data, found, strict=True)]
-        head = ("name", "parameters", "MACs", "input", "paper")
-        rows = [(e.name, *_size(sizes.get(e.name)), e.paper) for e in found]
+        head = ["name", "parameters", "MACs", "input", "paper"]
+        rows = [[e.name, *_size(sizes.get(e.name)), e.paper] for e in found]
     else:
-        head = ("name", "kind", "summary", "paper")
-        rows = [(e.name, e.kind, e.summary.replace("`", ""), e.paper) for e in found]
+        head = ["name", "kind", "summary", "paper"]
+        rows = [[e.name, e.kind, e.summary.replace("`", ""), e.paper] for e in found]
     emit(data, table(head, rows) if rows else "nothing has all of these", as_json)
 
 
