@@ -31,6 +31,7 @@ from effformer.flow.conventions import (
 )
 from effformer.flow.guidance import Guidance
 from effformer.flow.samplers import sample
+from effformer.notebook import Shown
 from effformer.values import Count, Natural, Real
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
@@ -72,7 +73,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BundleReport:
+class BundleReport(Shown):
     """What `export_bundle` wrote.
 
     Attributes:

@@ -15,7 +15,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {
-    "arguments", "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "values", "version",
+    "arguments", "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "notebook", "places", "retired", "site", "values", "version",
     "wrapped",
 }  # fmt: skip
 READ = {"loading", "pickled", "weights"}  # files of weights
@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "ffn": BASE | {"nn"},
     "blocks": BASE | {"nn", "attention", "ffn"},
     "models": BASE | PARTS,
-    "flow": {"arguments", "wrapped", "checks", "registry", "config", "values"},
+    "flow": {"arguments", "notebook", "wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
     "cache": BASE | PARTS | {"flow", "profile"},
     "train": TOP | {"flow", "profile", "nn"},

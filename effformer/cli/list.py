@@ -61,15 +61,14 @@ def list_parts(
          "aliases": list(e.aliases), "caps": asdict(e.caps)}
         for e in found
     ]  # fmt: skip
-    head: tuple[str, ...] = ("name", "kind", "summary", "paper")
-    rows: list[tuple[str, ...]]
     if {e.kind for e in found} == {"model"}:
         sizes = model_sizes()
         data = [one | sizes.get(e.name, {}) for one, e in zip(data, found, strict=True)]
-        head = ("name", "parameters", "MACs", "input", "paper")
-        rows = [(e.name, *_size(sizes.get(e.name)), e.paper) for e in found]
+        head = ["name", "parameters", "MACs", "input", "paper"]
+        rows = [[e.name, *_size(sizes.get(e.name)), e.paper] for e in found]
     else:
-        rows = [(e.name, e.kind, e.summary.replace("`", ""), e.paper) for e in found]
+        head = ["name", "kind", "summary", "paper"]
+        rows = [[e.name, e.kind, e.summary.replace("`", ""), e.paper] for e in found]
     emit(data, table(head, rows) if rows else "nothing has all of these", as_json)
 
 

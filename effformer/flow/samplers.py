@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from effformer.arguments import checked
+from effformer.notebook import Shown, picture_grid, tables
 from effformer.values import Count, Positive
 
 from .. import config as _config
@@ -42,7 +43,7 @@ Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
-class SampleResult:
+class SampleResult(Shown):
     """What `sample` returns.
 
     Attributes:
@@ -57,6 +58,13 @@ class SampleResult:
     trajectory: Tensor | None
     times: tuple[float, ...]
     nfe: int
+
+    def _facts(self) -> dict[str, Any]:
+        steps = len(self.times) - 1
+        return {"shape": tuple(self.x.shape), "steps": steps, "evaluations": self.nfe}
+
+    def _body(self) -> str:
+        return picture_grid(self.x, (-1.0, 1.0), "samples") + "".join(tables(self._facts()))
 
 
 class Run:

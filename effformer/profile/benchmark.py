@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from effformer.arguments import checked
+from effformer.notebook import Shown
 from effformer.values import Threads, Times, Warmup
 
 from .latency import Latency, SideBySide, percentiles
@@ -58,7 +59,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
+class Benchmark(Shown):
     """What `benchmark` found.
 
     Attributes:
@@ -93,6 +94,10 @@ class Benchmark:
             for row in rows:
                 row.append(f"{self.errors[row[0]]:.1e}")
         return tuple(header), [tuple(row) for row in rows]
+
+    def _facts(self) -> dict[str, Any]:
+        sides = (side._facts()["rows"] for side in self.sides.values())
+        return {"rows": [row for rows in sides for row in rows], "measured": self.how()}
 
     def how(self) -> str:
         """One sentence about the way it was measured, with a warning if the machine was busy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import nn
 
 from effformer.arguments import checked
 from effformer.calls import Inputs, bind, check_parts, evaluating
+from effformer.notebook import Shown
 from effformer.values import Range, Threads, Times, Warmup
 from effformer.wrapped import bare, is_compiled
 
@@ -27,7 +29,7 @@ Pause = Annotated[float, Range(0, 3600)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Latency:
+class Latency(Shown):
     """Wall time of one call, in seconds.
 
     Attributes:
@@ -64,6 +66,11 @@ class Latency:
     waited: float = 0.0
     memory: int | None = None
 
+    def _facts(self) -> dict[str, Any]:
+        facts = dataclasses.asdict(self)
+        del facts["samples"]
+        return facts | {"machine": str(self.machine)}
+
     def __str__(self) -> str:
         return (
             f"{self.name}: {1e3 * self.median:.3g} ms "
@@ -73,7 +80,7 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
-class SideBySide:
+class SideBySide(Shown):
     """Candidates that took turns in one run, so that drift of the machine hits all alike.
 
     Attributes:
@@ -84,6 +91,11 @@ class SideBySide:
 
     rows: dict[str, Latency]
     ratios: dict[str, float]
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "rows": [row._facts() | {"ratio": self.ratios[name]} for name, row in self.rows.items()]
+        }
 
     def __str__(self) -> str:
         return "\n".join(f"{self.ratios[name]:7.3f}x  {row}" for name, row in self.rows.items())

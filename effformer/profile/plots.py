@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effformer.checks import need
+from effformer.notebook import Shown
 
 from .save import save_figure
 
@@ -37,7 +38,7 @@ _PLACES = [(9, 0), (-9, 0), (0, 11), (0, -11)] + [
 ]
 
 
-class _Plot(ABC):
+class _Plot(Shown, ABC):
     """What every plot can be written as; a notebook shows it."""
 
     __slots__ = ()
@@ -64,8 +65,8 @@ class _Plot(ABC):
         text = buffer.getvalue()
         return text[text.index("<svg") :]
 
-    def _repr_html_(self) -> str:
-        return f'<div style="background:#fff;max-width:48rem">{self.svg()}</div>'
+    def _body(self) -> str:
+        return f'<div class="plot">{self.svg()}</div>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,13 @@ class Curves(_Plot):
     x: str
     y: str
     log: bool = False
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"line": name, self.x: x, self.y: y}
+            for name, points in self.lines.items()
+            for x, y in points
+        ]
 
     def figure(self) -> Figure:
         """Draw, each line in a colour and a style of its own."""
@@ -138,6 +146,13 @@ class Pareto(_Plot):
                 best = y
                 names.append(name)
         return tuple(names)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        front = self.front
+        return [
+            {"name": name, self.x: x, self.y: y, "front": name in front}
+            for name, x, y in self.points
+        ]
 
     def figure(self) -> Figure:
         """Draw; an axis is logarithmic where its values span more than a factor of ten."""

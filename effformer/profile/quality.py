@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
+from effformer.notebook import html_table
 from effformer.values import Checked, Fraction, Natural, NonNegative
 
-from .html import page, table_of, tiles
+from .html import page, tiles
 from .plots import Confusion
 from .save import QUALITY, save_report
 from .tables import table
@@ -133,7 +134,7 @@ class Quality(Checked):
             f"<p>{escape(self.headline())}; {escape(self.how)}.</p>",
             f'<div class="plot">{self.confusion().svg()}</div>',
             "<h2>By class</h2>",
-            table_of(*self.table()),
+            html_table(*self.table()),
         ]
         return page(f"Quality of {self.model}", "\n".join(body), QUALITY)
 

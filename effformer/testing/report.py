@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from effformer.checks import MissingExtra
+from effformer.notebook import Shown
 
 from .subjects import Subject
 
@@ -84,7 +85,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class PartReport:
+class PartReport(Shown):
     """What `check_part` found.
 
     Attributes:

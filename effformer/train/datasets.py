@@ -9,15 +9,17 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
 from effformer.arguments import Shape, checked
+from effformer.notebook import Shown, picture_grid, tables
 from effformer.values import Checked, Fraction, Range, Seed
 
 from ..checks import check_ids, need, unknown
@@ -43,7 +45,7 @@ _TORCHVISION = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dataset(Checked):
+class Dataset(Shown, Checked):
     """Named tensors whose first axis counts the samples.
 
     The names are those of the arguments of the models that read them. Images with labels are
@@ -75,6 +77,18 @@ class Dataset(Checked):
     target: str = "y"
     value_range: tuple[float, float] | None = None
     cut: Fraction = 0.0
+
+    def _facts(self) -> dict[str, Any]:
+        tensors = [
+            {"tensor": name, "shape": tuple(x.shape), "type": str(x.dtype).removeprefix("torch.")}
+            for name, x in self.tensors.items()
+        ]
+        return {"samples": len(self), "classes": ", ".join(self.classes), "tensors": tensors}
+
+    def _body(self) -> str:
+        x = self.tensors.get("x")
+        grid = "" if x is None else picture_grid(x, self.value_range or (-1.0, 1.0), self.name)
+        return f"<h3>{escape(self.name)}</h3>{grid}{''.join(tables(self._facts()))}"
 
     def check(self) -> None:
         where = f"Dataset {self.name!r}"
