@@ -31,6 +31,7 @@ from .quant.control import ControlReport
 from .quant.mixed import MixedScheme
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .quant.within import quantize_within
+from .recipe import Recipe, RecipeReport, run_recipe
 from .report import KeptLayer, PackedLayer, Report
 from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
@@ -60,6 +61,8 @@ __all__ = [
     "PruneScheme",
     "QuantEmbedding",
     "QuantLinear",
+    "Recipe",
+    "RecipeReport",
     "Report",
     "Sensitivity",
     "SensitivityRow",
@@ -85,6 +88,7 @@ __all__ = [
     "recording",
     "replay",
     "restore",
+    "run_recipe",
     "save_adapter",
     "sensitivity",
     "sort_by_magnitude",

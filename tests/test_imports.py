@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "flow": {"arguments", "wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
     "train": TOP | {"flow", "profile", "nn"},
-    "compress": TOP | PARTS | {"profile"},
+    "compress": TOP | PARTS | {"profile", "train"},
     "export": TOP | PARTS | {"flow", "profile", "compress.quant"},
     "cli": TOP | PARTS | {"models", "flow", "profile", "train", "compress", "export"},
 }

@@ -1,4 +1,4 @@
-"""`effformer compress`: quantize a saved model."""
+"""`effformer compress`: quantize a saved model, or compress it by a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Force, Json, Out, Set, emit, load, overrides, save_to
+from .common import Force, Json, Out, Set, emit, load, note, overrides, save_to
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -32,24 +32,45 @@ Samples = Annotated[
 
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)],
-    scheme: Annotated[str, typer.Option(help="effformer list quantizers.")] = "int8",
+    scheme: Annotated[
+        str | None, typer.Option(help="effformer list quantizers; default: int8.")
+    ] = None,
     where: Where = None,
     skip: Skip = None,
     backend: Annotated[str, typer.Option(help="torch, bitsandbytes or auto.")] = "torch",
     data: Data = None,
     samples: Samples = 64,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file of several verbs; the same command goes on where it stopped."
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what a recipe does and why, and stop.")
+    ] = False,
     pairs: Set = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize the weights of a saved model; prints errors and sizes per layer.
+    """Quantize the weights of a saved model; prints errors and sizes per layer. With --recipe: several verbs
+    one after the other, such as prune, distill and quantize.
 
     Options of the scheme go into --set: `--scheme int8 --set block=32`.
 
     Examples: `effformer compress model --scheme nf4 -o model-nf4`,
-    `effformer compress runs/digits/model --scheme gptq --set block=32 --data sampler -o small`
+    `effformer compress runs/digits/model --scheme gptq --set block=32 --data sampler -o small`,
+    `effformer compress model --recipe small.yaml --explain`
     """
+    if recipe is not None:
+        given = {"--scheme": scheme, "--where": where, "--skip": skip, "--set": pairs}
+        _by_recipe(
+            model, recipe, [n for n, v in given.items() if v], data, explain, out, force, as_json
+        )
+        return
+    if explain:
+        raise ValueError("compress: --explain tells what a --recipe does; give one")
     from ..compress import quantize
     from ..files import check_folder
     from ..io import model_folder, save_pretrained
@@ -63,12 +84,50 @@ def compress(
     check_folder(target, **model_folder("compressed", by="compress", force=force))
     dense = load(str(model))
     small, report = quantize(
-        dense, {"name": scheme, **overrides(pairs=pairs)}, where or "*", skip=skip or (),
+        dense, {"name": scheme or "int8", **overrides(pairs=pairs)}, where or "*", skip=skip or (),
         backend=backend, data=None if data is None else calibration(dense, data, samples, "compress"),
         inputs=dense.example_inputs() if data is None else None,
     )  # fmt: skip
     save_pretrained(small, target, by="compress", force=force)
     emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)
+
+
+def _by_recipe(
+    model: Path,
+    recipe: Path,
+    others: list[str],
+    data: str | None,
+    explain: bool,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run a recipe, or say what it does."""
+    from ..compress import Recipe, run_recipe
+    from ..train import load_data
+
+    if others:
+        raise ValueError(f"compress: {others[0]} is said by the recipe; write it there")
+    read = Recipe.read(recipe)
+    if explain:
+        emit(read.to_dict(), read.explain(), as_json)
+        return
+    target = save_to(out, "compress")
+    if os.path.realpath(target) == os.path.realpath(model):
+        raise ValueError(f"compress: --out {target} is the model itself; choose another folder")
+    dense = load(str(model))
+    source = data or read.data
+    given = None
+    if source is not None and (source == "sampler" or source.endswith(".safetensors")):
+        given = calibration(
+            dense, source, read.samples if source == "sampler" else 10**9, "compress"
+        )
+    elif source is not None:
+        given = load_data(source)
+    _, report = run_recipe(
+        dense, read, target, data=given, told=None if as_json else note, force=force
+    )
+    emit(report.to_dict(), str(report), as_json)
 
 
 def calibration(model: Model, data: str, samples: int, verb: str) -> Any:

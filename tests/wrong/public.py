@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -102,6 +103,14 @@ def looked_at(folder: Path) -> compress.Sensitivity:
 def looked_at_file(folder: Path) -> Path:
     looked_at(folder).save(folder / "looked at.json")
     return folder / "looked at.json"
+
+
+RECIPE = {"steps": [{"prune": {"keep": 0.5}}, {"quantize": {"scheme": "int8"}}]}
+
+
+def recipe(folder: Path) -> Path:
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
+    return folder / "recipe.yaml"
 
 
 def written(folder: Path) -> Path:
@@ -245,6 +254,10 @@ OWN: dict[str, dict[str, Make]] = {
     "Sensitivity.expected": {"scheme": lambda folder: looked_at(folder).budget(bits=9.0)},
     "Sensitivity.read": {"path": looked_at_file},
     "Sensitivity.save": {"path": new("new.json")},
+    "Recipe": {"steps": lambda folder: compress.Recipe.from_dict(RECIPE).steps},
+    "Recipe.from_dict": {"given": given(RECIPE)},
+    "Recipe.read": {"path": recipe},
+    "run_recipe": {"model": model("sit-nano"), "recipe": recipe, "out": new("out"), "data": given(None)},
     "choose_kernels": {"goal": given("size"), "forms": given(["int8-bitsandbytes"]), "cache": new("cache")},
     "quantize_within": {"metric": given(lambda model: 1.0), "where": given("*"), "data": samples},
     "quantize_onnx_within": {
@@ -286,7 +299,7 @@ OWN: dict[str, dict[str, Make]] = {
     "read_metrics": {"source": run},
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
-    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear"]), "compared": lambda folder: (dense(folder), x(folder))},
+    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
     "export_onnx": {"path": new("new.onnx"), "output_names": given(["out"])},
     "export_bundle": {
         "model": model("sit-nano"), "steps": given(1), "guidance": given(1.0), "quantize": given(None),
@@ -367,6 +380,7 @@ INSTANCES: dict[str, Make] = {
     "GateTable": lambda folder: compress.GateTable(torch.ones(2), {"a": torch.ones(2, 3).bool()}),
     "Masks": lambda folder: compress.sparsify(dense(folder))[1],
     "Profile": lambda folder: profile.profile(dense(folder), x(folder)),
+    "Recipe": lambda folder: compress.Recipe.from_dict(RECIPE),
     "Registry": things,
     "Session": lambda folder: export.Session(graph(folder)),
     "Sensitivity": looked_at,

@@ -36,6 +36,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "compress": ("compress", "model", "-o", "new"),
+    "compress by a recipe": ("compress", "model", "--recipe", "recipe.yaml", "-o", "new"),
     "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
@@ -73,7 +74,7 @@ NEW = (
     "new.txt",
     "new.safetensors",
 )
-READ = {"weights", "data"}
+READ = {"weights", "data", "recipe"}
 """Options that name what is read, as arguments do."""
 
 INNER = re.compile(
@@ -105,7 +106,8 @@ def lay_out(folder: Path) -> list[str]:
         "empty": b"", "text": b"hello", "empty.safetensors": b"", "empty.onnx": b"", "empty.pt": b"",
         "text.onnx": b"hello", "text.pt": b"hello", "deep.json": b"[" * 100_000, "bytes": bytes(range(256)) * 9,
         "bytes.pt": b"\xff\xfe", "cut.safetensors": weights[:2000], "cut.onnx": graph[:2000], "weights.onnx": weights,
-        "graph.safetensors": graph, "picture.png": b"\x89PNG\r\n\x1a\n", "report.html": b"<p>", "caf\udce9": b"x",
+        "graph.safetensors": graph, "recipe.yaml": b"steps: [{prune: {keep: 0.5}}, {quantize: {scheme: int8}}]",
+        "picture.png": b"\x89PNG\r\n\x1a\n", "report.html": b"<p>", "caf\udce9": b"x",
         "long.safetensors": b"\xff" * 8 + b"{", "deep.safetensors": b"\xa0\x86\1\0\0\0\0\0" + b"[" * 100_000,
     }  # fmt: skip
     for name, content in contents.items():
