@@ -23,6 +23,7 @@ from .dynamic import (
     prepare_widths,
     sort_by_magnitude,
 )
+from .explore import Exploration, Tried, explore
 from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
@@ -44,6 +45,7 @@ __all__ = [
     "ControlReport",
     "Distillation",
     "Expected",
+    "Exploration",
     "Frugal",
     "GatePretraining",
     "GateTable",
@@ -67,6 +69,7 @@ __all__ = [
     "Sensitivity",
     "SensitivityRow",
     "SparseScheme",
+    "Tried",
     "WorkTarget",
     "acmize",
     "adapt",
@@ -74,6 +77,7 @@ __all__ = [
     "choose_kernels",
     "cut",
     "dequantize",
+    "explore",
     "gate_tables",
     "importance",
     "load_adapter",

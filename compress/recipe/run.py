@@ -31,7 +31,7 @@ from ..samples import Data, batches, check_tensors, listed
 from .recipe import Recipe
 from .steps import Place
 
-__all__ = ["RecipeReport", "run_recipe"]
+__all__ = ["RecipeReport", "calibration_of", "first_samples", "run_recipe", "trainable"]
 
 FACTS = "recipe.json"
 MODEL = "model"
@@ -134,12 +134,12 @@ def run_recipe(
         )
     read = _recipe(recipe)
     folder = Path(out)
-    given = _data(read, data)
+    given = _given(read, data)
     identity = {"recipe": read.to_dict(), "model": _digest(model), "data": _digest(given)}
     finished = _begin(folder, identity, force)
     key = hashlib.blake2b(json.dumps(plain(identity)).encode(), digest_size=4).hexdigest()
-    first, samples = _first(given, read.samples), _samples(given)
-    calibration = _calibration(model, first)
+    first, samples = first_samples(given, read.samples), trainable(given)
+    calibration = calibration_of(model, first)
     before = file_bytes(model.state_dict())
     now: Any = copy.deepcopy(model)
     done = list(finished)
@@ -177,7 +177,7 @@ def _recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     return Recipe.from_dict(given) if isinstance(given, Mapping) else Recipe.read(given)
 
 
-def _data(recipe: Recipe, data: Data | None) -> Any:
+def _given(recipe: Recipe, data: Data | None) -> Any:
     """What is calibrated and trained on; streams are kept."""
     if data is None and recipe.data is not None:
         return load_data(recipe.data)
@@ -186,7 +186,7 @@ def _data(recipe: Recipe, data: Data | None) -> Any:
     return listed(data, where="run_recipe: data")
 
 
-def _first(data: Any, samples: int) -> Any:
+def first_samples(data: Any, samples: int) -> Any:
     """The first samples."""
     named = data.tensors if isinstance(data, Dataset) else data
     if not isinstance(named, Mapping):
@@ -194,7 +194,7 @@ def _first(data: Any, samples: int) -> Any:
     return {k: x[:samples] if isinstance(x, Tensor) and x.dim() else x for k, x in named.items()}
 
 
-def _calibration(model: nn.Module, named: Any) -> Any:
+def calibration_of(model: nn.Module, named: Any) -> Any:
     """What the model is called with: of a generator, for which there are only images, what its training
     asks it, at random times.
     """
@@ -208,7 +208,7 @@ def _calibration(model: nn.Module, named: Any) -> Any:
     return record
 
 
-def _samples(data: Any) -> Dataset | None:
+def trainable(data: Any) -> Dataset | None:
     """What can be trained on."""
     if isinstance(data, Dataset) or data is None:
         return data

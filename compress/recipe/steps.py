@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from effformer.calls import bind, evaluating, outputs
-from effformer.checks import CapabilityError, unknown
+from effformer.calls import bind
+from effformer.checks import unknown
 from effformer.config import Config
 from effformer.train import Classification, Dataset, Generation, TrainConfig, train
 from effformer.values import NonNegative, Positive
@@ -25,10 +24,9 @@ from ..quant.mixed import MixedScheme
 from ..quant.quantize import quantize
 from ..quant.schemes import make_scheme
 from ..quant.within import quantize_within
-from ..report import relative_error
-from ..samples import calls
 from ..sensitivity import sensitivity
 from ..where import Where
+from .quality import Quality, metric_of
 
 __all__ = ["STEPS", "Place", "Step", "read_step"]
 
@@ -251,7 +249,7 @@ class Quantize(Step):
         where: Where = "*"
         skip: Where = ()
         max_drop: NonNegative | None = None
-        metric: Literal["accuracy", "agreement", "error"] = "error"
+        metric: Quality = "error"
 
         def check(self) -> None:
             if (self.schemes is None) != (self.budget is None):
@@ -281,7 +279,7 @@ class Quantize(Step):
         if own.max_drop is None:
             inputs = bind(model, None, where=self.where).arguments if place.data is None else None
             return quantize(model, scheme, own.where, skip=own.skip, data=place.data, inputs=inputs)
-        metric, best = _metric(own.metric, place)
+        metric, best = metric_of(own.metric, place.dense, place.data, place.samples)
         return quantize_within(
             model, scheme, metric, own.where, skip=own.skip, data=place.data, max_drop=own.max_drop,
             best=best,
@@ -298,33 +296,6 @@ def _task(model: nn.Module, place: Place) -> Any:
         return Generation()
     labelled = isinstance(place.samples, Mapping) and "y" in place.samples
     return Classification() if labelled else None
-
-
-def _metric(name: str, place: Place) -> tuple[Callable[[nn.Module], float], Literal["high", "low"]]:
-    """A metric of `quantize_within`."""
-    if place.data is None:
-        raise ValueError(f"recipe: quantize: metric {name!r} is measured on data; give some")
-    given = list(calls(place.dense, place.data, where="recipe: data"))
-    with evaluating(place.dense):
-        dense = [call.run(place.dense)[0] for call in given]
-    if name == "error":
-
-        def error(model: nn.Module) -> float:
-            return relative_error([outputs(call(model))[0] for call in given], dense)
-
-        return error, "low"
-    if not all(y.dim() == 2 for y in dense):
-        raise CapabilityError(f"recipe: quantize: metric {name!r} needs outputs (B, classes)")
-    labelled = isinstance(place.samples, Mapping) and "y" in place.samples
-    if name == "accuracy" and not labelled:
-        raise ValueError("recipe: quantize: metric 'accuracy' needs data with labels y")
-    wanted = place.samples["y"] if name == "accuracy" else torch.cat(dense).argmax(-1)
-
-    def share(model: nn.Module) -> float:
-        found = torch.cat([outputs(call(model))[0] for call in given]).argmax(-1)
-        return float((found == wanted.to(found.device)).float().mean())
-
-    return share, "high"
 
 
 STEPS: dict[str, type[Step]] = {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from effformer.compress.quant.control import Goal
 from torch import nn
 
 import effformer
@@ -106,6 +107,16 @@ def looked_at_file(folder: Path) -> Path:
 
 
 RECIPE = {"steps": [{"prune": {"keep": 0.5}}, {"quantize": {"scheme": "int8"}}]}
+
+
+def tried(folder: Path) -> compress.Exploration:
+    row = compress.Tried(
+        name="dense", steps=(), latency=1.0, seconds=1.0, size=1.0, macs=1.0, value=1.0, drop=0.0
+    )
+    goal = Goal(reference=1.0, max_drop=0.1, relative=False, best="high")
+    return compress.Exploration(
+        target="size", share=0.5, quality="error", goal=goal, rows=(row,), refused={}, how=""
+    )
 
 
 def recipe(folder: Path) -> Path:
@@ -257,6 +268,11 @@ OWN: dict[str, dict[str, Make]] = {
     "Recipe": {"steps": lambda folder: compress.Recipe.from_dict(RECIPE).steps},
     "Recipe.from_dict": {"given": given(RECIPE)},
     "Recipe.read": {"path": recipe},
+    "explore": {
+        "model": model("sit-nano"), "target": given("size"), "share": given(0.9), "out": new("out"),
+        "data": given(None), "max_drop": given(9.0),
+    },
+    "Exploration.save": {"path": new("new.json")},
     "run_recipe": {"model": model("sit-nano"), "recipe": recipe, "out": new("out"), "data": given(None)},
     "choose_kernels": {"goal": given("size"), "forms": given(["int8-bitsandbytes"]), "cache": new("cache")},
     "quantize_within": {"metric": given(lambda model: 1.0), "where": given("*"), "data": samples},
@@ -363,7 +379,11 @@ OWN: dict[str, dict[str, Make]] = {
 """Arguments of single functions and classes, beside those by name."""
 
 
-LONG = {"train_classifier": ("config",), "benchmark": ("rounds", "runs", "warmup")}
+LONG = {
+    "train_classifier": ("config",),
+    "benchmark": ("rounds", "runs", "warmup"),
+    "explore": ("rounds", "steps"),
+}
 """Arguments of which a wrong kind may be right and take minutes: {} are 1,000 steps, and so are many
 rounds.
 """
@@ -378,6 +398,7 @@ INSTANCES: dict[str, Make] = {
     "Dataset": data,
     "EMA": lambda folder: train.EMA(dense(folder)),
     "GateTable": lambda folder: compress.GateTable(torch.ones(2), {"a": torch.ones(2, 3).bool()}),
+    "Exploration": tried,
     "Masks": lambda folder: compress.sparsify(dense(folder))[1],
     "Profile": lambda folder: profile.profile(dense(folder), x(folder)),
     "Recipe": lambda folder: compress.Recipe.from_dict(RECIPE),
