@@ -23,6 +23,7 @@ from .dynamic import (
     prepare_widths,
     sort_by_magnitude,
 )
+from .explore import Exploration, Tried, explore
 from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
 from .linearize import LinearizedLayer, LinearizeReport, LinearizeScheme, linearize
 from .plan import Plan, plan
@@ -32,6 +33,7 @@ from .quant.control import ControlReport
 from .quant.mixed import MixedScheme
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .quant.within import quantize_within
+from .recipe import Recipe, RecipeReport, run_recipe
 from .report import KeptLayer, PackedLayer, Report
 from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
@@ -44,6 +46,7 @@ __all__ = [
     "ControlReport",
     "Distillation",
     "Expected",
+    "Exploration",
     "Frugal",
     "GatePretraining",
     "GateTable",
@@ -64,10 +67,13 @@ __all__ = [
     "PruneScheme",
     "QuantEmbedding",
     "QuantLinear",
+    "Recipe",
+    "RecipeReport",
     "Report",
     "Sensitivity",
     "SensitivityRow",
     "SparseScheme",
+    "Tried",
     "WorkTarget",
     "acmize",
     "adapt",
@@ -75,6 +81,7 @@ __all__ = [
     "choose_kernels",
     "cut",
     "dequantize",
+    "explore",
     "gate_tables",
     "importance",
     "linearize",
@@ -90,6 +97,7 @@ __all__ = [
     "recording",
     "replay",
     "restore",
+    "run_recipe",
     "save_adapter",
     "sensitivity",
     "sort_by_magnitude",

@@ -10,12 +10,14 @@ import functools
 import gc
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from effformer.compress.quant.control import Goal
 from torch import nn
 
 import effformer
@@ -102,6 +104,24 @@ def looked_at(folder: Path) -> compress.Sensitivity:
 def looked_at_file(folder: Path) -> Path:
     looked_at(folder).save(folder / "looked at.json")
     return folder / "looked at.json"
+
+
+RECIPE = {"steps": [{"prune": {"keep": 0.5}}, {"quantize": {"scheme": "int8"}}]}
+
+
+def tried(folder: Path) -> compress.Exploration:
+    row = compress.Tried(
+        name="dense", steps=(), latency=1.0, seconds=1.0, size=1.0, macs=1.0, value=1.0, drop=0.0
+    )
+    goal = Goal(reference=1.0, max_drop=0.1, relative=False, best="high")
+    return compress.Exploration(
+        target="size", share=0.5, quality="error", goal=goal, rows=(row,), refused={}, how=""
+    )
+
+
+def recipe(folder: Path) -> Path:
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
+    return folder / "recipe.yaml"
 
 
 def written(folder: Path) -> Path:
@@ -245,6 +265,15 @@ OWN: dict[str, dict[str, Make]] = {
     "Sensitivity.expected": {"scheme": lambda folder: looked_at(folder).budget(bits=9.0)},
     "Sensitivity.read": {"path": looked_at_file},
     "Sensitivity.save": {"path": new("new.json")},
+    "Recipe": {"steps": lambda folder: compress.Recipe.from_dict(RECIPE).steps},
+    "Recipe.from_dict": {"given": given(RECIPE)},
+    "Recipe.read": {"path": recipe},
+    "explore": {
+        "model": model("sit-nano"), "target": given("size"), "share": given(0.9), "out": new("out"),
+        "data": given(None), "max_drop": given(9.0),
+    },
+    "Exploration.save": {"path": new("new.json")},
+    "run_recipe": {"model": model("sit-nano"), "recipe": recipe, "out": new("out"), "data": given(None)},
     "choose_kernels": {"goal": given("size"), "forms": given(["int8-bitsandbytes"]), "cache": new("cache")},
     "quantize_within": {"metric": given(lambda model: 1.0), "where": given("*"), "data": samples},
     "quantize_onnx_within": {
@@ -297,7 +326,7 @@ OWN: dict[str, dict[str, Make]] = {
     "read_metrics": {"source": run},
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
-    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear"]), "compared": lambda folder: (dense(folder), x(folder))},
+    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
     "export_onnx": {"path": new("new.onnx"), "output_names": given(["out"])},
     "export_bundle": {
         "model": model("sit-nano"), "steps": given(1), "guidance": given(1.0), "quantize": given(None),
@@ -367,7 +396,11 @@ OWN: dict[str, dict[str, Make]] = {
 """Arguments of single functions and classes, beside those by name."""
 
 
-LONG = {"train_classifier": ("config",), "benchmark": ("rounds", "runs", "warmup")}
+LONG = {
+    "train_classifier": ("config",),
+    "benchmark": ("rounds", "runs", "warmup"),
+    "explore": ("rounds", "steps"),
+}
 """Arguments of which a wrong kind may be right and take minutes: {} are 1,000 steps, and so are many
 rounds.
 """
@@ -382,11 +415,13 @@ INSTANCES: dict[str, Make] = {
     "Dataset": data,
     "EMA": lambda folder: train.EMA(dense(folder)),
     "GateTable": lambda folder: compress.GateTable(torch.ones(2), {"a": torch.ones(2, 3).bool()}),
+    "Exploration": tried,
     "Masks": lambda folder: compress.sparsify(dense(folder))[1],
     "Profile": lambda folder: profile.profile(dense(folder), x(folder)),
     "Quality": lambda folder: profile.Quality(
         model="a", data="b", classes=("c", "d"), counts=((1, 0), (2, 3))
     ),
+    "Recipe": lambda folder: compress.Recipe.from_dict(RECIPE),
     "Registry": things,
     "Session": lambda folder: export.Session(graph(folder)),
     "Sensitivity": looked_at,

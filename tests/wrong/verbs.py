@@ -41,6 +41,8 @@ CALLS: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate", "classifier", "--data", "digits"),
     "evaluate of a bundle": ("evaluate", "bundle", "--data", "digits", "--samples", "2", "--steps", "1"),
     "compress": ("compress", "model", "-o", "new"),
+    "compress by a recipe": ("compress", "model", "--recipe", "recipe.yaml", "-o", "new"),
+    "compress for a target": ("compress", "model", "--for", "size=0.9", "--max-drop", "9", "-o", "new"),
     "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
     "linearize": (
@@ -83,7 +85,7 @@ NEW = (
     "new.txt",
     "new.safetensors",
 )
-READ = {"weights", "data"}
+READ = {"weights", "data", "recipe"}
 """Options that name what is read, as arguments do."""
 
 INNER = re.compile(
@@ -119,7 +121,8 @@ def lay_out(folder: Path) -> list[str]:
         "empty": b"", "text": b"hello", "empty.safetensors": b"", "empty.onnx": b"", "empty.pt": b"",
         "text.onnx": b"hello", "text.pt": b"hello", "deep.json": b"[" * 100_000, "bytes": bytes(range(256)) * 9,
         "bytes.pt": b"\xff\xfe", "cut.safetensors": weights[:2000], "cut.onnx": graph[:2000], "weights.onnx": weights,
-        "graph.safetensors": graph, "picture.png": b"\x89PNG\r\n\x1a\n", "report.html": b"<p>", "caf\udce9": b"x",
+        "graph.safetensors": graph, "recipe.yaml": b"steps: [{prune: {keep: 0.5}}, {quantize: {scheme: int8}}]",
+        "picture.png": b"\x89PNG\r\n\x1a\n", "report.html": b"<p>", "caf\udce9": b"x",
         "long.safetensors": b"\xff" * 8 + b"{", "deep.safetensors": b"\xa0\x86\1\0\0\0\0\0" + b"[" * 100_000,
     }  # fmt: skip
     for name, content in contents.items():
