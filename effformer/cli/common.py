@@ -26,9 +26,35 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
-    "guard", "is_run", "load", "loaded", "note", "overrides", "parse_value", "placed", "save_to", "set_threads", "stages",
-    "steps_bar", "table",
+    "FFN",
+    "Attn",
+    "Averaged",
+    "Batch",
+    "Block",
+    "Force",
+    "Json",
+    "Keep",
+    "Out",
+    "Seed",
+    "Set",
+    "Strict",
+    "Threads",
+    "check_report",
+    "emit",
+    "guard",
+    "is_run",
+    "load",
+    "loaded",
+    "note",
+    "overrides",
+    "parse_value",
+    "placed",
+    "read_policy",
+    "save_to",
+    "set_threads",
+    "stages",
+    "steps_bar",
+    "table",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -239,6 +265,23 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):  # also a number of more digits than Python reads
         return text
+
+
+def read_policy(text: str, *, where: str) -> Any:
+    """The policy of a cache as it is typed: its name, ``name:key=value,key=value`` or JSON.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text.lstrip().startswith("{"):
+        return parse_value(text)
+    name, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if wrong := [key for key, sign, _ in pairs if not sign]:
+        raise ValueError(
+            f"{where}: --cache {text}: expected key=value behind the colon, got {wrong[0]!r}"
+        )
+    return {"name": name, **{key.strip(): parse_value(value) for key, _, value in pairs}}
 
 
 def overrides(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,6 +21,7 @@ from .common import (
     emit,
     load,
     note,
+    read_policy,
     save_to,
     set_threads,
     steps_bar,
@@ -27,7 +29,9 @@ from .common import (
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from effformer.cache import CacheReport, Summary
     from effformer.flow import Trained
     from effformer.models.base import Model
 
@@ -60,6 +64,20 @@ def sample(
             "bundle's, or euler."
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Skip blocks at some steps: newton, reuse:every=3, ... (effformer list cache). Default: "
+            "none.",
+            metavar="POLICY",
+        ),
+    ] = None,
+    cache_report: Annotated[
+        bool,
+        typer.Option(
+            "--cache-report", help="Compare the cache with fewer steps and better samplers."
+        ),
+    ] = False,
     seed: Seed = 0,
     threads: Threads = None,
     out: Out = None,
@@ -82,43 +100,97 @@ def sample(
         raise ValueError(f"sample: {target} must end in .png or .npy")
     check_file(target, SAMPLES, force=force)
     set_threads(threads)
-    to_pixels: Callable[[Any], Any]
-    options: dict[str, Any]
+    if cache_report and cache is None:
+        raise ValueError("sample: --cache-report needs --cache, e.g. --cache newton")
+    asked: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "sampler": sampler,
+        "cache": cache,
+    }
     if (source / "bundle.json").exists():
-        bundle = Bundle(source, threads)
-        own, named = bundle.facts["sampler"], bundle.facts.get("trained") or {}
-        ids = _ids(labels, named.get("classes", ()), bundle.facts["num_classes"])
-        options = {
-            "steps": own["steps"] if steps is None else steps,
-            "guidance": own["guidance"] if guidance is None else guidance,
-            "sampler": own["name"] if sampler is None else sampler,
-            "seed": seed,
-        }
-        samples, to_pixels = bundle.sample(ids, **options), bundle.images
+        if cache_report:
+            raise ValueError(
+                "sample: --cache-report needs a saved model; a bundle has no reference"
+            )
+        made = _of_bundle(Bundle(source, threads), labels, seed, **asked)
     else:
-        model = load(_folder(source))
-        record = _trained(model)
-        ids = _ids(labels, record.classes, getattr(model.config, "num_classes", 0))
-        count, scale = record.settings(steps, guidance)
-        options = {
-            "steps": count,
-            "guidance": scale,
-            "sampler": sampler or "euler",
-            "seed": seed,
-        }
-        if record.steps not in (None, count):
-            note(f"sample: {model.name} was distilled to {record.steps} steps, not {count}")
-        with steps_bar("sampling") as show:
-            samples = draw(model, ids, **options, progress=show)
-        to_pixels = partial(pixels, value_range=record.value_range or (-1.0, 1.0))
+        made = _of_model(load(_folder(source)), labels, seed, report=cache_report, **asked)
     with atomic_path(target, SAMPLES, force=force) as temporary:
         if target.suffix == ".png":
-            write_image(temporary, to_pixels(samples), force=True)
+            write_image(temporary, made.to_pixels(made.samples), force=True)
         else:
-            write_samples(temporary, samples, force=True)
-    emit(
-        {"saved": str(target), "labels": ids, **options}, f"{len(ids)} samples in {target}", as_json
-    )
+            write_samples(temporary, made.samples, force=True)
+    said = {"saved": str(target), "labels": made.labels, **made.options}
+    lines = [f"{len(made.labels)} samples in {target}", *made.notes]
+    emit(said, "\n".join(lines), as_json)
+
+
+class _Drawn(NamedTuple):
+    """Samples, how to show them, and what is said about them."""
+
+    samples: Any
+    to_pixels: Callable[[Any], Any]
+    labels: list[int]
+    options: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def _of_bundle(
+    bundle: Any, labels: str | None, seed: int, *, steps: int | None, guidance: float | None,
+    sampler: str | None, cache: str | None,
+) -> _Drawn:  # fmt: skip
+    own, named = bundle.facts["sampler"], bundle.facts.get("trained") or {}
+    ids = _ids(labels, named.get("classes", ()), bundle.facts["num_classes"])
+    options = {
+        "steps": own["steps"] if steps is None else steps,
+        "guidance": own["guidance"] if guidance is None else guidance,
+        "sampler": own["name"] if sampler is None else sampler,
+        "seed": seed,
+    }
+    policy = None if cache is None else _schedule(read_policy(cache, where="sample"))
+    return _Drawn(bundle.sample(ids, **options, cache=policy), bundle.images, ids, options)
+
+
+def _schedule(policy: Any) -> dict[str, Any]:
+    """A policy as bundles know it.
+
+    Raises:
+        ValueError: one that they do not know.
+    """
+    from ..config import resolve
+
+    config = resolve("cache", policy, where="sample: --cache")
+    if config.entry.name not in ("reuse", "newton"):
+        raise ValueError(
+            f"sample: a bundle has no cache {config.entry.name!r}; choices: reuse, newton"
+        )
+    return {"order": 0} | config.to_dict()
+
+
+def _of_model(
+    model: Model, labels: str | None, seed: int, *, steps: int | None, guidance: float | None,
+    sampler: str | None, cache: str | None, report: bool,
+) -> _Drawn:  # fmt: skip
+    record = _trained(model)
+    ids = _ids(labels, record.classes, getattr(model.config, "num_classes", 0))
+    count, scale = record.settings(steps, guidance)
+    options: dict[str, Any] = {
+        "steps": count, "guidance": scale, "sampler": sampler or "euler", "seed": seed,
+    }  # fmt: skip
+    if record.steps not in (None, count):
+        note(f"sample: {model.name} was distilled to {record.steps} steps, not {count}")
+    with steps_bar("sampling") as show:
+        samples, summary = _drawn(model, ids, **options, cache=cache, progress=show)
+    said: dict[str, tuple[Any, str]] = {}
+    if summary is not None:
+        said["cache"] = asdict(summary), str(summary)
+    if report:
+        compared = _compared(model, ids, cache, **options)
+        said["report"] = compared.to_dict(), str(compared)
+    to_pixels = partial(pixels, value_range=record.value_range or (-1.0, 1.0))
+    options |= {name: facts for name, (facts, _) in said.items()}
+    return _Drawn(samples, to_pixels, ids, options, tuple(text for _, text in said.values()))
 
 
 def draw(
@@ -129,6 +201,7 @@ def draw(
     guidance: float | None = None,
     sampler: str = "euler",
     seed: int = 0,
+    cache: Any = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> np.ndarray[Any, Any]:
     """Samples (B, C, H, W) float32 of a class-conditional model, one for each label.
@@ -141,11 +214,61 @@ def draw(
         ValueError: a label outside the model's classes, guidance without a null class, or a model
             that is not class-conditional.
     """
+    more = {"seed": seed, "cache": cache, "progress": progress}
+    return _drawn(model, labels, steps=steps, guidance=guidance, sampler=sampler, **more)[0]
+
+
+def _drawn(
+    model: Model, labels: Sequence[int], *, steps: int | None, guidance: float | None, sampler: str,
+    seed: int, cache: Any, progress: Any,
+) -> tuple[np.ndarray[Any, Any], Summary | None]:  # fmt: skip
+    """The samples, and what a cache computed of them."""
+    import torch
+
+    from ..cache import Cached, cached
+    from ..flow import adapt
+    from ..flow import sample as integrate
+
+    steps, start, given = _problem(model, labels, steps, guidance, seed)
+    field: Any = adapt(model.eval())
+    if cache is not None:
+        field = cached(
+            field, read_policy(cache, where="sample") if isinstance(cache, str) else cache
+        )
+    generator = torch.Generator().manual_seed(seed)
+    result = integrate(
+        field, start, sampler=sampler, steps=steps, generator=generator, progress=progress, **given
+    )
+    samples: np.ndarray[Any, Any] = result.x.float().numpy()
+    return samples, field.summary() if isinstance(field, Cached) else None
+
+
+def _compared(
+    model: Model, labels: Sequence[int], cache: Any, *, steps: int, guidance: float, sampler: str,
+    seed: int,
+) -> CacheReport:  # fmt: skip
+    from ..cache import compare
+    from ..flow import adapt
+
+    steps, start, given = _problem(model, labels, steps, guidance, seed)
+    return compare(
+        adapt(model),
+        read_policy(cache, where="sample"),
+        start,
+        sampler=sampler,
+        steps=steps,
+        **given,
+    )
+
+
+def _problem(
+    model: Model, labels: Sequence[int], steps: int | None, guidance: float | None, seed: int
+) -> tuple[int, torch.Tensor, dict[str, Any]]:
+    """Steps, noise, and guidance with labels."""
     import numpy as np
     import torch
 
-    from ..flow import Guidance, adapt
-    from ..flow import sample as integrate
+    from ..flow import Guidance
 
     config = model.config
     if not all(hasattr(config, name) for name in ("input_size", "channels", "num_classes")):
@@ -163,18 +286,9 @@ def draw(
         )
     shape = (len(labels), config.channels, config.input_size, config.input_size)
     noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    result = integrate(
-        adapt(model.eval()),
-        torch.from_numpy(noise).to(next(model.parameters()).dtype),
-        sampler=sampler,
-        steps=steps,
-        guidance=None if guidance == 1 else Guidance(guidance, null={"y": config.num_classes}),
-        generator=torch.Generator().manual_seed(seed),
-        progress=progress,
-        y=torch.tensor(labels),
-    )
-    samples: np.ndarray[Any, Any] = result.x.float().numpy()
-    return samples
+    rule = None if guidance == 1 else Guidance(guidance, null={"y": config.num_classes})
+    start = torch.from_numpy(noise).to(next(model.parameters()).dtype)
+    return steps, start, {"guidance": rule, "y": torch.tensor(labels)}
 
 
 def _trained(model: Model) -> Trained:

@@ -34,6 +34,9 @@ CALLS: dict[str, tuple[str, ...]] = {
     "bench": ("bench", "model", "--rounds", "1", "--runs", "1", "--warmup", "0", "--threads", "1"),
     "train": ("train", "sit-nano", *TINY[:8], *RUN, "-o", "new"),
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
+    "sample with a cache": (
+        "sample", "model", "--labels", "0", "--steps", "9", "--cache", "newton", "-o", "new.png",
+    ),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "compress": ("compress", "model", "-o", "new"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
