@@ -18,6 +18,11 @@ from .adaptive import FirstBlocks as FirstBlocks
 from .adaptive import MagCache as MagCache
 from .adaptive import TeaCache as TeaCache
 from .calibrate import calibrate as calibrate
+from .compare import CacheReport as CacheReport
+from .compare import Contender as Contender
+from .compare import compare as compare
+from .graphs import GivenChange as GivenChange
+from .graphs import ToldChange as ToldChange
 from .policies import Evaluation as Evaluation
 from .policies import Forecast as Forecast
 from .policies import Mask as Mask

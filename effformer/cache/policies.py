@@ -28,7 +28,7 @@ class Evaluation:
     Attributes:
         index: its number, from 0 on.
         total: how many the run has, None if nobody knows.
-        time: (B,) the time as the network counts it.
+        time: (B,) the time, 0 = noise, 1 = data.
         look: gives what the policy decides by (`Policy.looks`), None if it looks at nothing.
     """
 
@@ -235,11 +235,11 @@ class Pyramid(Policy):
 
         Attributes:
             every: every n-th evaluation is computed inside the interval.
-            interval: (low, high) times as the network counts them, both ends outside.
+            interval: (low, high) times, t = 0 noise, both ends outside.
         """
 
         every: Count = 2
-        interval: tuple[Real, Real] = (0.1, 0.85)
+        interval: tuple[Real, Real] = (0.15, 0.85)
 
         def check(self) -> None:
             if not self.interval[0] < self.interval[1]:

@@ -65,6 +65,9 @@ class Stack:
         policy: config of a registered policy.
         blocks: the range that is cached, None for as many as the policy leaves.
 
+    Attributes:
+        changed: the copy that runs, unless the whole network is skipped.
+
     Raises:
         CapabilityError: the model has no such list.
         ValueError: the range is empty.
@@ -92,7 +95,7 @@ class Stack:
                 f"{own.front}, back {own.back}, blocks {blocks})"
             )
         self.start, self.stop = taken.start, taken.stop
-        self._changed = self._twin(found)
+        self.changed = self._twin(found)
 
     def run(
         self, branch: Branch, now: Evaluation, x: Tensor, t: Tensor, cond: dict[str, Any]
@@ -102,7 +105,7 @@ class Stack:
         self._rows: Tensor | None = None
         self._skips = False
         try:
-            return self._changed(x, t, **cond)
+            return self.changed(x, t, **cond)
         finally:
             del self._branch, self._now
 
@@ -153,7 +156,7 @@ class Stack:
             self._rows = rows if 0 < share < 1 else None
             self._skips = not len(rows)
         else:
-            self._skips = ready and not bool(torch.as_tensor(wanted).any())
+            self._skips = ready and not bool(wanted if isinstance(wanted, bool) else wanted.any())
             share = 0.0 if self._skips else 1.0
         branch.computed[now.index] = share
 
@@ -249,10 +252,10 @@ class _Asking(nn.Module):
         self.index = index
         attention = stack.place == "attention" and stack.start <= index < stack.stop
         inner = _attending(stack, f"blocks.{index}", block) if attention else block
-        self._visit = partial(stack.visit, index, inner)
+        self.stack, self.block = stack, inner
 
     def forward(self, *args: Any) -> Any:
-        return self._visit(args)
+        return self.stack.visit(self.index, self.block, args)
 
 
 def _attending(stack: Stack, path: str, block: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from effformer.arguments import checked
 from effformer.checks import CapabilityError
 from effformer.config import Config, Spec, resolve
 from effformer.flow import Velocity, VelocityField
-from effformer.flow.conventions import Remembering, as_velocity
+from effformer.flow.conventions import Remembering, as_velocity, batch_times
 from effformer.profile import profile
 from effformer.registry import cache as registry
 from effformer.wrapped import bare
@@ -147,8 +147,8 @@ class Cached(Remembering):
             CapabilityError: the network is in training mode, or its blocks change the tokens.
             ValueError: more different conditions than guidance has branches.
         """
-        times = torch.as_tensor(t, device=x.device)
-        return self._field(x, times.expand(x.shape[0]) if times.dim() == 0 else times, **cond)
+        self._now = batch_times(t, x)
+        return self._field(x, self._now, **cond)
 
     def _run(self, x: Tensor, t: Tensor, /, **cond: Any) -> Any:
         if self.network.training:
@@ -156,12 +156,12 @@ class Cached(Remembering):
         if cond.get("skip_layers"):  # another function, which is not worth a memory of its own
             return self.network(x, t, **cond)
         branch = self._branch(x, cond)
-        same = self._time.shape == t.shape and bool((self._time == t).all())
+        same = torch.equal(self._time, self._now)
         if not same or any(branch is other for other in self._served):
-            self._index, self._time, self._served = self._index + 1, t, []
+            self._index, self._time, self._served = self._index + 1, self._now, []
         self._served.append(branch)
         branch.evaluations += 1
-        now = Evaluation(self._index, self._total, t)
+        now = Evaluation(self._index, self._total, self._now)
         branch.shown = branch.shown or (x.detach(), t, cond)
         if self._stack.place == "network":
             return self._whole(branch, now, x, t, cond)

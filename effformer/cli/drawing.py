@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from .common import load, moved, note
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from effformer.cache import CacheReport, Summary
     from effformer.flow import Trained
     from effformer.models.base import Model
 
@@ -44,6 +46,9 @@ class Drawing:
         options: steps, guidance and sampler.
         draw: (labels, seed, progress) -> samples (B, C, H, W) float32.
         pixels: samples -> pictures (B, H, W, C) uint8.
+        compare: (labels, seed) -> the cache beside fewer steps and better samplers; None where there
+            is no model to compare with.
+        summaries: what a cache computed in each draw so far.
     """
 
     classes: Sequence[str]
@@ -51,6 +56,8 @@ class Drawing:
     options: dict[str, Any]
     draw: Callable[[Sequence[int], int, Progress | None], Array]
     pixels: Callable[[Array], Array]
+    compare: Callable[[Sequence[int], int], CacheReport] | None = None
+    summaries: list[Summary] = field(default_factory=list)
 
 
 def is_bundle(source: Path) -> bool:
@@ -75,6 +82,7 @@ def drawing_of_bundle(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    cache: Any = None,
     threads: int | None = None,
     device: str = "cpu",
     dtype: str | None = None,
@@ -82,7 +90,7 @@ def drawing_of_bundle(
     """A bundle, which draws as it was exported to unless options say otherwise.
 
     Raises:
-        ValueError: another device or type of numbers than a bundle has.
+        ValueError: another device, type of numbers or cache than a bundle has.
     """
     from ..export.run import Bundle
 
@@ -98,10 +106,28 @@ def drawing_of_bundle(
         "guidance": own["guidance"] if guidance is None else guidance,
         "sampler": own["name"] if sampler is None else sampler,
     }
+    policy = None if cache is None else _schedule(cache)
     return Drawing(
         classes=named.get("classes", ()), count=bundle.facts["num_classes"], options=options,
-        draw=lambda ids, seed, _: bundle.sample(ids, **options, seed=seed), pixels=bundle.images,
+        draw=lambda ids, seed, _: bundle.sample(ids, **options, seed=seed, cache=policy),
+        pixels=bundle.images,
     )  # fmt: skip
+
+
+def _schedule(policy: Any) -> dict[str, Any]:
+    """A policy as bundles know it.
+
+    Raises:
+        ValueError: one that they do not know.
+    """
+    from ..config import resolve
+
+    config = resolve("cache", policy, where="sample: --cache")
+    if config.entry.name not in ("reuse", "newton"):
+        raise ValueError(
+            f"sample: a bundle has no cache {config.entry.name!r}; choices: reuse, newton"
+        )
+    return {"order": 0} | config.to_dict()
 
 
 def drawing_of_model(
@@ -110,6 +136,7 @@ def drawing_of_model(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    cache: Any = None,
 ) -> Drawing:
     """A model, which draws as its weights were trained to predict unless options say otherwise.
 
@@ -121,10 +148,25 @@ def drawing_of_model(
     options: dict[str, Any] = {"steps": count, "guidance": scale, "sampler": sampler or "euler"}
     if record.steps not in (None, count):
         note(f"sample: {model.name} was distilled to {record.steps} steps, not {count}")
+    summaries: list[Summary] = []
+
+    def drawn(ids: Sequence[int], seed: int, show: Progress | None) -> Array:
+        samples, summary = _drawn(model, ids, **options, seed=seed, cache=cache, progress=show)
+        summaries.extend([] if summary is None else [summary])
+        return samples
+
+    def compared(ids: Sequence[int], seed: int) -> CacheReport:
+        from ..cache import compare
+        from ..flow import adapt
+
+        _, start, given = _problem(model, ids, count, scale, seed)
+        how = {"sampler": options["sampler"], "steps": count}
+        return compare(adapt(model), cache, start, **how, **given)
+
     return Drawing(
         classes=record.classes, count=getattr(model.config, "num_classes", 0), options=options,
-        draw=lambda ids, seed, show: draw(model, ids, **options, seed=seed, progress=show),
-        pixels=partial(pixels, value_range=record.value_range or (-1.0, 1.0)),
+        draw=drawn, pixels=partial(pixels, value_range=record.value_range or (-1.0, 1.0)),
+        compare=compared, summaries=summaries,
     )  # fmt: skip
 
 
@@ -148,11 +190,41 @@ def draw(
         ValueError: a label outside the model's classes, guidance without a null class, or a model
             that is not class-conditional.
     """
+    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "seed": seed}
+    return _drawn(model, labels, **how, cache=None, progress=progress)[0]
+
+
+def _drawn(
+    model: Model, labels: Sequence[int], *, steps: int | None, guidance: float | None, sampler: str,
+    seed: int, cache: Any, progress: Progress | None,
+) -> tuple[Array, Summary | None]:  # fmt: skip
+    """The samples, and what a cache computed of them."""
+    import torch
+
+    from ..cache import Cached, cached
+    from ..flow import adapt
+    from ..flow import sample as integrate
+
+    steps, start, given = _problem(model, labels, steps, guidance, seed)
+    field: Any = adapt(model.eval())
+    if cache is not None:
+        field = cached(field, cache)
+    generator = torch.Generator().manual_seed(seed)
+    result = integrate(
+        field, start, sampler=sampler, steps=steps, generator=generator, progress=progress, **given
+    )
+    samples: Array = result.x.float().cpu().numpy()
+    return samples, field.summary() if isinstance(field, Cached) else None
+
+
+def _problem(
+    model: Model, labels: Sequence[int], steps: int | None, guidance: float | None, seed: int
+) -> tuple[int, torch.Tensor, dict[str, Any]]:
+    """Steps, noise, and guidance with labels."""
     import numpy as np
     import torch
 
-    from ..flow import Guidance, adapt
-    from ..flow import sample as integrate
+    from ..flow import Guidance
 
     config = model.config
     if not all(hasattr(config, name) for name in ("input_size", "channels", "num_classes")):
@@ -171,18 +243,9 @@ def draw(
     like = next(model.parameters())
     shape = (len(labels), *model.example_inputs()["x"].shape[1:])
     noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    result = integrate(
-        adapt(model.eval()),
-        torch.from_numpy(noise).to(like.device, like.dtype),
-        sampler=sampler,
-        steps=steps,
-        guidance=None if guidance == 1 else Guidance(guidance, null={"y": config.num_classes}),
-        generator=torch.Generator().manual_seed(seed),
-        progress=progress,
-        y=torch.tensor(labels, device=like.device),
-    )
-    samples: np.ndarray[Any, Any] = result.x.float().cpu().numpy()
-    return samples
+    rule = None if guidance == 1 else Guidance(guidance, null={"y": config.num_classes})
+    start = torch.from_numpy(noise).to(like.device, like.dtype)
+    return steps, start, {"guidance": rule, "y": torch.tensor(labels, device=like.device)}
 
 
 def _trained(model: Model) -> Trained:

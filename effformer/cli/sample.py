@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from .common import (
     Seed,
     Threads,
     emit,
+    named,
     save_to,
     set_threads,
     steps_bar,
@@ -49,6 +51,20 @@ def sample(
             "bundle's, or euler."
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Skip blocks at some steps: newton, reuse:every=3, ... (effformer list cache). Default: "
+            "none.",
+            metavar="POLICY",
+        ),
+    ] = None,
+    cache_report: Annotated[
+        bool,
+        typer.Option(
+            "--cache-report", help="Compare the cache with fewer steps and better samplers."
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -73,21 +89,35 @@ def sample(
         raise ValueError(f"sample: {target} must end in .png or .npy")
     check_file(target, SAMPLES, force=force)
     set_threads(threads)
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    if cache_report and cache is None:
+        raise ValueError("sample: --cache-report needs --cache, e.g. --cache newton")
+    given: dict[str, Any] = {
+        "steps": steps, "guidance": guidance, "sampler": sampler,
+        "cache": None if cache is None else named(cache),
+    }  # fmt: skip
     if is_bundle(source):
         drawing = drawing_of_bundle(source, **given, threads=threads, device=device, dtype=dtype)
     else:
         drawing = drawing_of_model(model_of(source, device, dtype), **given)
     ids = ids_of(labels, drawing.classes, drawing.count)
+    if cache_report and drawing.compare is None:
+        raise ValueError("sample: --cache-report needs a saved model; a bundle has no reference")
     with steps_bar("sampling") as show:
         samples = drawing.draw(ids, seed, show)
+    said: dict[str, tuple[Any, str]] = {}
+    if drawing.summaries:
+        said["cache"] = asdict(drawing.summaries[-1]), str(drawing.summaries[-1])
+    if cache_report and drawing.compare is not None:
+        report = drawing.compare(ids, seed)
+        said["report"] = report.to_dict(), str(report)
     with atomic_path(target, SAMPLES, force=force) as temporary:
         if target.suffix == ".png":
             write_image(temporary, drawing.pixels(samples), force=True)
         else:
             write_samples(temporary, samples, force=True)
+    facts = {name: values for name, (values, _) in said.items()}
+    lines = [f"{len(ids)} samples in {target}", *(text for _, text in said.values())]
     emit(
-        {"saved": str(target), "labels": ids, **drawing.options, "seed": seed},
-        f"{len(ids)} samples in {target}",
-        as_json,
-    )
+        {"saved": str(target), "labels": ids, **drawing.options, "seed": seed, **facts},
+        "\n".join(lines), as_json,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached_models import FAMILIES, awake, given
 from closeness import assert_close
 from torch import Tensor, nn
 
@@ -13,15 +14,6 @@ from effformer.checks import CapabilityError
 from effformer.context import Ledger
 from effformer.flow import Guidance, Weak, adapt, sample
 
-TEXT = {"text_length": 5, "text_dim": 8, "pooled_dim": 6}
-FAMILIES = [
-    "sit-nano",
-    "dit-nano",
-    "lightningdit-nano",
-    "joint-dit-nano",
-    "mmdit-nano",
-    "flux-tiny",
-]
 OFF: list[Any] = [
     {"name": "reuse", "every": 1},
     {"name": "newton", "every": 1},
@@ -51,25 +43,6 @@ STEPS = 10
 
 def title(policy: Any) -> str:
     return policy if isinstance(policy, str) else "-".join(map(str, policy.values()))
-
-
-def awake(name: str = "sit-nano", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A model whose blocks do something, and whose answer is small enough to be integrated."""
-    text = TEXT if name in FAMILIES[3:] else {}
-    text = text | {"depth": 2, "doubles": 1} if name == "flux-tiny" else {}
-    model = effformer.build_model(name, input_size=8, **text, **options).to(dtype).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.05)
-    return model
-
-
-def given(model: Any, batch: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
-    inputs = model.example_inputs(batch, generator=torch.Generator().manual_seed(2))
-    x = inputs.pop("x")
-    del inputs["t"]
-    return x, inputs
 
 
 def draw(velocity: Any, x: Tensor, cond: dict[str, Tensor], **options: Any) -> Tensor:

@@ -37,6 +37,9 @@ CALLS: dict[str, tuple[str, ...]] = {
     "train": ("train", "sit-nano", *TINY[:8], *RUN, "-o", "new"),
     "train of a recipe": ("train", "--recipe", "digits-quick", *TINY[:8], *RUN, "-o", "new"),
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
+    "sample with a cache": (
+        "sample", "model", "--labels", "0", "--steps", "9", "--cache", "newton", "-o", "new.png",
+    ),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "evaluate": ("evaluate", "classifier", "--data", "digits"),
     "evaluate of a bundle": ("evaluate", "bundle", "--data", "digits", "--samples", "2", "--steps", "1"),

@@ -83,7 +83,7 @@ def check(golden: Golden) -> None:
         loop.check(
             f"ours.stack_order{order}", {"name": "newton", "order": order, "every": 3, "warm": 3}
         )
-    loop.check("pab", {"name": "pyramid", "every": 2, "interval": (0.1, 0.85)})
+    loop.check("pab", {"name": "pyramid", "every": 2, "interval": (0.15, 0.85)})
     _check_magcache(golden, loop)
     tea, easy = c["teacache"], c["easycache"]
     policy = {"name": "teacache", "poly": tea["coefficients"], "tau": tea["threshold"]}
