@@ -48,6 +48,7 @@ class _Row:
         candidate: what is timed.
         profile: its cost on paper.
         bytes: its weights or file.
+        quality: what share it gets right.
     """
 
     spec: str
@@ -55,6 +56,7 @@ class _Row:
     candidate: Candidate
     profile: Profile | None = None
     bytes: int | None = None
+    quality: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,6 +68,7 @@ class _Source:
     changes: dict[str, Any] = field(default_factory=dict)
     model: Model | None = None
     graph: Path | None = None
+    quality: float | None = None
 
     @property
     def name(self) -> str:
@@ -105,6 +108,13 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Processes of each.", min=1, max=1000)] = 3,
     runs: Annotated[int, typer.Option(help="Timed calls in a process.", min=1, max=10**6)] = 7,
     warmup: Annotated[int, typer.Option(help="Untimed calls before.", min=0, max=10**6)] = 2,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluate runs, models and bundles on these data, and draw times against errors.",
+            metavar="DATA",
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     out: Out = None,
@@ -115,6 +125,7 @@ def bench(
 
     Examples: `effformer bench dit-s dit-s:attn=flow --threads 1,2`,
     `effformer bench runs/digits --forms all -o forms.html`,
+    `effformer bench runs/softmax runs/flow --quality digits -o pareto.html`,
     `effformer bench dit-s --attn softmax,flow --sweep input_size=16,32,64 -o curves.html`
     """
     from ..profile import Sweep
@@ -122,7 +133,7 @@ def bench(
     check_report(out, "comparison", force=force)
     plan = _Plan(
         batch=batch, forms=_forms(forms), threads=_numbers(threads), rounds=rounds, runs=runs,
-        warmup=warmup, device=device, dtype=dtype,
+        warmup=warmup, device=device, dtype=dtype, quality=quality,
     )  # fmt: skip
     plan.check(models)
     specs = _with_mixers(models, attn)
@@ -150,6 +161,7 @@ class _Plan:
     warmup: int
     device: str
     dtype: str | None
+    quality: str | None
 
     def check(self, models: list[str]) -> None:
         """Refuse a device or numbers that are not here, or that graphs do not have.
@@ -165,6 +177,17 @@ class _Plan:
                 f"are for --forms {','.join(TORCH)}"
             )
         placed(self.device, self.dtype)
+        if self.quality is None:
+            return
+        if built := [spec for spec in models if not Path(spec).is_dir()]:
+            raise ValueError(
+                f"bench: --quality needs folders of runs, models or bundles, {built[0]} is none"
+            )
+        if quantized := [form for form in self.forms if GRAPHS.get(form)]:
+            raise ValueError(
+                f"bench: --quality is that of the weights, which {quantized[0]} changes; export a bundle "
+                "--quantize and name it"
+            )
 
 
 def _measure(specs: Mapping[str, str], plan: _Plan) -> tuple[Comparison, str]:
@@ -175,6 +198,7 @@ def _measure(specs: Mapping[str, str], plan: _Plan) -> tuple[Comparison, str]:
     with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
         inputs = _inputs(sources, plan.batch)
         with stages() as stage:
+            _evaluate(sources, plan, stage)
             rows = _rows(sources, plan, inputs, Path(folder), stage)
         with steps_bar("measuring") as progress:
             found = benchmark(
@@ -182,6 +206,17 @@ def _measure(specs: Mapping[str, str], plan: _Plan) -> tuple[Comparison, str]:
                 runs=plan.runs, warmup=plan.warmup, compared=len(sources) == 1, progress=progress,
             )  # fmt: skip
     return _comparison(rows, found), _verdict(rows, found)
+
+
+def _evaluate(sources: list[_Source], plan: _Plan, stage: Any) -> None:
+    from .evaluate import quality_of
+
+    for source in sources if plan.quality is not None else ():
+        stage(f"evaluating {source.label}")
+        found = quality_of(
+            Path(source.spec), str(plan.quality), device=plan.device, dtype=plan.dtype, stage=stage
+        )
+        source.quality = found.recognised
 
 
 def _with_mixers(models: list[str], attn: str | None) -> dict[str, str]:
@@ -303,7 +338,15 @@ def _rows(
         if source.graph is not None:
             made = candidate(source.label, "onnx", source.graph, place)
             size = source.graph.stat().st_size
-            rows.append(_Row(spec=source.spec, form="file", candidate=made, bytes=size))
+            rows.append(
+                _Row(
+                    spec=source.spec,
+                    form="file",
+                    candidate=made,
+                    bytes=size,
+                    quality=source.quality,
+                )
+            )
             continue
         assert source.model is not None
         stage(f"counting {source.label}")
@@ -318,7 +361,16 @@ def _rows(
             made = candidate(
                 name, form, origin, place, source.changes, device=plan.device, dtype=plan.dtype
             )
-            rows.append(_Row(spec=source.spec, form=form, candidate=made, profile=cost, bytes=size))
+            rows.append(
+                _Row(
+                    spec=source.spec,
+                    form=form,
+                    candidate=made,
+                    profile=cost,
+                    bytes=size,
+                    quality=source.quality,
+                )
+            )
     return rows
 
 
@@ -338,7 +390,9 @@ def _comparison(rows: list[_Row], found: Benchmark) -> Comparison:
     for row in rows:
         name = row.candidate.name
         times = tuple((side.rows[name], side.ratios[name]) for side in found.sides.values())
-        made.append(ComparisonRow(name, row.profile, times, row.bytes, found.errors.get(name)))
+        made.append(
+            ComparisonRow(name, row.profile, times, row.bytes, found.errors.get(name), row.quality)
+        )
     return Comparison(tuple(made), found.how())
 
 

@@ -259,7 +259,7 @@ def parse_value(text: str) -> Any:
 
 
 def named(text: str) -> str | dict[str, Any]:
-    """A part with its options: ``flow:eps=1e-5,heads.gate=head``; the name alone where there are none.
+    """A part with its options: ``flow:eps=1e-5,gate=head``; the name alone where there are none.
 
     Raises:
         ValueError: as in `overrides`.

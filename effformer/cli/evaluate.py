@@ -77,27 +77,63 @@ def evaluate(
     Examples: `effformer evaluate runs/digits`, `effformer evaluate bundle --data digits --samples 500`,
     `effformer evaluate vit --data mnist:DIR -o quality.html`
     """
-    from ..train import load_data
-    from ..train.datasets import has_test
-
     check_report(out, "quality", force=force)
     set_threads(threads)
     given = {"steps": steps, "guidance": guidance, "sampler": sampler}
-    named, side = _data_of(source, data, size)
     with stages() as stage:
         network, drawing = _opened(source, given, threads, device, dtype)
-        if part is None:
-            part = "test" if drawing is None and has_test(named) else "train"
-        known = load_data(named, part=part, size=sides(side))
-        how = f"{part} part of {named}"
-        if drawing is None:
-            stage("evaluating")
-            found = _accuracy(str(source), network, known, how)
-        else:
-            found = _drawn(str(source), drawing, known, samples, seed, how, stage)
+        known, how = _known(source, data, size, part or ("train" if drawing else None))
+        found = _judged(str(source), network, drawing, known, samples, seed, how, stage)
     if out is not None:
         found.save(out, force=force)
     emit(found.to_dict(), str(found), as_json)
+
+
+def quality_of(
+    source: Path,
+    data: str,
+    *,
+    samples: int = 500,
+    device: str = "cpu",
+    dtype: str | None = None,
+    stage: Stage,
+) -> Quality:
+    """What `evaluate` tells by default of a run, a model or a bundle.
+
+    Args:
+        source: its folder.
+        data: named as in `evaluate`.
+        samples: of a generator.
+        device: where it runs.
+        dtype: its numbers.
+        stage: is told what happens.
+    """
+    network, drawing = _opened(source, {}, None, device, dtype)
+    known, how = _known(source, data, None, "train" if drawing else None)
+    return _judged(str(source), network, drawing, known, samples, 0, how, stage)
+
+
+def _known(
+    source: Path, data: str | None, size: str | None, part: Literal["train", "test"] | None
+) -> tuple[Dataset, str]:
+    """The data, and which they are, in words; the test part where there is one if none is named."""
+    from ..train import load_data
+    from ..train.datasets import has_test
+
+    named, side = _data_of(source, data, size)
+    if part is None:
+        part = "test" if has_test(named) else "train"
+    return load_data(named, part=part, size=sides(side)), f"{part} part of {named}"
+
+
+def _judged(
+    name: str, network: Model | None, drawing: Drawing | None, data: Dataset, samples: int, seed: int,
+    how: str, stage: Stage,
+) -> Quality:  # fmt: skip
+    if drawing is not None:
+        return _drawn(name, drawing, data, samples, seed, how, stage)
+    stage("evaluating")
+    return _accuracy(name, network, data, how)
 
 
 def _data_of(source: Path, data: str | None, size: str | None) -> tuple[str, str | int | None]:

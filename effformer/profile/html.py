@@ -51,18 +51,22 @@ def page(title: str, body: str, kind: str) -> str:
 
 def report_page(profiles: Sequence[Profile], comparison: Comparison | None = None) -> str:
     """The page of one or several profiles, with their comparison first."""
-    names = [p.name for p in profiles] if comparison is None else [r.name for r in comparison.rows]
+    shown = [(p.name, p) for p in profiles]
+    names = [p.name for p in profiles]
+    if comparison is not None:  # a file that is compared has no profile
+        names = [row.name for row in comparison.rows]
+        shown = [(row.name, row.profile) for row in comparison.rows if row.profile is not None]
     title = "Cost of " + ", ".join(names)
     body = [f"<h1>{escape(title)}</h1>"]
     if comparison is not None:
         body.append(comparison_section(comparison))
-    for name, profile in zip(names, profiles, strict=True):
+    for name, profile in shown:
         section = profile_section(profile)
         if len(profiles) > 1:
             head = f"<summary><h2>{escape(name)}</h2> {amount(profile.total)} MACs</summary>"
             section = f'<details class="model">{head}{section}</details>'
         body.append(section)
-    body.append(f"<p>Convention: {escape(profiles[0].convention)}.</p>")
+    body += [f"<p>Convention: {escape(profile.convention)}.</p>" for _, profile in shown[:1]]
     return page(title, "\n".join(body), PROFILE if comparison is None else COMPARISON)
 
 

@@ -87,3 +87,18 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path) -> None:
     said = refusal("evaluate", str(run), "--data", str(shapes))
     assert "draws other classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)" in said
     assert "must end in .json, .html or .txt" in refusal("evaluate", str(run), "-o", "q.png")
+
+
+@pytest.mark.usefixtures("judged")
+def test_bench_draws_times_against_quality(run: Path, tmp_path: Path) -> None:
+    said = refusal("bench", "sit-nano", "--quality", "digits")
+    assert "needs folders of runs, models or bundles, sit-nano is none" in said
+    said = refusal("bench", str(run), "--quality", "digits", "--forms", "onnx,onnx-int8")
+    assert "which onnx-int8 changes" in said
+    assert "unknown data set 'digts'" in refusal("bench", str(run), "--quality", "digts")
+    few = ["--rounds", "1", "--runs", "1", "--warmup", "0", "--threads", "1"]
+    page = tmp_path / "bench.html"
+    (row,) = answer("bench", str(run), "--quality", "digits", *few, "-o", str(page))["rows"]
+    words = ("evaluate", str(run), "--samples", "500")
+    assert row["quality"] == answer(*words)["recognised"]
+    assert "not recognised / %" in page.read_text()
