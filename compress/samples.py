@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from effformer.calls import Call, Inputs, bind, match
 from effformer.checks import check_values
+from effformer.train.datasets import Dataset
 
 __all__ = ["Data", "batches", "calls", "check_tensors", "listed"]
 
-Data = Inputs | Iterable[Inputs]
-"""Named tensors whose first axis counts samples, a `effformer.train.Dataset`, or batches of such."""
+Data = Inputs | Dataset | Iterable[Inputs]
+"""Named tensors whose first axis counts samples, a data set, or batches of such."""
 
 _CHUNK = 32  # samples per call, where the data are one piece
 
@@ -25,7 +26,8 @@ def batches(data: Data, *, where: str) -> Iterator[Inputs]:
         ValueError: no sample, or tensors of different lengths.
         TypeError: nothing that holds tensors.
     """
-    data = getattr(data, "tensors", data)
+    if isinstance(data, Dataset):
+        data = data.tensors
     if isinstance(data, Mapping):
         yield from _cut(data, where)
         return

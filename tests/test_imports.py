@@ -36,11 +36,14 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | PARTS,
     "flow": {"arguments", "notebook", "wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
+    "cache": BASE | PARTS | {"flow", "profile"},
     "train": TOP | {"flow", "profile", "nn"},
-    "compress": TOP | PARTS | {"profile"},
-    "export": TOP | PARTS | {"flow", "profile", "compress.quant"},
+    "compress": TOP | PARTS | {"profile", "train"},
+    "export": TOP | PARTS | {"cache", "flow", "profile", "compress.quant"},
     "testing": TOP | PARTS | {"profile", "export"},
-    "cli": TOP | PARTS | {"models", "flow", "profile", "testing", "train", "compress", "export"},
+    "cli": TOP
+    | PARTS
+    | {"models", "cache", "flow", "profile", "testing", "train", "compress", "export"},
 }
 
 

@@ -29,7 +29,7 @@ def test_package_list_is_the_tree() -> None:
     assert sorted(listed) == sorted(found)
 
 
-SHIPPED = {"PIL": "pillow", "onnx_ir": "onnxscript"}
+SHIPPED = {"PIL": "pillow", "onnx_ir": "onnxscript", "yaml": "pyyaml"}
 """Modules whose package has another name."""
 
 

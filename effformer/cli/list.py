@@ -24,8 +24,8 @@ def list_parts(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="model, attention, core, ffn, block, width, tokens, loss, sampler, quantizer, "
-            "transform or target; without it: all."
+            help="model, attention, core, ffn, block, width, tokens, loss, sampler, cache, "
+            "quantizer, transform or target; without it: all."
         ),
     ] = None,
     like: Annotated[str, typer.Option(help="Glob over names: 'dit*'.")] = "*",

@@ -47,6 +47,7 @@ class Candidate:
         options: JSON values.
         form: what runs, for the results, for instance "eager" or "onnxruntime".
         dtype: type of its numbers, for the results.
+        device: where it runs, for the results.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
     form: str = "eager"
     dtype: str = "float32"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,7 @@ class Benchmark(Shown):
         said = (
             f"each candidate alone in its process, {self.rounds} round{'s' * (self.rounds > 1)} of "
             f"processes in turns, {runs} runs after {row.warmup} in each, {threads} threads that sleep "
-            f"when they wait; "
+            f"when they wait, {row.dtype} on {row.device}; "
             f"{row.machine}"
         )
         if self.busy <= BUSY:
@@ -268,7 +270,7 @@ def _latency(
     facts = answers[0]["machine"]
     return Latency(
         name=candidate.name, median=middle, p10=p10, p90=p90, runs=len(samples), warmup=warmup,
-        threads=threads, dtype=candidate.dtype, device="cpu", form=candidate.form,
+        threads=threads, dtype=candidate.dtype, device=candidate.device, form=candidate.form,
         machine=Machine(**facts | {"flags": tuple(facts["flags"])}), samples=samples,
         memory=max(answer["memory"] for answer in answers),
         waited=max(answer["waited"] for answer in answers),

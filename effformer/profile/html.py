@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from .crosscheck import Row
     from .result import Profile
 
-__all__ = ["comparison_section", "gallery", "page", "profile_section", "report_page", "tiles"]
+__all__ = [
+    "comparison_section",
+    "gallery",
+    "page",
+    "profile_section",
+    "report_page",
+    "tiles",
+]
 
 _STYLE = f""":root {{ color-scheme: light dark; {LIGHT} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}

@@ -22,7 +22,7 @@ from effformer.wrapped import bare, is_compiled
 from .fake import on_real
 from .machine import Machine, machine
 
-__all__ = ["Latency", "SideBySide", "interleave", "latency"]
+__all__ = ["Latency", "SideBySide", "interleave", "latency", "timed"]
 
 
 Pause = Annotated[float, Range(0, 3600)]
@@ -170,7 +170,7 @@ def interleave(
         for _ in range(runs):
             for name, call in calls.items():
                 sleep(pause)
-                samples[name].append(_timed(call))
+                samples[name].append(timed(call))
         facts = machine()
     rows = {n: _latency(n, candidates[n], samples[n], warmup, compile, facts) for n in calls}
     first = samples[next(iter(samples))]
@@ -205,13 +205,13 @@ def _call(
     return lambda: given(model)
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call, until what it gave to an accelerator is done."""
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else int
+    wait()
     start = perf_counter()
     call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return perf_counter() - start
 
 

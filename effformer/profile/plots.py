@@ -19,7 +19,7 @@ from .save import save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curves", "Pareto"]
+__all__ = ["Confusion", "Curves", "Pareto"]
 
 # Okabe and Ito's palette keeps its contrasts for the common kinds of colour blindness.
 _BLUE, _GREY, _INK = "#0072B2", "#8A8F98", "#30343B"
@@ -191,6 +191,44 @@ class Pareto(_Plot):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         _label(figure, axes, self.points, front=[p[1:] for p in on])
+        return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion(_Plot):
+    """What every class is taken for.
+
+    Attributes:
+        classes: their names.
+        counts: samples by true class (rows) and chosen class (columns).
+    """
+
+    classes: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+    def figure(self) -> Figure:
+        """Draw shares of the rows, with the counts as far as they can be read."""
+        few, readable = len(self.classes) <= 20, len(self.classes) <= 40
+        figure: Figure = need("matplotlib.figure").Figure((6.4, 5.4), dpi=160, layout="constrained")
+        axes = figure.add_subplot()
+        shares = [[n / max(sum(row), 1) for n in row] for row in self.counts]
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if few:
+            cells = ((i, j, n) for i, row in enumerate(self.counts) for j, n in enumerate(row) if n)
+            for i, j, n in cells:
+                color = "white" if shares[i][j] > 0.5 else _INK
+                axes.text(j, i, f"{n}", ha="center", va="center", fontsize=7, color=color)
+        names = [name if len(name) <= 16 else f"{name[:14]}..." for name in self.classes]
+        places = range(len(names)) if readable else []
+        axes.set_xticks(
+            places, names if readable else [], rotation=90 if max(map(len, names)) > 2 else 0
+        )
+        axes.set_yticks(places, names if readable else [])
+        axes.tick_params(length=0, labelsize=7)
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("class")
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
         return figure
 
 
