@@ -12,6 +12,7 @@ from contract import BLOCKS, FFNS, MIXERS, context_for, make_mixer, mixers, toke
 from torch import nn
 from torch._dynamo.utils import counters
 
+from effformer.testing import pairs
 from effformer.testing.check import CHECKS
 from effformer.testing.report import Check
 from effformer.testing.subjects import Subject, subjects
@@ -20,7 +21,8 @@ NAMED = (
     [("attention", n) for n in MIXERS] + [("ffn", n) for n in FFNS] + [("block", n) for n in BLOCKS]
 )
 SUBJECTS = [subject for kind, name in NAMED for subject in subjects(kind, name)]
-CASES = [(check, subject) for subject in SUBJECTS for check in CHECKS if check.applies(subject)]
+ALONE = [check for check in CHECKS if check not in pairs.CHECKS]  # a test for each of those beside
+CASES = [(check, subject) for subject in SUBJECTS for check in ALONE if check.applies(subject)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import importlib
+import inspect
 import io
 import re
 import sys
@@ -21,7 +23,7 @@ import effformer
 from effformer import profile
 from effformer.checks import MissingExtra
 from effformer.flow import SampleResult
-from effformer.notebook import model_tree, picture_grid
+from effformer.notebook import Shown, model_tree, picture_grid
 from effformer.profile.plots import Curves, Pareto
 from effformer.testing.report import Finding, PartReport
 from effformer.train import Dataset
@@ -96,6 +98,19 @@ def test_everything_is_shown_in_whole_tags(results: dict[str, Any]) -> None:
     assert "<img" not in results["latents"]._repr_html_()
     assert "(3, 16, 4, 4)" in results["latents"]._repr_html_()
     assert "<td>0</td>" in results["quantized"]._repr_html_()
+
+
+def test_every_report_is_shown() -> None:
+    """What ends with "Report", or has a text and a dict of its own."""
+    found = set()
+    for name in ("cache", "compress", "export", "profile", "testing", "train", "loading"):
+        for thing in vars(importlib.import_module(f"effformer.{name}")).values():
+            if inspect.isclass(thing) and thing.__module__.startswith("effformer."):
+                own = vars(thing)
+                if thing.__name__.endswith("Report") or {"to_dict", "__str__"} <= {*own}:
+                    found.add(thing)
+    assert len(found) > 8
+    assert [thing.__name__ for thing in found if not issubclass(thing, Shown)] == []
 
 
 def test_rows_become_a_frame(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
+from effformer.notebook import Shown
 from effformer.profile.html import page
 from effformer.profile.plots import Pareto
 from effformer.profile.save import save_report
@@ -48,7 +49,7 @@ class Tried:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Exploration:
+class Exploration(Shown):
     """What was tried.
 
     Attributes:
@@ -149,7 +150,7 @@ class Exploration:
             row |= {k: None for k in ("value", "drop") if not math.isfinite(row[k])}
         return data
 
-    def _repr_html_(self) -> str:
+    def _body(self) -> str:
         return f'<div class="plot">{self.plot().svg()}</div><p>{escape(self.verdict())}</p>'
 
     @checked
@@ -171,5 +172,5 @@ class Exploration:
             for row in self.rows
             if row.steps
         )
-        body = [f"<h1>{escape(title)}</h1>", self._repr_html_(), f"<pre>{escape(str(self))}</pre>"]
+        body = [f"<h1>{escape(title)}</h1>", self._body(), f"<pre>{escape(str(self))}</pre>"]
         return page(title, "\n".join([*body, f"<h2>Recipes</h2><ul>{steps}</ul>"]), EXPLORATION)

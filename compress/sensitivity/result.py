@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from effformer.arguments import checked
 from effformer.checks import FormatError
 from effformer.files import read_json
+from effformer.notebook import Shown
 from effformer.profile.html import page
 from effformer.profile.plots import Curves
 from effformer.profile.save import save_report
@@ -98,7 +99,7 @@ class Expected:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sensitivity:
+class Sensitivity(Shown):
     """What `sensitivity` found.
 
     Attributes:
@@ -310,7 +311,7 @@ class Sensitivity:
         except (KeyError, TypeError) as error:
             raise FormatError(f"{path}: is no result of sensitivity as .json") from error
 
-    def _repr_html_(self) -> str:
+    def _body(self) -> str:
         return f'<div class="plot">{self.curves().svg()}</div>'
 
     @checked
@@ -327,7 +328,7 @@ class Sensitivity:
 
     def _page(self) -> str:
         title = "Sensitivity of layers"
-        body = [f"<h1>{title}</h1>", self._repr_html_(), f"<pre>{escape(str(self))}</pre>"]
+        body = [f"<h1>{title}</h1>", self._body(), f"<pre>{escape(str(self))}</pre>"]
         return page(title, "\n".join(body), SENSITIVITY)
 
 

@@ -14,6 +14,7 @@ from effformer.flow.conventions import as_velocity
 from effformer.flow.paths import Point
 from effformer.flow.times import Steps
 from effformer.nn.precision import widened
+from effformer.notebook import Shown
 
 from .velocity import cached
 
@@ -43,7 +44,7 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheReport:
+class CacheReport(Shown):
     """A cache and its rivals.
 
     Attributes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
-from effformer.notebook import html_table
+from effformer.notebook import Shown, html_table
 from effformer.values import Checked, Fraction, Natural, NonNegative
 
 from .html import page, tiles
@@ -23,7 +23,7 @@ MOST = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quality(Checked):
+class Quality(Shown, Checked):
     """What a classifier takes the samples of every class for, or what a judge takes those for that a
     generator drew.
 

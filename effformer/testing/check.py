@@ -10,13 +10,13 @@ from effformer.arguments import checked
 from effformer.checks import unknown
 from effformer.config import resolve
 
-from . import contract, work
+from . import contract, pairs, work
 from .report import Check, Finding, PartReport, found
 from .subjects import subjects
 
 __all__ = ["CHECKS", "KINDS", "check_part"]
 
-CHECKS: tuple[Check, ...] = (*contract.CHECKS, *work.CHECKS)
+CHECKS: tuple[Check, ...] = (*contract.CHECKS, *pairs.CHECKS, *work.CHECKS)
 KINDS = ("attention", "ffn", "block")
 
 

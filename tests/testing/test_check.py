@@ -53,6 +53,15 @@ def core_of(forward: Callable[..., Tensor]) -> type[Softmax]:
     return Wrong
 
 
+def sees_later_ones_in_long_rows(
+    self: Any, q: Tensor, k: Tensor, v: Tensor, ctx: Context
+) -> Tensor:
+    """Causal among few tokens only."""
+    if self.config.causal and q.shape[2] > 7:
+        return Softmax.forward(self, q, k, v, ctx) + 1e-3 * v.mean(dim=2, keepdim=True)
+    return Softmax.forward(self, q, k, v, ctx)
+
+
 def looks_ahead(self: Any, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
     return (q @ k.mT).softmax(-1) @ v
 
@@ -82,6 +91,7 @@ def crashes(self: Any, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         (ignores_masks, "full-masks-hold", r"tokens 3\.\. are hidden"),
         (cannot_be_derived, "gradients-are-exact", "Jacobian mismatch"),
         (looks_ahead, "streaming-equals-the-whole", "pieces of .* tokens: "),
+        (sees_later_ones_in_long_rows, "both-capabilities-hold-together", r"^causal and (rope|mask): "),
         (crashes, "packed-equals-looped", r"AttributeError: .*nothing.* \(.*test_check.py:\d+\)"),
     ],
 )  # fmt: skip
