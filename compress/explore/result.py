@@ -69,6 +69,7 @@ class Exploration:
     refused: Mapping[str, str]
     how: str
 
+    @checked
     def cost(self, row: Tried) -> float:
         """The ratio that the target is about."""
         found: float = getattr(row, self.target)

@@ -52,7 +52,7 @@ _VERBS: tuple[tuple[str, Callable[..., None], str | Callable[..., str]], ...] = 
     ("bench", bench.bench, _OLD),
     ("train", train.train, train.left),
     ("sample", sample.sample, _OLD),
-    ("compress", compress.compress, _OLD),
+    ("compress", compress.compress, compress.left),
     ("prune", prune.prune, _OLD),
     ("sensitivity", sensitivity.sensitivity, _OLD),
     ("export", export.export, _OLD),

@@ -37,7 +37,6 @@ CALLS: dict[str, tuple[str, ...]] = {
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "compress": ("compress", "model", "-o", "new"),
     "compress by a recipe": ("compress", "model", "--recipe", "recipe.yaml", "-o", "new"),
-    "compress for a target": ("compress", "model", "--for", "size=0.9", "--max-drop", "9", "-o", "new"),
     "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
