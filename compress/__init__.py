@@ -25,6 +25,7 @@ from .dynamic import (
 )
 from .explore import Exploration, Tried, explore
 from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
+from .linearize import LinearizedLayer, LinearizeReport, LinearizeScheme, linearize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
@@ -53,6 +54,9 @@ __all__ = [
     "KernelReport",
     "LayerKernel",
     "LearnerDistillation",
+    "LinearizeReport",
+    "LinearizeScheme",
+    "LinearizedLayer",
     "LoRA",
     "Masks",
     "MatMulNBits",
@@ -80,6 +84,7 @@ __all__ = [
     "explore",
     "gate_tables",
     "importance",
+    "linearize",
     "load_adapter",
     "merge",
     "optimize",

@@ -25,6 +25,7 @@ __all__ = [
     "rebuilt",
     "removable",
     "resized",
+    "simplified",
     "width_group",
 ]
 
@@ -63,7 +64,7 @@ def _on_meta(model: Any, config: Any) -> Any:
         return type(model)(config, model.name)
 
 
-def _simple(config: Any) -> Any:
+def simplified(config: Any) -> Any:
     """The same config, with parts that all blocks share written once."""
     layers = resolve_layers(config, config.depth, name=type(config).__qualname__)
     changes = {key: dict(value) for key, value in config.layers.items()}
@@ -91,7 +92,7 @@ def _pinned(config: Any) -> Any:
             config = config.put(f"blocks.{i}.attn.head_dim", width)
         if ffn is not None and getattr(ffn, "hidden", 0) is None:
             config = config.put(f"blocks.{i}.ffn.hidden", ffn.width(config.dim))
-    return _simple(config)
+    return simplified(config)
 
 
 def width_group(model: Any) -> Iterator[tuple[str, str, int, Tensor]]:
@@ -207,7 +208,7 @@ def _shorter(config: Any, kept: Sequence[int]) -> Any:
         }
         if differing:
             changes[str(now)] = differing
-    return _simple(fewer.replace(layers=changes))
+    return simplified(fewer.replace(layers=changes))
 
 
 def _renumbered(state: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
@@ -273,7 +274,7 @@ def resized(model: Any, sizes: Mapping[str, tuple[str, int, int]]) -> Any:
                 config = config.put(option, None)
         for option, value in wanted.items():
             config = config.put(option, value)
-        made = rebuilt(model, _simple(config), model.state_dict())
+        made = rebuilt(model, simplified(config), model.state_dict())
     except (ValueError, TypeError, CapabilityError):
         return None
     return made if made is not None and _same_tables(model, made) else None

@@ -71,6 +71,7 @@ def check_file(path: str | Path, *kinds: str, force: bool = False) -> Path:
         target = _resolved(path)
         mode = target.stat().st_mode if target.exists() else None
         if mode is None:
+            _check_above(target)
             return target
         if stat.S_ISDIR(mode):
             raise FormatError(f"{path}: is a folder; give the name of a file")
@@ -160,6 +161,7 @@ def _replaceable(
         target = _resolved(folder)
         if target.exists() and not target.is_dir():
             raise FormatError(f"{folder}: is a file; choose a folder")
+        _check_above(target)
         found = sorted(target.iterdir()) if target.is_dir() else []
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -391,6 +393,16 @@ def _carries(path: Path, kinds: Collection[str]) -> bool:
         file.seek(max(len(ends), path.stat().st_size - _EDGE))
         ends += file.read(_EDGE)
     return any(mark(kind).encode() in ends for kind in kinds)
+
+
+def _check_above(target: Path) -> None:
+    """Refuse places below a file before what will stand there is made.
+
+    Raises:
+        NotADirectoryError: no folder can hold the place.
+    """
+    if not next(path for path in target.parents if path.exists()).is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
 
 def _unwritable(path: Path, error: Exception) -> DiskError:

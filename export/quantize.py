@@ -16,6 +16,7 @@ from effformer.arguments import checked
 from effformer.calls import Inputs
 from effformer.checks import need
 from effformer.files import check_file, workspace
+from effformer.notebook import Shown
 
 from .graph import GRAPH, SINGLE_FILE_LIMIT, read_graph, write_graph
 from .verify import VerifyReport, verify_onnx
@@ -35,7 +36,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeReport:
+class QuantizeReport(Shown):
     """What `quantize_onnx` did.
 
     Attributes:

@@ -21,6 +21,7 @@ from effformer.files import (
     atomic_folder,
     atomic_path,
     check_file,
+    check_folder,
     inside,
     mark,
     read_whole,
@@ -130,6 +131,15 @@ def test_devices_folders_and_protected_files_are_refused(tmp_path: Path) -> None
         write(tmp_path / "x", "new")
     write(tmp_path / "x", "new", force=True)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o444
+
+
+def test_places_below_a_file_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file/new", tmp_path / "file/deep/new"):
+        with pytest.raises(DiskError, match="Not a directory"):
+            check_file(place)
+        with pytest.raises(DiskError, match="Not a directory"):
+            check_folder(place, marker="config.json")
 
 
 def test_folders_of_others_with_the_same_names_stay(tmp_path: Path) -> None:

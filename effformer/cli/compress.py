@@ -11,7 +11,11 @@ import typer
 from .common import Force, Json, Out, Set, emit, load, note, overrides, save_to
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from effformer.models.base import Model
+
+__all__ = ["Data", "Samples", "Skip", "Where", "calibration", "compress", "named_tensors"]
 
 Where = Annotated[
     list[str] | None,
@@ -211,10 +215,9 @@ def _by_recipe(
 def calibration(model: Model, data: str, samples: int, verb: str) -> Any:
     """What `effformer.compress.quantize` takes as data."""
     from ..compress import recording
-    from ..train import load_data
 
     if data == "sampler":
-        from .sample import draw
+        from .drawing import draw
 
         classes = getattr(model.config, "num_classes", 1)
         with recording(model) as record:
@@ -222,17 +225,28 @@ def calibration(model: Model, data: str, samples: int, verb: str) -> Any:
                 labels = [i % classes for i in range(start, min(start + 16, samples))]
                 draw(model, labels, seed=start)
         return record
-    if data.endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    return named_tensors(data, samples, verb)
 
-        from ..checks import FormatError, reason
 
-        try:
-            tensors = load_file(data)
-        except (OSError, SafetensorError) as error:
-            raise FormatError(
-                f"{verb}: --data {data}: no readable safetensors file ({reason(error)})"
-            ) from error
-        return {name: x[:samples] if x.dim() else x for name, x in tensors.items()}
-    return {name: x[:samples] for name, x in load_data(data).tensors.items()}
+def named_tensors(data: str, samples: int, verb: str) -> dict[str, Tensor]:
+    """The first samples of a .safetensors file of named tensors, or of a data set as of `train`.
+
+    Raises:
+        FormatError: the file cannot be read.
+        ValueError: no such data set.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from ..checks import FormatError, reason
+    from ..train import load_data
+
+    if not data.endswith(".safetensors"):
+        return {name: x[:samples] for name, x in load_data(data).tensors.items()}
+    try:
+        tensors = load_file(data)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(
+            f"{verb}: --data {data}: no readable safetensors file ({reason(error)})"
+        ) from error
+    return {name: x[:samples] if x.dim() else x for name, x in tensors.items()}

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .common import Force, Json, Out, Set, emit, load, overrides, save_to
+from .compress import named_tensors
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
+    from effformer.train import Objective
+
+__all__ = ["objective_of", "prune"]
 
 _Share = Annotated[float | None, typer.Option(help="Largest share of them that is left.")]
 
@@ -38,7 +42,11 @@ def prune(
         list[str] | None, typer.Option(help="Glob of module paths to cut, such as 'blocks.*.ffn'.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Labelled images to measure on: digits, mnist:DIR, ...")
+        str | None,
+        typer.Option(
+            help="Labelled images to measure on: digits, mnist:DIR, ..., or a .safetensors file with x "
+            "and y."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="How many of them.", min=1, max=10**6)] = 512,
     pairs: Set = None,
@@ -79,9 +87,11 @@ def prune(
 
 def _measured(model: Model, source: str, samples: int) -> dict[str, Any]:
     """Batches of a data set, and the loss that the model was trained with."""
-    from ..train import Classification, Generation, load_data
+    return {"data": named_tensors(source, samples, "prune"), "objective": objective_of(model)}
 
-    found = load_data(source)
-    tensors = {name: x[:samples] for name, x in found.tensors.items()}
-    generator = type(model).CONVENTION is not None
-    return {"data": tensors, "objective": Generation() if generator else Classification()}
+
+def objective_of(model: Model) -> Objective:
+    """The loss that a model of images is trained with: its convention says whether it generates them."""
+    from ..train import Classification, Generation
+
+    return Classification() if type(model).CONVENTION is None else Generation()

@@ -14,9 +14,10 @@ from effformer import registry
 from effformer.arguments import checked
 from effformer.calls import Inputs
 from effformer.checks import unknown
+from effformer.notebook import Shown
 from effformer.values import Threads, Times, Warmup
 
-from .html import report_page
+from .html import comparison_section, report_page
 from .latency import Latency, interleave
 from .plots import Pareto
 from .profiler import Progress, profile
@@ -99,7 +100,7 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Shown):
     """Models side by side.
 
     Attributes:
@@ -169,6 +170,18 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"rows": [row.to_dict() for row in self.rows]}
+
+    def _body(self) -> str:
+        return comparison_section(self)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Models, each with what was measured in the unit of `METRICS`."""
+        units = {metric: label.replace(" / ", "_") for metric, label in METRICS.items()}
+        return [
+            {"name": row.name, "error": row.error}
+            | {units[metric].replace(" ", "_"): row.value(metric) for metric in METRICS}
+            for row in self.rows
+        ]
 
     @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:

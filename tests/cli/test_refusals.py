@@ -70,18 +70,20 @@ def test_damaged_models(
 
 
 @pytest.mark.parametrize(
-    "verb", ["build", "compress", "prune", "export", "sample", "convert", "train"]
+    "verb",
+    ["build", "compress", "prune", "linearize", "export", "sample", "convert", "train"],
 )
 def test_targets_that_cannot_be_written(verb: str, saved: Path, tmp_path: Path) -> None:
     source = "sit-nano" if verb in ("build", "train") else str(saved)
     file = tmp_path / "file"
     file.write_text("mine")
     below = file / "below.png"  # a place that nobody can make, whoever runs the tests
-    assert "below" in refusal(verb, source, "-o", str(below))
+    more = ["--data", "digits"] if verb == "linearize" else []
+    assert "below" in refusal(verb, source, *more, "-o", str(below))
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    message = refusal(verb, source, "-o", str(folder))
+    message = refusal(verb, source, *more, "-o", str(folder))
     assert "folder" in message
     assert fingerprint(tmp_path) == {"file": b"mine", "folder/notes.txt": b"mine"}
 

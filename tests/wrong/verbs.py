@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import click
 import torch
 import typer
+from safetensors.torch import save_file
 
+import effformer
 from effformer.cli import main
 
 __all__ = ["CALLS", "INNER", "SAVED", "VALUES", "Trial", "lay_out", "options", "trials"]
@@ -33,18 +35,29 @@ CALLS: dict[str, tuple[str, ...]] = {
     "profile": ("profile", "model"),
     "bench": ("bench", "model", "--rounds", "1", "--runs", "1", "--warmup", "0", "--threads", "1"),
     "train": ("train", "sit-nano", *TINY[:8], *RUN, "-o", "new"),
+    "train of a recipe": ("train", "--recipe", "digits-quick", *TINY[:8], *RUN, "-o", "new"),
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
+    "sample with a cache": (
+        "sample", "model", "--labels", "0", "--steps", "9", "--cache", "newton", "-o", "new.png",
+    ),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
+    "evaluate": ("evaluate", "classifier", "--data", "digits"),
+    "evaluate of a bundle": ("evaluate", "bundle", "--data", "digits", "--samples", "2", "--steps", "1"),
     "compress": ("compress", "model", "-o", "new"),
     "compress by a recipe": ("compress", "model", "--recipe", "recipe.yaml", "-o", "new"),
     "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
+    "linearize": (
+        "linearize", "model", "--data", "samples.safetensors", "--steps", "1", "--whole", "1", "--batch", "2",
+        "--threads", "1", "-o", "new",
+    ),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
     "export of a bundle": ("export", "model", "--no-verify", "-o", "new"),
     "verify": ("verify", "bundle/velocity.onnx", "model", "--cases", "1"),
     "verify of a bundle": ("verify", "bundle"),
     "convert": ("convert", "model/model.safetensors", "-m", "sit-nano", *TINY, "-o", "new.safetensors"),
     "convert of a folder": ("convert", "model", "--to", "official", "-o", "new.safetensors"),
+    "new": ("new", "ffn", "squared", "-o", "new"),
     "doctor": ("doctor",),
 }  # fmt: skip
 """Right calls, which run in the folder of `lay_out` and write new things only."""
@@ -99,6 +112,10 @@ def lay_out(folder: Path) -> list[str]:
         ("run", "run"), ("vision", "models/vit"),
     ):  # fmt: skip
         shutil.copytree(SAVED / place, folder / name)
+    classifier = effformer.build_model(
+        "vit-nano", depth=1, dim=16, heads=2, patch=4, image_size=8, channels=1, num_classes=10
+    )
+    effformer.save_pretrained(classifier, folder / "classifier")
     _damage_models(folder)
     weights = (folder / "model/model.safetensors").read_bytes()
     graph = (folder / "bundle/velocity.onnx").read_bytes()
@@ -112,6 +129,8 @@ def lay_out(folder: Path) -> list[str]:
     }  # fmt: skip
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+    images = {"x": torch.linspace(-1, 1, 1024).reshape(4, 4, 8, 8), "y": torch.arange(4)}
+    save_file(images, folder / "samples.safetensors")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"x": torch.ones(2), "n": {"y": torch.ones(1)}}, folder / "foreign.pt")
     (folder / "cut.pt").write_bytes((folder / "foreign.pt").read_bytes()[:300])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.compress import quantize, quantize_, recording
+from effformer.compress import prune, quantize, quantize_, recording
 from effformer.compress.quant.calibrate import SAMPLE, TIMES, Seen, observe
 from effformer.compress.samples import batches
 from torch import Tensor, nn
@@ -110,6 +110,15 @@ def test_every_shape_of_data_gives_the_same_statistics() -> None:
         seen = _seen(model, [model[0]], data)[model[0]]
         assert seen.tokens == 40
         torch.testing.assert_close(seen.second, x.t() @ x)
+
+
+def test_verbs_take_data_sets() -> None:
+    data = Dataset("set", {"x": torch.randn(40, 32)})
+    _, report = quantize(small(), "smoothquant", data=data)
+    assert report.output_error is not None
+    vit = effformer.build_model("vit-nano", depth=1)
+    _, pruned = prune(vit, {"keep": 0.5}, data=Dataset("images", vit.example_inputs(4)))
+    assert pruned.output_error is not None
 
 
 def test_layers_that_are_called_by_keyword_and_several_times_are_seen() -> None:
