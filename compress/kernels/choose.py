@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from effformer.arguments import checked
 from effformer.calls import Call, Inputs, bind, check_parts, evaluating
 from effformer.checks import CapabilityError, unknown
+from effformer.notebook import Shown
 from effformer.profile import interleave, machine
 from effformer.profile.tables import size, table
 from effformer.values import Positive
@@ -65,7 +66,7 @@ class LayerKernel:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class KernelReport:
+class KernelReport(Shown):
     """What `choose_kernels` found.
 
     Attributes:

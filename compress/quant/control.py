@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from effformer.checks import shown
+from effformer.notebook import Shown
 
 __all__ = ["ControlReport", "Goal", "PutBack", "Trial", "control", "number"]
 
@@ -82,7 +83,7 @@ class PutBack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControlReport:
+class ControlReport(Shown):
     """What accuracy control did.
 
     Attributes:

@@ -21,6 +21,7 @@ from effformer.checks import CapabilityError, FormatError
 from effformer.context import Ledger
 from effformer.files import check_folder, mark, read_json, write_json
 from effformer.io import load_model, save_pretrained
+from effformer.notebook import Shown
 from effformer.train import Dataset, Generation, load_data
 from effformer.values import plain
 from effformer.wrapped import unwrapping
@@ -39,7 +40,7 @@ Told = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeReport:
+class RecipeReport(Shown):
     """What a recipe did.
 
     Attributes:
