@@ -11,7 +11,7 @@ from torch import nn
 
 from effformer.arguments import checked
 from effformer.calls import check_parts, evaluating
-from effformer.checks import CapabilityError, reason
+from effformer.checks import CapabilityError, FormatError, reason
 from effformer.files import atomic_path, check_folder, mark, write_json
 from effformer.io import load_model, save_pretrained
 from effformer.profile import Benchmark, Candidate, benchmark, profile
@@ -50,6 +50,7 @@ def explore(
     threads: Threads = 1,
     rounds: Times = 3,
     told: Told | None = None,
+    force: bool = False,
 ) -> tuple[nn.Module, Exploration]:
     """Compress a model in several ways, and choose the best that meets a target.
 
@@ -73,6 +74,7 @@ def explore(
         threads: of the measurement.
         rounds: processes of every candidate.
         told: called with a sentence on the way.
+        force: begin anew where ``out`` holds candidates of another model or data.
 
     Returns:
         The chosen model, and what was tried.
@@ -81,7 +83,7 @@ def explore(
         ValueError: no candidate meets the target within the drop; the best that does is named, and the
             report stands in ``out``. Data that do not fit.
         CapabilityError: a model that cannot be saved.
-        FormatError: ``out`` holds something else.
+        FormatError: ``out`` cannot be written, or holds something else.
     """
     check_parts(model, where="explore")
     if not hasattr(model, "example_inputs") or not hasattr(model, "config"):
@@ -107,8 +109,10 @@ def explore(
         place = folder / "candidates" / name.replace(" ", "-")
         try:
             forms[name], _ = run_recipe(
-                model, {"steps": plan, "samples": samples}, place, data=given
+                model, {"steps": plan, "samples": samples}, place, data=given, force=force
             )
+        except FormatError:
+            raise  # of the place, not of the candidate
         except ValueError as error:
             refused[name] = reason(error)
     times = _timed(model, forms, folder, threads, rounds)
@@ -141,21 +145,19 @@ def _candidates(
     target: Target, share: float, steps: int, measured: bool
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Recipes towards a target, by name."""
-    recover: list[dict[str, Any]] = []
-    if steps:
-        recover = [{"distill": {"steps": steps, "batch": 32, "lr": 1e-3}}]
+    training = {"distill": {"steps": steps, "batch": 32, "lr": 1e-3}}
+    recover: list[dict[str, Any]] = [training] if steps else []
     if target == "size":
-        ways = {
-            "int8": {"scheme": "int8"}, "int4": {"scheme": "int4"},
-            "mixed": {"schemes": ["int8", "int4"], "budget": {"bytes": share}},
-        }  # fmt: skip
+        ways: dict[str, dict[str, Any]] = {"int8": {"scheme": "int8"}, "int4": {"scheme": "int4"}}
         for name, way in ways.items():
             yield name, [{"quantize": way}]
+        way = {"schemes": [*ways], "budget": {"bytes": share}}
+        yield f"mixed for {share:.3g}", [{"quantize": way}]
         for name, bits in (("int8", 8.4), ("int4", 4.9)):
-            left = share * 32 / bits
+            left = round(share * 32 / bits, 3)
             if left < 1:
-                cut = {"prune": {"params": round(left, 3)}}
-                yield f"pruned {name}", [cut, *recover, {"quantize": ways[name]}]
+                cut = {"prune": {"params": left}}
+                yield f"pruned to {left:g} in {name}", [cut, *recover, {"quantize": ways[name]}]
         return
     shares = (share,) if target == "macs" else (share, 0.8 * share, 0.6 * share)
     for part in shares:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
-from effformer.notebook import Shown
+from effformer.notebook import Shown, html_table
 from effformer.profile.html import page
 from effformer.profile.plots import Pareto
 from effformer.profile.save import save_report
@@ -70,6 +70,7 @@ class Exploration(Shown):
     refused: Mapping[str, str]
     how: str
 
+    @checked
     def cost(self, row: Tried) -> float:
         """The ratio that the target is about."""
         found: float = getattr(row, self.target)
@@ -136,8 +137,10 @@ class Exploration(Shown):
         return header, rows
 
     def __str__(self) -> str:
-        gone = [f"{name}: not made, {why}" for name, why in self.refused.items()]
-        return "\n".join([table(*self.table()), *gone, self.verdict(), self.how])
+        return "\n".join([table(*self.table()), *self._gone(), self.verdict(), self.how])
+
+    def _gone(self) -> list[str]:
+        return [f"{name}: not made, {why}" for name, why in self.refused.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite are None."""
@@ -151,7 +154,9 @@ class Exploration(Shown):
         return data
 
     def _body(self) -> str:
-        return f'<div class="plot">{self.plot().svg()}</div><p>{escape(self.verdict())}</p>'
+        said = [self.verdict(), *self._gone(), *self.how.splitlines()]
+        words = "".join(f"<p>{escape(line)}</p>" for line in said)
+        return f'<div class="plot">{self.plot().svg()}</div>{html_table(*self.table())}{words}'
 
     @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:
@@ -172,5 +177,5 @@ class Exploration(Shown):
             for row in self.rows
             if row.steps
         )
-        body = [f"<h1>{escape(title)}</h1>", self._body(), f"<pre>{escape(str(self))}</pre>"]
+        body = [f"<h1>{escape(title)}</h1>", self._body()]
         return page(title, "\n".join([*body, f"<h2>Recipes</h2><ul>{steps}</ul>"]), EXPLORATION)

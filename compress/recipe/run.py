@@ -36,6 +36,7 @@ __all__ = ["RecipeReport", "calibration_of", "first_samples", "run_recipe", "tra
 
 FACTS = "recipe.json"
 MODEL = "model"
+_STEP = {"step", "folder", "seconds", "bytes"}
 Told = Callable[[str], None]
 
 
@@ -263,7 +264,11 @@ def _begin(folder: Path, identity: Mapping[str, Any], force: bool) -> list[dict[
     if other:
         _note(folder, identity, [])
         return []
-    done = data.get("done", [])
+    done = data.get("done")
+    if not isinstance(done, list) or not all(
+        isinstance(one, Mapping) and {*one} >= _STEP for one in done
+    ):
+        raise FormatError(f"{folder}: its {FACTS} is damaged; choose another folder")
     whole = [one for one in done if (folder / one["folder"] / "config.json").exists()]
     return list(whole) if len(whole) == len(done) else []
 

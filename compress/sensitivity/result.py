@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from effformer.arguments import checked
 from effformer.checks import FormatError
 from effformer.files import read_json
-from effformer.notebook import Shown
+from effformer.notebook import Shown, html_table
 from effformer.profile.html import page
 from effformer.profile.plots import Curves
 from effformer.profile.save import save_report
@@ -276,12 +276,11 @@ class Sensitivity(Shown):
         return header, [tuple(_cells(row)) for row in self.rows]
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                table(*self.table()),
-                f"{self.samples} samples; times of the layers alone, in one process; {self.machine}",
-            ]
-        )
+        return f"{table(*self.table())}\n{self.how()}"
+
+    def how(self) -> str:
+        """One sentence about the way it was measured."""
+        return f"{self.samples} samples; times of the layers alone, in one process; {self.machine}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; errors that are infinite are "inf"."""
@@ -312,7 +311,8 @@ class Sensitivity(Shown):
             raise FormatError(f"{path}: is no result of sensitivity as .json") from error
 
     def _body(self) -> str:
-        return f'<div class="plot">{self.curves().svg()}</div>'
+        said = f"<p>{escape(self.how())}</p>"
+        return f'<div class="plot">{self.curves().svg()}</div>{html_table(*self.table())}{said}'
 
     @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:
@@ -328,8 +328,7 @@ class Sensitivity(Shown):
 
     def _page(self) -> str:
         title = "Sensitivity of layers"
-        body = [f"<h1>{title}</h1>", self._body(), f"<pre>{escape(str(self))}</pre>"]
-        return page(title, "\n".join(body), SENSITIVITY)
+        return page(title, f"<h1>{title}</h1>{self._body()}", SENSITIVITY)
 
 
 def _cells(row: SensitivityRow) -> Iterator[str]:

@@ -90,7 +90,13 @@ def compress(
     given = {"--scheme": scheme, "--where": where, "--skip": skip, "--set": pairs}
     if wanted is not None:
         others = [name for name, value in {**given, "--recipe": recipe}.items() if value]
-        how = {"quality": quality, "max_drop": max_drop, "steps": steps, "samples": samples}
+        how = {
+            "quality": quality,
+            "max_drop": max_drop,
+            "steps": steps,
+            "samples": samples,
+            "force": force,
+        }
         _explore(model, wanted, others, data, how, out, as_json)
         return
     if recipe is not None:
@@ -119,6 +125,13 @@ def compress(
     )  # fmt: skip
     save_pretrained(small, target, by="compress", force=force)
     emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)
+
+
+def left(*, recipe: Path | None, wanted: str | None, **_: Any) -> str:
+    """What an interrupted run leaves."""
+    if recipe is None and wanted is None:
+        return "the target holds what it held before, or the whole new result"
+    return "finished steps are kept: run the same command again"
 
 
 def _explore(

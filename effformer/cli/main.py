@@ -56,7 +56,7 @@ _VERBS: tuple[tuple[str, Callable[..., None], str | Callable[..., str]], ...] = 
     ("train", train.train, train.left),
     ("sample", sample.sample, _OLD),
     ("evaluate", evaluate.evaluate, _OLD),
-    ("compress", compress.compress, _OLD),
+    ("compress", compress.compress, compress.left),
     ("prune", prune.prune, _OLD),
     ("linearize", linearize.linearize, linearize.left),
     ("sensitivity", sensitivity.sensitivity, _OLD),

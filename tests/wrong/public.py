@@ -269,9 +269,10 @@ OWN: dict[str, dict[str, Make]] = {
     "Recipe.from_dict": {"given": given(RECIPE)},
     "Recipe.read": {"path": recipe},
     "explore": {
-        "model": model("sit-nano"), "target": given("size"), "share": given(0.9), "out": new("out"),
+        "model": model("sit-nano"), "target": given("macs"), "share": given(0.9), "out": new("out"),
         "data": given(None), "max_drop": given(9.0),
     },
+    "Exploration.cost": {"row": lambda folder: tried(folder).rows[0]},
     "Exploration.save": {"path": new("new.json")},
     "run_recipe": {"model": model("sit-nano"), "recipe": recipe, "out": new("out"), "data": given(None)},
     "choose_kernels": {"goal": given("size"), "forms": given(["int8-bitsandbytes"]), "cache": new("cache")},
@@ -399,7 +400,17 @@ OWN: dict[str, dict[str, Make]] = {
 LONG = {
     "train_classifier": ("config",),
     "benchmark": ("rounds", "runs", "warmup"),
-    "explore": ("rounds", "steps"),
+    "explore": (
+        "out",
+        "data",
+        "rounds",
+        "steps",
+        "samples",
+        "threads",
+        "quality",
+        "max_drop",
+        "told",
+    ),
 }
 """Arguments of which a wrong kind may be right and take minutes: {} are 1,000 steps, and so are many
 rounds.

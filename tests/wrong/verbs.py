@@ -45,7 +45,6 @@ CALLS: dict[str, tuple[str, ...]] = {
     "evaluate of a bundle": ("evaluate", "bundle", "--data", "digits", "--samples", "2", "--steps", "1"),
     "compress": ("compress", "model", "-o", "new"),
     "compress by a recipe": ("compress", "model", "--recipe", "recipe.yaml", "-o", "new"),
-    "compress for a target": ("compress", "model", "--for", "size=0.9", "--max-drop", "9", "-o", "new"),
     "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
     "linearize": (

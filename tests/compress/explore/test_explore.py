@@ -77,7 +77,9 @@ def test_candidates_suit_the_target() -> None:
             assert effformer.compress.Recipe.from_dict({"steps": steps})
     assert not any("distill" in str(s) for _, s in _candidates("macs", 0.5, 0, measured=True))
     names = [name for name, _ in _candidates("size", 0.1, 0, measured=False)]
-    assert names == ["int8", "int4", "mixed", "pruned int8", "pruned int4"]
+    assert names == [
+        "int8", "int4", "mixed for 0.1", "pruned to 0.381 in int8", "pruned to 0.653 in int4",
+    ]  # fmt: skip
 
 
 def model() -> effformer.models.Model:
@@ -124,6 +126,10 @@ def test_a_model_is_made_smaller_and_saved_with_a_report(tmp_path: Path) -> None
         assert torch.equal(again(**x), small.eval()(**x))
     with pytest.raises(ValueError, match="is met by none of"):
         explore(dense, "size", 0.01, out, data=data, max_drop=0.0, steps=0, samples=64)
+    with torch.no_grad():
+        next(dense.parameters()).add_(1)
+    with pytest.raises(FormatError, match="the run of another model"):
+        explore(dense, "size", 0.35, out, data=data, steps=0, samples=64)
 
 
 @pytest.mark.slow

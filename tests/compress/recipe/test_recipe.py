@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,15 @@ def test_another_run_in_the_folder_is_refused_or_replaced(tmp_path: Path) -> Non
     (tmp_path / "notes/mine.txt").write_text("mine")
     with pytest.raises(FormatError, match="holds other files"):
         run_recipe(classifier(), int8, tmp_path / "notes")
+    facts = json.loads((out / "recipe.json").read_text())
+    for done in (3, [3], [{"step": "quantize"}]):
+        (out / "recipe.json").write_text(json.dumps(facts | {"done": done}))
+        with pytest.raises(FormatError, match="is damaged"):
+            run_recipe(classifier(), int4, out)
+    (out / "recipe.json").write_text(json.dumps(facts))
+    shutil.rmtree(out / "1-quantize")
+    _, report = run_recipe(classifier(), int4, out)  # a step that is gone is made again
+    assert report.resumed == 0
     (out / "recipe.json").write_text("{}")
     with pytest.raises(FormatError, match="did not write"):
         run_recipe(classifier(), int8, out)

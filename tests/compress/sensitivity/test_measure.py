@@ -139,6 +139,8 @@ def test_a_result_is_written_and_read_again(tmp_path: Path) -> None:
     assert Sensitivity.read(tmp_path / "a.json") == found
     assert "<svg" in (tmp_path / "a.html").read_text()
     assert "attn.q+k" in (tmp_path / "a.txt").read_text()
+    assert "<svg" in found._repr_html_()
+    assert [row["scheme"] for row in found._rows()] == ["int8"] * 3
     (tmp_path / "b.json").write_text('{"rows": [{}]}')
     with pytest.raises(FormatError, match="is no result of sensitivity"):
         Sensitivity.read(tmp_path / "b.json")
