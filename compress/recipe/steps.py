@@ -95,8 +95,8 @@ class Step(ABC):
 
     @property
     def where(self) -> str:
-        """The step in messages."""
-        return f"recipe: {self.verb}"
+        """The step in messages about its options."""
+        return self.verb
 
     @abstractmethod
     def read(self, options: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Distill(Step):
 
     def run(self, model: nn.Module, place: Place) -> tuple[Any, Any]:
         if place.train is None:
-            raise ValueError(f"{self.where}: there are no samples to train on; give data=")
+            raise ValueError(f"recipe: {self.verb}: there are no samples to train on; give data=")
         task = _task(model, place)
         losses = self.own.losses or ("logits" if _classifies(model) else "output")
         objective = Distillation(
