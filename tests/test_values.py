@@ -50,9 +50,10 @@ def classes(base: type[Config] = Config) -> Iterator[type[Config]]:
             yield cls
 
 
-for module in pkgutil.walk_packages(effformer.__path__, "effformer."):
-    if not module.name.startswith("effformer.cli"):
-        importlib.import_module(module.name)
+for package in (effformer, effformer.models, effformer.compress, effformer.export):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.startswith("effformer.cli"):
+            importlib.import_module(module.name)
 CLASSES = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes()}
 
 

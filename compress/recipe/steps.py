@@ -95,8 +95,8 @@ class Step(ABC):
 
     @property
     def where(self) -> str:
-        """The step in messages."""
-        return f"recipe: {self.verb}"
+        """The step in messages about its options."""
+        return self.verb
 
     @abstractmethod
     def read(self, options: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Distill(Step):
 
     def run(self, model: nn.Module, place: Place) -> tuple[Any, Any]:
         if place.train is None:
-            raise ValueError(f"{self.where}: there are no samples to train on; give data=")
+            raise ValueError(f"recipe: {self.verb}: there are no samples to train on; give data=")
         task = _task(model, place)
         losses = self.own.losses or ("logits" if _classifies(model) else "output")
         objective = Distillation(
@@ -254,18 +254,18 @@ class Quantize(Step):
         def check(self) -> None:
             if (self.schemes is None) != (self.budget is None):
                 raise ValueError(
-                    "Quantize: schemes and budget go together: budget chooses among schemes"
+                    "Quantize.Options: schemes and budget go together: budget chooses among schemes"
                 )
             goals = ("bits", "bytes", "error", "latency")
             if self.budget is not None and (
                 len(self.budget) != 1 or not {*self.budget} <= {*goals}
             ):
-                raise ValueError(f"Quantize: budget takes one of {', '.join(goals)}")
+                raise ValueError(f"Quantize.Options: budget takes one of {', '.join(goals)}")
             nested = isinstance(self.scheme, Mapping) and "schemes" in self.scheme
             if nested:
-                MixedScheme.from_dict(self.scheme, where="Quantize: scheme")
+                MixedScheme.from_dict(self.scheme, where="Quantize.Options: scheme")
             for spec in self.schemes or (() if nested else (self.scheme,)):
-                make_scheme(spec, where="Quantize: scheme")
+                make_scheme(spec, where="Quantize.Options: scheme")
 
     def read(self, options: dict[str, Any]) -> None:
         self.own = self.Options.from_dict(options, where=self.where)
