@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import effformer
 from effformer.profile import interleave, profile
 
-THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+THREADS = int(sys.argv[1]) if sys.argv[1:] and sys.argv[1].isdigit() else 1
 RUNS = {1: 15, 8: 7}
 """Batch -> timed rounds."""
 AIM = 0.62
@@ -33,7 +33,13 @@ def dense() -> nn.Module:
 
 @torch.no_grad()
 def skipping(
-    model: nn.Module, inputs: dict[str, Tensor], *, heads: int, groups: int, tokens: float
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    *,
+    heads: int,
+    groups: int,
+    tokens: float,
+    name: str = "dydit-b",
 ) -> nn.Module:
     """The dynamic model with the weights of a dense one and gates set to shares of the work.
 
@@ -43,8 +49,9 @@ def skipping(
         heads: active heads, spread evenly over all.
         groups: active groups of channels, likewise.
         tokens: share of the tokens that reach the FFN.
+        name: of the dynamic model.
     """
-    made: Any = effformer.build_model("dydit-b")
+    made: Any = effformer.build_model(name)
     effformer.load_weights(made, model.state_dict())
     for block in made.blocks:
         for name, active in (("attn", heads), ("ffn", groups)):

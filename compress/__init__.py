@@ -23,13 +23,19 @@ from .dynamic import (
     prepare_widths,
     sort_by_magnitude,
 )
-from .kernels import optimize
+from .explore import Exploration, Tried, explore
+from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
 from .linearize import LinearizedLayer, LinearizeReport, LinearizeScheme, linearize
 from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
+from .quant.control import ControlReport
+from .quant.mixed import MixedScheme
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
+from .quant.within import quantize_within
+from .recipe import Recipe, RecipeReport, run_recipe
 from .report import KeptLayer, PackedLayer, Report
+from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
 
 __all__ = [
@@ -37,11 +43,16 @@ __all__ = [
     "AdaptiveReport",
     "AdaptiveScheme",
     "Budgeted",
+    "ControlReport",
     "Distillation",
+    "Expected",
+    "Exploration",
     "Frugal",
     "GatePretraining",
     "GateTable",
     "KeptLayer",
+    "KernelReport",
+    "LayerKernel",
     "LearnerDistillation",
     "LinearizeReport",
     "LinearizeScheme",
@@ -49,20 +60,28 @@ __all__ = [
     "LoRA",
     "Masks",
     "MatMulNBits",
+    "MixedScheme",
     "PackedLayer",
     "Plan",
     "PruneReport",
     "PruneScheme",
     "QuantEmbedding",
     "QuantLinear",
+    "Recipe",
+    "RecipeReport",
     "Report",
+    "Sensitivity",
+    "SensitivityRow",
     "SparseScheme",
+    "Tried",
     "WorkTarget",
     "acmize",
     "adapt",
     "adapter_scale",
+    "choose_kernels",
     "cut",
     "dequantize",
+    "explore",
     "gate_tables",
     "importance",
     "linearize",
@@ -74,10 +93,13 @@ __all__ = [
     "prune",
     "quantize",
     "quantize_",
+    "quantize_within",
     "recording",
     "replay",
     "restore",
+    "run_recipe",
     "save_adapter",
+    "sensitivity",
     "sort_by_magnitude",
     "sparsify",
     "unadapt",

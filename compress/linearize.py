@@ -22,6 +22,7 @@ from effformer.calls import check_parts, evaluating, match, outputs
 from effformer.checks import CapabilityError
 from effformer.config import Config, resolve
 from effformer.context import EMPTY, Context, Ledger
+from effformer.notebook import Shown
 from effformer.profile.profiler import count_parameters, profile
 from effformer.train import Dataset, Objective, TrainConfig, train
 from effformer.values import Count, Natural, NonNegative, Positive, Seed
@@ -94,7 +95,7 @@ class LinearizedLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearizeReport:
+class LinearizeReport(Shown):
     """What `linearize` did.
 
     Attributes:

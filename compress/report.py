@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from effformer.notebook import Shown
 from effformer.weights import once
 
 __all__ = ["KeptLayer", "PackedLayer", "Report", "file_bytes", "relative_error", "size_text"]
@@ -58,7 +59,7 @@ class KeptLayer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Shown):
     """What `quantize` did.
 
     Attributes:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import flow as flow
     from . import models as models
     from . import profile as profile
+    from . import testing as testing
     from . import train as train
     from .build import build_model as build_model
     from .build import list_attention as list_attention
@@ -81,7 +82,7 @@ _NAMES = {
     "site": ("Site",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_PACKAGES = ("compress", "export", "flow", "models", "profile", "train")
+_PACKAGES = ("compress", "export", "flow", "models", "profile", "testing", "train")
 
 __all__ = ["__version__", *_HOME, *_PACKAGES]
 

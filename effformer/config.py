@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,6 +85,18 @@ class Config(Checked):
         found = type(self).__dict__.get("ENTRY")
         named = {} if found is None else {"name": found.name}
         return named | {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def meanings(cls) -> dict[str, str]:
+        """What each field means, by name: what the docstrings of the class and its bases say under
+        "Attributes".
+        """
+        said: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            text = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")[2]
+            for name, words in re.findall(r"^ {4}(\w+): ?(.*(?:\n {8,}.*)*)", text, flags=re.M):
+                said[name] = " ".join(words.split())
+        return {f.name: said[f.name] for f in dataclasses.fields(cls) if f.name in said}
 
     def caps(self) -> registry.Caps:
         """What the part of this config can do: what its entry declares. The config of a part that

@@ -21,6 +21,7 @@ from . import registry, retired
 from .arguments import checked
 from .checks import FormatError, unknown
 from .layout import TRAINING, Layout, StateDict, clashes
+from .notebook import Shown
 from .weights import WeightFile, open_weights
 from .wrapped import unwrapping
 
@@ -36,7 +37,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
+class LoadReport(Shown):
     """What `load_weights` did.
 
     Attributes:

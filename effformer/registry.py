@@ -21,7 +21,7 @@ from .checks import unknown
 from .retired import became
 
 __all__ = [
-    "Caps", "Entry", "Registry", "attention", "block", "core", "ffn", "loss", "model", "plugins", "quantizer",
+    "Caps", "Entry", "Registry", "attention", "block", "cache", "core", "ffn", "loss", "model", "plugins", "quantizer",
     "sampler", "target", "tokens", "transform", "width",
 ]  # fmt: skip
 
@@ -318,6 +318,7 @@ tokens = Registry("tokens", "effformer.blocks")
 model = Registry("model", "effformer.models")
 sampler = Registry("sampler", "effformer.flow")
 loss = Registry("loss", "effformer.flow")
+cache = Registry("cache", "effformer.cache")
 transform = Registry("transform", "effformer.compress")
 quantizer = Registry("quantizer", "effformer.compress.quant")
 target = Registry("target", "effformer.export.targets")
@@ -334,6 +335,7 @@ KINDS: dict[str, Registry] = {
         model,
         sampler,
         loss,
+        cache,
         quantizer,
         transform,
         target,

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from .verify import VerificationError as VerificationError
     from .verify import VerifyReport as VerifyReport
     from .verify import verify_onnx as verify_onnx
+    from .within import quantize_onnx_within as quantize_onnx_within
 
 _HOME = {
     "BundleReport": "bundle", "export_bundle": "bundle", "GraphFacts": "graph",
     "read_graph": "graph", "ExportError": "onnx", "ExportReport": "onnx", "export_onnx": "onnx",
     "QuantizeReport": "quantize", "quantize_onnx": "quantize", "Session": "session",
     "Target": "targets", "VerificationError": "verify", "VerifyReport": "verify",
-    "verify_onnx": "verify",
+    "verify_onnx": "verify", "quantize_onnx_within": "within",
 }  # fmt: skip
 
 __all__ = [*_HOME]

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from effformer.arguments import checked
+from effformer.cache import GivenChange, ToldChange, cached
 from effformer.calls import device_of, evaluating
 from effformer.checks import FormatError, unknown
+from effformer.config import Config, Spec, resolve
 from effformer.files import atomic_folder, read_json, write_json
 from effformer.flow.conventions import (
     EFFFORMER,
     FlowConvention,
     Trained,
+    VelocityField,
     adapt,
     get_convention,
     recorded,
@@ -31,11 +34,12 @@ from effformer.flow.conventions import (
 )
 from effformer.flow.guidance import Guidance
 from effformer.flow.samplers import sample
+from effformer.notebook import Shown
 from effformer.values import Count, Natural, Real
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
-from . import run
+from . import pictures, run
 from .onnx import export_onnx
 from .packed import step_of
 from .quantize import QUANTIZED, QuantizeReport, quantize_onnx
@@ -60,6 +64,8 @@ _FOLDER: Any = {
     "marker": "bundle.json",
     "own": (
         "run.py",
+        "pictures.py",
+        "light.onnx*",
         "self_test.npy",
         "self_test_sample.npy",
         "velocity.onnx*",
@@ -72,7 +78,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BundleReport:
+class BundleReport(Shown):
     """What `export_bundle` wrote.
 
     Attributes:
@@ -115,6 +121,30 @@ class _Velocity(nn.Module):
         return self._labelled(x, t, y=y) if self.field is None else self.field(x, t, y=y)
 
 
+class _Carrying(nn.Module):
+    """The same with the change of all blocks: as a second output, or as an input in their place."""
+
+    def __init__(self, network: nn.Module, convention: FlowConvention, *, given: bool) -> None:
+        super().__init__()
+        self.parts = GivenChange(network) if given else ToldChange(network)
+        self.convention, self.given = convention, given
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, change: Tensor | None = None) -> Any:
+        told: list[Tensor] = []
+
+        def network(x: Tensor, label: Tensor, *, y: Tensor) -> Tensor:
+            if change is not None:
+                out: Tensor = self.parts(x, label, change, y=y)
+                return out
+            out, made = self.parts(x, label, y=y)
+            told.append(made)
+            return out
+
+        plain = self.convention == EFFFORMER
+        v = network(x, t, y=y) if plain else adapt(network, self.convention)(x, t, y=y)
+        return (v, told[0]) if told else v
+
+
 class _Decoder(nn.Module):
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -136,6 +166,7 @@ def export_bundle(
     guidance: Real | None = None,
     guidance_channels: Count | None = None,
     convention: FlowConvention | str | None = None,
+    cache: Spec | None = None,
     quantize: Quantize | None = None,
     verify: bool = True,
     shape: tuple[Count, Count, Count] | None = None,
@@ -164,7 +195,10 @@ def export_bundle(
             for all.
         convention: how the network counts, or the name of it; None: as its weights were trained.
             One that contradicts the record of the weights is followed, with a warning.
-        quantize: of the graph, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4"
+        cache: "reuse" or "newton" (`effformer.cache`): a second graph, ``light.onnx``, takes the change of
+            all blocks in place of the blocks, and the runner skips them at the steps that the policy
+            leaves out. None: no cache.
+        quantize: of the graphs, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4"
             (which of them is faster: see `quantize_onnx`). Models quantized by `effformer.compress`
             are exported as they are.
         verify: compare the graph with torch at three batch sizes (also after ``quantize``), and a
@@ -192,6 +226,7 @@ def export_bundle(
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)
     steps, guidance = _settings(record, steps, guidance)
+    policy = _policy(cache)
     facts: dict[str, Any] = {
         "format": run.FORMAT,
         "effformer": VERSION,
@@ -203,6 +238,7 @@ def export_bundle(
         "sampler": {
             "name": sampler, "steps": steps, "guidance": guidance,
             "guidance_channels": guidance_channels,
+            **({} if policy is None else {"cache": _schedule(policy)}),
         },
         "convention": EFFFORMER.to_dict(),
         "network_convention": record.convention.to_dict(),
@@ -211,21 +247,30 @@ def export_bundle(
     }  # fmt: skip
     with atomic_folder(folder, **_FOLDER, force=force) as temporary, evaluating(model):
         network = _Velocity(model, record.convention)
+        told = network if policy is None else _Carrying(model, record.convention, given=False)
+        inputs = _inputs(size, classes)
         parity, quantized = _write_velocity(
-            network, temporary / "velocity.onnx", size, classes, quantize, verify
+            told, temporary / "velocity.onnx", inputs, quantize, verify
         )
         facts["graphs"] = {"velocity": "velocity.onnx", "decoder": None}
+        if policy is not None:
+            with torch.no_grad():
+                inputs["change"] = told(**inputs)[1]
+            given = _Carrying(model, record.convention, given=True)
+            _write_velocity(given, temporary / "light.onnx", inputs, quantize, verify)
+            facts["graphs"]["light"] = "light.onnx"
         if decoder is not None:
-            example, axes = (
-                torch.randn(2, *size, generator=torch.Generator().manual_seed(0)),
-                {"x": {0: "batch"}},
-            )
+            example, axes = _inputs(size, classes)["x"], {"x": {0: "batch"}}
             export_onnx(
                 _Decoder(decoder), temporary / "decoder.onnx", example, dynamic=axes, verify=verify
             )
             facts["graphs"]["decoder"] = "decoder.onnx"
-        shutil.copyfile(str(run.__file__), temporary / "run.py")
-        _record(temporary, facts, network if verify else None, exact=quantize is None)
+        for source in (run, pictures):
+            shutil.copyfile(str(source.__file__), temporary / Path(str(source.__file__)).name)
+        field: VelocityField = network
+        if policy is not None:
+            field = cached(adapt(model, record.convention), policy, forced=True)
+        _record(temporary, facts, (network, field) if verify else None, exact=quantize is None)
         total = sum(f.stat().st_size for f in temporary.iterdir())
     path = Path(folder) / "velocity.onnx"  # the reports name the file where it was checked
     return BundleReport(
@@ -283,7 +328,8 @@ def _describe(
     """Shape of a sample, number of classes and null class: as given, or as our configs say."""
     config: Any = getattr(model, "config", None)
     if shape is None and hasattr(config, "input_size") and hasattr(config, "channels"):
-        shape = (config.channels, config.input_size, config.input_size)
+        size = config.input_size
+        shape = (config.channels, *((size, size) if isinstance(size, int) else size))
     if num_classes is None and hasattr(config, "num_classes"):
         num_classes = config.num_classes
         if null_label is None and record.null and getattr(config, "label_dropout", 0) > 0:
@@ -298,23 +344,49 @@ def _describe(
     return (channels, height, width), num_classes, null_label
 
 
-def _write_velocity(
-    network: nn.Module,
-    path: Path,
-    size: tuple[int, int, int],
-    classes: int,
-    quantize: str | None,
-    verify: bool,
-) -> tuple[VerifyReport | None, QuantizeReport | None]:
+def _policy(cache: Spec | None) -> Config | None:
+    """The policy of a bundle, whose runner knows schedules over all blocks alone.
+
+    Raises:
+        ValueError: another policy.
+    """
+    if cache is None:
+        return None
+    policy = resolve("cache", cache, where="export_bundle: cache")
+    if policy.entry.name not in ("reuse", "newton") or _schedule(policy)["over"] != "stack":
+        raise ValueError(
+            f"export_bundle: cache {policy.entry.name!r} has no form in a bundle; choices: reuse and newton, "
+            "over the stack of blocks"
+        )
+    return policy
+
+
+def _schedule(policy: Config) -> dict[str, Any]:
+    return {"order": 0} | policy.to_dict()
+
+
+def _inputs(size: tuple[int, int, int], classes: int) -> dict[str, Tensor]:
+    """Examples of what the graph of a velocity takes."""
     draws = torch.Generator().manual_seed(0)
-    inputs = {
+    return {
         "x": torch.randn(2, *size, generator=draws),
         "t": torch.rand(2, generator=draws),
         "y": torch.randint(0, classes, (2,), generator=draws),
     }
+
+
+def _write_velocity(
+    network: nn.Module,
+    path: Path,
+    inputs: dict[str, Tensor],
+    quantize: str | None,
+    verify: bool,
+) -> tuple[VerifyReport | None, QuantizeReport | None]:
+    names = ["velocity", "change"] if isinstance(network, _Carrying) and not network.given else None
     report = export_onnx(
-        network, path, inputs, dynamic={n: {0: "batch"} for n in inputs}, verify=verify
-    )
+        network, path, inputs, dynamic={n: {0: "batch"} for n in inputs}, verify=verify,
+        output_names=names,
+    )  # fmt: skip
     if quantize is None:
         return report.parity, None
     compared = (network, inputs) if verify else None
@@ -322,7 +394,13 @@ def _write_velocity(
     return packed.parity, replace(packed, parity=None)
 
 
-def _record(folder: Path, facts: dict[str, Any], network: _Velocity | None, *, exact: bool) -> None:
+def _record(
+    folder: Path,
+    facts: dict[str, Any],
+    network: tuple[_Velocity, VelocityField] | None,
+    *,
+    exact: bool,
+) -> None:
     """Checksums of the files, and what the graph computes here, for `run.Bundle.self_test`
     elsewhere; a short sample of torch, with which the runner's is compared here already.
     """
@@ -331,7 +409,7 @@ def _record(folder: Path, facts: dict[str, Any], network: _Velocity | None, *, e
     labels = [0] if facts["null_label"] is None else [0, facts["null_label"]]
     tolerance = 1e-3 if exact else 5e-2  # 8-bit kernels round differently from machine to machine
     if network is not None:
-        tolerance = max(tolerance, step_of(network))
+        tolerance = max(tolerance, step_of(network[0]))
     facts["self_test"] = {
         "file": "self_test.npy",
         "seed": 0,
@@ -349,14 +427,16 @@ def _record(folder: Path, facts: dict[str, Any], network: _Velocity | None, *, e
         allow_pickle=False,
     )
     if network is not None:
-        facts["self_test"]["sample"] = _drawn(folder, facts, network, bundle, tolerance)
+        facts["self_test"]["sample"] = _drawn(folder, facts, *network, bundle, tolerance)
     _finish(folder, facts)
 
 
 def _drawn(
-    folder: Path, facts: dict[str, Any], network: _Velocity, bundle: run.Bundle, tolerance: float
-) -> dict[str, Any]:
-    """Draw two samples in at most two steps by torch, and compare the runner's with them.
+    folder: Path, facts: dict[str, Any], network: _Velocity, field: VelocityField,
+    bundle: run.Bundle, tolerance: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Draw two samples in at most two steps by torch, under a cache in as many as show one that is
+    skipped, and compare the runner's with them.
 
     Raises:
         VerificationError: the runner draws something else.
@@ -364,7 +444,8 @@ def _drawn(
     import numpy as np
 
     own, labels, shape = facts["sampler"], [0, facts["num_classes"] - 1], bundle.shape
-    steps = min(own["steps"], 2)
+    cache = own.get("cache") or {"warm": 0, "every": 0}
+    steps = min(own["steps"], 2 + cache["warm"] + cache["every"])
     rule = None
     if own["guidance"] != 1.0:
         channels: Any = own["guidance_channels"] or "all"
@@ -372,7 +453,7 @@ def _drawn(
     noise = np.random.default_rng(0).standard_normal((len(labels), *shape), dtype=np.float32)
     device = device_of(network)
     expected = sample(
-        network, torch.from_numpy(noise).to(device), sampler=own["name"], steps=steps, guidance=rule,
+        field, torch.from_numpy(noise).to(device), sampler=own["name"], steps=steps, guidance=rule,
         y=torch.tensor(labels, device=device),
     ).x.cpu().numpy()  # fmt: skip
     actual = bundle.sample(labels, steps=steps, noise=noise)

@@ -161,18 +161,19 @@ def resolve_axes(
         where: prefix of messages.
 
     Raises:
-        ValueError: an unknown input, an axis that it does not have, or a symbol that is not a name.
+        ValueError: an unknown input, an axis that it does not have or that this model fixes, or a
+            symbol that is not a name.
     """
     if dynamic is None:
         return {}
-    given = call.tensors
+    given, own = call.tensors, getattr(model, "dynamic_axes", None)
     if isinstance(dynamic, str):
         if dynamic != "auto":
             raise ValueError(f"{where}: dynamic is 'auto', None or a dict, got {dynamic!r}")
-        own = getattr(model, "dynamic_axes", None)
         if own is not None:
             return {n: dict(by) for n, by in own().items() if n in given}
         return {n: {0: "batch"} for n, x in given.items() if x.dim()}
+    varying = {} if own is None else own()
     axes: Axes = {}
     for name, by in dynamic.items():
         if name not in given:
@@ -184,6 +185,11 @@ def resolve_axes(
             if not isinstance(symbol, str) or not symbol.isidentifier():
                 raise ValueError(
                     f"{where}: dynamic: {symbol!r} is not a name (axis {axis} of {name!r})"
+                )
+            if axis not in varying.get(name, by):
+                raise ValueError(
+                    f"{where}: dynamic: axis {axis} of {name!r} is fixed in this model, as its "
+                    f"dynamic_axes() say; axes that vary: {varying}"
                 )
             axes.setdefault(name, {})[axis] = symbol
     return axes

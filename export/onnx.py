@@ -23,6 +23,7 @@ from effformer.checks import CapabilityError, need
 from effformer.files import check_file
 from effformer.flow.conventions import trained_of
 from effformer.nn.onnx_nodes import capturing_for
+from effformer.notebook import Shown
 from effformer.registry import KINDS, Caps
 from effformer.values import Positive
 from effformer.version import VERSION
@@ -57,7 +58,7 @@ class ExportError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportReport:
+class ExportReport(Shown):
     """What `export_onnx` wrote.
 
     Attributes:

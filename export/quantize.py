@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from effformer.arguments import checked
 from effformer.calls import Inputs
 from effformer.checks import need
 from effformer.files import check_file, workspace
+from effformer.notebook import Shown
 
 from .graph import GRAPH, SINGLE_FILE_LIMIT, read_graph, write_graph
 from .verify import VerifyReport, verify_onnx
@@ -22,7 +24,7 @@ from .verify import VerifyReport, verify_onnx
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["QUANTIZED", "QuantizeReport", "quantize_onnx"]
+__all__ = ["QUANTIZED", "QuantizeReport", "products", "quantize_onnx"]
 
 QuantScheme = Literal["dynamic-uint8", "matmul-nbits"]
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -34,7 +36,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeReport:
+class QuantizeReport(Shown):
     """What `quantize_onnx` did.
 
     Attributes:
@@ -82,6 +84,7 @@ def quantize_onnx(
     accuracy_level: Literal[0, 1, 2, 3, 4] = 0,
     per_channel: bool = True,
     reduce_range: bool = False,
+    keep: Collection[str] = (),
     compared: tuple[nn.Module, Inputs] | None = None,
     force: bool = False,
 ) -> QuantizeReport:
@@ -106,6 +109,7 @@ def quantize_onnx(
         accuracy_level: matmul-nbits: 0 computes in float32, 4 with activations in 8 bits.
         per_channel: dynamic-uint8: a range for each output channel of a weight.
         reduce_range: dynamic-uint8: 7-bit weights.
+        keep: names of products that stay in floating point, see `products`.
         compared: the module that the file was exported from and example inputs, to measure how far
             the quantized graph is from it.
         force: replace any file.
@@ -119,19 +123,26 @@ def quantize_onnx(
     """
     check_file(out, GRAPH, force=force)
     before = read_graph(path)
-    proto = _products(Path(path))
+    proto = _rewritten(Path(path))
+    if unknown_names := sorted(set(keep) - set(_constant_products(proto))):
+        known = ", ".join(_constant_products(proto)[:4])
+        raise ValueError(
+            f"quantize_onnx: keep: {unknown_names[0]!r} is no product of {path} with a constant weight; "
+            f"some of them: {known}"
+        )
     with _quiet():
         if scheme == "dynamic-uint8":
             large = before.bytes > SINGLE_FILE_LIMIT
             with workspace(out) as space:
-                made = _dynamic(proto, space / "made.onnx", per_channel, reduce_range, large)
+                made = _dynamic(proto, space / "made.onnx", per_channel, reduce_range, large, keep)
             kind = "MatMulInteger"
         else:
-            made, kind = _nbits(proto, bits, block, symmetric, accuracy_level), "MatMulNBits"
+            made = _nbits(proto, bits, block, symmetric, accuracy_level, keep)
+            kind = "MatMulNBits"
     quantized = sum(n.op_type == kind for n in made.graph.node) - before.operators.get(
         _full(kind), 0
     )
-    if quantized == 0:
+    if quantized == 0 and not keep:
         common = ", ".join(f"{n} {op}" for op, n in list(before.operators.items())[:4])
         raise ValueError(
             f"quantize_onnx: {path}: nothing was quantized; no product of its {before.nodes} "
@@ -155,14 +166,30 @@ def _full(kind: str) -> str:
     return "com.microsoft::MatMulNBits" if kind == "MatMulNBits" else kind
 
 
-def _products(path: Path) -> onnx.ModelProto:
-    """The model with every Gemm written as MatMul and Add: the quantizers know MatMul only."""
+def _rewritten(path: Path) -> onnx.ModelProto:
+    """The model with every Gemm written as MatMul and Add: the quantizers know MatMul only. Products
+    without a name of their own get one.
+    """
     model = need("onnxruntime.quantization.onnx_model").ONNXModel(need("onnx").load(path))
     model.replace_gemm_with_matmul()
     model.clean_initializers()
     model.topological_sort()
     proto: onnx.ModelProto = model.model
+    taken = Counter(node.name for node in proto.graph.node)
+    for index, node in enumerate(proto.graph.node):
+        if node.op_type == "MatMul" and (not node.name or taken[node.name] > 1):
+            node.name = f"MatMul_{index}"
     return proto
+
+
+def products(path: str | Path) -> list[str]:
+    """Names of the products of a graph that `quantize_onnx` can quantize, as it calls them.
+
+    Raises:
+        FormatError: not an ONNX file.
+    """
+    read_graph(path)
+    return _constant_products(_rewritten(Path(path)))
 
 
 def _constant_products(proto: onnx.ModelProto) -> list[str]:
@@ -173,25 +200,36 @@ def _constant_products(proto: onnx.ModelProto) -> list[str]:
 
 
 def _dynamic(
-    proto: onnx.ModelProto, file: Path, per_channel: bool, reduce_range: bool, large: bool
+    proto: onnx.ModelProto,
+    file: Path,
+    per_channel: bool,
+    reduce_range: bool,
+    large: bool,
+    keep: Collection[str],
 ) -> onnx.ModelProto:
     """Quantized by way of a file: the quantizer returns nothing."""
     quantization = need("onnxruntime.quantization")
     quantization.quantize_dynamic(
         proto, file, op_types_to_quantize=["MatMul"], per_channel=per_channel, reduce_range=reduce_range,
         weight_type=quantization.QuantType.QUInt8, use_external_data_format=large,
+        nodes_to_exclude=[*keep],
     )  # fmt: skip
     made: onnx.ModelProto = need("onnx").load(file)
     return made
 
 
 def _nbits(
-    proto: onnx.ModelProto, bits: int, block: int, symmetric: bool, accuracy_level: int
+    proto: onnx.ModelProto,
+    bits: int,
+    block: int,
+    symmetric: bool,
+    accuracy_level: int,
+    keep: Collection[str],
 ) -> onnx.ModelProto:
     module = need("onnxruntime.quantization.matmul_nbits_quantizer")
     quantizer = module.MatMulNBitsQuantizer(
         proto, bits=bits, block_size=block, is_symmetric=symmetric, accuracy_level=accuracy_level,
-        op_types_to_quantize=("MatMul",),
+        op_types_to_quantize=("MatMul",), nodes_to_exclude=[*keep],
     )  # fmt: skip
     quantizer.process()
     made: onnx.ModelProto = quantizer.model.model

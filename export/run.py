@@ -12,8 +12,6 @@ classifier-free guidance ``v_null + g (v_cond - v_null)``.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -21,16 +19,24 @@ import math
 import os
 import re
 import reprlib
-import stat
-import struct
 import sys
-import time
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+if __package__:
+    from .pictures import Array, BundleError, check_place, write_image, write_samples
+else:  # in a bundle, from wherever it is started
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from pictures import (  # type: ignore[import-not-found, no-redef]
+        Array,
+        BundleError,
+        check_place,
+        write_image,
+        write_samples,
+    )
 
 __all__ = [
     "SAMPLERS", "Bundle", "BundleError", "check_place", "main", "parse_labels", "refusal",
@@ -38,12 +44,16 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT = 1
-MARK = b"effformer:samples"  # every file of samples carries it, and no other file is replaced
 MOST = 10_000  # pictures at once, and steps: a mistyped number must not fill the memory or the day
 STRONGEST = 1000  # scale of the guidance
 MOST_NUMBERS = 2**28  # of all samples together, 1 GiB
 SEEDS = 2**63 - 1
-Array = np.ndarray[Any, np.dtype[Any]]
+
+CACHE = {
+    "every": (1, MOST),
+    "warm": (0, MOST),
+    "order": (0, 9),
+}  # knobs of a cache, and their range
 
 # Butcher tableaus: rows of the stages after the first, weights of the result, times of the stages.
 SAMPLERS: dict[str, tuple[list[list[float]], list[float], list[float]]] = {
@@ -56,10 +66,6 @@ SAMPLERS: dict[str, tuple[list[list[float]], list[float], list[float]]] = {
         [1 / 2, 1 / 2, 1.0],
     ),
 }
-
-
-class BundleError(ValueError):
-    """A bundle or a request that cannot be served; the message is one sentence for the user."""
 
 
 class Bundle:
@@ -87,28 +93,45 @@ class Bundle:
             _check_file(self.folder, name, record)
         self.shape: tuple[int, int, int] = tuple(self.facts["shape"])
         self._velocity = self._open(self.facts["graphs"]["velocity"], ["t", "x", "y"])
+        light = self.facts["graphs"].get("light")
+        self._light = self._open(light, ["change", "t", "x", "y"]) if light else None
         decoder = self.facts["graphs"].get("decoder")
         self._decoder = self._open(decoder, ["x"]) if decoder else None
 
-    def velocity(self, x: Array, t: float, labels: Array) -> Array:
+    def velocity(self, x: Array, t: float, labels: Array, carried: Carried | None = None) -> Array:
         """The velocity (B, C, H, W) at x and t in [0, 1] for class ids (B,).
+
+        Args:
+            x: (B, C, H, W).
+            t: time.
+            labels: (B,) class ids.
+            carried: what a run carries from one evaluation to the next, if blocks are skipped.
 
         Raises:
             BundleError: onnxruntime cannot run the graph, or it gives something else.
         """
         times = np.full(x.shape[0], t, dtype=np.float32)
         feed = {"x": x.astype(np.float32), "t": times, "y": labels.astype(np.int64)}
-        out = self._run(self._velocity, feed)
+        if carried is None:
+            (out,) = self._run(self._velocity, feed)
+        elif (change := carried.next(t)) is not None:
+            (out,) = self._run(self._light, feed | {"change": change})
+        else:
+            out, change = self._run(self._velocity, feed, 2)
+            carried.learn(t, change)
         if out.shape != x.shape:
             raise BundleError(f"{self.folder}: the graph gives {out.shape} for {x.shape}")
         return out
 
-    def guided(self, x: Array, t: float, labels: Array, scale: float) -> Array:
+    def guided(
+        self, x: Array, t: float, labels: Array, scale: float, carried: Carried | None = None
+    ) -> Array:
         """``v_null + scale (v_cond - v_null)``, both from one evaluation of 2B samples."""
         if scale == 1.0:
-            return self.velocity(x, t, labels)
+            return self.velocity(x, t, labels, carried)
         null = np.full_like(labels, self.facts["null_label"])
-        both = self.velocity(np.concatenate([x, x]), t, np.concatenate([labels, null]))
+        twice = np.concatenate([x, x]), t, np.concatenate([labels, null])
+        both = self.velocity(*twice, carried)
         cond, without = np.split(both, 2)
         channels = self.facts["sampler"].get("guidance_channels") or self.shape[0]
         mixed = without + np.float32(scale) * (cond - without)
@@ -123,6 +146,7 @@ class Bundle:
         sampler: str | None = None,
         seed: int = 0,
         noise: Array | None = None,
+        cache: dict[str, Any] | bool | None = None,
     ) -> Array:
         """Samples (B, C, H, W) float32, one for each label.
 
@@ -135,6 +159,8 @@ class Bundle:
             sampler: one of `SAMPLERS`.
             seed: of the noise, 0..2**63 - 1.
             noise: standard normal noise to start from instead.
+            cache: at which evaluations blocks are skipped: ``{"every": n, "warm": w, "order": m}``,
+                False for none; True or None is as the bundle was exported.
 
         Raises:
             BundleError: a label, sampler, number or shape that does not fit the bundle.
@@ -150,7 +176,8 @@ class Bundle:
                 f"guidance {scale} needs a null class, which this model has not; use --guidance 1"
             )
         x = self._start(len(ids), seed, noise)
-        field = lambda x, t: self.guided(x, t, ids, scale)  # noqa: E731
+        carried = self._carried(cache)
+        field = lambda x, t: self.guided(x, t, ids, scale, carried)  # noqa: E731
         with np.errstate(over="ignore", invalid="ignore"):  # said below
             for i in range(count):
                 x = _step(field, x, i / count, 1 / count, name)
@@ -160,13 +187,25 @@ class Bundle:
             )
         return x
 
+    def _carried(self, cache: dict[str, Any] | bool | None) -> Carried | None:
+        own: dict[str, Any] | None = self.facts["sampler"].get("cache")
+        if cache is False or (cache is None and own is None):
+            return None
+        if self._light is None:
+            raise BundleError(
+                f"{self.folder}: was exported without a cache; export it with cache='newton'"
+            )
+        asked = cache if isinstance(cache, dict) else own or {}
+        _check_cache(asked, "")
+        return Carried(**{name: asked[name] for name in CACHE if name in asked})
+
     def images(self, samples: Array) -> Array:
         """Pixels (B, H, W, c) uint8 of samples, through the decoder if the bundle has one.
 
         Raises:
             BundleError: the samples are latents and there is no decoder.
         """
-        x = samples if self._decoder is None else self._run(self._decoder, {"x": samples})
+        x = samples if self._decoder is None else self._run(self._decoder, {"x": samples})[0]
         channels = x.shape[1] if x.ndim == 4 else "no"
         if channels not in (1, 3):
             say = f"samples have {channels} channels, a picture has 1 or 3"
@@ -225,15 +264,19 @@ class Bundle:
             raise BundleError(f"{self.folder / name}: takes {found}, expected {inputs}")
         return session
 
-    def _run(self, session: Any, feed: dict[str, Array]) -> Array:
+    def _run(self, session: Any, feed: dict[str, Array], count: int = 1) -> list[Array]:
+        """The first outputs of a graph."""
+        names = [output.name for output in session.get_outputs()][:count]
         try:
-            out = session.run(None, feed)[0]
+            out = session.run(names, feed)
         except Exception as error:
             why = refusal(error) or f"onnxruntime cannot run it ({error})"
             raise BundleError(f"{self.folder}: {why}") from error
-        if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
+        if len(out) < count or not all(
+            isinstance(x, np.ndarray) and x.dtype.kind == "f" for x in out
+        ):
             raise BundleError(f"{self.folder}: the graph gives no tensor of real numbers")
-        return out
+        return list(out)
 
     def _labels(self, labels: Sequence[int]) -> Array:
         if not 1 <= len(labels) <= MOST:
@@ -258,6 +301,41 @@ class Bundle:
             got = f"{noise.dtype} {noise.shape}"
             raise BundleError(f"noise must have shape {shape} and finite numbers, got {got}")
         return noise.astype(np.float32)
+
+
+class Carried:
+    """What the blocks of a network add, carried on from the evaluations that computed it by the
+    polynomial through the last of them, in time; see `effformer.cache.NewtonForecast`.
+
+    Args:
+        every: every n-th evaluation is computed.
+        warm: evaluations that are computed at the start.
+        order: degree of the polynomial.
+    """
+
+    def __init__(self, every: int = 3, warm: int = 3, order: int = 2) -> None:
+        self.every, self.warm, self.order = every, warm, order
+        self.evaluations = self.skipped = 0
+        self._points: list[tuple[float, Array]] = []
+
+    def next(self, t: float) -> Array | None:
+        """The change at the time of the next evaluation; None if it is computed."""
+        k, self.evaluations = self.evaluations, self.evaluations + 1
+        if k < self.warm or (k - self.warm) % self.every == 0 or not self._points:
+            return None
+        self.skipped += 1
+        total = np.zeros_like(self._points[0][1])
+        for j, (here, value) in enumerate(self._points):
+            weight = 1.0
+            for i, (there, _) in enumerate(self._points):
+                weight *= 1.0 if i == j else (t - there) / (here - there)
+            total = total + np.float32(weight) * value
+        return total
+
+    def learn(self, t: float, change: Array) -> None:
+        """Take what an evaluation computed."""
+        kept = [(time, value) for time, value in self._points if time != t]
+        self._points = [*kept, (t, change)][-self.order - 1 :]
 
 
 def refusal(error: Exception) -> str:
@@ -321,7 +399,8 @@ def _check_facts(facts: dict[str, Any], at: str) -> None:
     if drawn:
         _fields(test, f"{at}self_test.", sample=dict)
     files = [record.get("file") for record in (test, *drawn)]
-    for path in (graphs.get("velocity"), *decoder, *files):
+    light = [] if graphs.get("light") is None else [graphs["light"]]
+    for path in (graphs.get("velocity"), *light, *decoder, *files):
         if not isinstance(path, str) or path not in facts["files"]:
             raise BundleError(f"{at}{reprlib.repr(path)} is not one of the files of the bundle")
     if len(facts["shape"]) != 3 or len(facts["value_range"]) != 2:
@@ -334,6 +413,9 @@ def _check_facts(facts: dict[str, Any], at: str) -> None:
     classes, null = _number(facts["num_classes"], 1, 2**31, f"{at}num_classes"), facts["null_label"]
     _number(0 if null is None else null, 0, 2**31, f"{at}null_label")
     _check_sampler(own, at)
+    if own.get("cache") is not None:
+        _fields(own, f"{at}sampler.", cache=dict)
+        _check_cache(own["cache"], f"{at}sampler.")
     guided = own.get("guidance_channels")
     _number(1 if guided is None else guided, 1, facts["shape"][0], f"{at}guidance_channels")
     _number(test.get("t"), 0, 1, f"{at}self_test.t", real=True)
@@ -367,6 +449,16 @@ def _check_sampler(options: dict[str, Any], at: str = "") -> None:
     name, known = options.get("name"), ", ".join(SAMPLERS)
     if not isinstance(name, str) or name not in SAMPLERS:
         raise BundleError(f"{at}unknown sampler {reprlib.repr(name)}; choices: {known}")
+
+
+def _check_cache(cache: dict[str, Any], at: str) -> None:
+    if unknown := [name for name in cache if name not in (*CACHE, "name", "over")]:
+        say = f"{at}cache has no {reprlib.repr(unknown[0])}"
+        raise BundleError(f"{say}; choices: {', '.join(CACHE)}")
+    if cache.get("over", "stack") != "stack":
+        raise BundleError(f"{at}cache: over must be 'stack', for a bundle skips all blocks at once")
+    for name, (low, high) in CACHE.items():
+        _number(cache.get(name, low), low, high, f"{at}cache: {name}")
 
 
 def _number(value: Any, low: float, high: float, what: str, *, real: bool = False) -> Any:
@@ -405,119 +497,6 @@ def _read_array(path: Path, shape: tuple[int, ...]) -> Array:
     if not fits or not np.isfinite(found).all():
         raise BundleError(f"{path}: does not hold finite numbers of shape {shape}")
     return np.array(found)
-
-
-def write_image(
-    path: str | Path, pixels: Array, zoom: int | None = None, *, force: bool = False
-) -> None:
-    """Write pictures (B, H, W, c) uint8, c = 1 or 3, as one grid into a PNG file.
-
-    Args:
-        path: the file, see `write_file`.
-        pixels: the pictures.
-        zoom: every pixel becomes a square of this side; None makes the pictures at least 64 pixels
-            wide.
-        force: replace any file.
-
-    Raises:
-        BundleError: the place cannot be written, or holds something else.
-    """
-    count, height, width, channels = pixels.shape
-    side = zoom or max(1, 64 // width)
-    tiles = pixels.repeat(side, axis=1).repeat(side, axis=2)
-    height, width = height * side, width * side
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    grid = np.full(
-        (rows * (height + 2) + 2, columns * (width + 2) + 2, channels), 255, dtype=np.uint8
-    )
-    for i, tile in enumerate(tiles):
-        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
-        grid[top : top + height, left : left + width] = tile
-    lines = np.concatenate(
-        [np.zeros((len(grid), 1), np.uint8), grid.reshape(len(grid), -1)], axis=1
-    )
-    kind = 0 if channels == 1 else 2
-    header = struct.pack(">IIBBBBB", grid.shape[1], grid.shape[0], 8, kind, 0, 0, 0)
-    picture = zlib.compress(lines.tobytes(), 9)
-    words = b"Software\0" + MARK
-    chunks = ((b"IHDR", header), (b"tEXt", words), (b"IDAT", picture), (b"IEND", b""))
-    body = b"".join(
-        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-        for tag, data in chunks
-    )
-    write_file(path, b"\x89PNG\r\n\x1a\n" + body, force=force)
-
-
-def write_samples(path: str | Path, samples: Array, *, force: bool = False) -> None:
-    """Write samples as an .npy file, behind whose numbers `MARK` stands; see `write_file`.
-
-    Raises:
-        BundleError: the place cannot be written, or holds something else.
-    """
-    buffer = io.BytesIO()
-    np.save(buffer, samples, allow_pickle=False)
-    write_file(path, buffer.getvalue() + MARK, force=force)
-
-
-def write_file(path: str | Path, data: bytes, *, force: bool = False) -> None:
-    """Write a file that appears complete or not at all, for a runner that has no effformer.
-
-    Args:
-        path: the place: new, or earlier samples; a link to a regular file is written through.
-        data: the content.
-        force: replace any regular file.
-
-    Raises:
-        BundleError: the place cannot be written, or holds something else.
-    """
-    target = check_place(path, force=force)
-    for left in target.parent.glob(".effformer-*.part"):  # by a process that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
-    temporary = target.with_name(f".effformer-{os.getpid()}-{os.urandom(4).hex()}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        os.replace(temporary, target)
-    except OSError as error:
-        full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise BundleError(f"{path}: cannot be written ({full}); choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def check_place(path: str | Path, *, force: bool = False) -> Path:
-    """The file that `write_file` writes for a path.
-
-    Raises:
-        BundleError: a folder, a device, a link to nowhere or in a circle, or a file of others.
-    """
-    target, why = Path(os.path.realpath(path)), ""
-    try:
-        if os.path.islink(path) and not target.exists():
-            why = "is a symbolic link to nowhere or in a circle"
-        elif target.exists() and not target.is_file():
-            why = "is a folder or a device"
-        elif not target.parent.is_dir():
-            why = "lies in no folder"
-        elif target.exists() and not force:
-            with target.open("rb") as file:
-                ends = file.read(4096)
-                file.seek(max(file.tell(), target.stat().st_size - 4096))
-                if MARK not in ends + file.read():
-                    why = "holds something else than samples; add --force to replace it"
-    except OSError as error:
-        why = f"cannot be written ({error.strerror})"
-    if why:
-        raise BundleError(f"{path}: {why}, or choose another place")
-    return target
 
 
 def _save(path: Path, bundle: Bundle, samples: Array, *, force: bool = False) -> None:
@@ -562,6 +541,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--steps", type=int, help="number of steps")
     add("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
     add("--sampler", help=", ".join(SAMPLERS))
+    add("--no-cache", action="store_true", help="compute all blocks at every step")
     add("--seed", type=int, default=0, help="of the noise")
     add("--threads", type=int, help="threads of onnxruntime")
     add("--self-test", action="store_true", help="compare with the recorded velocity and stop")
@@ -581,6 +561,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
             return 0
         options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
+        options["cache"] = False if given.no_cache else None
         _save(given.out, bundle, bundle.sample(labels, **options), force=given.force)
     except BundleError as error:
         said = " ".join(str(error).split())

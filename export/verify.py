@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from effformer.arguments import checked
 from effformer.calls import Call, Inputs, evaluating
+from effformer.notebook import Shown
 from effformer.values import Positive, Threads, Times
 from effformer.wrapped import unwrapping
 
@@ -74,7 +75,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
+class VerifyReport(Shown):
     """What was compared, and how well it agrees.
 
     Attributes:

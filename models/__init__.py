@@ -24,6 +24,7 @@ from .macaron_bert import MacaronBert
 from .mmdit import MMDiT
 from .predformer import PredFormer
 from .relactrl import RelaCtrl
+from .sana import SANA
 from .sit import SiT
 from .starflow import STARFlow
 from .tarflow import TarFlow
@@ -32,6 +33,7 @@ from .twostream import JointDiT
 from .vit import ViT
 
 __all__ = [
+    "SANA",
     "Bert",
     "DiT",
     "DyDiT",

@@ -14,6 +14,7 @@ from effformer import registry
 from effformer.config import Config
 from effformer.context import Callee
 from effformer.layout import Layout
+from effformer.notebook import fragment, model_tree
 
 __all__ = ["Model", "Preset", "register_presets"]
 
@@ -112,6 +113,9 @@ class Model(Callee, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.name!r}"
+
+    def _repr_html_(self) -> str:
+        return fragment(model_tree(self, self.name))
 
 
 def _tell(model: nn.Module, state: Mapping[str, Any], prefix: str, facts: dict[str, Any]) -> None:

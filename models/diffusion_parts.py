@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from effformer.blocks import AdaLNZero, BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
@@ -20,7 +19,8 @@ from effformer.config import Config, part
 from effformer.context import Context, Ledger, Rope, Tap, explained
 from effformer.nn.embeddings import LabelEmbedding, TimeEmbedding, is_formula, sincos_2d
 from effformer.nn.init import xavier_linears
-from effformer.nn.norms import Modulation, branch_norm, modulate
+from effformer.nn.lengths import is_fixed
+from effformer.nn.norms import Modulation, SharedModulation, branch_norm, modulate
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
 from effformer.values import Chance, Count, Positive
@@ -38,7 +38,7 @@ class LatentConfig(BackboneConfig):
     """Knobs that the families share, beside `BackboneConfig`.
 
     Attributes:
-        input_size: side of the square input; fixes the stored position table.
+        input_size: side of the square input, or (height, width); fixes the stored position table.
         channels: input channels.
         patch: patch side.
         num_classes: number of classes; id ``num_classes`` is the null class.
@@ -50,7 +50,7 @@ class LatentConfig(BackboneConfig):
     """
 
     block: Config = part("block", AdaLNZero.Config())
-    input_size: Count = 32
+    input_size: Count | tuple[Count, Count] = 32
     channels: Count = 4
     patch: Count = 2
     num_classes: Count = 1000
@@ -61,8 +61,8 @@ class LatentConfig(BackboneConfig):
     ffn_norm_eps: Positive = 1e-6
 
     def check(self) -> None:
-        if self.input_size % self.patch:
-            fit = [p for p in range(1, self.input_size + 1) if not self.input_size % p]
+        if any(side % self.patch for side in self.size):
+            fit = [p for p in range(1, min(self.size) + 1) if not any(n % p for n in self.size)]
             raise ValueError(
                 f"input_size {self.input_size} is not divisible by patch {self.patch}; "
                 f"patches that fit: {', '.join(map(str, fit[:8]))}"
@@ -71,10 +71,16 @@ class LatentConfig(BackboneConfig):
             raise ValueError(f"dim must be divisible by 4 for 2-D positions, got {self.dim}")
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        size = self.input_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of the stored table."""
-        side = self.input_size // self.patch
-        return side, side
+        height, width = self.size
+        return height // self.patch, width // self.patch
 
     @property
     def out_channels(self) -> int:
@@ -93,11 +99,18 @@ class FinalLayer(nn.Module):
 
     ROLES: ClassVar[Mapping[str, str]] = {"modulation": "adaln_final", "": "final_linear"}
 
-    def __init__(self, site: Site, patch: int, channels: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        patch: int,
+        channels: int,
+        *,
+        by: type[Modulation] | type[SharedModulation] = Modulation,
+    ) -> None:
         super().__init__()
         assert site.cond_dim is not None
         self.norm = branch_norm(site)
-        self.modulation = Modulation(site.cond_dim, site.dim, 2)
+        self.modulation = by(site.cond_dim, site.dim, 2)
         self.linear = nn.Linear(site.dim, patch * patch * channels)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -131,7 +144,7 @@ def positions_of(table: Tensor, grid: tuple[int, int], config: LatentConfig) -> 
     if config.positions == "learned":
         return table
     # a graph for every grid carries the formula, and `latent_axes` says whether that is the table
-    every = torch.compiler.is_exporting() and not all(map(has_static_value, grid))
+    every = torch.compiler.is_exporting() and not all(map(is_fixed, grid))
     if every or grid != config.grid:
         return sincos_2d(*grid, config.dim).to(table)
     return table
@@ -157,7 +170,7 @@ def reset_parameters(
     for table in tables:
         nn.init.normal_(table.weight, std=0.02)
     for module in model.modules():
-        if isinstance(module, Modulation):
+        if isinstance(module, (Modulation, SharedModulation)):
             module.reset_parameters()
     nn.init.zeros_(final.linear.weight)
     nn.init.zeros_(final.linear.bias)
@@ -170,9 +183,10 @@ def check_inputs(config: LatentConfig, x: Tensor, t: Tensor, y: Tensor, *, where
         ValueError: a shape does not fit.
         TypeError: latents are not floating point, or labels are not integers.
     """
-    size = config.input_size if config.positions == "learned" else None
-    shown = f"(B, {config.channels}, {size or 'H'}, {size or 'W'})"
-    check_shape(x, shown, (None, config.channels, size, size), where=f"{where}: x")
+    fixed = config.positions == "learned"
+    height, width = config.size if fixed else (None, None)
+    shown = f"(B, {config.channels}, {height or 'H'}, {width or 'W'})"
+    check_shape(x, shown, (None, config.channels, height, width), where=f"{where}: x")
     check_shape(t, "(B,)", (x.shape[0],), where=f"{where}: t")
     check_shape(y, "(B,)", (x.shape[0],), where=f"{where}: y")
     if not x.is_floating_point():
@@ -200,8 +214,8 @@ def latent_inputs(
         steps: time counts steps 0..steps - 1; None means that it lies in [0, 1].
         generator: source of randomness.
     """
-    size, device, rng = config.input_size, like.device, generator
-    shape = (batch, config.channels, size, size)
+    device, rng = like.device, generator
+    shape = (batch, config.channels, *config.size)
     x = torch.randn(shape, dtype=like.dtype, device=device, generator=rng)
     if steps is None:
         t = torch.rand(batch, dtype=like.dtype, device=device, generator=rng)

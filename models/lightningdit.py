@@ -65,7 +65,7 @@ class LightningDiT(LatentTransformer):
         """
 
         ffn: BaseConfig = part("ffn", SwiGLU.Config())
-        input_size: Count = 16
+        input_size: Count | tuple[Count, Count] = 16
         channels: Count = 32
         patch: Count = 1
         learn_sigma: bool = False

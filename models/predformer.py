@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from effformer.attention import Attention, Mixer
 from effformer.blocks import BackboneConfig, Branch, Gated, Needs, build_stack
@@ -24,6 +23,7 @@ from effformer.ffn import SwiGLU
 from effformer.layout import Layout
 from effformer.nn.embeddings import is_formula, sincos_1d
 from effformer.nn.init import truncated_normal_linears
+from effformer.nn.lengths import is_fixed
 from effformer.nn.norms import make_norm
 from effformer.nn.patch import PatchEmbed, unpatchify
 from effformer.site import NormRule, Site
@@ -180,7 +180,7 @@ class PredFormer(Model):
         """Tokens with positions, frame after frame: (B, T, C, H, W) to (B, T N, D)."""
         h = self.patch_embed(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1])).flatten(1, 2)
         # a graph for every size carries the formula, and `dynamic_axes` says whether that is the table
-        every = torch.compiler.is_exporting() and not has_static_value(h.shape[1])
+        every = torch.compiler.is_exporting() and not is_fixed(h.shape[1])
         if every or h.shape[1] != self.positions.shape[0]:
             return h + _positions(h.shape[1], h.shape[2]).to(h)
         return h + self.positions

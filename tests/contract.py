@@ -1,49 +1,40 @@
-"""What the contract tests share: every registered part, built at a small size."""
+"""What the contract tests share: the registered parts, and how one is built at a small size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from effformer import registry
-from effformer.attention import Mixer
-from effformer.blocks.stack import with_causal
 from effformer.build import list_attention
 from effformer.config import Config, resolve
-from effformer.context import Context
-from effformer.nn.lif import LIF
 from effformer.registry import Caps
-from effformer.site import Site
+from effformer.testing.subjects import (
+    BLOCK_OPTIONS,
+    CONDS,
+    DIM,
+    HEADS,
+    OPTIONS,
+    TwoStreams,
+    context_for,
+    is_dynamic,
+    macs_of,
+    make_block,
+    make_ffn,
+    make_mixer,
+    spikes,
+    tokens,
+    unrolled,
+)
 
-DIM, HEADS = 24, 3
+__all__ = [
+    "BLOCKS", "BLOCK_FORMS", "BLOCK_OPTIONS", "CONDS", "DIM", "FFNS", "HEADS", "JOINT", "MIXERS", "OPTIONS", "TwoStreams",
+    "caps_of", "context_for", "default_config", "is_dynamic", "macs_of", "make_block", "make_ffn", "make_mixer", "mixers",
+    "mixers_without", "spikes", "tokens", "unrolled",
+]  # fmt: skip
+
 MIXERS = [name for name in list_attention() if name != "multihead"]
 FFNS = registry.ffn.names()
 BLOCKS = registry.block.names()
 JOINT = registry.block.names(joint=True)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "gated-delta": {"direction": "both-exclusive"},  # the others keep the default
-    "gla": {"direction": "both-exclusive"},
-    "linformer": {"tokens": 130, "projected": 5},
-    "longformer": {"window": 4, "global_tokens": 1},
-    "moe": {"experts": 3},
-    "nystrom": {"landmarks": 4, "conv": 3},
-    "performer": {"eps": 1e-8},  # its scale takes no gradient, and cancels but for eps
-    "reformer": {"chunk": 3, "rounds": 2, "buckets": 4},
-    "spiking-conv-channel": {"lif": {"threshold": 0.05}},
-    "spiking-lmu": {"normed": False, "lif": {"threshold": 0.05}},
-    "tdsm": {"segments": 1, "tokens": 11},
-    "topk": {"keep": 3},
-}
-"""Options that let a mechanism work on the few tokens of a test, or that a part shares with others
-which are tested without."""
-
-
-BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
-    "spiking-lmu": {"attn_lif": {"threshold": 0.05}, "ffn_lif": {"threshold": 0.05}},
-}
+BLOCK_FORMS = [(n, c) for n in BLOCKS for c in CONDS[registry.block.get(n).caps.cond]]
 
 
 def caps_of(name: str) -> Caps:
@@ -59,151 +50,5 @@ def mixers_without(**caps: object) -> list[str]:
     return [name for name in MIXERS if not caps_of(name).satisfies(**caps)]
 
 
-def make_mixer(
-    name: str,
-    *,
-    causal: bool | None = None,
-    options: Mapping[str, Any] | None = None,
-    **site: Any,
-) -> nn.Module:
-    """A mixer by name; causal None means the part's own default form."""
-    config = resolve("attention", {"name": name, **OPTIONS.get(name, {}), **(options or {})})
-    if causal:
-        config = with_causal(config, True)
-    return _random(config.build(Site(**{"dim": DIM, "heads": HEADS, **site})))
-
-
-def make_ffn(name: str) -> nn.Module:
-    entry = registry.ffn.get(name)
-    config = resolve("ffn", {"name": name, **OPTIONS.get(name, {})})
-    time_dim = DIM if entry.caps.time else None
-    return _random(entry.build(config, Site(dim=DIM, time_dim=time_dim)))
-
-
-def make_block(
-    name: str,
-    *,
-    cond: bool,
-    width: str | None = None,
-    tokens: str | None = None,
-    attn: str = "softmax",
-    ffn: str = "mlp",
-    causal: bool = False,
-    cross: str | None = None,
-) -> nn.Module:
-    """A block by name, with parts in its slots; a conditioned one has a time embedding, too. With
-    ``cross`` it has a branch to a memory of the tokens' width.
-    """
-    entry = registry.block.get(name)
-    config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {})})
-    there = DIM if cond else None
-    memory = None if cross is None else DIM
-    depth = 2 if entry.caps.joint else 1  # the second stream may end in the last block
-    site = Site(
-        dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, memory_dim=memory,
-        depth=depth,
-    )  # fmt: skip
-    parts = {
-        "attn": resolve("attention", {"name": attn, **OPTIONS.get(attn, {})}),
-        "ffn": resolve("ffn", {"name": ffn, **OPTIONS.get(ffn, {})}),
-    }
-    if causal:
-        parts["attn"] = with_causal(parts["attn"], True)
-    if cross is not None:
-        parts["cross"] = resolve("attention", cross)
-    block = entry.build(config, site, **parts)
-    slots = {"width": width, "tokens": tokens}
-    block.attach(**{k: resolve(k, v) for k, v in slots.items() if v is not None})
-    return _random(TwoStreams(block) if entry.caps.joint else block)
-
-
-class TwoStreams(nn.Module):
-    """A block of two streams seen as one of a single stream, whose first tokens are the second."""
-
-    FIRST = 2
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block, self.site, self.caps = block, block.site, block.caps
-
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        first = self.FIRST
-        if not torch.compiler.is_compiling() and x.shape[1] <= first:
-            raise ValueError(f"two streams need more than {first} tokens, got {x.shape[1]}")
-        return torch.cat(self.block(x[:, first:], x[:, :first], ctx, ctx)[::-1], dim=1)
-
-    def macs(self, n: int) -> int:
-        return self.block.macs(n - self.FIRST, self.FIRST)
-
-    @property
-    def width(self) -> nn.Module | None:
-        return self.block.x.width
-
-    @width.setter
-    def width(self, part: None) -> None:
-        self.block.x.width = self.block.y.width = part
-
-    @property
-    def tokens(self) -> nn.Module | None:
-        return self.block.x.tokens
-
-    @tokens.setter
-    def tokens(self, part: None) -> None:
-        self.block.x.tokens = self.block.y.tokens = part
-
-
 def default_config(kind: str, name: str) -> Config:
     return resolve(kind, name)
-
-
-def tokens(n: int = 11, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(batch, n, DIM, dtype=dtype)
-
-
-def context_for(part: nn.Module, x: Tensor, **fields: Any) -> Context:
-    """What a model would pass: conditioning for modulated blocks, a grid where one is needed."""
-    site: Site = part.site  # type: ignore[assignment]
-    caps: Caps = part.caps  # type: ignore[assignment]
-    if site.cond_dim is not None:
-        fields.setdefault("cond", torch.linspace(-1, 1, DIM, dtype=x.dtype).expand(x.shape[0], -1))
-    if site.time_dim is not None:
-        fields.setdefault("time", torch.linspace(1, -2, DIM, dtype=x.dtype).expand(x.shape[0], -1))
-    if caps.axes:
-        frames = (1,) if "t" in caps.axes else ()
-        fields.setdefault("grid", (*frames, 1, x.shape[1]))
-    return Context(**fields)
-
-
-def macs_of(part: nn.Module, n: int) -> int:
-    """Counted work of n tokens in the grid of `context_for`."""
-    if not isinstance(part, Mixer):
-        return part.macs(n)  # type: ignore[operator]
-    return part.macs(n, grid=context_for(part, tokens(n)).grid)
-
-
-def spikes(part: nn.Module) -> bool:
-    """The part fires: the gradient of a spike is a surrogate, no derivative."""
-    return any(isinstance(module, LIF) for module in part.modules())
-
-
-def unrolled(block: nn.Module) -> nn.Module:
-    """The block that has the slots: the body of an iterated one."""
-    return getattr(block, "body", block)
-
-
-def is_dynamic(part: nn.Module) -> bool:
-    """The part skips work in evaluation, and runs densely in training."""
-    slots = [getattr(unrolled(part), name, None) for name in ("width", "tokens")]
-    parts = [part, *(slot for slot in slots if slot is not None)]
-    return any(p.caps.dynamic for p in parts)  # type: ignore[union-attr]
-
-
-def _random(module: nn.Module) -> nn.Module:
-    """Weights away from zero, so that gates are open and every path matters. They depend on the
-    part alone, not on those that were built before it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.normal_(std=0.2, generator=generator)
-    return module.eval()

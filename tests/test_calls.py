@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import compatibility
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from effformer.blocks import Block
 from effformer.calls import accepted, bind, evaluating, match, outputs, run, takes
 from effformer.checks import CapabilityError, RunError, is_refusal
 from effformer.context import Context, Ledger
+from effformer.testing import matrix
 
 
 class Two(nn.Module):
@@ -218,16 +218,14 @@ def test_a_module_gets_what_it_takes_and_x_first() -> None:
         match(Two(), {"tokens": A}, where="here")
 
 
-COLUMNS = [
-    column for family in compatibility.families() for column in compatibility.columns(family)
-]
+COLUMNS = [column for family in matrix.families() for column in matrix.columns(family)]
 DYNAMIC = [
     pytest.param(column, slot, name, id=f"{column.title}-{slot}-{name}".replace(", ", "-"))
     for column in COLUMNS
-    for slot, kind in compatibility.slots(column).items()
+    for slot, kind in matrix.slots(column).items()
     if slot in ("width", "tokens")
-    for name in compatibility.names(kind)
-    if isinstance(compatibility.fit(column.preset, column.title, slot, name), compatibility.Built)
+    for name in matrix.names(kind)
+    if isinstance(matrix.fit(column.preset, column.title, slot, name), matrix.Built)
 ]
 
 
@@ -238,7 +236,7 @@ def _complete(args: tuple[Any, ...]) -> list[bool]:
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.title.replace(", ", "-"))
 @torch.no_grad()
-def test_every_model_of_blocks_runs_complete(column: compatibility.Column) -> None:
+def test_every_model_of_blocks_runs_complete(column: matrix.Column) -> None:
     torch.manual_seed(0)
     model = effformer.build_model(column.preset, **column.changes).eval()
     if not any(isinstance(m, Block) for m in model.modules()):
@@ -257,17 +255,17 @@ def test_every_model_of_blocks_runs_complete(column: compatibility.Column) -> No
 
 @pytest.mark.parametrize(("column", "slot", "name"), DYNAMIC)
 @torch.no_grad()
-def test_complete_is_the_dense_function(column: compatibility.Column, slot: str, name: str) -> None:
-    found = compatibility.fit(column.preset, column.title, slot, name)
-    assert isinstance(found, compatibility.Built)
+def test_complete_is_the_dense_function(column: matrix.Column, slot: str, name: str) -> None:
+    found = matrix.fit(column.preset, column.title, slot, name)
+    assert isinstance(found, matrix.Built)
     torch.manual_seed(0)
-    model: Any = compatibility.build(column, slot, name, found.options).eval()
+    model: Any = matrix.build(column, slot, name, found.options).eval()
     for path, p in model.named_parameters():
         if ".gates." in path:  # some open, some closed
             p.normal_() if p.dim() > 1 else p.zero_()
         else:
             p.add_(torch.randn_like(p), alpha=0.05)
-    empty = dict.fromkeys({"width", "tokens"} & set(compatibility.slots(column)))
+    empty = dict.fromkeys({"width", "tokens"} & set(matrix.slots(column)))
     dense = effformer.build_model(column.preset, **column.changes, **empty).eval()
     kept = {k: v for k, v in model.state_dict().items() if k in dense.state_dict()}
     dense.load_state_dict(kept)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import compatibility
 import pytest
 import torch
 from closeness import assert_close
-from compatibility import Column, columns
 from effformer.export.inputs import graph_call, resized, resolve_axes, sizes
 from torch._dynamo.utils import counters
 
 from effformer.build import build_model
+from effformer.testing import matrix
+from effformer.testing.matrix import Column, columns
 
-EVERY = [column for family in compatibility.families() for column in columns(family)]
+EVERY = [column for family in matrix.families() for column in columns(family)]
 MOST_GRAPHS = 3
 """Graphs over all batches and sizes above 1, which torch sets apart."""
 

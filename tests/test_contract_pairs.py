@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from contract import DIM, MIXERS, caps_of
-from pairs import FIELDS, PAIRS, causal_rope, draw, part_of, rope_streaming
 from torch import Tensor
 
 from effformer.attention import Linear
@@ -17,22 +16,13 @@ from effformer.checks import CapabilityError
 from effformer.config import resolve
 from effformer.context import Context, Rope
 from effformer.registry import Caps
+from effformer.testing.pairs import FIELDS, PAIRS, able, causal_rope, draw, part_of, rope_streaming
 
-APART = {"causal": True, "mask": "key"}
 FACTS = {
     "cond", "dynamic", "cost", "front", "joint", "mixer_only", "multihead", "onnx", "order_free",
     "sequential", "time",
 }  # fmt: skip
 """Of blocks and slots, or about the part as such: no field of a mixer's context."""
-
-
-def able(caps: Caps, pair: tuple[str, str]) -> bool:
-    """It declares both; every cross-attention can be fed step by step."""
-    wanted = ["cross"] if pair == ("cross", "streaming") else list(pair)
-    return all(
-        bool(caps.axes) if cap == "axes" else caps.satisfies(**{cap: APART.get(cap, True)})
-        for cap in wanted
-    )
 
 
 def declare(pair: tuple[str, str]) -> list[str]:

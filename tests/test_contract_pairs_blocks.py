@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from contract import BLOCKS, JOINT, make_block
-from pairs import MASK, PACKING, PLACES, N, draw, other, same, tables, with_keys
 from torch import Tensor
 
 from effformer import registry
 from effformer.blocks import init_states
 from effformer.checks import CapabilityError
 from effformer.context import Context, Stream
+from effformer.testing.pairs import MASK, PACKING, PLACES, N, draw, other, same, tables, with_keys
 
 EXTRAS = ("plain", "cond", "rope", "width", "tokens", "cross", "cross-rope")
 CONDS = {"never": [False], "optional": [False, True], "always": [True]}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import json
 import os
 import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +55,9 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
+APART = ("families", "tutorials")  # lines that other tests run, and pages that run as notebooks
+PYTHON = [(p, code) for p in PAGES if p.parent.name not in APART for code in blocks(p, "python")]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,57 @@ def test_code_blocks_run(
         monkeypatch.setattr(kind, "_entries", dict(kind._entries))
         monkeypatch.setattr(kind, "_aliases", dict(kind._aliases))
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+def code_of(notebook: Path) -> list[str]:
+    """The cells that a kernel would run."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_tutorials_run(
+    notebook: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for kind in effformer.registry.KINDS.values():
+        assert list(kind)
+        monkeypatch.setattr(kind, "_entries", dict(kind._entries))
+        monkeypatch.setattr(kind, "_aliases", dict(kind._aliases))
+    known: dict[str, Any] = {"__name__": "__main__"}
+    for i, code in enumerate(code_of(notebook)):
+        exec(compile(code, f"{notebook.name}, cell {i}", "exec"), known)
+    reached = TAUGHT.get(notebook.stem)
+    if reached is not None:
+        assert eval(reached, known), reached
+    assert capsys.readouterr().out
+
+
+TAUGHT = {
+    "swap": "replaced < 0.5 and learnt > 0.85 and mixed > 0.85",
+    "pictures": "right > 0.8",
+    "publish": "not report.failed and len(failed) == 1 and 'causal-ignores-the-future' in failed[0]",
+    "edge": "report.ratio < 0.4 and samples.shape == (3, 1, 8, 8)",
+    "choose": "sizes['flow'][0] == sizes['flow'][1] and sizes['softmax'][1] == 8 * sizes['softmax'][0]",
+}
+"""What the text of a tutorial says, and its code has found."""
+
+
+def test_every_tutorial_is_a_notebook() -> None:
+    pages = {page.stem for page in (ROOT / "docs" / "tutorials").glob("*.md")}
+    assert {path.stem for path in NOTEBOOKS} == pages == {*TAUGHT}
+    assert all(len(code_of(path)) > 2 for path in NOTEBOOKS)
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = (p.relative_to(ROOT / "docs") for p in (ROOT / "docs").rglob("*.md"))
+    assert not [str(page) for page in pages if f" {page}\n" not in menu]
 
 
 def test_shell_blocks_name_real_verbs_and_options() -> None:
@@ -132,7 +187,7 @@ def test_changelog_has_this_version() -> None:
     assert re.search(rf"^## \[{re.escape(VERSION)}\]", text, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("tool", ["doclists.py", "zoo_page.py"])
+@pytest.mark.parametrize("tool", ["docpages.py", "doclists.py", "notebooks.py", "zoo_page.py"])
 def test_generated_pages_are_current(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ FOLDERS = {"effformer": ROOT / "effformer"} | {
     f"effformer.{name}": ROOT / name for name in ("models", "compress", "export")
 }
 BASE = {
-    "arguments", "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "places", "retired", "site", "values", "version",
+    "arguments", "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "notebook", "places", "retired", "site", "values", "version",
     "wrapped",
 }  # fmt: skip
 READ = {"loading", "pickled", "weights"}  # files of weights
@@ -25,7 +25,7 @@ PARTS = {"nn", "attention", "ffn", "blocks"}
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
     "__main__": {"cli"},
-    "": TOP | {"compress", "export", "flow", "models", "profile", "train"},
+    "": TOP | {"compress", "export", "flow", "models", "profile", "testing", "train"},
     "build": BASE,
     **{name: BASE | READ for name in READ},
     "io": BASE | READ,
@@ -34,12 +34,16 @@ ALLOWED: dict[str, set[str]] = {
     "ffn": BASE | {"nn"},
     "blocks": BASE | {"nn", "attention", "ffn"},
     "models": BASE | PARTS,
-    "flow": {"arguments", "wrapped", "checks", "registry", "config", "values"},
+    "flow": {"arguments", "notebook", "wrapped", "checks", "registry", "config", "values"},
     "profile": BASE,
+    "cache": BASE | PARTS | {"flow", "profile"},
     "train": TOP | {"flow", "profile", "nn"},
     "compress": TOP | PARTS | {"profile", "train"},
-    "export": TOP | PARTS | {"flow", "profile", "compress.quant"},
-    "cli": TOP | PARTS | {"models", "flow", "profile", "train", "compress", "export"},
+    "export": TOP | PARTS | {"cache", "flow", "profile", "compress.quant"},
+    "testing": TOP | PARTS | {"profile", "export"},
+    "cli": TOP
+    | PARTS
+    | {"models", "cache", "flow", "profile", "testing", "train", "compress", "export"},
 }
 
 

@@ -7,16 +7,25 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import compatibility
 import pytest
 import torch
-from compatibility import Built, Column, Refusal, columns, families, fit, names, slots
 from torch import Tensor, nn
 
 from effformer.blocks import Block, Branch
 from effformer.build import build_model
 from effformer.checks import CapabilityError
 from effformer.registry import model as models
+from effformer.testing.matrix import (
+    Built,
+    Column,
+    Refusal,
+    build,
+    columns,
+    families,
+    fit,
+    names,
+    slots,
+)
 
 FAMILIES = families()
 
@@ -55,7 +64,9 @@ def test_every_family_has_a_small_model(family: str) -> None:
 
 
 def test_a_family_without_a_small_model_is_told_what_to_add() -> None:
-    with pytest.raises(ValueError, match=r"register a preset 'sonnet-tiny' .* to SMALL in tools/"):
+    with pytest.raises(
+        ValueError, match=r"register a preset 'sonnet-tiny' .* to SMALL in effformer/"
+    ):
         columns("sonnet")
 
 
@@ -69,7 +80,7 @@ def test_a_part_runs_or_is_refused_at_build_time(column: Column, slot: str, name
                 "which is refused as well"
             )
         return
-    model = compatibility.build(column, slot, name, result.options)
+    model = build(column, slot, name, result.options)
     _learns(model, column)
 
 
@@ -105,7 +116,7 @@ def test_packed_rows_run_or_are_refused_with_choices(column: Column, slot: str) 
         result = fit(column.preset, column.title, slot, name)
         if not isinstance(result, Built):
             continue
-        model = _stirred(compatibility.build(column, slot, name, result.options)).eval()
+        model = _stirred(build(column, slot, name, result.options)).eval()
         inputs = _inputs(model, column)
         try:
             packed = model(**inputs, packed=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,33 @@ def test_package_list_is_the_tree() -> None:
             found.add(".".join(parts if source == "effformer" else ("effformer", *parts)))
     listed = PROJECT["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(found)
+
+
+SHIPPED = {"PIL": "pillow", "onnx_ir": "onnxscript", "yaml": "pyyaml"}
+"""Modules whose package has another name."""
+
+
+def needed() -> list[tuple[str, str, str | None]]:
+    """(file, module, extra) of everything that is imported where it is used."""
+    calls = []
+    for path in (path for name in SOURCES for path in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "need":
+                words = [ast.literal_eval(arg) for arg in node.args]
+                words += [ast.literal_eval(k.value) for k in node.keywords if k.arg == "extra"]
+                calls.append((str(path.relative_to(ROOT)), words[0], (*words[1:], None)[0]))
+    return calls
+
+
+def test_what_is_needed_is_installed_by_what_the_message_names() -> None:
+    project, found = PROJECT["project"], needed()
+    assert len(found) > 30
+    for file, module, extra in found:
+        top = module.partition(".")[0]
+        name = SHIPPED.get(top, top)
+        lists = project["optional-dependencies"]
+        listed = project["dependencies"] if extra is None else lists.get(extra, [])
+        assert any(re.match(rf"{name}\b", one) for one in listed), (file, module, extra)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,10 @@ REQUIRED = {
 }  # fmt: skip
 """Values of options without a default."""
 
-ONE_OF: dict[str, dict[str, Any]] = {"PruneScheme": {"keep": 0.5}}
+ONE_OF: dict[str, dict[str, Any]] = {
+    "PruneScheme": {"keep": 0.5},
+    "MixedScheme": {"schemes": {"*": "int8"}},
+}
 """Options of which one must be given."""
 
 HOSTILE: tuple[Any, ...] = (

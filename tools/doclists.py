@@ -37,6 +37,10 @@ TITLES = {
     "tokens": ("Token reductions", "Names for `tokens=`: on which tokens each block works."),
     "model": ("Models", "Names for `build_model`."),
     "loss": ("Flow losses", "Names for `Generation(loss=)` and `effformer train --loss`."),
+    "cache": (
+        "Caches",
+        "Names for `effformer.cache.cached` and `effformer sample --cache`: when blocks are not computed.",
+    ),
     "sampler": ("Samplers", "Solvers from noise to data."),
     "quantizer": ("Quantizers", "Schemes of `effformer.compress`."),
     "transform": (

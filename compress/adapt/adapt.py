@@ -16,6 +16,7 @@ from effformer.arguments import checked
 from effformer.calls import check_parts
 from effformer.checks import CapabilityError, FormatError
 from effformer.config import Config
+from effformer.notebook import Shown
 from effformer.values import Chance, Count, Positive, checker
 from effformer.wrapped import unwrapping
 
@@ -74,7 +75,7 @@ def _ends(path: str, name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptReport:
+class AdaptReport(Shown):
     """What `adapt` did.
 
     Attributes:

@@ -32,6 +32,7 @@ from effformer.config import Config
 from effformer.context import Ledger
 from effformer.ffn import ACM, FFNConfig
 from effformer.nn.learners import Gate, Learners
+from effformer.notebook import Shown
 from effformer.values import Count, NonNegative, Portion, Positive, checker
 from effformer.wrapped import unwrapped, unwrapping
 
@@ -71,7 +72,7 @@ class AdaptiveScheme(Config):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptiveReport:
+class AdaptiveReport(Shown):
     """What `acmize` did.
 
     Attributes:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from effformer.notebook import Shown
+
 from ..report import size_text
 
 __all__ = ["PruneReport", "PrunedPart"]
@@ -33,7 +35,7 @@ class PrunedPart:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PruneReport:
+class PruneReport(Shown):
     """What `prune` did.
 
     Attributes:

@@ -106,18 +106,23 @@ def opened(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         here = set(model.modules())
-        same = {new: old for old, new in before.items() if new in here and _dense(new)}
+        same = {new: old for old, new in before.items() if new in here and _untouched(new, old)}
         swap(model, same)
         dense = [m for m in model.modules() if _dense(m)]
         swap(model, {m: _closed(m) for m in dense})
 
 
 def _dense(module: nn.Module) -> bool:
-    """Opened, and nothing in it was replaced."""
+    """Opened, and what would no longer fit into the closed form was not replaced."""
     if isinstance(module, OpenAttention):
         layers = [module._modules.get(name) for name in _PROJECTIONS]
         return all(layer is None or type(layer) is nn.Linear for layer in layers)
     return type(module) is nn.Linear and hasattr(module, "conv1d")
+
+
+def _untouched(module: nn.Module, closed: nn.Module) -> bool:
+    """Opened, and no layer of it was replaced."""
+    return _dense(module) and getattr(module, "out_proj", None) is getattr(closed, "out_proj", None)
 
 
 def _closed(module: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from effformer.calls import Call
 
 from ..samples import Data
-from ..where import covers
 from .calibrate import Seen, Want, observe
 from .fold import Point, points
 from .linear import QuantEmbedding, QuantLinear
+from .mixed import Rule, decide
 from .schemes import Scheme
 from .smooth import Smoothed
+from .swap import carry
 
 __all__ = ["Packed", "Planned", "make_plan", "pack"]
 
@@ -52,6 +53,16 @@ class Planned:
         weight = self.dense.weight.detach()
         return weight if self.scale is None else weight * self.scale.to(weight)
 
+    def restored(self) -> Dense:
+        """The dense layer, with its weight times the factor that is folded into what makes its inputs."""
+        if self.scale is None:
+            return self.dense
+        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(self.weight, requires_grad=self.dense.weight.requires_grad)
+        layer.register_parameter("bias", self.dense.bias)  # type: ignore[arg-type]
+        carry(self.dense, layer)
+        return layer
+
     @property
     def label(self) -> str:
         """What the report calls the scheme."""
@@ -77,30 +88,24 @@ class Planned:
         return made
 
 
-def make_plan(
-    chosen: Mapping[str, Dense],
-    main: Scheme,
-    careful: Scheme,
-    sensitive: Collection[str],
-    backend: str,
-) -> dict[str, Planned]:
-    """Formats by path; layers that share a weight share its format.
+def make_plan(chosen: Mapping[str, Dense], rules: Sequence[Rule]) -> dict[str, Planned]:
+    """Formats by path; layers that share a weight share its format. Layers for which no rule has one
+    are left out.
 
     Args:
         chosen: layers by path.
-        main: scheme of most layers.
-        careful: scheme of those that the patterns ``sensitive`` cover; torch rounds and decodes them.
-        sensitive: the patterns.
-        backend: of the others.
+        rules: what becomes of which; the first that covers a layer, or one with the same weight, decides.
     """
     plan = {}
     for name, dense in chosen.items():
         tied = [n for n, other in chosen.items() if other.weight is dense.weight]
-        used = careful if any(covers(tuple(sensitive), n) for n in tied) else main
-        by = backend if used is main else "torch"
+        rule = decide(rules, tied)
+        if rule is None or rule.scheme is None:
+            continue
+        used = rule.scheme
         if any(isinstance(chosen[n], nn.Embedding) for n in tied):
             used = used.of_table()
-        plan[name] = Planned(name, dense, used, by, tied[0])
+        plan[name] = Planned(name, dense, used, rule.backend, tied[0])
     return plan
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -26,11 +27,15 @@ from ..where import Where, check, covers, patterns
 from .calibrate import attempt
 from .foreign import opened
 from .linear import PackedWeight, QuantEmbedding, QuantLinear
+from .mixed import Rule, decide, read_rules
 from .plan import Packed, Planned, make_plan, pack
 from .schemes import Scheme, make_scheme
 from .swap import irreplaceable, swap
 
-__all__ = ["SENSITIVE", "dequantize", "quantize", "quantize_"]
+__all__ = [
+    "SENSITIVE", "Done", "choose", "dequantize", "first_call", "float_outputs", "keep_record", "put_in", "quantize",
+    "quantize_",
+]  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
 Dense = nn.Linear | nn.Embedding
@@ -64,11 +69,12 @@ def quantize(
         model: any module.
         scheme: a name ("int8", "nf4", "gptq", ...: ``effformer list quantizers``), a dict with
             options ({"name": "int8", "block": 32}), or a Config. Schemes around another one name it
-            ({"name": "rotate", "scheme": "gptq"}).
+            ({"name": "rotate", "scheme": "gptq"}). Several by layer: a `MixedScheme`, written by hand or
+            chosen by `Sensitivity.budget`, or its options ({"schemes": {"*.ffn": "int4", "*": "int8"}}).
         where: glob patterns of module paths; a match covers everything below it ("blocks.*.ffn").
         skip: patterns of layers that stay in floating point.
-        sensitive: scheme of the layers in `SENSITIVE` if ``scheme`` has fewer than 8 bits; None
-            makes no exception.
+        sensitive: scheme of the layers in `SENSITIVE` if ``scheme`` is a single one of fewer than 8
+            bits; None makes no exception.
         backend: "torch", "bitsandbytes" (same bytes, its kernels) or "auto"; sensitive layers are
             always decoded by torch.
         data: calibration data of the schemes that look at the inputs of layers: named tensors whose
@@ -113,37 +119,67 @@ def quantize_(
 ) -> Report:
     """`quantize` in place; if it raises, the model is as it was."""
     check_parts(model, where="quantize")
-    main = make_scheme(scheme, where="quantize: scheme")
-    careful = main
-    if sensitive is not None and main.bits < 8:
-        careful = make_scheme(sensitive, where="quantize: sensitive")
+    rules, named = read_rules(scheme, sensitive=sensitive, careful=SENSITIVE, backend=backend)
     before = file_bytes(model.state_dict())
     call, reference = None, None
     if data is not None:
-        call, data = _first(model, data)
+        call, data = first_call(model, data)
         with evaluating(model):
             attempt(model, call, where="quantize: data: batch 0")
     if inputs is not None:
         call = bind(model, inputs, where="quantize")
     if call is not None:
-        reference = _run(model, call)
-    with opened(model):
-        chosen, kept = _choose(model, patterns(where), patterns(skip))
-        plan = make_plan(chosen, main, careful, SENSITIVE, backend)
-        packed = pack(model, plan, data, call)
-        layers = [_describe(name, plan[name], layer) for name, layer in packed.items()]
-        swap(model, {chosen[name]: layer for name, layer in packed.items()})
-    _record(model, packed)
+        reference = float_outputs(model, call)
+    done = put_in(model, rules, named, where, skip, data, call)
+    keep_record(model, done.packed)
     error = None
     if reference is not None and call is not None:
-        error = relative_error(_run(model, call), reference)
-    return Report(
-        layers=tuple(layers), kept=tuple(kept), output_error=error,
-        bytes_before=before, bytes_after=file_bytes(model.state_dict()),
-    )  # fmt: skip
+        error = relative_error(float_outputs(model, call), reference)
+    return done.report(before, file_bytes(model.state_dict()), error)
 
 
-def _first(model: nn.Module, data: Data) -> tuple[Call, Data]:
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Packed layers that stand in a model, which has no record of them yet.
+
+    Attributes:
+        plan: what became of which layer, by path.
+        packed: the layers.
+        kept: layers that stay.
+    """
+
+    plan: Mapping[str, Planned]
+    packed: Mapping[str, Packed]
+    kept: list[KeptLayer]
+
+    def report(self, before: int, after: int, error: float | None) -> Report:
+        """The report for these sizes of the file."""
+        layers = [_describe(name, self.plan[name], layer) for name, layer in self.packed.items()]
+        return Report(
+            layers=tuple(layers), kept=tuple(self.kept), output_error=error,
+            bytes_before=before, bytes_after=after,
+        )  # fmt: skip
+
+
+def put_in(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    named: Sequence[str],
+    where: Where,
+    skip: Where,
+    data: Data | None,
+    call: Call | None,
+) -> Done:
+    """Pack layers in place, see `choose` and `pack`; if it raises, the model is as it was."""
+    with opened(model):
+        chosen, kept = choose(model, patterns(where), patterns(skip), rules, named)
+        plan = make_plan(chosen, rules)
+        packed = pack(model, plan, data, call)
+        swap(model, {chosen[name]: layer for name, layer in packed.items()})
+    return Done(plan, packed, kept)
+
+
+def first_call(model: nn.Module, data: Data) -> tuple[Call, Data]:
     """The first batch as a call, and data that still hold it."""
     where = "quantize: data"
     if not isinstance(data, Iterator):
@@ -208,37 +244,58 @@ def _empty(model: nn.Module, layers: Sequence[str], scheme: Scheme) -> dict[nn.M
     return packed
 
 
-def _choose(
-    model: nn.Module, where: tuple[str, ...], skip: tuple[str, ...]
+def choose(
+    model: nn.Module,
+    where: tuple[str, ...],
+    skip: tuple[str, ...],
+    rules: Sequence[Rule],
+    named: Sequence[str] = (),
+    *,
+    verb: str = "quantize",
 ) -> tuple[dict[str, Dense], list[KeptLayer]]:
-    """Layers to pack by path, and the layers with weights that stay."""
+    """Layers to pack by path, and the layers with weights that stay.
+
+    Args:
+        model: the model, `opened`.
+        where: patterns of layers to pack.
+        skip: patterns of layers to leave.
+        rules: what becomes of which.
+        named: patterns in the scheme; like those of ``where`` and ``skip`` each must cover a layer.
+        verb: for messages.
+    """
     modules = {name: m for name, m in model.named_modules() if name}
     ready = {n: m for n, m in modules.items() if type(m) in _KINDS}
     able = {n: m for n, m in ready.items() if irreplaceable(m) is None}
     done = [n for n, m in modules.items() if isinstance(m, PackedWeight)]
     if not able and not done:
         raise ValueError(
-            f"quantize: {type(model).__name__} has no linear layer or embedding below it; "
+            f"{verb}: {type(model).__name__} has no linear layer or embedding below it; "
             "nothing to pack"
         )
     known, what = (*able, *done), "linear layer or embedding"
-    for option, given in (("where", where), ("skip", skip)):
-        check(given, modules, able=known, what=what, where=f"quantize: {option}")
-    if again := [n for n in done if covers(where, n) and not covers(skip, n)]:
+    for option, given in (("where", where), ("skip", skip), ("schemes", tuple(named))):
+        check(given, modules, able=known, what=what, where=f"{verb}: {option}")
+
+    def wanted(name: str) -> bool:
+        rule = decide(rules, [name])
+        return rule is not None and rule.scheme is not None and covers(where, name)
+
+    if again := [n for n in done if wanted(n) and not covers(skip, n)]:
         raise ValueError(
-            f"quantize: {again[0]!r} and {len(again) - 1} more are already quantized; "
+            f"{verb}: {again[0]!r} and {len(again) - 1} more are already quantized; "
             "leave them out with where= or skip=, or start from the dense model"
         )
-    chosen = {n: m for n, m in able.items() if covers(where, n) and not covers(skip, n)}
-    if not chosen:
-        raise ValueError(f"quantize: skip={list(skip)} leaves nothing of where={list(where)}")
-    return chosen, _kept(modules, chosen, able, skip)
+    chosen = {n: m for n, m in able.items() if wanted(n) and not covers(skip, n)}
+    if not chosen and any(rule.scheme is not None for rule in rules):
+        raise ValueError(f"{verb}: skip={list(skip)} leaves nothing of where={list(where)}")
+    return chosen, _kept(modules, chosen, able, where, skip)
 
 
 def _kept(
     modules: Mapping[str, nn.Module],
     chosen: Mapping[str, nn.Module],
     able: Mapping[str, nn.Module],
+    where: tuple[str, ...],
     skip: tuple[str, ...],
 ) -> list[KeptLayer]:
     """Every other layer that has a weight of two or more dimensions of its own."""
@@ -251,7 +308,8 @@ def _kept(
         if isinstance(module, PackedWeight):
             reason = f"already {module.scheme.name}"
         elif name in able:
-            reason = f"matches skip={list(skip)}" if covers(skip, name) else "outside where"
+            outside = "the scheme names none for it" if covers(where, name) else "outside where"
+            reason = f"matches skip={list(skip)}" if covers(skip, name) else outside
         elif type(module) in _KINDS:
             reason = irreplaceable(module) or ""
         else:
@@ -273,7 +331,8 @@ def _describe(name: str, one: Planned, packed: Packed) -> PackedLayer:
     )
 
 
-def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
+def keep_record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Write to ``model.transforms`` what is packed, from which loading repeats it."""
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, layer in packed.items():
         config = layer.scheme.config.to_dict()
@@ -282,9 +341,20 @@ def _record(model: nn.Module, packed: Mapping[str, Packed]) -> None:
         record(model, "quantize", {"scheme": config, "layers": names})
 
 
-def _run(model: nn.Module, call: Call) -> list[Tensor]:
+def float_outputs(model: nn.Module, call: Call, *, where: str | None = None) -> list[Tensor]:
+    """What a model returns for a call, in evaluation mode.
+
+    Args:
+        model: the model.
+        call: what it is given.
+        where: of calibration data: the verb, its argument and the batch, for messages.
+
+    Raises:
+        TypeError: nothing of it is a floating-point tensor.
+        ValueError: the call does not fit the model.
+    """
     with evaluating(model):
-        found = call.run(model)
+        found = call.run(model) if where is None else attempt(model, call, where=where)
     # copied: a model may return a buffer that its next call writes into
     if floats := [x.clone() for x in found if x.is_floating_point()]:
         return floats

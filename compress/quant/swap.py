@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-__all__ = ["carry", "hooked", "irreplaceable", "swap", "tampered"]
+__all__ = ["carry", "hooked", "irreplaceable", "place", "standing_in", "swap", "tampered"]
 
 _RUN = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
@@ -62,7 +63,28 @@ def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
     """Replace modules wherever they hang; a layer shared by two parents stays shared."""
     for old, layer in new.items():
         carry(old, layer)
-    for parent in (*model.modules(), *new.values()):
-        for key, child in list(parent._modules.items()):  # named_children() hides repetitions
-            if child in new:
-                setattr(parent, key, new[child])
+    place(model, new)
+
+
+def place(model: nn.Module, new: Mapping[Any, nn.Module]) -> list[tuple[dict[str, Any], str, Any]]:
+    """Put modules in the places of others as they are; where, and what stood there."""
+    places = [
+        (parent._modules, key, child)
+        for parent in (*model.modules(), *new.values())
+        for key, child in parent._modules.items()  # named_children() hides repetitions
+        if child in new
+    ]
+    for children, key, child in places:
+        children[key] = new[child]
+    return places
+
+
+@contextmanager
+def standing_in(model: nn.Module, new: Mapping[Any, nn.Module]) -> Iterator[None]:
+    """Other modules in the places of some for the time of the block; then the very same stand there."""
+    places = place(model, new)
+    try:
+        yield
+    finally:
+        for children, key, child in places:
+            children[key] = child

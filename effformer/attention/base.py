@@ -60,6 +60,8 @@ class Core(Callee, ABC):
             "inside": the core finds the tables in its context and turns its features.
         competes: queries compete for the keys, so that an output depends on all queries; over a
             memory the core then cannot serve tokens that must not see later ones.
+        counts_heads: no graph can be captured for an unknown number of heads, so that graphs switch
+            heads off by multiplying.
         ROLES: child -> part of a transformer, for the profiler; ``""``: everything else in it.
     """
 
@@ -67,6 +69,7 @@ class Core(Callee, ABC):
 
     rotates: str = "qk"
     competes: ClassVar[bool] = False
+    counts_heads: ClassVar[bool] = False
     forward: Callable[..., Tensor]
     init_state: Callable[..., Any]
     step: Callable[..., tuple[Tensor, Any]]

@@ -79,6 +79,7 @@ class Differential(Core):
         self.norm = nn.RMSNorm(width, eps=config.eps)
 
     rotates = "inside"
+    counts_heads = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
         mask = ctx.mask

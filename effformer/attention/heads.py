@@ -375,9 +375,10 @@ class Heads(Mixer):
         rows_q, rows_k = (spread(one, self.head_dim) for one in own[:2])
         rows_v = spread(own[2], self.value_dim)
         small = twin(self)
-        small.heads = len(units)
-        small.q_heads, small.k_heads, small.v_heads = map(len, own)
-        small.site = replace(self.site, heads=len(units))
+        small.heads = units.shape[0]
+        small.q_heads, small.k_heads, small.v_heads = (one.shape[0] for one in own)
+        if isinstance(small.heads, int):  # in a graph it is a number that nobody knows
+            small.site = replace(self.site, heads=small.heads)
         if self.cross:
             small.q = cut_linear(self.q, rows=rows_q)  # type: ignore[arg-type]
             small.kv = cut_linear(self.kv, rows=torch.cat([rows_k, rows_v + k]))

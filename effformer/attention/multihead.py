@@ -220,6 +220,12 @@ class Attention(Heads):
     def _core_macs(self, n: int, m: int) -> int:
         return self.core.macs(n, m, heads=self.heads, head_dim=self.head_dim)
 
+    @property
+    def counts_units(self) -> bool:
+        """No graph can be captured for an unknown number of heads."""
+        own = self.output is not None or self.config.short_conv or len(self.inputs)
+        return bool(own) or self.core.counts_heads
+
     def select(self, units: Tensor) -> Attention:
         """The attention with some of its heads.
 

@@ -78,6 +78,8 @@ class Nystrom(Core):
             if self.causal:
                 raise ValueError("nystrom: has no causal form; use softmax, flow or linear")
 
+    counts_heads = True
+
     def __init__(self, config: Nystrom.Config, site: Site) -> None:
         super().__init__(config, site)
         if config.conv is not None:

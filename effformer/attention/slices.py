@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 
 from effformer.context import Context, Rope
+from effformer.nn.lengths import is_fixed
 
 __all__ = [
     "Rows",
@@ -41,7 +41,7 @@ def known_length(x: Tensor) -> bool:
     A form for unknown lengths must never have one chunk alone: tracers take a length of 1 for a
     constant. So it pads to one chunk more than it needs.
     """
-    return not torch.compiler.is_compiling() or has_static_value(x.shape[2])
+    return not torch.compiler.is_compiling() or is_fixed(x.shape[2])
 
 
 def chunk_count(x: Tensor, chunk: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effformer.site import Layer, Needs
 
-from .adaln import AdaLNZero
+from .adaln import AdaLNSingle, AdaLNZero
 from .base import Block, Branch, init_states
 from .dynamic import DynamicTokens, DynamicWidth
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
@@ -29,6 +29,7 @@ from .stack import (
 from .tome import ToMe
 
 __all__ = [
+    "AdaLNSingle",
     "AdaLNZero",
     "BackboneConfig",
     "Block",

@@ -1,16 +1,21 @@
-"""The conditioned block of DiT."""
+"""Conditioned blocks: that of DiT, and that of PixArt and SANA."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from effformer.config import Config as BaseConfig
+from effformer.context import Context
+from effformer.nn.norms import SharedModulation
 from effformer.registry import Caps, block
 from effformer.site import Site
 
+from .base import Block, Branch, below, ffn_branches, make_mixer, mixer_branches
 from .prenorm import PreNorm
 
-__all__ = ["AdaLNZero"]
+__all__ = ["AdaLNSingle", "AdaLNZero"]
 
 _PLAIN = PreNorm.Config()
 
@@ -50,3 +55,67 @@ class AdaLNZero(PreNorm):
         self, config: AdaLNZero.Config, site: Site, *, attn: BaseConfig, ffn: BaseConfig | None
     ) -> None:
         super().__init__(_PLAIN, site, attn=attn, ffn=ffn, shift=config.shift)
+
+
+class _Plain(Branch):
+    """``x + part(x)``: no norm, and no modulation in a block whose other branches have one."""
+
+    def enter(self, x: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        return super().enter(x)
+
+    def leave(self, x: Tensor, h: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
+        return super().leave(x, h)
+
+
+@block.register(
+    "adaln-single",
+    caps=Caps(sequential=True, cross=True, packed=True, cond="always", mixer_only=True),
+    paper="2310.00426",
+)
+class AdaLNSingle(Block):
+    """Block of PixArt and SANA: token mixer and FFN are shifted, scaled and gated by vectors that the
+    model makes once for all blocks, plus a table of the block's own (adaLN-single).
+
+    ``x + gate * attn(norm(x) * (1 + scale) + shift)``, then ``x + cross(x, memory)`` without norm and
+    modulation, then as the first with the FFN; the vectors are ``table + cond``.
+
+    Args:
+        config: the knobs.
+        site: the place in the model; ``site.cond_dim`` is that of all vectors together,
+            three for each of the modulated branches. In a model with a conditioning vector of another
+            width the block makes the vectors itself, as "adaln-zero" does.
+        attn: config of the token mixer.
+        ffn: config of the position-wise network, None for none.
+        cross: config of the mixer that attends to a memory, None for no such branch.
+
+    Reference: PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image
+    Synthesis, 2023, arXiv 2310.00426.
+    """
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(BaseConfig):
+        """`AdaLNSingle` has no knobs of its own."""
+
+    def __init__(
+        self,
+        config: AdaLNSingle.Config,
+        site: Site,
+        *,
+        attn: BaseConfig,
+        ffn: BaseConfig | None,
+        cross: BaseConfig | None = None,
+    ) -> None:
+        branches = mixer_branches(attn, None, site)
+        if cross is not None:
+            here = below(site, "cross")
+            branches["cross"] = _Plain(make_mixer(cross, here), here, normed=False)
+        super().__init__(branches | ffn_branches(ffn, site), site)
+
+    def modulate_by(self, cond_dim: int, branches: int) -> SharedModulation:
+        modulated = branches - ("cross" in self.order)
+        return SharedModulation(cond_dim, self.site.dim, 3 * modulated)
+
+    def modulations(self, ctx: Context) -> tuple[Tensor, ...]:
+        """As `Block.modulations`; the branch over the memory, which reads none, has those before it."""
+        mods = super().modulations(ctx)
+        return mods[:3] + mods if self.far else mods

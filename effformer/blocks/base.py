@@ -17,7 +17,7 @@ from effformer.context import EMPTY, Callee, Context, Stream
 from effformer.ffn import FFN
 from effformer.nn.cut import Forms
 from effformer.nn.drop import DropPath
-from effformer.nn.norms import Modulation, branch_norm, modulate
+from effformer.nn.norms import Modulation, SharedModulation, branch_norm, modulate
 from effformer.site import Site
 
 from .slots import TokenPart, WidthPart, dense_macs, report
@@ -177,8 +177,11 @@ class Block(Callee):
         for name, branch in branches.items():
             self.add_module(name, branch)
         if site.cond_dim is not None:
-            each = 3 if shift else 2
-            self.modulation = Modulation(site.cond_dim, site.dim, each * len(branches))
+            self.modulation = self.modulate_by(site.cond_dim, len(branches))
+
+    def modulate_by(self, cond_dim: int, branches: int) -> Modulation | SharedModulation:
+        """What makes the vectors of so many branches of the conditioning."""
+        return Modulation(cond_dim, self.site.dim, (3 if self.shift else 2) * branches)
 
     def _check_norms(self, site: Site) -> None:
         rule = site.norm
@@ -262,7 +265,7 @@ class Block(Callee):
         """
         total = 0
         if self.site.cond_dim is not None:
-            total = self.modulation.linear.in_features * self.modulation.linear.out_features
+            total = self.modulation.macs()
         if self.width is not None:
             total += self.width.macs()
         if self.tokens is not None:

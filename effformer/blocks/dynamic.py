@@ -16,6 +16,7 @@ from effformer.config import Config as BaseConfig
 from effformer.context import Context
 from effformer.ffn import FFN
 from effformer.nn.gates import Switch, values_known
+from effformer.nn.onnx_nodes import gathers
 from effformer.nn.routers import TimeRouter, TokenRouter
 from effformer.registry import Caps, tokens, width
 from effformer.site import Layer, Needs, Site
@@ -223,7 +224,10 @@ class DynamicTokens(TokenPart):
                 fraction = ctx.packing.means(gate[..., 0])
             narrow = 1.0 if ctx.width is None else ctx.width.mean(dim=1)
             report(branch, x, ctx, fraction * narrow)
-        if self.training or ctx.tap is not None or not values_known(x):
+        masked = self.training or ctx.tap is not None
+        if gathers() and ctx.packing is None and not masked:
+            return _apart(branch, x, ctx, mods, (gate > 0).flatten().nonzero().flatten())
+        if masked or not values_known(x):
             # exact at both ends: a token that is switched off keeps its very bits
             return torch.lerp(x, branch(x, ctx, mods), gate.to(x.dtype))
         return _gathered(branch, x, ctx, mods, gate > 0)
@@ -243,22 +247,30 @@ def _gathered(
     index = keep.flatten().nonzero().flatten()
     if len(index) in (0, keep.numel()):
         return branch(x, ctx, mods) if len(index) else x
+    if ctx.packing is None and x.shape[0] > 1:
+        return _apart(branch, x, ctx, mods, index)
     flat = x.flatten(0, 1)
     chosen = flat.index_select(0, index)
     if ctx.packing is not None:
         own = None if mods is None else tuple(_chosen(m, index) for m in mods)
         done = branch(chosen[None], replace(ctx, packing=ctx.packing.chosen(index)), own)
-    elif x.shape[0] == 1:
+    else:
         done = branch(chosen[None], ctx, mods)
-    else:  # every token becomes a sample of its own, with what belongs to its old sample
-        sample = index // x.shape[1]
-        own = (
-            None
-            if mods is None
-            else tuple(m if m.dim() == 0 else m.index_select(0, sample) for m in mods)
-        )
-        done = branch(chosen[:, None], ctx.rows(sample), own)
     return flat.index_copy(0, index, done.flatten(0, 1)).view_as(x)
+
+
+def _apart(
+    branch: Branch, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None, index: Tensor
+) -> Tensor:
+    """The branch on some tokens, each a sample of its own with what belongs to its old sample."""
+    flat, sample = x.flatten(0, 1), index // x.shape[1]
+    own = (
+        None
+        if mods is None
+        else tuple(m if m.dim() == 0 else m.index_select(0, sample) for m in mods)
+    )
+    done = branch(flat.index_select(0, index)[:, None], ctx.rows(sample), own)
+    return flat.index_put((index,), done.flatten(0, 1)).view_as(x)
 
 
 def _chosen(mod: Tensor, index: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class Joint(Block):
         attns = [stream.branches[0] for stream in streams]
         opened = [a.enter(t, m) for a, t, m in zip(attns, tokens, mods, strict=True)]
         made = []
-        mixed = self._narrowed(opened, ctxs)
+        mixed = self.meet(opened, ctxs)
         for stream, attn, c, s, m, h in zip(streams, attns, ctxs, tokens, mods, mixed, strict=True):
             if h is None:
                 made.append(s)
@@ -193,7 +193,7 @@ class Joint(Block):
                 )
             check_context(c, self.meeting.heads[0].config.caps(), "attention", self.where, x)
 
-    def _narrowed(self, hs: list[Tensor], ctxs: Sequence[Context]) -> list[Tensor | None]:
+    def meet(self, hs: list[Tensor], ctxs: Sequence[Context]) -> list[Tensor | None]:
         """The attention with the heads that are switched on: by multiplying in training and in
         graphs, else by those heads alone.
         """

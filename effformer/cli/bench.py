@@ -12,8 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checks import unknown
-from .common import Batch, Force, Json, Out, check_report, emit, load, overrides, stages, steps_bar
-from .forms import FORMS, GRAPHS, candidate, graph_of, keep_inputs, write_graph
+from .common import (
+    Batch,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Out,
+    check_report,
+    emit,
+    load,
+    moved,
+    overrides,
+    pairs_of,
+    placed,
+    stages,
+    steps_bar,
+)
+from .forms import FORMS, GRAPHS, TORCH, candidate, graph_of, keep_inputs, write_graph
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +48,7 @@ class _Row:
         candidate: what is timed.
         profile: its cost on paper.
         bytes: its weights or file.
+        quality: what share it gets right.
     """
 
     spec: str
@@ -39,6 +56,7 @@ class _Row:
     candidate: Candidate
     profile: Profile | None = None
     bytes: int | None = None
+    quality: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +68,7 @@ class _Source:
     changes: dict[str, Any] = field(default_factory=dict)
     model: Model | None = None
     graph: Path | None = None
+    quality: float | None = None
 
     @property
     def name(self) -> str:
@@ -89,6 +108,15 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Processes of each.", min=1, max=1000)] = 3,
     runs: Annotated[int, typer.Option(help="Timed calls in a process.", min=1, max=10**6)] = 7,
     warmup: Annotated[int, typer.Option(help="Untimed calls before.", min=0, max=10**6)] = 2,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluate runs, models and bundles on these data, and draw times against errors.",
+            metavar="DATA",
+        ),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
@@ -97,6 +125,7 @@ def bench(
 
     Examples: `effformer bench dit-s dit-s:attn=flow --threads 1,2`,
     `effformer bench runs/digits --forms all -o forms.html`,
+    `effformer bench runs/softmax runs/flow --quality digits -o pareto.html`,
     `effformer bench dit-s --attn softmax,flow --sweep input_size=16,32,64 -o curves.html`
     """
     from ..profile import Sweep
@@ -104,8 +133,9 @@ def bench(
     check_report(out, "comparison", force=force)
     plan = _Plan(
         batch=batch, forms=_forms(forms), threads=_numbers(threads), rounds=rounds, runs=runs,
-        warmup=warmup,
+        warmup=warmup, device=device, dtype=dtype, quality=quality,
     )  # fmt: skip
+    plan.check(models)
     specs = _with_mixers(models, attn)
     if sweep is None:
         made, verdict = _measure(specs, plan)
@@ -129,23 +159,64 @@ class _Plan:
     rounds: int
     runs: int
     warmup: int
+    device: str
+    dtype: str | None
+    quality: str | None
+
+    def check(self, models: list[str]) -> None:
+        """Refuse a device or numbers that are not here, or that graphs do not have.
+
+        Raises:
+            ValueError: that is so.
+        """
+        graphs = [form for form in self.forms if form in GRAPHS]
+        graphs += [spec for spec in models if graph_of(spec) is not None]
+        if graphs and (self.device, self.dtype) != ("cpu", None):
+            raise ValueError(
+                f"bench: {graphs[0]} runs on the CPU, in the numbers of its file; --device and --dtype "
+                f"are for --forms {','.join(TORCH)}"
+            )
+        placed(self.device, self.dtype)
+        if self.quality is None:
+            return
+        if built := [spec for spec in models if not Path(spec).is_dir()]:
+            raise ValueError(
+                f"bench: --quality needs folders of runs, models or bundles, {built[0]} is none"
+            )
+        if quantized := [form for form in self.forms if GRAPHS.get(form)]:
+            raise ValueError(
+                f"bench: --quality is that of the weights, which {quantized[0]} changes; export a bundle "
+                "--quantize and name it"
+            )
 
 
 def _measure(specs: Mapping[str, str], plan: _Plan) -> tuple[Comparison, str]:
     """Models by their labels, and what is fastest and smallest."""
     from ..profile import benchmark
 
-    sources = [_source(spec, label) for label, spec in specs.items()]
+    sources = [_source(spec, label, plan.dtype) for label, spec in specs.items()]
     with tempfile.TemporaryDirectory(prefix="effformer.") as folder:
         inputs = _inputs(sources, plan.batch)
         with stages() as stage:
-            rows = _rows(sources, plan.forms, inputs, Path(folder), stage)
+            _evaluate(sources, plan, stage)
+            rows = _rows(sources, plan, inputs, Path(folder), stage)
         with steps_bar("measuring") as progress:
             found = benchmark(
                 [row.candidate for row in rows], threads=plan.threads, rounds=plan.rounds,
                 runs=plan.runs, warmup=plan.warmup, compared=len(sources) == 1, progress=progress,
             )  # fmt: skip
     return _comparison(rows, found), _verdict(rows, found)
+
+
+def _evaluate(sources: list[_Source], plan: _Plan, stage: Any) -> None:
+    from .evaluate import quality_of
+
+    for source in sources if plan.quality is not None else ():
+        stage(f"evaluating {source.label}")
+        found = quality_of(
+            Path(source.spec), str(plan.quality), device=plan.device, dtype=plan.dtype, stage=stage
+        )
+        source.quality = found.recognised
 
 
 def _with_mixers(models: list[str], attn: str | None) -> dict[str, str]:
@@ -218,12 +289,13 @@ def _forms(text: str) -> tuple[str, ...]:
     return given
 
 
-def _source(spec: str, label: str) -> _Source:
+def _source(spec: str, label: str, dtype: str | None) -> _Source:
     name, _, changes = spec.partition(":")
     if (graph := graph_of(spec)) is not None:
         return _Source(spec=spec, label=label, graph=graph)
-    options = overrides(pairs=[c for c in changes.split(",") if c])
-    return _Source(spec=spec, label=label, changes=options, model=load(name, options))
+    options = overrides(pairs=pairs_of(changes), flag=spec)
+    model = moved(load(name, options), "cpu", dtype)  # it is counted here, and timed elsewhere
+    return _Source(spec=spec, label=label, changes=options, model=model)
 
 
 def _inputs(sources: list[_Source], batch: int) -> dict[str, Tensor]:
@@ -252,7 +324,7 @@ def _inputs(sources: list[_Source], batch: int) -> dict[str, Tensor]:
 
 def _rows(
     sources: list[_Source],
-    forms: tuple[str, ...],
+    plan: _Plan,
     inputs: dict[str, Tensor],
     folder: Path,
     stage: Any,
@@ -266,20 +338,39 @@ def _rows(
         if source.graph is not None:
             made = candidate(source.label, "onnx", source.graph, place)
             size = source.graph.stat().st_size
-            rows.append(_Row(spec=source.spec, form="file", candidate=made, bytes=size))
+            rows.append(
+                _Row(
+                    spec=source.spec,
+                    form="file",
+                    candidate=made,
+                    bytes=size,
+                    quality=source.quality,
+                )
+            )
             continue
         assert source.model is not None
         stage(f"counting {source.label}")
         cost = profile(source.model, inputs)
-        for form in forms:
-            name = source.label if len(forms) == 1 else f"{source.label} {form}"
+        for form in plan.forms:
+            name = source.label if len(plan.forms) == 1 else f"{source.label} {form}"
             origin, size = source.name, _bytes(source.model)
             if form in GRAPHS:
                 stage(f"exporting {name}")
                 path = write_graph(source.model, form, folder / f"{i}.{form}.onnx", inputs)
                 origin, size = str(path), path.stat().st_size
-            made = candidate(name, form, origin, place, source.changes)
-            rows.append(_Row(spec=source.spec, form=form, candidate=made, profile=cost, bytes=size))
+            made = candidate(
+                name, form, origin, place, source.changes, device=plan.device, dtype=plan.dtype
+            )
+            rows.append(
+                _Row(
+                    spec=source.spec,
+                    form=form,
+                    candidate=made,
+                    profile=cost,
+                    bytes=size,
+                    quality=source.quality,
+                )
+            )
     return rows
 
 
@@ -299,7 +390,9 @@ def _comparison(rows: list[_Row], found: Benchmark) -> Comparison:
     for row in rows:
         name = row.candidate.name
         times = tuple((side.rows[name], side.ratios[name]) for side in found.sides.values())
-        made.append(ComparisonRow(name, row.profile, times, row.bytes, found.errors.get(name)))
+        made.append(
+            ComparisonRow(name, row.profile, times, row.bytes, found.errors.get(name), row.quality)
+        )
     return Comparison(tuple(made), found.how())
 
 
@@ -320,7 +413,7 @@ def _verdict(rows: list[_Row], found: Benchmark) -> str:
 def _next(best: _Row) -> str:
     """The command that makes the fastest form."""
     name, _, changes = best.spec.partition(":")
-    words = " ".join(f"--set {change}" for change in changes.split(",") if change)
+    words = " ".join(f"--set {change}" for change in pairs_of(changes))
     model = f"{name} {words}".strip()
     if best.form == "file":
         return f"effformer show {name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +27,20 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
 
 __all__ = [
-    "FFN", "Attn", "Averaged", "Batch", "Block", "Force", "Json", "Keep", "Out", "Seed", "Set", "Strict", "Threads", "check_report", "emit",
-    "guard", "is_run", "load", "loaded", "note", "overrides", "parse_value", "placed", "save_to", "set_threads", "stages",
+    "FFN", "Attn", "Averaged", "Batch", "Block", "Device", "Dtype", "Force", "Json", "Keep", "Out", "Seed", "Set", "Size", "Strict", "Threads", "check_report", "emit",
+    "guard", "is_run", "load", "loaded", "moved", "named", "note", "overrides", "pairs_of", "parse_value", "placed", "save_to", "set_threads", "sides", "stages",
     "steps_bar", "table",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 
-Attn = Annotated[str | None, typer.Option(help="Token mixer or attention core.", metavar="NAME")]
-FFN = Annotated[str | None, typer.Option("--ffn", help="FFN of every block.", metavar="NAME")]
-Block = Annotated[str | None, typer.Option(help="Block type.", metavar="NAME")]
+_PART = "NAME[:KEY=VALUE,...]"
+Attn = Annotated[
+    str | None,
+    typer.Option(help="Token mixer or attention core, flow or flow:eps=1e-5.", metavar=_PART),
+]
+FFN = Annotated[str | None, typer.Option("--ffn", help="FFN of every block.", metavar=_PART)]
+Block = Annotated[str | None, typer.Option(help="Block type.", metavar=_PART)]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -49,6 +54,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: torch's choice.", min=1, max=1024)
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Bring images to this side, or to HEIGHTxWIDTH, and cut off what is too much.",
+        metavar="SIDE",
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="Numbers in which a model computes; default: those of its weights."),
 ]
 Batch = Annotated[int, typer.Option(help="Samples per call.", min=1, max=10**6)]
 Strict = Annotated[
@@ -241,38 +258,72 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def named(text: str) -> str | dict[str, Any]:
+    """A part with its options: ``flow:eps=1e-5,gate=head``; the name alone where there are none.
+
+    Raises:
+        ValueError: as in `overrides`.
+    """
+    name, _, options = text.partition(":")
+    return {"name": name, **overrides(pairs=pairs_of(options), flag=text)} if options else name
+
+
+def pairs_of(text: str) -> list[str]:
+    """KEY=VALUE between commas; those inside a list, a dict or a string of JSON part nothing."""
+    pairs: list[str] = []
+    for piece in text.split(","):
+        if pairs and _unfinished(pairs[-1].partition("=")[2]):
+            pairs[-1] += f",{piece}"
+        else:
+            pairs.append(piece)
+    return [pair for pair in pairs if pair]
+
+
+def _unfinished(value: str) -> bool:
+    return value[:1] in ("[", "{", '"') and parse_value(value) == value
+
+
 def overrides(
     attn: str | None = None,
     ffn: str | None = None,
     block: str | None = None,
     pairs: Sequence[str] | None = None,
+    *,
+    flag: str = "--set",
 ) -> dict[str, Any]:
     """Keywords of `build_model` from the command line.
 
-    ``--attn flow --set attn.eps=1e-5`` gives ``{"attn": {"name": "flow", "eps": 1e-05}}``.
+    ``--attn flow --set attn.eps=1e-5`` and ``--attn flow:eps=1e-5`` give
+    ``{"attn": {"name": "flow", "eps": 1e-05}}``.
+
+    Args:
+        attn: a part, see `named`.
+        ffn: a part.
+        block: a part.
+        pairs: KEY=VALUE.
+        flag: where the pairs stand, for messages.
 
     Raises:
         ValueError: a pair without "=", or a key that is given a value and has options below it.
     """
-    made: dict[str, Any] = {
-        k: v for k, v in (("attn", attn), ("ffn", ffn), ("block", block)) if v is not None
-    }
+    given = (("attn", attn), ("ffn", ffn), ("block", block))
+    made: dict[str, Any] = {k: named(v) for k, v in given if v is not None}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not all(key.split(".")):
-            raise ValueError(f"--set {pair}: write KEY=VALUE, for instance --set depth=4")
-        _put(made, key.split("."), parse_value(value), pair)
+            raise ValueError(f"{flag}: write KEY=VALUE, for instance depth=4, got {pair!r}")
+        _put(made, key.split("."), parse_value(value), f"{flag} {pair}")
     return made
 
 
-def _put(target: dict[str, Any], keys: list[str], value: Any, pair: str) -> None:
+def _put(target: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
     *above, last = keys
     for key in above:
         below = target.setdefault(key, {})
         if isinstance(below, str):
             below = target[key] = {"name": below}
         if not isinstance(below, dict):
-            raise ValueError(f"--set {pair}: {key} already has the value {below!r}")
+            raise ValueError(f"{where}: {key} already has the value {below!r}")
         target = below
     if isinstance(target.get(last), dict) and isinstance(value, str):
         value = {"name": value, **target[last]}
@@ -289,7 +340,6 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
 
     from ..build import build_model
     from ..io import load_model
-    from ..train import load_run
 
     if Path(source).is_dir():
         if changes:
@@ -299,6 +349,8 @@ def load(source: str, changes: dict[str, Any] | None = None, *, seed: int = 0) -
             )
         if not is_run(Path(source)):
             return load_model(source)
+        from ..train import load_run
+
         model, step = load_run(source)
         if step is not None:
             note(f"{source} is unfinished: the weights are those of step {step}")
@@ -318,22 +370,65 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def placed(device: str) -> torch.device:
-    """A device by its name.
+def placed(device: str, dtype: str | None = None) -> torch.device:
+    """A device by its name, which computes with numbers of a type if one is given.
 
     Raises:
-        ValueError: no such device, or not here.
+        ValueError: no such device, or not here, or one that does not compute with such numbers.
     """
     import torch
 
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); cpu always can"
+            f"--device {device}: cannot be used here ({_first(error)}); cpu always can"
+        ) from error
+    if dtype is None:
+        return found
+    try:
+        one = torch.ones(2, 2, dtype=getattr(torch, dtype), device=found)
+        (one @ one).sum().item()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"--dtype {dtype}: {device} cannot compute with it ({_first(error)}); float32 always "
+            "can"
         ) from error
     return found
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of what torch says."""
+    return re.split(r"\n|\. |; |, ", str(error), maxsplit=1)[0][:120]
+
+
+def moved(model: Model, device: str, dtype: str | None = None) -> Model:
+    """A model on a device, its weights as numbers of a type; None keeps theirs.
+
+    Raises:
+        ValueError: as in `placed`.
+    """
+    import torch
+
+    place = placed(device, dtype)
+    return model.to(place, None if dtype is None else getattr(torch, dtype))
+
+
+def sides(size: str | int | None) -> int | tuple[int, int] | None:
+    """The sides of images, ``32`` or ``24x32``; a run of an earlier version kept a number.
+
+    Raises:
+        ValueError: something else.
+    """
+    if size is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", str(size))
+    if found is None or not all(1 <= int(side) <= 2**14 for side in found.groups(found[1])):
+        raise ValueError(f"--size {size}: a side of 1 to {2**14}, or HEIGHTxWIDTH such as 24x32")
+    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
 
 
 def save_to(out: Path | None, verb: str) -> Path:

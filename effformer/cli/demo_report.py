@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ def pareto(demo: Demo) -> Pareto:
 
 def page(demo: Demo) -> str:
     """The report, one self-contained HTML document."""
+    from ..notebook import html_table
     from ..profile.html import gallery
     from ..profile.html import page as document
 
@@ -87,21 +88,21 @@ def page(demo: Demo) -> str:
         "<h2>Training</h2>",
         f'<div class="plot">{_losses(demo).svg()}</div>',
         "<h2>What each form costs</h2>",
-        _table(*cost_rows(demo)),
+        html_table(*cost_rows(demo)),
         "<p>MACs: multiply-adds of one forward of one sample. Forward: median time of 20 samples, "
         f"{escape(demo.measured)}.</p>",
         f'<div class="plot">{pareto(demo).svg()}</div>',
         "<h2>The same exchange on longer inputs</h2>",
-        _table(*_scaling(demo)),
+        html_table(*_scaling(demo)),
         "<p>Multiply-adds of one forward of dit-b-2, counted without weights. With 16 tokens, as "
         "for these digits, the two attentions cost much the same; the difference comes with "
         "length.</p>",
         "<h2>Export, verified</h2>",
-        _table(*_parity(demo)),
+        html_table(*_parity(demo)),
         "<p>ONNX Runtime against torch at shapes other than the traced one, relative to the "
         "largest output.</p>",
         "<h2>Where the time went</h2>",
-        _table(("step", "seconds"), [(n, f"{s:.1f}") for n, s in demo.seconds.items()]),
+        html_table(("step", "seconds"), [(n, f"{s:.1f}") for n, s in demo.seconds.items()]),
         f"<p>effformer {VERSION}, seed {demo.seed}. The bundle in <code>bundle/</code> samples "
         "with numpy and onnxruntime alone: <code>python bundle/run.py --labels 0,1,2 --out "
         "samples.png</code></p>",
@@ -137,12 +138,6 @@ def _parity(demo: Demo) -> Table:
         shapes = ", ".join("x".join(map(str, case.shapes["x"])) for case in report.cases)
         rows.append((name, shapes, f"{report.max_rel:.1e}", f"{report.tolerance:.0e}"))
     return ("form", "shapes of x", "difference", "allowed"), rows
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _losses(demo: Demo) -> Curves:

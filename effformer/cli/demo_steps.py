@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import load
+from .drawing import draw, pixels
 from .forms import candidate, keep_inputs
-from .sample import draw, pixels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -317,7 +317,7 @@ def _time(demo: Demo, models: dict[str, Model], files: dict[str, Path]) -> None:
                 *(candidate(name, "eager", path, place) for name, path in folders.items()),
                 *(candidate(f"{n}, {RUNTIME}", "onnx", file, place) for n, file in files.items()),
             ],
-            threads=(threads,), rounds=2, runs=11, warmup=3,
+            threads=(threads,), rounds=1, runs=21, warmup=3,
         )  # fmt: skip
     for form in demo.forms:
         form.milliseconds = 1e3 * found.sides[threads].rows[form.label].median

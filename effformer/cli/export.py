@@ -17,6 +17,7 @@ from .common import (
     Set,
     emit,
     load,
+    named,
     overrides,
     save_to,
     stages,
@@ -61,6 +62,13 @@ def export(
         float | None,
         typer.Option(help="bundle: scale of the guidance; default: 2, or 1 without a null class."),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="bundle: skip all blocks at some steps: newton, reuse:every=3, ...; default: none.",
+            metavar="POLICY",
+        ),
+    ] = None,
     attn: Attn = None,
     ffn: FFN = None,
     block: Block = None,
@@ -78,7 +86,7 @@ def export(
     """
     place = save_to(out, "export")
     form = form or ("onnx" if place.suffix == ".onnx" else "bundle")
-    own = {"--sampler": sampler, "--steps": steps, "--guidance": guidance}
+    own = {"--sampler": sampler, "--steps": steps, "--guidance": guidance, "--cache": cache}
     ignored = own if form == "onnx" else {"--opset": opset, "--target": target}
     if given := [option for option, value in ignored.items() if value is not None]:
         raise ValueError(
@@ -90,6 +98,7 @@ def export(
         if form == "bundle":
             options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
             options["sampler"] = "euler" if sampler is None else sampler
+            options["cache"] = None if cache is None else named(cache)
             data, size = _bundle(network, place, quantize, options, verify)
         else:
             options = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import load
+from .common import load, moved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from effformer.models.base import Model
     from effformer.profile import Candidate
 
-__all__ = ["FORMS", "GRAPHS", "candidate", "graph_of", "keep_inputs", "write_graph"]
+__all__ = ["FORMS", "GRAPHS", "TORCH", "candidate", "graph_of", "keep_inputs", "write_graph"]
 
 TORCH = ("eager", "optimized", "compiled")
 GRAPHS = {"onnx": None, "onnx-uint8": "dynamic-uint8", "onnx-int8": "int8", "onnx-int4": "int4"}
@@ -25,7 +25,14 @@ FORMS = (*TORCH, *GRAPHS)
 
 
 def candidate(
-    name: str, form: str, source: str | Path, inputs: Path, changes: Mapping[str, Any] | None = None
+    name: str,
+    form: str,
+    source: str | Path,
+    inputs: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> Candidate:
     """A form of a model as a candidate.
 
@@ -35,28 +42,39 @@ def candidate(
         source: a model's name or folder, for graphs the file.
         inputs: file with the inputs.
         changes: options of a model that is built by name.
+        device: where a model runs.
+        dtype: its numbers, None for those of its weights; not of graphs.
     """
     from ..profile import Candidate
 
     options: dict[str, Any] = {"source": str(source), "inputs": str(inputs)}
     if form in GRAPHS:
         return Candidate(name=name, load=exported, options=options, form="onnxruntime")
-    options |= {"changes": dict(changes or {}), "form": form}
-    return Candidate(name=name, load=modelled, options=options, form=form)
+    options |= {"changes": dict(changes or {}), "form": form, "device": device, "dtype": dtype}
+    return Candidate(
+        name=name,
+        load=modelled,
+        options=options,
+        form=form,
+        dtype=dtype or "float32",
+        device=device,
+    )
 
 
-def modelled(source: str, inputs: str, changes: Mapping[str, Any], form: str) -> Callable[[], Any]:
+def modelled(
+    source: str, inputs: str, changes: Mapping[str, Any], form: str, device: str, dtype: str | None
+) -> Callable[[], Any]:
     """A model under torch, ready to be called."""
     import torch
     from safetensors.torch import load_file
 
-    model: torch.nn.Module = load(source, dict(changes))
+    model: torch.nn.Module = moved(load(source, dict(changes)), device, dtype)
     if form == "optimized":
         from ..compress import optimize
 
         model = optimize(model)
     call: Callable[..., Any] = torch.compile(model) if form == "compiled" else model
-    given = load_file(inputs)
+    given = {name: x.to(device) for name, x in load_file(inputs).items()}
     return lambda: call(**given)
 
 

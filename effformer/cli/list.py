@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,8 +24,8 @@ def list_parts(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="model, attention, core, ffn, block, width, tokens, loss, sampler, quantizer, "
-            "transform or target; without it: all."
+            help="model, attention, core, ffn, block, width, tokens, loss, sampler, cache, "
+            "quantizer, transform or target; without it: all."
         ),
     ] = None,
     like: Annotated[str, typer.Option(help="Glob over names: 'dit*'.")] = "*",
@@ -60,11 +61,35 @@ def list_parts(
          "aliases": list(e.aliases), "caps": asdict(e.caps)}
         for e in found
     ]  # fmt: skip
-    rows = [(e.name, e.kind, e.summary, e.paper) for e in found]
-    shown = (
-        table(("name", "kind", "summary", "paper"), rows) if rows else "nothing has all of these"
-    )
-    emit(data, shown, as_json)
+    if {e.kind for e in found} == {"model"}:
+        sizes = model_sizes()
+        data = [one | sizes.get(e.name, {}) for one, e in zip(data, found, strict=True)]
+        head = ["name", "parameters", "MACs", "input", "paper"]
+        rows = [[e.name, *_size(sizes.get(e.name)), e.paper] for e in found]
+    else:
+        head = ["name", "kind", "summary", "paper"]
+        rows = [[e.name, e.kind, e.summary.replace("`", ""), e.paper] for e in found]
+    emit(data, table(head, rows) if rows else "nothing has all of these", as_json)
+
+
+def model_sizes() -> dict[str, dict[str, Any]]:
+    """Parameters, multiply-adds of one sample and shapes of its inputs, of every model of ours, which
+    `tools/sizes.py` counts: building all of them takes a minute.
+    """
+    from importlib.resources import files
+
+    text = (files("effformer.models") / "sizes.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def _size(facts: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Cells of a model; nothing of one from another package."""
+    if facts is None:
+        return "", "", ""
+    from ..profile.tables import amount
+
+    first = next(iter(facts["inputs"].values()))
+    return amount(facts["parameters"]), amount(facts["macs"]), "x".join(map(str, first))
 
 
 def _entries(kind: str | None) -> list[Entry]:

@@ -11,6 +11,8 @@ from .common import (
     Attn,
     Batch,
     Block,
+    Device,
+    Dtype,
     Force,
     Json,
     Out,
@@ -19,6 +21,7 @@ from .common import (
     check_report,
     emit,
     load,
+    moved,
     overrides,
     set_threads,
     stages,
@@ -36,6 +39,8 @@ def profile(
         bool, typer.Option("--cross-check", help="Compare with fvcore's and torch's counters.")
     ] = False,
     time: Annotated[bool, typer.Option("--latency", help="Measure wall time as well.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     threads: Threads = None,
     out: Out = None,
     force: Force = False,
@@ -52,7 +57,7 @@ def profile(
 
     check_report(out, "profile", force=force)
     set_threads(threads)
-    built = load(model, overrides(attn, ffn, block, pairs))
+    built = moved(load(model, overrides(attn, ffn, block, pairs)), device, dtype)
     inputs = built.example_inputs(batch)
     with stages() as stage:
         cost = library.profile(built, inputs, cross_check=cross_check, progress=stage)

@@ -24,18 +24,31 @@ def show(
             ".onnx file."
         ),
     ],
+    compat: Annotated[
+        bool,
+        typer.Option(
+            "--compat",
+            help="Of an attention, FFN or block: the models, blocks, masks and positions that it works "
+            "with, and why not with the others.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the config, capabilities, paper, size and key layouts of a part or model.
+    """Show the config, capabilities, paper, size and key layouts of a part or model; of a part also what
+    each of its options means.
 
-    Examples: `effformer show flow`, `effformer show DiT-B/2`, `effformer show runs/digits`,
+    Examples: `effformer show flow`, `effformer show flow --compat`, `effformer show DiT-B/2`, `effformer show runs/digits`,
     `effformer show model.onnx`
     """
     place = Path(name)
+    if compat and (place.is_dir() or place.suffix == ".onnx"):
+        raise ValueError(
+            f"show {name} --compat: wants the name of a part; effformer list attention"
+        )
     if place.is_dir() or place.suffix == ".onnx":
         found = [_place(place)]
     else:
-        found = [_entry(e) for e in _find(name)]
+        found = [_entry(e, compat) for e in _find(name)]
     emit(found, "\n\n".join(_text(facts) for facts in found), as_json)
 
 
@@ -50,7 +63,7 @@ def _find(name: str) -> list[Entry]:
     return found
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
+def _entry(entry: Entry, compat: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": entry.kind,
         "name": entry.name,
@@ -71,7 +84,27 @@ def _entry(entry: Entry) -> dict[str, Any]:
         facts["config"] = entry.preset.to_dict()
     elif entry.config is not None:
         facts["config"] = _defaults(entry.config)
-    return facts | ({"heads": dict(entry.heads)} if entry.heads else {})
+    if entry.kind != "model" and entry.config is not None:
+        facts["options"] = entry.config.meanings()
+    facts |= {"heads": dict(entry.heads)} if entry.heads else {}
+    return facts | ({"works": _works(entry)} if compat else {})
+
+
+def _works(entry: Entry) -> dict[str, Any]:
+    """What a part works with, and why not with the others."""
+    from ..testing.matrix import PARTNERS, Built, beside, places
+
+    kind = "attention" if entry.kind == "core" else entry.kind
+    if kind not in PARTNERS:
+        raise ValueError(f"show {entry.name} --compat: a {kind} stands in no slot of a model")
+    found = {"models": places(kind, entry.name), f"{PARTNERS[kind]}s": beside(kind, entry.name)}
+    return {
+        what: {
+            where: dict(one.options) if isinstance(one, Built) else one.reason
+            for where, one in results.items()
+        }
+        for what, results in found.items()
+    }
 
 
 def _defaults(config: type[Any]) -> dict[str, Any]:
@@ -172,12 +205,48 @@ def _text(facts: dict[str, Any]) -> str:
         if key in ("kind", "name") or value in ("", [], {}, None):
             continue
         if key == "caps":
-            value = str(Caps(**value))
+            value = _promises(value) if "works" in facts else str(Caps(**value))
+        elif key == "options":
+            value = "".join(f"\n    {name}: {words}" for name, words in value.items())
+        elif key == "works":
+            value = "".join(_partners(what, results) for what, results in value.items())
         elif key in ("parameters", "bytes", "weights"):
             value = f"{value:,}"
         elif isinstance(value, dict):
             value = json.dumps(value, indent=2).replace("\n", "\n  ")
         elif isinstance(value, list):
             value = ", ".join(v if isinstance(v, str) else json.dumps(v) for v in value)
-        lines.append(f"  {key}: {value}")
-    return "\n".join(lines)
+        space = "" if str(value).startswith("\n") else " "
+        lines.append(f"  {key}:{space}{value}")
+    return "\n".join(lines).replace("`", "")  # marks of docstrings
+
+
+def _promises(caps: dict[str, Any]) -> str:
+    """Masks, positions and the rest, those included that a part refuses."""
+    masks = {
+        "none": "no masks",
+        "key": "masks of keys (B, M)",
+        "full": "masks of keys and of pairs (B, 1, N, M)",
+    }
+    grid = f"needs a grid with the axes {caps['axes']!r}" if caps["axes"] else "needs no grid"
+    rotary = "takes rotary tables" if caps["rope"] else "no rotary tables"
+    causal = {"never": "never causal", "optional": "causal or not", "always": "always causal"}
+    able = {"cross": "a memory", "packed": "packed rows", "streaming": "streaming", "onnx": "ONNX"}
+    rest = [words if caps[key] else f"no {words}" for key, words in able.items()]
+    return "; ".join((masks[caps["mask"]], rotary, grid, causal[caps["causal"]], *rest))
+
+
+def _partners(what: str, results: dict[str, Any]) -> str:
+    """One line for what works, one for every reason why something does not."""
+    fits = [
+        where + "".join(f" ({option}={value!r})" for option, value in one.items())
+        for where, one in results.items()
+        if isinstance(one, dict)
+    ]
+    reasons: dict[str, list[str]] = {}
+    for where, one in results.items():
+        if isinstance(one, str):
+            reasons.setdefault(one, []).append(where)
+    lines = [f"\n    {what}: {', '.join(fits) or 'none'}"]
+    lines += [f"\n      not {', '.join(places)}: {why}" for why, places in reasons.items()]
+    return "".join(lines)

@@ -12,20 +12,25 @@ from .common import (
     FFN,
     Attn,
     Block,
+    Device,
     Json,
     Out,
     Seed,
     Set,
+    Size,
     Threads,
     emit,
     is_run,
     load,
+    named,
     note,
     overrides,
     placed,
     save_to,
     set_threads,
+    sides,
 )
+from .request import FITTED, as_begun, by_recipe, call_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,19 +44,24 @@ LONG = 100
 def train(
     context: typer.Context,
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A model name of a flow family, for instance sit-tiny; with --resume also the folder "
-            "of a run."
+            "of a run, with --recipe not needed."
         ),
-    ],
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Model, data and options that are known to work: digits, digits-quick. What is given "
+            "beside it wins."
+        ),
+    ] = None,
     data: Annotated[
         str,
         typer.Option(help="digits, mnist:DIR, cifar10:DIR, ..., or a folder of images by class."),
     ] = "digits",
-    size: Annotated[
-        int | None, typer.Option(help="Resize images to this side.", min=1, max=2**14)
-    ] = None,
+    size: Size = None,
     validation: Annotated[
         float, typer.Option(help="Share of the data that is held out to measure the loss on.")
     ] = 0.0,
@@ -78,7 +88,13 @@ def train(
             metavar="KEY=VALUE",
         ),
     ] = None,
-    loss: Annotated[str, typer.Option(help="effformer list losses.")] = "flow-matching",
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="effformer list losses; with options flow-matching:time=logit-normal,cosine=1.",
+            metavar="NAME[:KEY=VALUE,...]",
+        ),
+    ] = "flow-matching",
     objective: Annotated[str | None, typer.Option(hidden=True)] = None,
     label_drop: Annotated[float, typer.Option(help="Share of labels dropped for guidance.")] = 0.1,
     attn: Attn = None,
@@ -97,7 +113,7 @@ def train(
         int,
         typer.Option(help="Steps between grids of samples and held-out losses.", max=10**9),
     ] = 500,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Device = "cpu",
     amp: Annotated[
         bool, typer.Option("--amp", help="Compute in bfloat16, on float32 weights.")
     ] = False,
@@ -113,8 +129,9 @@ def train(
     Image size, channels and number of classes follow the data. A killed run continues with --resume
     and ends with the same weights.
 
-    Examples: `effformer train sit-tiny --set patch=1 --attn flow -o runs/digits`, `effformer train
-    --resume runs/digits`
+    Examples: `effformer train --recipe digits --attn flow -o runs/digits`, `effformer train --resume
+    runs/digits`, `effformer train sit-tiny --data photos --size 32 --loss
+    flow-matching:time=logit-normal -o runs/photos`
     """
     import torch
 
@@ -122,12 +139,17 @@ def train(
     from ..io import model_folder, save_pretrained
     from ..train import Augmented, Generation, TrainConfig, Validation, load_data
     from ..train import train as run
+    from ..train.recipes import RECIPES
     from .training import Watch, header
 
     if not 0 <= validation < 1:
         raise ValueError(f"--validation must lie in [0, 1), got {validation:g}")
+    if recipe is not None:
+        return train(context, **by_recipe(recipe, context))
+    if model is None:
+        raise ValueError(f"train: which model? Name one, or add --recipe {next(iter(RECIPES))}")
     if resume and (is_run(Path(model)) or out is None):
-        return train(context, **_as_begun(Path(model), context))
+        return train(context, **as_begun(Path(model), context))
     if objective is not None:
         note("train: --objective is now called --loss")
         loss = objective
@@ -136,14 +158,14 @@ def train(
     if Path(model).is_dir():
         raise ValueError(f"train: {model} is a saved model; training starts from a model's name")
     set_threads(threads)
-    images, held_out = _split(load_data(data, size=size), validation, seed)
+    images, held_out = _split(load_data(data, size=sides(size)), validation, seed)
     changes = _fit(model, images) | overrides(attn, ffn, block, pairs)
     config = TrainConfig.from_dict(
         {"steps": steps, "batch": batch, "lr": lr, "warmup": min(warmup, steps), "seed": seed}
-        | overrides(pairs=train_pairs),
+        | overrides(pairs=train_pairs, flag="--train"),
         where="train",
     )
-    goal = Generation.from_dict({"loss": loss, "label_drop": label_drop}, where="train")
+    goal = Generation.from_dict({"loss": named(loss), "label_drop": label_drop}, where="train")
     changed = Augmented(task=goal, flip=flip, shift=shift) if flip or shift else goal
     network = load(model, changes, seed=seed).to(placed(device))
     trained: nn.Module = torch.compile(network) if compiled else network  # type: ignore[assignment]
@@ -156,7 +178,7 @@ def train(
         )  # fmt: skip
         result = run(
             trained, images, changed, config, out=folder, resume=resume, save_every=save_every,
-            evaluate=watch, evaluate_every=evaluate_every, about={"call": _call(context, config.steps)},
+            evaluate=watch, evaluate_every=evaluate_every, about={"call": call_of(context, config.steps)},
         )  # fmt: skip
     saved = save_pretrained(network, folder / "model", by="train")
     report = watch.report()
@@ -171,49 +193,14 @@ def train(
     emit(data_out, text, as_json)
 
 
-def left(out: Path | None = None, model: str = "", resume: bool = False, **_: object) -> str:
+def left(
+    out: Path | None = None, model: str | None = None, resume: bool = False, **_: object
+) -> str:
     """What an interrupted training leaves behind."""
-    run = Path(model) if resume and is_run(Path(model)) else out
+    run = Path(model) if resume and model and is_run(Path(model)) else out
     if run is not None and any((run / "checkpoints").glob("step-*.safetensors")):
         return f"the last checkpoint is intact, effformer train --resume {run} goes on from it"
     return "there is no checkpoint yet, the training begins anew"
-
-
-def _as_begun(run: Path, context: typer.Context) -> dict[str, Any]:
-    """The arguments with which a run was begun, and those that are given now.
-
-    Raises:
-        FormatError: the run was not begun by this verb, or by one of an earlier version.
-    """
-    from ..checks import FormatError
-    from ..train import read_run
-
-    call = (read_run(run).get("about") or {}).get("call")
-    if not isinstance(call, dict):
-        raise FormatError(
-            f"train: {run} does not say how it was begun; give model and options as then, with "
-            f"--out {run} --resume"
-        )
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
-    known = {name: value for name, value in call.items() if name in context.params}
-    return context.params | known | given | {"model": call["model"], "out": run, "resume": True}
-
-
-def _call(context: typer.Context, steps: int) -> dict[str, Any]:
-    """How this verb was called, so that ``--resume RUN`` can call it again."""
-    kept = {
-        k: v
-        for k, v in context.params.items()
-        if isinstance(v, (str, int, float, list, type(None)))
-    }
-    name, colon, place = context.params["data"].rpartition(":")
-    if Path(place).is_dir():  # also from another folder
-        kept["data"] = f"{name}{colon}{Path(place).resolve()}"
-    return kept | {"steps": steps, "minutes": None}
 
 
 def _split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -259,12 +246,10 @@ def _fit(model: str, images: Any) -> dict[str, Any]:
     """
     from ..registry import model as registry
 
-    fitted = {
-        "input_size": images["x"].shape[-1],
-        "channels": images["x"].shape[1],
-        "num_classes": len(images.classes),
-        "learn_sigma": False,
-    }
+    height, width = images["x"].shape[2:]
+    size = height if height == width else (height, width)
+    values = (size, images["x"].shape[1], len(images.classes), False)
+    fitted = dict(zip(FITTED, values, strict=True))
     fields = registry.get(model).preset.to_dict()
     if not set(fitted) <= set(fields):
         names = [e.name for e in registry if set(fitted) <= set(e.preset.to_dict())]

@@ -22,7 +22,7 @@ KIND = "training"
 
 
 def header(model: nn.Module, data: Dataset, config: TrainConfig, pace: float) -> str:
-    """Data, model and expected time in one line."""
+    """Data and what of them is cut away, model and expected time in one line."""
     import torch
 
     from ..profile import count_parameters
@@ -31,7 +31,9 @@ def header(model: nn.Module, data: Dataset, config: TrainConfig, pace: float) ->
     minutes, threads = config.steps * pace / 60, torch.get_num_threads()
     time = f"{minutes:.0f} min" if minutes >= 2 else f"{minutes * 60:.0f} s"
     return (
-        f"{len(data):,} samples {shape} of {data.name} in {len(data.classes)} classes; "
+        f"{len(data):,} samples {shape} of {data.name} in {len(data.classes)} classes"
+        + (f", up to {data.cut:.0%} of an image cut away" if data.cut >= 0.005 else "")
+        + "; "
         f"{getattr(model, 'name', 'model')}, {count_parameters(model):,} parameters; "
         f"{config.steps:,} steps of {config.batch}"
         + (f", about {time} on {threads} thread{'s' * (threads > 1)}" if pace else "")
@@ -78,7 +80,7 @@ class Watch:
         from ..export.run import write_image
         from ..files import atomic_path
         from ..wrapped import bare
-        from .sample import draw, pixels
+        from .drawing import draw, pixels
 
         plain: Any = bare(model)
         labels = range(min(plain.config.num_classes, 10))

@@ -108,8 +108,10 @@ def switched(hidden: Tensor, ctx: Context) -> Tensor:
     """Hidden channels (B, N, M) times their groups' factors ``ctx.width`` (B, U) of their samples."""
     assert ctx.width is not None
     width = ctx.width[:, None] if ctx.packing is None else ctx.packing.spread(ctx.width)
-    width = width.to(hidden.dtype)[..., None]
-    return (hidden.unflatten(-1, (width.shape[2], -1)) * width).flatten(-2)
+    width = width.to(hidden.dtype)
+    if width.shape[2] == hidden.shape[2]:  # a factor for every channel
+        return hidden * width
+    return (hidden.unflatten(-1, (width.shape[2], -1)) * width[..., None]).flatten(-2)
 
 
 def refuse_fields(ctx: Context, names: tuple[str, ...], what: str, where: str) -> None:

@@ -31,7 +31,7 @@ class _Gated(FFN):
         self.drop = nn.Dropout(site.dropout)
 
     def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=-1)
+        gate, value = self.fc1(x).split([self.hidden, self.hidden], dim=-1)
         hidden = self.act(gate) * value
         if ctx.width is not None:
             hidden = switched(hidden, ctx)
@@ -50,7 +50,7 @@ class _Gated(FFN):
     def select(self, units: Tensor) -> Self:
         """The network with some of its hidden channels."""
         small = twin(self)
-        small.hidden = len(units)
+        small.hidden = units.shape[0]
         small.fc1 = cut_linear(self.fc1, rows=torch.cat([units, units + self.hidden]))
         small.fc2 = cut_linear(self.fc2, columns=units)
         return small

@@ -54,7 +54,7 @@ class MLP(FFN):
     def select(self, units: Tensor) -> MLP:
         """The network with some of its hidden channels."""
         small = twin(self)
-        small.hidden = len(units)
+        small.hidden = units.shape[0]
         small.fc1 = cut_linear(self.fc1, rows=units)
         small.fc2 = cut_linear(self.fc2, columns=units)
         return small

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from effformer.context import EMPTY, Context
 from effformer.nn.activations import Activation
 from effformer.nn.gates import values_known
+from effformer.nn.onnx_nodes import gathers
 from effformer.registry import Caps, ffn
 from effformer.site import Site
 from effformer.values import Count, Natural, NonNegative
@@ -26,9 +27,9 @@ class MoE(FFN):
     """Mixture of experts: ``shared(x) + sum_{e in top-k} p_e expert_e(x)``, ``p = softmax(W x)``.
 
     Experts are MLPs of the same width, and so is each shared expert, which serves every token. Each
-    expert runs on the tokens that were sent to it; a captured graph runs every expert on every token
-    and multiplies most results by zero, so it costs experts / top_k times as much. ``macs`` is the
-    work of the chosen experts.
+    expert runs on the tokens that were sent to it, in ONNX graphs, too; a compiled graph runs every
+    expert on every token and multiplies most results by zero, so it costs experts / top_k times as
+    much. ``macs`` is the work of the chosen experts.
 
     With a ledger in the context, ``<path>/balance`` receives ``balance`` times `balance_loss`.
 
@@ -107,7 +108,8 @@ class MoE(FFN):
             ctx.ledger.work(self.site.path, x.new_ones(x.shape[0]))
             loss = self.balance * balance_loss(probabilities, chosen)
             ctx.ledger.loss(f"{self.site.path}/balance", loss)
-        run = self._grouped if values_known(x) else self._masked
+        unseen = self._routed if gathers() else self._masked
+        run = self._grouped if values_known(x) else unseen
         out = run(x, weights, chosen)
         return out if self.shared is None else out + self.shared(x)
 
@@ -117,6 +119,16 @@ class MoE(FFN):
         for e, expert in enumerate(self.experts):
             out = torch.addcmul(out, table[..., e : e + 1], expert(x))
         return out
+
+    def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        flat, where, factors = x.flatten(0, -2), chosen.flatten(), weights.flatten()
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            slots = (where == e).nonzero().flatten()
+            tokens = slots // self.top_k
+            done = expert(flat.index_select(0, tokens)) * factors.index_select(0, slots)[:, None]
+            out = out.index_add(0, tokens, done)
+        return out.view_as(x)
 
     def _grouped(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         flat, where = x.flatten(0, -2), chosen.flatten()

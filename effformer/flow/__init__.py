@@ -50,6 +50,7 @@ from .losses import LossOutput as LossOutput
 from .losses import PseudoHuber as PseudoHuber
 from .losses import cosine_distance as cosine_distance
 from .losses import loss_weight as loss_weight
+from .metrics import frechet_distance as frechet_distance
 from .metrics import straightness as straightness
 from .multistep import DPMSolver2M as DPMSolver2M
 from .paths import DDPM as DDPM

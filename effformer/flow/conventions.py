@@ -11,6 +11,7 @@ to predict. ``model.trained`` carries it as JSON values, and with it every file 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, cast
@@ -29,7 +30,7 @@ from .paths import DDPM, Clock, Linear, Path, Point, Prediction, Times, get_path
 __all__ = [
     "CONVENTIONS", "DIT", "EFFFORMER", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "LIGHTNINGDIT", "MDT_DIST",
     "RECTIFIED_DIFFUSION", "RECTIFIED_FLOW", "RFPP", "SD3", "SIT", "SIT_PAPER", "SLIMFLOW",
-    "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Trained", "Velocity", "VelocityField",
+    "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Remembering", "Trained", "Velocity", "VelocityField",
     "adapt", "answered", "as_velocity", "batch_times", "flip", "get_convention", "recorded",
     "trained_of",
 ]  # fmt: skip
@@ -39,6 +40,14 @@ class VelocityField(Protocol):
     """What every sampler takes: ``v(x, t, **cond)`` with x (B, ...) and t (B,), returning dx/dt."""
 
     def __call__(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor: ...
+
+
+class Remembering(ABC):
+    """A velocity field that remembers within a run, and is told when one begins."""
+
+    @abstractmethod
+    def restart(self, evaluations: int | None = None, samples: int | None = None) -> None:
+        """Begin a run of so many evaluations (None: nobody knows) for so many samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import Shape, checked
 from ..checks import unknown
 from ..values import Checked, Count, Real
-from .conventions import VelocityField, answered, as_velocity, batch_times
+from .conventions import Remembering, VelocityField, answered, as_velocity, batch_times
 from .paths import Point, Times, widened
 
 __all__ = ["Guidance", "Guided", "Weak", "forward_with_cfg", "guided"]
@@ -91,7 +91,7 @@ def _check_interval(interval: tuple[float, float] | None) -> None:
         raise ValueError(f"guidance: the interval {interval} is empty")
 
 
-class Guided:
+class Guided(Remembering):
     """A guided velocity field, in float32 at least; made by `guided`."""
 
     @checked
@@ -111,6 +111,11 @@ class Guided:
         if rule.channels != "all":
             away[:, rule.channels :] = 0
         return v + away
+
+    def restart(self, evaluations: int | None = None, samples: int | None = None) -> None:
+        """Tell the velocity inside, if it remembers."""
+        if isinstance(self.velocity, Remembering):
+            self.velocity.restart(evaluations, samples)
 
     def _mixed(self, x: Tensor, times: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The guided field, and the conditional one."""

@@ -36,6 +36,9 @@ class DPMSolver2M(Sampler):
     class Config(_config.Config):
         """No options."""
 
+    def evaluations(self, steps: int) -> int:
+        return steps
+
     def integrate(self, run: Run, x: Tensor, grid: TimeGrid) -> Tensor:
         if grid.widths is not None or not 0 <= grid.start < grid.end <= 1:
             raise ValueError(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from effformer.arguments import checked
+from effformer.notebook import Shown, picture_grid, tables
 from effformer.values import Count, Positive
 
 from .. import config as _config
 from ..checks import check_shape, check_values
 from ..config import Spec, resolve
 from ..registry import sampler as registry
-from .conventions import VelocityField, answered, as_velocity, batch_times
+from .conventions import Remembering, VelocityField, answered, as_velocity, batch_times
 from .guidance import Guidance, Guided
 from .paths import Point
 from .solvers import (
@@ -42,7 +43,7 @@ Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
-class SampleResult:
+class SampleResult(Shown):
     """What `sample` returns.
 
     Attributes:
@@ -57,6 +58,13 @@ class SampleResult:
     trajectory: Tensor | None
     times: tuple[float, ...]
     nfe: int
+
+    def _facts(self) -> dict[str, Any]:
+        steps = len(self.times) - 1
+        return {"shape": tuple(self.x.shape), "steps": steps, "evaluations": self.nfe}
+
+    def _body(self) -> str:
+        return picture_grid(self.x, (-1.0, 1.0), "samples") + "".join(tables(self._facts()))
 
 
 class Run:
@@ -153,6 +161,10 @@ class Sampler:
         """Precision of the state between evaluations: at least float32."""
         return torch.promote_types(x.dtype, torch.float32)
 
+    def evaluations(self, steps: int) -> int | None:
+        """Evaluations of the velocity in a run of ``steps`` steps, None if the run decides."""
+        return None
+
     @abstractmethod
     def integrate(self, run: Run, x: Tensor, grid: TimeGrid) -> Tensor:
         """Carry the state x (B, ...) along the grid."""
@@ -162,6 +174,9 @@ class RungeKutta(Sampler):
     """Base of the fixed-step explicit Runge-Kutta methods."""
 
     tableau: ClassVar[Tableau]
+
+    def evaluations(self, steps: int) -> int:
+        return steps * len(self.tableau.b)
 
     def integrate(self, run: Run, x: Tensor, grid: TimeGrid) -> Tensor:
         for (t, dt), t_next in zip(grid, grid.points[1:], strict=True):
@@ -320,6 +335,8 @@ def sample(
     times = times.reversed() if reverse else times
     velocity = as_velocity(velocity, where="sample")
     field = velocity if guidance is None else Guided(velocity, guidance)
+    if isinstance(field, Remembering):
+        field.restart(solver.evaluations(len(times)), x0.shape[0])
     run = Run(field, cond, x0, len(times), generator, noise, trajectory, progress)
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         x = x0.to(solver.state_dtype(x0))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from effformer.context import Context
 
 from .gates import values_known
+from .onnx_nodes import gathers
 
 __all__ = ["Cuttable", "Forms", "cut_linear", "put", "twin"]
 
@@ -47,10 +48,11 @@ class Cuttable(Protocol):
 
 
 class Forms:
-    """Runs a part under ``ctx.width``: by multiplying (training, graphs), or on the smaller form
+    """Runs a part under ``ctx.width``: by multiplying (training, compiled graphs), or on the smaller form
     that has the active units only.
 
-    Samples with the same active units run together, whatever their number. Forms are kept, the
+    Samples with the same active units run together, whatever their number; in an ONNX graph all
+    samples run together, on the units that some of them have. Forms are kept, the
     most recent ``limit`` of them, until a weight changes. Layers that are no plain matrices any more
     (quantized ones) are not cut; the part multiplies.
 
@@ -71,9 +73,13 @@ class Forms:
     def run(self, part: nn.Module, x: Tensor, ctx: Context) -> Tensor:
         """The part on x (B, N, D)."""
         assert ctx.width is not None
-        if part.training or ctx.tap is not None or not values_known(ctx.width):
+        if part.training or ctx.tap is not None:
             return part(x, ctx)
         if not all(type(layer) is nn.Linear for layer in part.cut):  # type: ignore[union-attr]
+            return part(x, ctx)
+        if gathers() and ctx.packing is None and not getattr(part, "counts_units", False):
+            return _cut_in_graph(part, x, ctx)
+        if not values_known(ctx.width):
             return part(x, ctx)
         active, ctx = ctx.width > 0, replace(ctx, width=None)
         if bool((active == active[:1]).all()):
@@ -109,6 +115,19 @@ class Forms:
             if len(self._kept) > self.limit:
                 self._kept.popitem(last=False)
         return form
+
+
+def _cut_in_graph(part: Any, x: Tensor, ctx: Context) -> Tensor:
+    """A part whose weights are gathered while the graph runs: those of units that are active for some
+    sample; factors switch them off for the others.
+    """
+    assert ctx.width is not None
+    each = part.units // ctx.width.shape[1]
+    groups = (ctx.width > 0).any(dim=0).nonzero()
+    units = (groups * each + torch.arange(each, device=x.device)).flatten()
+    factors = ctx.width.repeat_interleave(each, dim=1).index_select(1, units)
+    out: Tensor = part.select(units)(x, replace(ctx, width=factors))
+    return out
 
 
 def _weights(part: nn.Module) -> list[Tensor]:

@@ -23,7 +23,8 @@ def values_known(x: Tensor) -> bool:
     """True if the program may depend on the values of ``x``.
 
     While a graph is captured (`torch.export`, `torch.compile`) or shapes alone are followed (fake
-    and meta tensors), parts that skip work run their static form instead.
+    and meta tensors), parts that skip work run their static form instead, in ONNX graphs the one that gathers
+    (`effformer.nn.onnx_nodes.gathers`).
     """
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False

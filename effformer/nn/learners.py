@@ -16,6 +16,7 @@ from effformer.context import Ledger
 from effformer.values import Count, Positive
 
 from .gates import gumbel_like, straight_through, values_known
+from .onnx_nodes import gathers
 from .precision import widened
 
 __all__ = ["Gate", "Learners", "Run"]
@@ -141,8 +142,9 @@ class Learners(nn.Module):
 
     ``y_k = sum_{i <= k} f_i(x)``, ``f_i(x) = act(x W1_i + b1_i) W2_i + b2_i``, and ``f_0 = b2_0``.
 
-    There are two executions with equal results. Masked: every learner runs on every token and is
-    multiplied by 0 or 1 (training, graphs). Grouped: learners that all tokens chose run on all; for
+    There are three executions with equal results. Masked: every learner runs on every token and is
+    multiplied by 0 or 1 (training, compiled graphs). Routed: every learner runs on the tokens that
+    chose it, which are gathered (ONNX graphs). Grouped: learners that all tokens chose run on all; for
     the others tokens are sorted by their choice, so that learner i works on a contiguous prefix,
     those that chose i or more, and on nothing else.
 
@@ -236,6 +238,9 @@ class Learners(nn.Module):
         if fixed is not None:
             chosen = torch.full(x.shape[:2], fixed, device=x.device)
             return Run(self.drop(self._prefix(x, fixed)), chosen, gated=False)
+        if not self.training and gathers():
+            chosen = self.gate.chosen(x)
+            return Run(self.drop(self._routed(x, chosen)), chosen)
         if self.training or not values_known(x):
             choice = self.gate(x)
             return Run(self.drop(self._masked(x, choice)), choice.argmax(dim=-1), choice)
@@ -270,6 +275,15 @@ class Learners(nn.Module):
             done = self.learner(i, x)
             out = torch.addcmul(out, runs.to(done.dtype), done)
         return out
+
+    def _routed(self, x: Tensor, chosen: Tensor) -> Tensor:
+        flat, k = x.flatten(0, -2), chosen.flatten()
+        out = self._zero(flat)
+        for i in range(1, self.count + 1):
+            rows = (k >= i).nonzero().flatten()
+            done = self.learner(i, flat.index_select(0, rows))
+            out = out.index_add(0, rows, done.to(out.dtype))
+        return out.unflatten(0, x.shape[:-1])
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         flat, k = x.flatten(0, -2), chosen.flatten()

@@ -9,9 +9,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 
+from .lengths import is_fixed
 from .precision import exactly
 
 __all__ = ["LegendreMemory", "legendre_system"]
@@ -199,7 +199,7 @@ class LegendreMemory(nn.Module):
 
     def _taps(self, u: Tensor) -> int:
         """How much of the response meets u (B, N); a graph for every length holds all of it."""
-        known = not torch.compiler.is_compiling() or has_static_value(u.shape[1])
+        known = not torch.compiler.is_compiling() or is_fixed(u.shape[1])
         return min(u.shape[1], self.reach) if known else self.reach
 
     def extra_repr(self) -> str:

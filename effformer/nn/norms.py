@@ -15,7 +15,9 @@ from effformer.site import Site
 
 from .precision import widened
 
-__all__ = ["LayerNorm", "Modulation", "TokenBatchNorm", "branch_norm", "make_norm", "modulate"]
+__all__ = [
+    "LayerNorm", "Modulation", "SharedModulation", "TokenBatchNorm", "branch_norm", "make_norm", "modulate",
+]  # fmt: skip
 
 
 def make_norm(site: Site, dim: int | None = None, *, affine: bool | None = None) -> nn.Module:
@@ -134,3 +136,45 @@ class Modulation(nn.Module):
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
         """Map cond (B, Dc) to ``parts`` tensors (B, 1, D)."""
         return self.linear(F.silu(cond)).unsqueeze(1).chunk(self.parts, dim=-1)
+
+    def macs(self) -> int:
+        """Multiply-adds of one sample."""
+        return self.linear.in_features * self.linear.out_features
+
+
+class SharedModulation(nn.Module):
+    """Vectors that a model makes once for all blocks, and a learned table of this block's own
+    (adaLN-single): ``E + c``, cut into ``parts`` chunks of (B, 1, D).
+
+    Args:
+        cond_dim: ``parts * dim``, the vectors of the model; of another width, they are made here by a
+            `Modulation`.
+        dim: width of the tokens.
+        parts: number of vectors.
+
+    Reference: PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image
+    Synthesis, 2023, arXiv 2310.00426.
+    """
+
+    def __init__(self, cond_dim: int, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.table = nn.Parameter(torch.empty(parts, dim))
+        self.own = None if cond_dim == parts * dim else Modulation(cond_dim, dim, parts)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A random table, whose rows have length one on average."""
+        nn.init.normal_(self.table, std=self.table.shape[1] ** -0.5)
+
+    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """Map cond (B, Dc) to ``parts`` tensors (B, 1, D)."""
+        if self.own is not None:
+            given = torch.cat(self.own(cond), dim=1)
+        else:
+            given = cond.unflatten(-1, (self.parts, -1))
+        return (self.table + given).chunk(self.parts, dim=1)
+
+    def macs(self) -> int:
+        """Multiply-adds of one sample."""
+        return 0 if self.own is None else self.own.macs()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["MICROSOFT", "capturing_for", "node_domains"]
+__all__ = ["MICROSOFT", "capturing_for", "gathers", "node_domains"]
 
 MICROSOFT = "com.microsoft"
 """The operators that ONNX Runtime adds."""
@@ -34,3 +34,10 @@ def node_domains() -> tuple[str, ...] | None:
     if _CAPTURES:
         return _CAPTURES[-1]
     return (MICROSOFT,) if torch.onnx.is_in_onnx_export() else None
+
+
+def gathers() -> bool:
+    """Whether parts that skip work shall gather what they work on in the graph that is captured: ONNX
+    graphs may hold tensors whose lengths depend on values.
+    """
+    return node_domains() is not None

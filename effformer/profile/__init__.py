@@ -14,6 +14,7 @@ from .machine import Machine, machine
 from .memory import Memory, MemoryTracker, peak_memory, peak_rss
 from .operators import register_formula
 from .profiler import count_parameters, profile
+from .quality import Quality
 from .result import Profile
 from .save import SUFFIXES
 from .sweep import Sweep
@@ -30,6 +31,7 @@ __all__ = [
     "Memory",
     "MemoryTracker",
     "Profile",
+    "Quality",
     "SideBySide",
     "Sweep",
     "benchmark",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from effformer.arguments import checked
+from effformer.notebook import Shown
 from effformer.values import Threads, Times, Warmup
 
 from .latency import Latency, SideBySide, percentiles
@@ -46,6 +47,7 @@ class Candidate:
         options: JSON values.
         form: what runs, for the results, for instance "eager" or "onnxruntime".
         dtype: type of its numbers, for the results.
+        device: where it runs, for the results.
     """
 
     name: str
@@ -53,10 +55,11 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
     form: str = "eager"
     dtype: str = "float32"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
+class Benchmark(Shown):
     """What `benchmark` found.
 
     Attributes:
@@ -92,6 +95,10 @@ class Benchmark:
                 row.append(f"{self.errors[row[0]]:.1e}")
         return tuple(header), [tuple(row) for row in rows]
 
+    def _facts(self) -> dict[str, Any]:
+        sides = (side._facts()["rows"] for side in self.sides.values())
+        return {"rows": [row for rows in sides for row in rows], "measured": self.how()}
+
     def how(self) -> str:
         """One sentence about the way it was measured, with a warning if the machine was busy."""
         row = next(iter(self.sides[max(self.sides)].rows.values()))
@@ -99,7 +106,7 @@ class Benchmark:
         said = (
             f"each candidate alone in its process, {self.rounds} round{'s' * (self.rounds > 1)} of "
             f"processes in turns, {runs} runs after {row.warmup} in each, {threads} threads that sleep "
-            f"when they wait; "
+            f"when they wait, {row.dtype} on {row.device}; "
             f"{row.machine}"
         )
         if self.busy <= BUSY:
@@ -263,7 +270,7 @@ def _latency(
     facts = answers[0]["machine"]
     return Latency(
         name=candidate.name, median=middle, p10=p10, p90=p90, runs=len(samples), warmup=warmup,
-        threads=threads, dtype=candidate.dtype, device="cpu", form=candidate.form,
+        threads=threads, dtype=candidate.dtype, device=candidate.device, form=candidate.form,
         machine=Machine(**facts | {"flags": tuple(facts["flags"])}), samples=samples,
         memory=max(answer["memory"] for answer in answers),
         waited=max(answer["waited"] for answer in answers),

@@ -14,9 +14,10 @@ from effformer import registry
 from effformer.arguments import checked
 from effformer.calls import Inputs
 from effformer.checks import unknown
+from effformer.notebook import Shown
 from effformer.values import Threads, Times, Warmup
 
-from .html import report_page
+from .html import comparison_section, report_page
 from .latency import Latency, interleave
 from .plots import Pareto
 from .profiler import Progress, profile
@@ -26,7 +27,7 @@ from .tables import amount, size, table
 
 __all__ = ["METRICS", "Comparison", "ComparisonRow", "Metric", "compare"]
 
-Metric = Literal["latency", "macs", "executed", "params", "memory", "bytes"]
+Metric = Literal["latency", "macs", "executed", "params", "memory", "bytes", "errors"]
 METRICS: dict[Metric, str] = {
     "latency": "latency / ms",
     "macs": "GMACs",
@@ -34,6 +35,7 @@ METRICS: dict[Metric, str] = {
     "params": "parameters / M",
     "memory": "peak activations / MB",
     "bytes": "size / MB",
+    "errors": "not recognised / %",
 }
 """Metric -> axis label with unit; less is better for each."""
 
@@ -50,6 +52,8 @@ class ComparisonRow:
         bytes: size of its weights, or of its file.
         error: largest difference of its outputs from those of the first row, relative to the largest
             of these; None if they are no forms of one model.
+        quality: share that it gets right, or that is recognised of what it draws, in [0, 1]; None if
+            that was not measured (`Quality`).
     """
 
     name: str
@@ -57,6 +61,7 @@ class ComparisonRow:
     times: tuple[tuple[Latency, float], ...] = ()
     bytes: int | None = None
     error: float | None = None
+    quality: float | None = None
 
     @property
     def latency(self) -> Latency | None:
@@ -80,6 +85,7 @@ class ComparisonRow:
             "params": None if p is None else p.params / 1e6,
             "memory": None if memory is None else memory.peak / 1e6,
             "bytes": None if self.bytes is None else self.bytes / 1e6,
+            "errors": None if self.quality is None else 100 * (1 - self.quality),
         }
         if metric not in raw:
             raise unknown("metric", metric, list(raw))
@@ -95,11 +101,12 @@ class ComparisonRow:
             "times": [{"latency": asdict(t), "ratio": ratio} for t, ratio in self.times],
             "bytes": self.bytes,
             "error": self.error,
+            "quality": self.quality,
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Shown):
     """Models side by side.
 
     Attributes:
@@ -127,9 +134,11 @@ class Comparison:
         return Pareto(tuple(points), METRICS[x], METRICS[y])
 
     def against(self) -> Metric:
-        """What the times are drawn against: work, or the size where it tells the rows apart and the
-        work does not, or is not known.
+        """What the times are drawn against: quality where it was measured, else work, or the size
+        where it tells the rows apart and the work does not, or is not known.
         """
+        if all(row.quality is not None for row in self.rows):
+            return "errors"
         macs, bytes_ = ({row.value(m) for row in self.rows} for m in ("macs", "bytes"))
         return (
             "bytes" if None not in bytes_ and (None in macs or len(bytes_) > len(macs)) else "macs"
@@ -163,12 +172,25 @@ class Comparison:
             cells["ratio" + " " * i] = f"{ratio:.3f}x"  # columns of equal names have different keys
         memory = [found.memory for found, _ in row.times if found.memory is not None]
         cells["process"] = size(max(memory)) if memory else "-"
+        cells["recognised"] = "-" if row.quality is None else f"{row.quality:.1%}"
         cells["error"] = "-" if row.error is None else f"{row.error:.1e}"
         return cells
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"rows": [row.to_dict() for row in self.rows]}
+
+    def _body(self) -> str:
+        return comparison_section(self)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Models, each with what was measured in the unit of `METRICS`."""
+        units = {metric: label.replace(" / ", "_") for metric, label in METRICS.items()}
+        return [
+            {"name": row.name, "error": row.error}
+            | {units[metric].replace(" ", "_"): row.value(metric) for metric in METRICS}
+            for row in self.rows
+        ]
 
     @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effformer.files import mark
+from effformer.notebook import DARK, LIGHT, RULES, html_table
 
 from .parts import PART_LABELS
 from .save import COMPARISON, PROFILE
@@ -20,65 +21,21 @@ if TYPE_CHECKING:
     from .crosscheck import Row
     from .result import Profile
 
-__all__ = ["comparison_section", "gallery", "page", "profile_section", "report_page", "tiles"]
+__all__ = [
+    "comparison_section",
+    "gallery",
+    "page",
+    "profile_section",
+    "report_page",
+    "tiles",
+]
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2129; --soft: #667080; --line: #e1e4ea;
-  --bar: #0072b2; --card: #fff; --page: #f6f7f9; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --soft: #9aa3b2; --line: #343a46;
-  --bar: #56b4e9; --card: #1c2028; --page: #14171d; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-section > h2 { margin-top: 0; }
-summary { cursor: pointer; }
-details.model { border-top: 1px solid var(--line); padding: .6rem 0; }
-details.model > summary { color: var(--soft); }
-details.model h2 { display: inline; font-size: 1.1rem; color: var(--ink); margin-right: .5rem; }
-section + details.model { margin-top: 2rem; }
-p, .soft { color: var(--soft); }
-p { margin: .4rem 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.3rem; font-weight: 600; white-space: nowrap; }
-.tile span { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 500; }
-th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.wrap { white-space: normal; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .8rem;
-  align-items: center; font-size: .9rem; }
-.bars i { display: block; height: .8rem; background: var(--bar); border-radius: .15rem;
-  min-width: 1px; }
-.bars span { font-variant-numeric: tabular-nums; color: var(--soft); }
-.tree { font-size: .9rem; }
-.tree details, .tree div { margin-left: 1.1rem; }
-.tree > details { margin-left: 0; }
-.tree summary, .tree div { padding: .12rem 0; }
-.tree em { font-style: normal; color: var(--soft); font-variant-numeric: tabular-nums;
-  margin-left: .6rem; }
-.plot { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem;
-  margin-top: 1rem; }
-.plot svg { width: 100%; height: auto; display: block; }
-details.more { margin-top: 1rem; }
-details.more > summary { color: var(--soft); }
-.bad { color: #d55e00; font-weight: 600; }
-.grids { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
-.grids figure { margin: 0; } .grids figcaption { font-size: .9rem; margin-top: .4rem; }
-.grids figcaption span { color: var(--soft); }
-.grids img { width: 100%; display: block; image-rendering: pixelated; border-radius: .35rem; }
-code { font-size: .95em; }
-"""
+_STYLE = f""":root {{ color-scheme: light dark; {LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
+body {{ margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }}
+main {{ max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }}
+{RULES}"""
 
 
 def page(title: str, body: str, kind: str) -> str:
@@ -94,18 +51,22 @@ def page(title: str, body: str, kind: str) -> str:
 
 def report_page(profiles: Sequence[Profile], comparison: Comparison | None = None) -> str:
     """The page of one or several profiles, with their comparison first."""
-    names = [p.name for p in profiles] if comparison is None else [r.name for r in comparison.rows]
+    shown = [(p.name, p) for p in profiles]
+    names = [p.name for p in profiles]
+    if comparison is not None:  # a file that is compared has no profile
+        names = [row.name for row in comparison.rows]
+        shown = [(row.name, row.profile) for row in comparison.rows if row.profile is not None]
     title = "Cost of " + ", ".join(names)
     body = [f"<h1>{escape(title)}</h1>"]
     if comparison is not None:
         body.append(comparison_section(comparison))
-    for name, profile in zip(names, profiles, strict=True):
+    for name, profile in shown:
         section = profile_section(profile)
         if len(profiles) > 1:
             head = f"<summary><h2>{escape(name)}</h2> {amount(profile.total)} MACs</summary>"
             section = f'<details class="model">{head}{section}</details>'
         body.append(section)
-    body.append(f"<p>Convention: {escape(profiles[0].convention)}.</p>")
+    body += [f"<p>Convention: {escape(profile.convention)}.</p>" for _, profile in shown[:1]]
     return page(title, "\n".join(body), PROFILE if comparison is None else COMPARISON)
 
 
@@ -116,14 +77,14 @@ def profile_section(profile: Profile) -> str:
     ops = [
         (op, str(p.calls.get(op, "")), f"{n:,}", _share(n, p.total)) for op, n in p.by_op.items()
     ]
-    missing = _table(("operator", "calls"), ((op, f"{n:,}") for op, n in p.uncounted.items()))
+    missing = html_table(("operator", "calls"), ((op, f"{n:,}") for op, n in p.uncounted.items()))
     pieces = [
         _tiles(p),
         f"<p>One forward on inputs {escape(' '.join(str(shape) for shape in p.inputs))}",
         f"; memory from {escape(p.memory.method)}.</p>" if p.memory is not None else ".</p>",
         f"<h3>By part</h3>{_bars(p)}",
         f'<h3>By module</h3><div class="tree">{tree}</div>',
-        f"<h3>By operator</h3>{_table(('operator', 'calls', 'MACs', 'share'), ops)}",
+        f"<h3>By operator</h3>{html_table(('operator', 'calls', 'MACs', 'share'), ops)}",
         f"<h3>Not counted</h3>{missing}" if p.uncounted else "",
         _elementwise(p),
         f"<h3>Other counters</h3>{_cross_check(p.cross_check)}" if p.cross_check else "",
@@ -134,7 +95,7 @@ def profile_section(profile: Profile) -> str:
 
 def comparison_section(comparison: Comparison, title: str = "Side by side") -> str:
     """The table of all models and, where latency was measured, the Pareto plot."""
-    pieces = [f"<section><h2>{escape(title)}</h2>", _table(*comparison.table())]
+    pieces = [f"<section><h2>{escape(title)}</h2>", html_table(*comparison.table())]
     if comparison.how:
         pieces.append(f"<p>{escape(comparison.how)}</p>")
         pieces.append(f'<div class="plot">{comparison.pareto(y=comparison.against()).svg()}</div>')
@@ -176,18 +137,12 @@ def _elementwise(p: Profile) -> str:
     if not p.uncounted:
         head = "Every operator has a formula or is elementwise. " + head
     rows = ((op, f"{n:,}") for op, n in p.elements.items())
-    inside = _table(("operator", "elements"), rows)
+    inside = html_table(("operator", "elements"), rows)
     return f'<details class="more"><summary>{head}</summary>{inside}</details>'
 
 
 def _share(n: int, total: int) -> str:
     return f"{n / total:.1%}" if total else "-"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _bars(profile: Profile) -> str:

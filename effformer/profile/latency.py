@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,20 +15,21 @@ from torch import nn
 
 from effformer.arguments import checked
 from effformer.calls import Inputs, bind, check_parts, evaluating
+from effformer.notebook import Shown
 from effformer.values import Range, Threads, Times, Warmup
 from effformer.wrapped import bare, is_compiled
 
 from .fake import on_real
 from .machine import Machine, machine
 
-__all__ = ["Latency", "SideBySide", "interleave", "latency"]
+__all__ = ["Latency", "SideBySide", "interleave", "latency", "timed"]
 
 
 Pause = Annotated[float, Range(0, 3600)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Latency:
+class Latency(Shown):
     """Wall time of one call, in seconds.
 
     Attributes:
@@ -64,6 +66,11 @@ class Latency:
     waited: float = 0.0
     memory: int | None = None
 
+    def _facts(self) -> dict[str, Any]:
+        facts = dataclasses.asdict(self)
+        del facts["samples"]
+        return facts | {"machine": str(self.machine)}
+
     def __str__(self) -> str:
         return (
             f"{self.name}: {1e3 * self.median:.3g} ms "
@@ -73,7 +80,7 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
-class SideBySide:
+class SideBySide(Shown):
     """Candidates that took turns in one run, so that drift of the machine hits all alike.
 
     Attributes:
@@ -84,6 +91,11 @@ class SideBySide:
 
     rows: dict[str, Latency]
     ratios: dict[str, float]
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "rows": [row._facts() | {"ratio": self.ratios[name]} for name, row in self.rows.items()]
+        }
 
     def __str__(self) -> str:
         return "\n".join(f"{self.ratios[name]:7.3f}x  {row}" for name, row in self.rows.items())
@@ -158,7 +170,7 @@ def interleave(
         for _ in range(runs):
             for name, call in calls.items():
                 sleep(pause)
-                samples[name].append(_timed(call))
+                samples[name].append(timed(call))
         facts = machine()
     rows = {n: _latency(n, candidates[n], samples[n], warmup, compile, facts) for n in calls}
     first = samples[next(iter(samples))]
@@ -193,13 +205,13 @@ def _call(
     return lambda: given(model)
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call, until what it gave to an accelerator is done."""
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else int
+    wait()
     start = perf_counter()
     call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return perf_counter() - start
 
 

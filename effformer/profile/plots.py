@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effformer.checks import need
+from effformer.notebook import Shown
 
 from .save import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curves", "Pareto"]
+__all__ = ["Confusion", "Curves", "Pareto"]
 
 # Okabe and Ito's palette keeps its contrasts for the common kinds of colour blindness.
 _BLUE, _GREY, _INK = "#0072B2", "#8A8F98", "#30343B"
@@ -37,7 +38,7 @@ _PLACES = [(9, 0), (-9, 0), (0, 11), (0, -11)] + [
 ]
 
 
-class _Plot(ABC):
+class _Plot(Shown, ABC):
     """What every plot can be written as; a notebook shows it."""
 
     __slots__ = ()
@@ -64,8 +65,8 @@ class _Plot(ABC):
         text = buffer.getvalue()
         return text[text.index("<svg") :]
 
-    def _repr_html_(self) -> str:
-        return f'<div style="background:#fff;max-width:48rem">{self.svg()}</div>'
+    def _body(self) -> str:
+        return f'<div class="plot">{self.svg()}</div>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,13 @@ class Curves(_Plot):
     x: str
     y: str
     log: bool = False
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"line": name, self.x: x, self.y: y}
+            for name, points in self.lines.items()
+            for x, y in points
+        ]
 
     def figure(self) -> Figure:
         """Draw, each line in a colour and a style of its own."""
@@ -139,6 +147,13 @@ class Pareto(_Plot):
                 names.append(name)
         return tuple(names)
 
+    def _rows(self) -> list[dict[str, Any]]:
+        front = self.front
+        return [
+            {"name": name, self.x: x, self.y: y, "front": name in front}
+            for name, x, y in self.points
+        ]
+
     def figure(self) -> Figure:
         """Draw; an axis is logarithmic where its values span more than a factor of ten."""
         figure: Figure = need("matplotlib.figure").Figure((6.4, 4.2), dpi=160, layout="constrained")
@@ -176,6 +191,44 @@ class Pareto(_Plot):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         _label(figure, axes, self.points, front=[p[1:] for p in on])
+        return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion(_Plot):
+    """What every class is taken for.
+
+    Attributes:
+        classes: their names.
+        counts: samples by true class (rows) and chosen class (columns).
+    """
+
+    classes: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+    def figure(self) -> Figure:
+        """Draw shares of the rows, with the counts as far as they can be read."""
+        few, readable = len(self.classes) <= 20, len(self.classes) <= 40
+        figure: Figure = need("matplotlib.figure").Figure((6.4, 5.4), dpi=160, layout="constrained")
+        axes = figure.add_subplot()
+        shares = [[n / max(sum(row), 1) for n in row] for row in self.counts]
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if few:
+            cells = ((i, j, n) for i, row in enumerate(self.counts) for j, n in enumerate(row) if n)
+            for i, j, n in cells:
+                color = "white" if shares[i][j] > 0.5 else _INK
+                axes.text(j, i, f"{n}", ha="center", va="center", fontsize=7, color=color)
+        names = [name if len(name) <= 16 else f"{name[:14]}..." for name in self.classes]
+        places = range(len(names)) if readable else []
+        axes.set_xticks(
+            places, names if readable else [], rotation=90 if max(map(len, names)) > 2 else 0
+        )
+        axes.set_yticks(places, names if readable else [])
+        axes.tick_params(length=0, labelsize=7)
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("class")
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
         return figure
 
 

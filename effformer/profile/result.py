@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
+from effformer.notebook import Shown
 from effformer.values import Natural
 
 from .crosscheck import Row
 from .formulas import CONVENTION
-from .html import report_page
+from .html import profile_section, report_page
 from .memory import Memory
 from .parts import PART_LABELS
 from .save import PROFILE, save_report
@@ -22,7 +23,7 @@ __all__ = ["Profile"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class Profile(Shown):
     """The cost of one forward. MACs are dense: dynamic parts count as if nothing were skipped.
 
     ``sum(by_op.values()) == sum(by_part.values()) == by_module[""] == total``.
@@ -82,6 +83,17 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self) | {"flops": self.flops, "inputs": [list(s) for s in self.inputs]}
+
+    def _body(self) -> str:
+        return profile_section(self)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Modules, children included."""
+        total = self.total or 1
+        return [
+            {"module": path or self.name, "macs": macs, "share": macs / total}
+            for path, macs in self.by_module.items()
+        ]
 
     @checked
     def save(self, path: str | Path, *, force: bool = False) -> None:

@@ -14,10 +14,10 @@ from effformer.files import atomic_path, mark
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COMPARISON", "PROFILE", "SUFFIXES", "save_figure", "save_report"]
+__all__ = ["COMPARISON", "PROFILE", "QUALITY", "SUFFIXES", "save_figure", "save_report"]
 
 SUFFIXES = (".json", ".html", ".txt")
-PROFILE, COMPARISON, FIGURE = "profile", "comparison", "figure"
+PROFILE, COMPARISON, FIGURE, QUALITY = "profile", "comparison", "figure", "quality"
 
 
 def save_report(

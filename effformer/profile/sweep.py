@@ -11,6 +11,7 @@ from typing import Any
 
 from effformer.arguments import checked
 from effformer.checks import unknown
+from effformer.notebook import Shown
 from effformer.values import Natural
 
 from .compare import Comparison, ComparisonRow
@@ -45,7 +46,7 @@ def crossover(first: Mapping[float, float], other: Mapping[float, float]) -> flo
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(Shown):
     """The same models at several values of one option.
 
     Attributes:
@@ -124,7 +125,13 @@ class Sweep:
             "verdicts": self.verdicts(),
         }
 
-    def _repr_html_(self) -> str:
+    def _rows(self) -> list[dict[str, Any]]:
+        """Models at every value."""
+        return [
+            {self.option: value} | row for value, one in self.found.items() for row in one._rows()
+        ]
+
+    def _body(self) -> str:
         words = "".join(f"<p>{escape(line)}</p>" for line in self.verdicts())
         return f'<div class="plot">{self.curves().svg()}</div>{words}'
 
@@ -145,5 +152,5 @@ class Sweep:
         sections = [
             comparison_section(one, f"{self.option}={value:g}") for value, one in self.found.items()
         ]
-        body = [f"<h1>{escape(title)}</h1>", self._repr_html_(), *sections]
+        body = [f"<h1>{escape(title)}</h1>", self._body(), *sections]
         return page(title, "\n".join(body), COMPARISON)

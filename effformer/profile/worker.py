@@ -18,6 +18,7 @@ import torch
 from effformer.calls import outputs
 from effformer.checks import is_refusal
 
+from .latency import timed
 from .machine import machine
 from .memory import rss_peak
 
@@ -50,7 +51,7 @@ def _timed(job: dict[str, Any]) -> dict[str, Any]:
         if job["outputs"]:
             _keep(call(), job["outputs"])
         waited, cpu, began = _waited(), process_time(), perf_counter()
-        samples = [_seconds(call) for _ in range(job["runs"])]
+        samples = [timed(call) for _ in range(job["runs"])]
         wall = perf_counter() - began
         cpu, after = process_time() - cpu, _waited()
     share = 0.0
@@ -71,12 +72,6 @@ def _load(name: str, options: dict[str, Any]) -> Callable[[], Any]:
     return made
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    began = perf_counter()
-    call()
-    return perf_counter() - began
-
-
 def _waited() -> float | None:
     """Seconds for which threads of this process were ready and had no processor; None if the system
     does not tell.
@@ -92,7 +87,7 @@ def _keep(made: Any, path: str) -> None:
     """Write the numbers of an output."""
     from safetensors.torch import save_file
 
-    found = {str(i): x.detach().contiguous() for i, x in enumerate(outputs(made))}
+    found = {str(i): x.detach().cpu().contiguous() for i, x in enumerate(outputs(made))}
     save_file(found, path)
 
 

@@ -7,7 +7,7 @@ Example:
 """
 
 from .checkpoint import load_checkpoint, read_checkpoint, read_metrics, read_run
-from .classifier import Classifier, accuracy, train_classifier
+from .classifier import Classifier, accuracy, confusion, train_classifier
 from .datasets import Dataset, load_data
 from .ema import EMA
 from .loop import DivergenceError, Evaluation, TrainConfig, TrainResult, train
@@ -18,6 +18,6 @@ from .validation import Validation
 __all__ = [
     "EMA", "Augmented", "Batch", "Classification", "Classifier", "Dataset", "DivergenceError",
     "Evaluation", "Generation", "Objective", "TrainConfig", "TrainResult", "Validation", "accuracy",
-    "load_checkpoint", "load_data", "load_run", "read_checkpoint", "read_metrics", "read_run", "train",
+    "confusion", "load_checkpoint", "load_data", "load_run", "read_checkpoint", "read_metrics", "read_run", "train",
     "train_classifier",
 ]  # fmt: skip

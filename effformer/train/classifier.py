@@ -5,8 +5,9 @@ In training it sees real images only; it knows nothing of the generative model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .datasets import Dataset, load_data
 from .loop import TrainConfig, train
 from .objectives import Classification, check_logits
 
-__all__ = ["Classifier", "accuracy", "train_classifier"]
+__all__ = ["Classifier", "accuracy", "confusion", "train_classifier"]
 
 RECIPE = TrainConfig(steps=300, batch=64, lr=3e-3, warmup=20, weight_decay=0.05, ema=0.99)
 
@@ -34,15 +35,49 @@ def accuracy(model: nn.Module, data: Dataset, *, batch: Count = 500) -> float:
         data: named tensors with classes.
         batch: samples per forward pass, about.
     """
-    device, hits = device_of(model), 0
+    hits = 0
+    for logits, target in _answers(model, data, batch, "accuracy"):
+        check_logits(logits, target, where="accuracy")
+        hits += int((logits.argmax(1) == target).sum())
+    return hits / len(data)
+
+
+@checked
+def confusion(model: nn.Module, data: Dataset, *, batch: Count = 500) -> Tensor:
+    """What a classifier takes the samples of each class for: counts (classes, classes) int64, true
+    classes as rows.
+
+    Args:
+        model: as in `accuracy`.
+        data: named tensors with classes.
+        batch: samples per forward pass, about.
+
+    Raises:
+        ValueError: the model tells apart another number of classes than the data have.
+    """
+    classes = len(data.classes)
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for logits, target in _answers(model, data, batch, "confusion"):
+        if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] != classes:
+            raise ValueError(
+                f"confusion: the model tells {logits.shape[1]} classes apart, {data.name!r} has {classes}"
+            )
+        check_logits(logits, target, where="confusion")
+        pairs = target.cpu() * classes + logits.argmax(1).cpu()
+        counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    return counts
+
+
+def _answers(
+    model: nn.Module, data: Dataset, batch: int, where: str
+) -> Iterator[tuple[Any, Tensor]]:
+    """What a model returns, and the classes (B,) that it should tell; batch after batch."""
+    device = device_of(model)
     with evaluating(model), torch.inference_mode():
         for rows in torch.arange(len(data)).chunk(max(1, len(data) // batch)):
             given = {name: x.to(device) for name, x in data.rows(rows).items()}
             target = given.pop(data.target)
-            logits = match(model, given, where="accuracy")(model)
-            check_logits(logits, target, where="accuracy")
-            hits += int((logits.argmax(1) == target).sum())
-    return hits / len(data)
+            yield match(model, given, where=where)(model), target
 
 
 Pictures = Annotated[Tensor, Shape("(B, C, H, W)")]
@@ -68,6 +103,26 @@ class Classifier:
         with torch.inference_mode():
             logits: Tensor = call(self.network)
         return logits.argmax(1)
+
+    @checked
+    def features(self, samples: Pictures) -> Tensor:
+        """What the last linear layer of the network sees (B, D), for
+        `effformer.flow.frechet_distance`.
+
+        Args:
+            samples: (B, C, H, W), clamped to [-1, 1].
+
+        Raises:
+            ValueError: the network has no linear layer.
+        """
+        linears = [m for m in self.network.modules() if isinstance(m, nn.Linear)]
+        if not linears:
+            raise ValueError("Classifier.features: the network has no linear layer")
+        seen: list[Tensor] = []
+        hook = linears[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        with hook:
+            self.predict(samples)
+        return seen[-1].flatten(1)
 
     @checked
     def recognised(self, samples: Pictures, labels: Labels) -> float:

@@ -9,19 +9,21 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
 from effformer.arguments import Shape, checked
-from effformer.values import Checked, Range, Seed
+from effformer.notebook import Shown, picture_grid, tables
+from effformer.values import Checked, Fraction, Range, Seed
 
 from ..checks import check_ids, need, unknown
-from .readers import find_idx, read_folder, read_idx, resize
+from .readers import Size, cut_away, find_idx, read_folder, read_idx, resize
 
 __all__ = ["Dataset", "load_data"]
 
@@ -43,7 +45,7 @@ _TORCHVISION = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dataset(Checked):
+class Dataset(Shown, Checked):
     """Named tensors whose first axis counts the samples.
 
     The names are those of the arguments of the models that read them. Images with labels are
@@ -56,6 +58,7 @@ class Dataset(Checked):
         classes: names of the classes, empty if there are none.
         target: name of the tensor (N,) int64 that holds an index into ``classes``.
         value_range: values of black and white in ``x``, None if that is no picture or not known.
+        cut: largest share of an image that was cut away to bring all to one size.
 
     Raises:
         TypeError: ``tensors`` is no mapping of tensors.
@@ -73,6 +76,19 @@ class Dataset(Checked):
     classes: tuple[str, ...] = ()
     target: str = "y"
     value_range: tuple[float, float] | None = None
+    cut: Fraction = 0.0
+
+    def _facts(self) -> dict[str, Any]:
+        tensors = [
+            {"tensor": name, "shape": tuple(x.shape), "type": str(x.dtype).removeprefix("torch.")}
+            for name, x in self.tensors.items()
+        ]
+        return {"samples": len(self), "classes": ", ".join(self.classes), "tensors": tensors}
+
+    def _body(self) -> str:
+        x = self.tensors.get("x")
+        grid = "" if x is None else picture_grid(x, self.value_range or (-1.0, 1.0), self.name)
+        return f"<h3>{escape(self.name)}</h3>{grid}{''.join(tables(self._facts()))}"
 
     def check(self) -> None:
         where = f"Dataset {self.name!r}"
@@ -156,7 +172,10 @@ class Dataset(Checked):
 
 @checked
 def load_data(
-    source: str | os.PathLike[str], *, part: Part = "train", size: Side | None = None
+    source: str | os.PathLike[str],
+    *,
+    part: Part = "train",
+    size: Side | tuple[Side, Side] | None = None,
 ) -> Dataset:
     """Load images ``x`` and their labels ``y`` by name, by ``name:path``, or by path.
 
@@ -175,8 +194,8 @@ def load_data(
             - a folder with IDX files, or a folder with one sub-folder of images per class.
         part: "train" or "test"; the digits and image folders have only one part, which
             `Dataset.split` cuts.
-        size: resize to (size, size): shorter side to ``size``, antialiased, then the centre. None
-            keeps the size.
+        size: side, or (height, width): images are resized to cover it, antialiased, and their centre
+            is cut out; ``cut`` of the result says how much is lost. None keeps the size.
 
     Raises:
         ValueError: unknown name, or a part that does not exist.
@@ -188,20 +207,20 @@ def load_data(
     """
     text = os.fspath(source)
     name, _, path = text.partition(":")
-    folder = Path(text)
+    folder, sides = Path(text), (size, size) if isinstance(size, int) else size
     if path and name in _IDX:
-        return _idx(name, Path(path), part, size)
+        return _idx(name, Path(path), part, sides)
     if path and name in _TORCHVISION:
-        return _torchvision(name, Path(path), part, size)
+        return _torchvision(name, Path(path), part, sides)
     if text != "digits" and not folder.is_dir():
         raise _not_found(text)
     if text != "digits" and (find_idx(folder, "train") or find_idx(folder, "test")):
-        return _idx(text, folder, part, size)
+        return _idx(text, folder, part, sides)
     if part == "test":
         raise ValueError(
             f"load_data: {text!r} has no test part; cut it with load_data({text!r}).split(0.1)"
         )
-    return _digits(size) if text == "digits" else _folder(folder, size)
+    return _digits(sides) if text == "digits" else _folder(folder, sides)
 
 
 def _not_found(text: str) -> Exception:
@@ -218,16 +237,32 @@ def _not_found(text: str) -> Exception:
     return unknown("data set", name, names, where="load_data", hint=hint)
 
 
-def _digits(size: int | None) -> Dataset:
+def _digits(size: Size | None) -> Dataset:
     file = resources.files("effformer.train") / "data" / "digits.safetensors"
     tensors = load(file.read_bytes())
     classes = [str(i) for i in range(10)]
     return _dataset("digits", tensors["images"], tensors["labels"], 16, classes, size)
 
 
-def _idx(name: str, folder: Path, part: Part, size: int | None) -> Dataset:
-    places = [folder, folder / _IDX[name] / "raw"] if name in _IDX else [folder]
-    found = next((files for place in places if (files := find_idx(place, part))), None)
+def has_test(source: str) -> bool:
+    """Whether `load_data` finds a test part."""
+    name, _, path = source.partition(":")
+    if path and name in (*_IDX, *_TORCHVISION):
+        return name in _TORCHVISION or _idx_files(name, Path(path), "test") is not None
+    return find_idx(Path(source), "test") is not None
+
+
+def _idx_places(name: str, folder: Path) -> list[Path]:
+    return [folder, folder / _IDX[name] / "raw"] if name in _IDX else [folder]
+
+
+def _idx_files(name: str, folder: Path, part: Part) -> tuple[Path, Path] | None:
+    found = (find_idx(place, part) for place in _idx_places(name, folder))
+    return next((files for files in found if files), None)
+
+
+def _idx(name: str, folder: Path, part: Part, size: Size | None) -> Dataset:
+    places, found = _idx_places(name, folder), _idx_files(name, folder, part)
     if found is None:
         wanted = "train-images-idx3-ubyte" if part == "train" else "t10k-images-idx3-ubyte"
         looked = " and ".join(str(place) for place in places)
@@ -237,7 +272,7 @@ def _idx(name: str, folder: Path, part: Part, size: int | None) -> Dataset:
     return _dataset(name, images, labels, 255, classes, size)
 
 
-def _torchvision(name: str, folder: Path, part: Part, size: int | None) -> Dataset:
+def _torchvision(name: str, folder: Path, part: Part, size: Size | None) -> Dataset:
     cls, by_flag = _TORCHVISION[name]
     make = getattr(need("torchvision.datasets", "vision"), cls)
     chosen = {"train": part == "train"} if by_flag else {"split": part}
@@ -258,16 +293,18 @@ def _torchvision(name: str, folder: Path, part: Part, size: int | None) -> Datas
     return _dataset(name, pixels, labels, 255, classes, size)
 
 
-def _folder(folder: Path, size: int | None) -> Dataset:
-    images, labels, classes = read_folder(folder, size)
-    return _dataset(str(folder), images, labels, 255, classes, None)
+def _folder(folder: Path, size: Size | None) -> Dataset:
+    images, labels, classes, cut = read_folder(folder, size)
+    return replace(_dataset(str(folder), images, labels, 255, classes, None), cut=cut)
 
 
 def _dataset(
-    name: str, pixels: Tensor, labels: Tensor, peak: int, classes: Sequence[str], size: int | None
+    name: str, pixels: Tensor, labels: Tensor, peak: int, classes: Sequence[str], size: Size | None
 ) -> Dataset:
     images = pixels.float().mul_(2 / peak).sub_(1).contiguous()
+    cut = 0.0
     if size is not None:
+        cut = cut_away((images.shape[2], images.shape[3]), size)
         images = resize(images, size)
     tensors = {"x": images, "y": labels.long()}
-    return Dataset(name, tensors, tuple(classes), value_range=(-1.0, 1.0))
+    return Dataset(name, tensors, tuple(classes), value_range=(-1.0, 1.0), cut=cut)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.arguments import checked
+from effformer.notebook import Shown
 from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
 
 from ..checks import FormatError, shown
@@ -99,7 +100,7 @@ class TrainConfig(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainResult:
+class TrainResult(Shown):
     """What `train` returns.
 
     Attributes:

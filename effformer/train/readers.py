@@ -18,7 +18,10 @@ from ..checks import FormatError, need, reason
 if TYPE_CHECKING:
     from .datasets import Part
 
-__all__ = ["find_idx", "read_folder", "read_idx", "resize"]
+__all__ = ["Size", "cut_away", "find_idx", "read_folder", "read_idx", "resize"]
+
+Size = tuple[int, int]
+"""Height and width."""
 
 _MOST_BYTES = 2**30  # of one array, unpacked; the largest published set in this format has 0.64e9
 _SUFFIXES = frozenset(
@@ -79,7 +82,7 @@ def _idx_array(path: Path, dims: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(values, np.uint8).copy()).view(sizes)
 
 
-def read_folder(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
+def read_folder(folder: Path, size: Size | None = None) -> tuple[Tensor, Tensor, list[str], float]:
     """Read a folder with one sub-folder per class.
 
     Classes are the sub-folders in alphabetical order; files whose suffix is not that of an image,
@@ -88,11 +91,12 @@ def read_folder(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, 
 
     Args:
         folder: the top folder.
-        size: shorter side of the resized image, whose centre is cut out; None: all images have one
+        size: images are resized to cover it, and their centre is cut out; None: all images have one
             size already.
 
     Returns:
-        Images (N, C, H, W) uint8, labels (N,) int64, class names.
+        Images (N, C, H, W) uint8, labels (N,) int64, class names, the largest share of an image that
+        was cut away.
 
     Raises:
         FormatError: no classes, a class without images, images outside a class, a broken image, or
@@ -111,13 +115,17 @@ def read_folder(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, 
         )
     pictures: list[Any] = []
     labels: list[int] = []
+    most = 0.0
     first: tuple[Path, tuple[int, int]] | None = None
     for label, place in enumerate(classes):
         files = sorted(p for p in place.iterdir() if _is_image(p))
         if not files:
             raise FormatError(f"{place}: this class has no images ({', '.join(sorted(_SUFFIXES))})")
         for file in files:
-            picture = _open(file, size)
+            picture = _open(file)
+            if size is not None:
+                most = max(most, cut_away((picture.height, picture.width), size))
+                picture = _fitted(picture, size)
             first = first or (file, picture.size)
             if picture.size != first[1]:
                 raise FormatError(
@@ -130,7 +138,7 @@ def read_folder(folder: Path, size: int | None = None) -> tuple[Tensor, Tensor, 
     arrays = np.stack([np.asarray(p.convert(mode)) for p in pictures])
     images = torch.from_numpy(arrays)
     images = images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(labels), [p.name for p in classes]
+    return images, torch.tensor(labels), [p.name for p in classes], most
 
 
 def _is_image(path: Path) -> bool:
@@ -141,7 +149,12 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _open(path: Path, size: int | None) -> Any:
+def _fitted(picture: Any, size: Size) -> Any:
+    resampling = need("PIL.Image").Resampling.BILINEAR
+    return need("PIL.ImageOps").fit(picture, size[::-1], resampling)
+
+
+def _open(path: Path) -> Any:
     """Decode one image to mode L (grey) or RGB."""
     pil, ops = need("PIL.Image"), need("PIL.ImageOps")
     try:
@@ -161,15 +174,22 @@ def _open(path: Path, size: int | None) -> Any:
         raise FormatError(
             f"{path}: {picture.mode} pixels; only 8-bit images are read, convert it first"
         )
-    picture = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
-    return picture if size is None else ops.fit(picture, (size, size), pil.Resampling.BILINEAR)
+    return picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Bring images (N, C, H, W) to (N, C, size, size): shrink or enlarge, then cut the centre."""
+def resize(images: Tensor, size: Size) -> Tensor:
+    """Bring images (N, C, H, W) to (N, C, *size): shrink or enlarge, then cut the centre."""
     height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    high, wide = max(round(height * scale), size), max(round(width * scale), size)
+    scale = max(size[0] / height, size[1] / width)
+    high, wide = max(round(height * scale), size[0]), max(round(width * scale), size[1])
     images = torch.nn.functional.interpolate(images, (high, wide), mode="bilinear", antialias=True)
-    top, left = (high - size) // 2, (wide - size) // 2
-    return images[..., top : top + size, left : left + size].contiguous()
+    top, left = (high - size[0]) // 2, (wide - size[1]) // 2
+    return images[..., top : top + size[0], left : left + size[1]].contiguous()
+
+
+def cut_away(own: Size, size: Size) -> float:
+    """Share of an image (height, width) that lies outside of the largest part with the sides of
+    ``size``.
+    """
+    ratio = (own[0] * size[1]) / (own[1] * size[0])
+    return 1 - min(ratio, 1 / ratio)

@@ -10,7 +10,7 @@ from ..flow.losses import FlowMatching
 from .loop import TrainConfig
 from .objectives import Generation
 
-__all__ = ["DIGITS", "DIGITS_QUICK", "Recipe"]
+__all__ = ["DIGITS", "DIGITS_QUICK", "RECIPES", "Recipe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class Recipe:
         config: what decides the weights.
         guidance: scale of classifier-free guidance in sampling.
         steps: Euler steps in sampling.
+        measured: what it was measured to reach, in words.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Recipe:
     config: TrainConfig = field(default_factory=TrainConfig)
     guidance: float = 2.0
     steps: int = 10
+    measured: str
 
 
 # Small batches and a high learning rate: at equal time, 800 steps of 32 samples beat 400 of 64, and
@@ -46,12 +48,10 @@ DIGITS = Recipe(
     data="digits",
     objective=Generation(loss=FlowMatching.Config(time="logit-normal")),
     config=TrainConfig(steps=1500, batch=32, lr=4e-3, warmup=50, ema=0.995),
+    measured="of 1,000 samples 100 % are recognised for both softmax and flow, 98 % without guidance; "
+    "about a minute of one CPU core",
 )
-"""Class-conditional digits for any ``attn=``.
-
-Of 1,000 samples 100 % are recognised for both softmax and flow, 98 % without guidance; about a
-minute of one CPU core.
-"""
+"""Class-conditional digits for any ``attn=``."""
 
 DIGITS_QUICK = Recipe(
     model=DIGITS.model,
@@ -59,5 +59,9 @@ DIGITS_QUICK = Recipe(
     data=DIGITS.data,
     objective=DIGITS.objective,
     config=DIGITS.config.replace(steps=500, ema=0.99),
+    measured="of 1,000 samples 98.4 % (softmax) and 98.7 % (flow) are recognised; a third of the time of digits",
 )
-"""`DIGITS` in a third of the time; 98.4 % (softmax) and 98.7 % (flow) recognised."""
+"""`DIGITS` in a third of the time."""
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({"digits": DIGITS, "digits-quick": DIGITS_QUICK})
+"""By the names that ``effformer train --recipe`` takes."""

@@ -13,15 +13,27 @@ from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.embeddings import sincos_2d
 
-from .forms import SIZES, Form, same_table
+from .forms import SIZES, Choice, Form, same_table
 
-__all__ = ["DIFFUSERS", "FLOW", "LATENT", "NAMES", "OFFICIAL", "SIT_OFFICIAL", "check_positions"]
+__all__ = [
+    "DIFFUSERS",
+    "FLOW",
+    "LATENT",
+    "NAMES",
+    "OFFICIAL",
+    "SIT_OFFICIAL",
+    "SQUARE",
+    "check_positions",
+]
 
 LATENT = (
-    *SIZES, "input_size", "channels", "patch", "num_classes", "label_dropout", "learn_sigma", "positions",
+    *SIZES, "channels", "patch", "num_classes", "label_dropout", "learn_sigma", "positions",
     "ffn.ratio", "ffn.hidden",
 )  # fmt: skip
 """Options of ours that the official DiT and its descendants have."""
+
+SQUARE: dict[str, Choice] = {"input_size": lambda size: isinstance(size, int) or size[0] == size[1]}
+"""They take square inputs."""
 
 FLOW = {"path_type": "Linear", "prediction": "velocity"}
 """Options of the official training of SiT and its descendants whose convention is ours."""
@@ -29,11 +41,12 @@ FLOW = {"path_type": "Linear", "prediction": "velocity"}
 _GATES = ("groups", "bias", "tau", "reduction")
 _OFFICIAL_FORM = Form(
     free=(*LATENT, *(f"{slot}.{name}" for slot in ("width", "tokens") for name in _GATES)),
-    choices={"width": (None, "dynamic"), "tokens": (None, "dynamic")},
+    choices={**SQUARE, "width": (None, "dynamic"), "tokens": (None, "dynamic")},
 )
 _DIFFUSERS_FORM = Form(
-    free=(*SIZES, "input_size", "channels", "patch", "num_classes", "learn_sigma", "ffn_norm_eps"),
+    free=(*SIZES, "channels", "patch", "num_classes", "learn_sigma", "ffn_norm_eps"),
     choices={
+        **SQUARE,
         "label_dropout": lambda rate: rate > 0,  # there is a null class
         "time_freq_shift": lambda shift: shift == 1,
         "ffn": ("mlp", "geglu", "swiglu"),
@@ -85,8 +98,8 @@ def check_positions(state: StateDict, config: Any) -> StateDict:
     table = state.get("pos_embed")
     if table is None or config.positions == "learned":
         return state
-    side = config.input_size // config.patch
-    expected = sincos_2d(side, side, config.dim)
+    rows, columns = config.grid
+    expected = sincos_2d(rows, columns, config.dim)
     if table.shape != expected.shape:
         return state
     if not same_table(table, expected):
@@ -147,8 +160,8 @@ def _from_diffusers(state: StateDict, config: Any) -> StateDict:
                         raise FormatError(
                             f"{key} differs from block 0's copy; this model has one embedder"
                         )
-    side = config.input_size // config.patch
-    out.setdefault("pos_embed", sincos_2d(side, side, config.dim))
+    rows, columns = config.grid
+    out.setdefault("pos_embed", sincos_2d(rows, columns, config.dim))
     return out | _RENAMES.to_ours(_turned(state, config), config)
 
 
@@ -197,7 +210,7 @@ def _options(config: Any) -> Mapping[str, Any]:
         "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
         "num_attention_heads": config.heads,
         "attention_head_dim": config.dim // config.heads,
-        "sample_size": config.input_size,
+        "sample_size": config.size[0],
         "patch_size": config.patch,
         "activation_fn": _activation(config),
         "norm_type": "ada_norm_zero",

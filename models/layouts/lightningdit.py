@@ -12,7 +12,7 @@ from effformer.checks import FormatError
 from effformer.layout import Layout, StateDict, has_keys, renamed
 from effformer.nn.rope import GridRope
 
-from .dit import FLOW, LATENT, NAMES, check_positions
+from .dit import FLOW, LATENT, NAMES, SQUARE, check_positions
 from .forms import Form, same_table
 
 __all__ = ["OFFICIAL"]
@@ -72,7 +72,7 @@ _FORM = Form(
         "rope.reference",
         "attn.head_dim",
     ),
-    choices={"ffn": ("swiglu", "mlp"), "rope": (None,), "attn.qk_norm": (True, False)},
+    choices={**SQUARE, "ffn": ("swiglu", "mlp"), "rope": (None,), "attn.qk_norm": (True, False)},
 )
 
 

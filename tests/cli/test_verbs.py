@@ -287,6 +287,30 @@ def test_models_in_half_precision_are_sampled(
     assert_close(drawn[1], drawn[0], rtol=0, atol=2e-2)
 
 
+def test_samples_under_a_cache_tell_what_it_is_worth(saved: Path, tmp_path: Path) -> None:
+    file, words = str(tmp_path / "s.npy"), ("--labels", "3", "--steps", "12", "--force", "-o")
+    plain = answer("sample", str(saved), *words, file)
+    assert "cache" not in plain
+    before = np.load(file)
+    off = answer("sample", str(saved), "--cache", "reuse:every=1", *words, file)
+    assert np.array_equal(np.load(file), before)
+    assert off["cache"]["computed"] == [1.0] * 12
+    reported = ("sample", str(saved), "--cache", "newton:order=1,every=2", "--cache-report")
+    told = answer(*reported, *words, file)
+    assert told["cache"]["executed"] < told["cache"]["dense"] == off["cache"]["executed"]
+    assert [r["name"].split(",")[0] for r in told["report"]["rivals"]] == [
+        "euler", "midpoint", "dpm++2m",
+    ]  # fmt: skip
+    assert "The cache" in invoke(*reported, *words, file).stdout
+    for wrong, why in (
+        ("newton:order", "expected key=value"), ("newtons", "unknown cache"), ("reuse:evry=2", "evry"),
+    ):  # fmt: skip
+        assert why in refusal("sample", str(saved), "--cache", wrong, *words, file)
+    assert "--cache-report needs --cache" in refusal(
+        "sample", str(saved), "--cache-report", *words, file
+    )
+
+
 def test_training_ends_in_the_time_that_it_is_given(tmp_path: Path) -> None:
     words = ["train", "sit-nano", "--set", "patch=4", "--batch", "4", "--minutes"]
     data = answer(*words, "0.01", "-o", str(tmp_path / "run"))

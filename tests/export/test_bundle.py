@@ -26,7 +26,7 @@ def test_facts(bundle: BundleReport) -> None:
     assert (facts["num_classes"], facts["null_label"]) == (3, 3)
     assert facts["sampler"]["steps"] == 10
     assert facts["convention"]["data_at"] == 1
-    own = {"velocity.onnx", "run.py", "self_test.npy", "self_test_sample.npy"}
+    own = {"velocity.onnx", "run.py", "pictures.py", "self_test.npy", "self_test_sample.npy"}
     assert set(facts["files"]) == own
     assert bundle.parity is not None
     assert bundle.parity.max_rel <= 1e-4

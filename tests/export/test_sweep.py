@@ -9,11 +9,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import compatibility
 import pytest
 import torch
 from closeness import largest
-from compatibility import Built, Column, columns, families, fit, slots
 from effformer.compress import quantize
 from effformer.export import ExportError, Session, export_onnx
 from effformer.export.inputs import Axes, graph_call, resized, resolve_axes, sizes
@@ -25,6 +23,8 @@ from effformer import registry
 from effformer.build import build_model
 from effformer.calls import Call
 from effformer.checks import CapabilityError
+from effformer.testing import matrix
+from effformer.testing.matrix import Built, Column, columns, families, fit, slots
 
 EVERY = [column for family in families() for column in columns(family)]
 PARTS = [
@@ -88,7 +88,7 @@ def _with(kind: str, name: str) -> nn.Module:
                     able.append((column, slot, result.options))
     assert able, f"no small model takes the {kind} {name!r}"
     column, slot, options = able[PARTS.index((kind, name)) % len(able)]
-    return compatibility.build(column, slot, name, options)
+    return matrix.build(column, slot, name, options)
 
 
 def _stirred(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from effformer.compress.dynamic.adaptive_losses import (
     gate_labels,
     used_budget,
 )
+from effformer.export import Session, export_onnx
 from effformer.models.layouts.acm import ACM_LAYER
 from torch import Tensor, nn
 
@@ -75,6 +77,23 @@ def test_both_executions_have_the_same_gradients() -> None:
     grouped = torch.autograd.grad((part(x) * weight).sum(), wanted)
     masked = torch.autograd.grad((part.train()(x) * weight).sum(), wanted)
     assert_close(grouped, masked, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_graphs_gather_the_tokens_of_each_learner(tmp_path: Path) -> None:
+    part, x, path = make(out_bias=True), torch.randn(3, 7, DIM), tmp_path / "m.onnx"
+    report = export_onnx(part, path, {"x": x})
+    assert report.parity is not None
+    assert report.graph.operators["NonZero"] == K
+    gate = part.learners.gate.net[-1]
+    gate.weight.zero_()
+    gate.bias.copy_(torch.arange(K + 1) == 2)  # all choose two
+    expected = part(x)
+    for p in (*part.learners.fc1[2:].parameters(), *part.learners.fc2[2:].parameters()):
+        p.fill_(torch.nan)
+    export_onnx(part, path, {"x": x}, verify=False, force=True)
+    (out,) = Session(path).run({"x": x}).values()
+    assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_are_the_learners() -> None:

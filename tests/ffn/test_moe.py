@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
+from effformer.export import Session, export_onnx
 from effformer.models.layouts.triposg import MOE
 from torch import nn
 
@@ -26,6 +28,22 @@ def make(**options: Any) -> MoE:
     for p in part.parameters():
         nn.init.normal_(p, std=0.5)
     return part
+
+
+@torch.no_grad()
+def test_graphs_gather_the_tokens_of_each_expert(tmp_path: Path) -> None:
+    """Weights of an expert that nobody chose are read by nobody."""
+    part, x, path = make(), torch.randn(3, 7, DIM), tmp_path / "m.onnx"
+    part.router.weight[4] = 0
+    x = x.abs()
+    part.router.weight[:4] = part.router.weight[:4].abs()
+    expected = part(x)
+    for p in part.experts[4].parameters():
+        p.fill_(torch.nan)
+    report = export_onnx(part, path, {"x": x}, verify=False)
+    assert report.graph.operators["NonZero"] == 5
+    (out,) = Session(path).run({"x": x}).values()
+    assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"shared": 0, "top_k": 1}, {"shared": 2, "top_k": 5}])

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from effformer.flow import TimeGrid, reference, sample, straightness
+from effformer.flow import TimeGrid, frechet_distance, reference, sample, straightness
 
 
 def test_equals_the_reference() -> None:
@@ -51,3 +52,38 @@ def test_errors() -> None:
         straightness(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="3 states have 2 times"):
         straightness(torch.zeros(3, 3, 1), (0.0, 1.0))
+
+
+def test_distance_of_normal_distributions_is_known() -> None:
+    """Samples whose means and covariances are exactly these: N(0, diag(a^2)) and N(m, diag(b^2))."""
+    a, b, m = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5]), torch.tensor([1.0, -2.0])
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]) * 0.75**0.5
+    found = frechet_distance(corners * a, corners * b + m)
+    assert found == pytest.approx(float(m.square().sum() + (a - b).square().sum()), rel=1e-6)
+    assert frechet_distance(corners * a, corners * a) == pytest.approx(0, abs=1e-12)
+
+
+def test_distance_equals_the_formula() -> None:
+    """tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of the product itself."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=rng, dtype=torch.float64)
+    y = (
+        torch.randn(50, 6, generator=rng, dtype=torch.float64)
+        @ torch.randn(6, 6, generator=rng).double()
+    )
+    c1, c2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    roots = np.sqrt(np.linalg.eigvals(c1 @ c2)).real.sum()
+    shift = ((x.mean(0) - y.mean(0)) ** 2).sum().item()
+    expected = shift + np.trace(c1) + np.trace(c2) - 2 * roots
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
+    few = frechet_distance(x[:4], y)  # covariances of less than full rank
+    assert few > 0
+
+
+def test_distance_refuses() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        frechet_distance(torch.zeros(1, 3), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="do not fit"):
+        frechet_distance(torch.zeros(5, 2), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="finite"):
+        frechet_distance(torch.full((5, 3), float("nan")), torch.zeros(5, 3))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import effformer
 from effformer.checks import FormatError
-from effformer.cli.sample import draw
+from effformer.cli.drawing import draw
 from effformer.flow import (
     CONVENTIONS,
     Guidance,

@@ -19,10 +19,10 @@ from contract import (
     tokens,
 )
 from devices import DEVICES
-from precision import KINDS, assert_near, lowered, passed
 from torch import Tensor, nn
 
 from effformer import registry
+from effformer.testing.precision import KINDS, assert_near, lowered, passed
 
 pytestmark = [
     pytest.mark.parametrize("device", DEVICES),

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.export import export_onnx
+from closeness import assert_close
+from effformer.export import Session, export_onnx
 from effformer.models import DyDiT
 from effformer.models.dydit import PRESETS
 from torch import Tensor
@@ -156,7 +157,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**given), model(**given), rtol=0, atol=0)
 
 
-def test_exported_and_compiled_graphs_are_static(tmp_path: Path) -> None:
+def test_compiled_graphs_are_static() -> None:
     model = awake(depth=1)
     given = inputs(model)
     with torch.no_grad():
@@ -164,9 +165,53 @@ def test_exported_and_compiled_graphs_are_static(tmp_path: Path) -> None:
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(**given), expected, rtol=1e-4, atol=1e-5)
-    report = export_onnx(model, tmp_path / "model.onnx")
+
+
+@torch.no_grad()
+def test_graphs_skip_heads_channels_and_tokens(tmp_path: Path) -> None:
+    """What nobody asks for is not even read: NaN in the weights of units that are off, at any time of
+    the batch, reach no output of the graph; neither do those of a branch that no token takes.
+    """
+    model = awake()
+    path = tmp_path / "m.onnx"
+    report = export_onnx(model, path)
     assert report.parity is not None
-    assert report.parity.passed
+    assert report.graph.operators["NonZero"] == 3 * len(model.blocks)
+    given = inputs(model, 6)
+    given["t"] = torch.tensor([0, 1, 1, 0, 2, 2]) * 400
+    assert_close(_run(path, given), model(**given), rtol=1e-4, atol=1e-5)
+    given["t"] = torch.full((6,), 400)
+    ctx, block = model.context(**given), model.blocks[0]
+    off = {name: (block.width(name, ctx)[0] == 0).nonzero().flatten() for name in ("attn", "ffn")}
+    assert all(len(units) for units in off.values())
+    expected = model(**given)
+    channels = off["ffn"][:, None] * (block.ffn.part.units // 4) + torch.arange(
+        block.ffn.part.units // 4
+    )
+    block.ffn.part.fc1.weight[channels.flatten()] = torch.nan
+    rows = off["attn"][:, None] * 12 + torch.arange(12)
+    block.attn.part.qkv.weight[rows.flatten()] = torch.nan
+    for gate in model.blocks[1].tokens.gates.values():
+        gate.fc2.weight.zero_()
+        gate.fc2.bias.fill_(-1.0)
+    expected = model(**given)
+    assert expected.isfinite().all()
+    for p in model.blocks[1].ffn.part.parameters():
+        p.fill_(torch.nan)
+    export_onnx(model, path, verify=False, force=True)
+    assert_close(_run(path, given), expected, rtol=1e-4, atol=1e-5)
+
+
+def _run(path: Path, given: dict[str, Tensor]) -> Tensor:
+    (out,) = Session(path).run(given).values()
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("core", ["differential", "nystrom", "gla"])
+def test_graphs_multiply_where_heads_must_be_counted(core: str, tmp_path: Path) -> None:
+    model = awake(attn=core, depth=1, tokens=None)
+    report = export_onnx(model, tmp_path / "m.onnx")
+    assert report.graph.operators["NonZero"] == 1  # that of the channels
 
 
 def test_a_model_made_in_inference_mode_skips_as_well() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
-from compatibility import Column, columns, families
 from torch import Tensor
 
 from effformer.attention.backends import attend
 from effformer.build import build_model
+from effformer.testing.matrix import Column, columns, families
 
 # torch's own, when forward mode is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")

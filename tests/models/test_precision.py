@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from precision import KINDS, assert_near
 from torch import Tensor, nn
 
 import effformer
 from effformer import registry
 from effformer.calls import outputs
 from effformer.context import Ledger
+from effformer.testing.precision import KINDS, assert_near
 from effformer.train import Classification, TrainConfig, load_data, read_checkpoint, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

@@ -305,7 +305,7 @@ def test_every_parameter_learns() -> None:
 
 
 def test_exports_for_other_sizes(tmp_path: Path) -> None:
-    model = awake()
+    model = awake("ts")
     report = export_onnx(
         model, tmp_path / "m.onnx", model.example_inputs(2), dynamic=model.dynamic_axes()
     )

@@ -173,7 +173,7 @@ def test_official_branch_loads_beside_a_foreign_backbone() -> None:
 
 
 def test_exports(tmp_path: Path) -> None:
-    model = awake()
+    model = awake(changes={**SMALL, "depth": 3})
     report = export_onnx(model, tmp_path / "m.onnx")
     assert report.parity is not None
     assert report.parity.passed

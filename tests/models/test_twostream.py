@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "acm": {"ffn": "acm", "attn": {"projections": {}}},
     "bare": {"pooled_dim": None, "ffn": None},
 }
-LONG = ("acm", "layers", "flux")
+LONG = ("acm", "layers", "flux", "plain")
 """Exports of many seconds, in the slow tier."""
 
 

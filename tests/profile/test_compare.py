@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from effformer import build_model
-from effformer.profile import compare
+from effformer.profile import Comparison, compare
 from effformer.profile.plots import Pareto
 
 
@@ -113,3 +114,24 @@ def test_labels_cover_neither_names_nor_points_nor_the_front(
     for start, end in pairwise(torch.as_tensor(line)):
         for place in start + steps * (end - start):
             assert not any(box.contains(*place.tolist()) for box in boxes)
+
+
+def test_quality_is_what_times_are_drawn_against(comparison, tmp_path) -> None:
+    """As soon as it is known of all rows, a file without a profile among them."""
+    qualities = {"softmax": 0.99, "flow": 0.9, "by name": 0.75}
+    rows = [dataclasses.replace(row, quality=qualities[row.name]) for row in comparison.rows]
+    rows[2] = dataclasses.replace(rows[2], profile=None, bytes=10)
+    judged = Comparison(tuple(rows))
+    assert comparison.against() != "errors"
+    assert judged.against() == "errors"
+    errors = [y for _, _, y in judged.pareto("latency", "errors").points]
+    assert errors == pytest.approx([1, 10, 25])
+    assert judged.to_dict()["rows"][1]["quality"] == 0.9
+    assert "75.0%" in str(judged)
+    assert "recognised" not in str(comparison)
+    for number, some in ((2, judged), (0, Comparison((rows[2],)))):
+        some = dataclasses.replace(some, how="so")
+        some.save(tmp_path / f"{number}.html")
+        page = (tmp_path / f"{number}.html").read_text()
+        assert page.count('<details class="model">') == number
+        assert "not recognised / %" in page

@@ -2,8 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from effformer.train import Classifier, TrainConfig, accuracy, load_data, train_classifier
+from effformer.train import (
+    Classifier,
+    TrainConfig,
+    accuracy,
+    confusion,
+    load_data,
+    train_classifier,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +55,23 @@ def test_is_deterministic_and_leaves_randomness_alone() -> None:
 def test_labels_must_fit(judge: Classifier) -> None:
     with pytest.raises(ValueError, match="labels"):
         judge.recognised(torch.zeros(3, 1, 8, 8), torch.zeros(2).long())
+
+
+def test_confusion_counts_what_classes_are_taken_for(judge: Classifier) -> None:
+    data = load_data("digits")
+    counts = confusion(judge.network, data, batch=200)
+    assert torch.equal(counts.sum(1), torch.bincount(data["y"]))
+    assert torch.equal(counts.sum(0), torch.bincount(judge.predict(data["x"]), minlength=10))
+    assert counts.trace().item() / len(data) == pytest.approx(accuracy(judge.network, data))
+    with pytest.raises(ValueError, match="tells 3 classes apart, 'digits' has 10"):
+        confusion(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), data)
+
+
+def test_features_are_what_the_last_layer_sees(judge: Classifier) -> None:
+    images = load_data("digits")["x"][:20]
+    last = judge.network[-1]  # type: ignore[index]
+    with torch.inference_mode():
+        assert torch.equal(last(judge.features(images)).argmax(1), judge.predict(images))
+    assert judge.features(images).shape == (20, 128)
+    with pytest.raises(ValueError, match="no linear layer"):
+        Classifier(nn.Sequential(nn.Flatten()), 1.0).features(images)

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from PIL import Image
 
 from effformer.checks import FormatError
 from effformer.train import Dataset, load_data
+from effformer.train.readers import cut_away, resize
 
 
 def test_digits_are_the_published_ones() -> None:
@@ -228,3 +230,37 @@ def test_digits_can_be_resized() -> None:
     data = load_data("digits", size=16)
     assert data["x"].shape == (1797, 1, 16, 16)
     assert data["x"].abs().max() <= 1
+
+
+@pytest.mark.parametrize("stored", ["folder", "tensor"])
+def test_rectangles_keep_as_much_as_they_can(stored: str, tmp_path: Path) -> None:
+    """A ramp from left to right in images twice as wide as high."""
+    ramp = np.repeat(np.arange(40)[None] * 6, 20, axis=0)
+    save(tmp_path / "a" / "1.png", ramp)
+    if stored == "folder":
+
+        def made(size: int | tuple[int, int]) -> Dataset:
+            return load_data(tmp_path, size=size)
+    else:
+        images = load_data(tmp_path)["x"]
+
+        def made(size: int | tuple[int, int]) -> Dataset:
+            pair = (size, size) if isinstance(size, int) else size
+            return Dataset("ramp", {"x": resize(images, pair)}, cut=cut_away((20, 40), pair))
+
+    whole = made((10, 20))
+    assert (whole["x"].shape[2:], whole.cut) == ((10, 20), 0.0)
+    wide = made((5, 20))  # all columns, the middle half of the rows
+    assert (wide["x"].shape[2:], wide.cut) == ((5, 20), 0.5)
+    assert_close(wide["x"][0, 0, 0], whole["x"][0, 0, 0], rtol=0.02, atol=0.02)
+    square = made(10)  # the middle half of the columns
+    assert (square["x"].shape[2:], square.cut) == ((10, 10), 0.5)
+    assert_close(square["x"][0, 0, 0], whole["x"][0, 0, 0, 5:15], rtol=0.02, atol=0.02)
+    assert square.subset(torch.tensor([0])).cut == 0.5
+
+
+def test_the_image_that_loses_most_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "1.png", np.zeros((8, 8)))
+    save(tmp_path / "a" / "2.png", np.zeros((8, 10)))
+    assert load_data(tmp_path, size=4).cut == pytest.approx(0.2)
+    assert load_data(tmp_path, size=(4, 5)).cut == pytest.approx(0.2)

@@ -262,6 +262,9 @@ add(
     "flow.loss_weight", flow.loss_weight, path=lambda: flow.Linear(), t=t, weight=lambda: "velocity"
 )
 add(
+    "flow.frechet_distance", flow.frechet_distance, features=lambda: x(5, 3), others=lambda: x(4, 3)
+)
+add(
     "flow.straightness",
     flow.straightness,
     trajectory=lambda: x(3, 2, 4),

@@ -10,12 +10,14 @@ import functools
 import gc
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from effformer.compress.quant.control import Goal
 from torch import nn
 
 import effformer
@@ -93,6 +95,33 @@ def weights(folder: Path) -> Path:
 def packed(folder: Path) -> Path:
     small = compress.quantize(dense(folder), "int8")[0]
     return Path(effformer.save_weights(small, folder / "packed.safetensors"))
+
+
+def looked_at(folder: Path) -> compress.Sensitivity:
+    return compress.sensitivity(dense(folder), ["int8"], data=samples(folder), runs=1)
+
+
+def looked_at_file(folder: Path) -> Path:
+    looked_at(folder).save(folder / "looked at.json")
+    return folder / "looked at.json"
+
+
+RECIPE = {"steps": [{"prune": {"keep": 0.5}}, {"quantize": {"scheme": "int8"}}]}
+
+
+def tried(folder: Path) -> compress.Exploration:
+    row = compress.Tried(
+        name="dense", steps=(), latency=1.0, seconds=1.0, size=1.0, macs=1.0, value=1.0, drop=0.0
+    )
+    goal = Goal(reference=1.0, max_drop=0.1, relative=False, best="high")
+    return compress.Exploration(
+        target="size", share=0.5, quality="error", goal=goal, rows=(row,), refused={}, how=""
+    )
+
+
+def recipe(folder: Path) -> Path:
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
+    return folder / "recipe.yaml"
 
 
 def written(folder: Path) -> Path:
@@ -230,6 +259,27 @@ OWN: dict[str, dict[str, Make]] = {
     "acmize": {"model": model("sit-nano"), "scheme": given(compress.AdaptiveScheme())},
     "quantize": {"where": given("*"), "skip": given(("2",)), "data": samples},
     "quantize_": {"where": given(["0", "2"]), "data": samples},
+    "MixedScheme": {"schemes": given({"0": "int4", "*": "int8"})},
+    "sensitivity": {"schemes": given(["int8"]), "where": given("*"), "skip": given(("2",)), "data": samples},
+    "Sensitivity.budget": {"bits": given(9.0)},
+    "Sensitivity.expected": {"scheme": lambda folder: looked_at(folder).budget(bits=9.0)},
+    "Sensitivity.read": {"path": looked_at_file},
+    "Sensitivity.save": {"path": new("new.json")},
+    "Recipe": {"steps": lambda folder: compress.Recipe.from_dict(RECIPE).steps},
+    "Recipe.from_dict": {"given": given(RECIPE)},
+    "Recipe.read": {"path": recipe},
+    "explore": {
+        "model": model("sit-nano"), "target": given("macs"), "share": given(0.9), "out": new("out"),
+        "data": given(None), "max_drop": given(9.0),
+    },
+    "Exploration.cost": {"row": lambda folder: tried(folder).rows[0]},
+    "Exploration.save": {"path": new("new.json")},
+    "run_recipe": {"model": model("sit-nano"), "recipe": recipe, "out": new("out"), "data": given(None)},
+    "choose_kernels": {"goal": given("size"), "forms": given(["int8-bitsandbytes"]), "cache": new("cache")},
+    "quantize_within": {"metric": given(lambda model: 1.0), "where": given("*"), "data": samples},
+    "quantize_onnx_within": {
+        "path": graph, "out": new("out.onnx"), "metric": given(lambda session: 1.0), "scheme": given("int8"),
+    },
     "plan": {"model": model("sit-nano"), "where": given("*")},
     "prune": {"model": model("sit-nano"), "scheme": given({"keep": 0.5}), "data": given(None), "objective": given(None)},
     "cut": {"model": model("sit-nano"), "kept": given({"blocks.0.attn.part": [1]})},
@@ -254,6 +304,8 @@ OWN: dict[str, dict[str, Make]] = {
     "LinearizeScheme": {"attn": given("flow")},
     "Masks": {"masks": lambda folder: {"0": torch.ones(8, 8).bool()}},
     "Masks.apply_": {"model": dense},
+    "check_part": {"name": given("mlp"), "kind": given("ffn")},
+    "new_package": {"kind": given("ffn"), "name": given("squared")},
     "vit_config_from_timm": {"model": given("vit_tiny_patch16_224")},
     "benchmark": {"threads": given((1,)), "candidates": lambda folder: [profile.Candidate(name="a", load=candidate)]},
     "compare": {
@@ -266,6 +318,7 @@ OWN: dict[str, dict[str, Make]] = {
     "peak_rss": {"call": given(gc.collect)},
     "peak_memory": {"own": lambda folder: [x(folder)]},
     "accuracy": {"model": lambda folder: _flat()},
+    "confusion": {"model": lambda folder: _flat()},
     "train": {"model": lambda folder: _flat(), "out": new("run"), "progress": given(False)},
     "train_classifier": {"config": config()},
     "load_checkpoint": {"source": run, "model": lambda folder: _flat()},
@@ -274,7 +327,7 @@ OWN: dict[str, dict[str, Make]] = {
     "read_metrics": {"source": run},
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
-    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "compared": lambda folder: (dense(folder), x(folder))},
+    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
     "export_onnx": {"path": new("new.onnx"), "output_names": given(["out"])},
     "export_bundle": {
         "model": model("sit-nano"), "steps": given(1), "guidance": given(1.0), "quantize": given(None),
@@ -295,11 +348,12 @@ OWN: dict[str, dict[str, Make]] = {
     "EMA.load_state_dict": {"state": lambda folder: train.EMA(dense(folder)).state_dict()},
     "Dataset": {
         "name": given("squares"), "tensors": lambda folder: dict(data(folder).tensors), "classes": given(("a", "b", "c")),
-        "value_range": given((-1.0, 1.0)),
+        "value_range": given((-1.0, 1.0)), "cut": given(0.25),
     },
     "Dataset.rows": {"index": lambda folder: torch.tensor([0, 2])},
     "Dataset.subset": {"index": lambda folder: torch.tensor([0, 2])},
     "Classifier.predict": {"samples": pictures},
+    "Classifier.features": {"samples": pictures},
     "Classifier.recognised": {"samples": pictures, "labels": lambda folder: torch.arange(6) % 3},
     "Generation": {"loss": given("flow-matching"), "convention": given(None)},
     "Augmented": {"task": task},
@@ -322,6 +376,11 @@ OWN: dict[str, dict[str, Make]] = {
     "Sweep.save": {"path": new("new.json")},
     "Sweep.times": {"name": given("Linear")},
     "Profile.save": {"path": new("new.json")},
+    "Quality": {
+        "model": given("a"), "data": given("b"), "classes": given(("c", "d")), "counts": given(((1, 0), (2, 3))),
+        "judge": given(0.5), "distance": given(1.0), "floor": given(0.5), "how": given("so"),
+    },
+    "Quality.save": {"path": new("new.json")},
     "Registry": {"kind": given("thing"), "home": given("effformer.attention")},
     "Registry.add": {"entry": given(registry.Entry(name="b", kind="thing", build=dict))},
     "Registry.register": {"name": given("b"), "paper": given("2209.03003")},
@@ -338,7 +397,21 @@ OWN: dict[str, dict[str, Make]] = {
 """Arguments of single functions and classes, beside those by name."""
 
 
-LONG = {"train_classifier": ("config",), "benchmark": ("rounds", "runs", "warmup")}
+LONG = {
+    "train_classifier": ("config",),
+    "benchmark": ("rounds", "runs", "warmup"),
+    "explore": (
+        "out",
+        "data",
+        "rounds",
+        "steps",
+        "samples",
+        "threads",
+        "quality",
+        "max_drop",
+        "told",
+    ),
+}
 """Arguments of which a wrong kind may be right and take minutes: {} are 1,000 steps, and so are many
 rounds.
 """
@@ -353,10 +426,16 @@ INSTANCES: dict[str, Make] = {
     "Dataset": data,
     "EMA": lambda folder: train.EMA(dense(folder)),
     "GateTable": lambda folder: compress.GateTable(torch.ones(2), {"a": torch.ones(2, 3).bool()}),
+    "Exploration": tried,
     "Masks": lambda folder: compress.sparsify(dense(folder))[1],
     "Profile": lambda folder: profile.profile(dense(folder), x(folder)),
+    "Quality": lambda folder: profile.Quality(
+        model="a", data="b", classes=("c", "d"), counts=((1, 0), (2, 3))
+    ),
+    "Recipe": lambda folder: compress.Recipe.from_dict(RECIPE),
     "Registry": things,
     "Session": lambda folder: export.Session(graph(folder)),
+    "Sensitivity": looked_at,
     "Sweep": lambda folder: profile.Sweep(
         "width", {1.0: profile.compare([dense(folder)], x(folder), names=["Linear"])}
     ),

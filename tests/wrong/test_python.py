@@ -14,7 +14,7 @@ from .corpus import Entry, fault, trials
 
 ENTRIES = [*flows.ENTRIES, *public.ENTRIES]
 DEAR = re.compile(
-    "benchmark|export|graph|onnx|peak_rss|train_classifier|timm|Session|Target|interleave|optimize"
+    "benchmark|check_part|export|graph|onnx|peak_rss|train_classifier|timm|Session|Target|interleave|optimize"
 )
 """Calls that take seconds when they are answered; they stay out of the quick sample."""
 SAMPLE = 2

@@ -122,7 +122,7 @@ def of_fields(facts: Any) -> Iterator[Trial]:
         required = (
             used
             and not isinstance(path[-1], int)
-            and path[-1] not in ("decoder", "sample", "guidance_channels", "run.py")
+            and path[-1] not in ("decoder", "sample", "guidance_channels", "run.py", "pictures.py")
         )
         yield Trial(f"{at} left out", edited(path, None, leave=True), wrong=required)
         for value in HOSTILE:
@@ -149,7 +149,7 @@ def of_files(facts: Any, other: Path) -> Iterator[Trial]:
         "another graph": b"\x08\x07" + b"\x3a\x00" * 9, "a picture": b"\x89PNG\r\n\x1a\n",
     }  # fmt: skip
     for name in ("bundle.json", *facts["files"]):
-        wrong = name != "run.py"
+        wrong = name not in ("run.py", "pictures.py")
         words = (WORDS,) if name in ("bundle.json", "velocity.onnx") else (("--self-test",),)
         for given in words:
             for kind, content in contents.items():
@@ -166,7 +166,7 @@ def of_files(facts: Any, other: Path) -> Iterator[Trial]:
                     )
             for kind, put in PLACES.items():
                 yield Trial(f"{name}: {kind}", placed(name, put), given, True)
-        for kind in ("self_test.npy", "run.py", "velocity.onnx"):
+        for kind in ("self_test.npy", "run.py", "pictures.py", "velocity.onnx"):
             if kind != name != "bundle.json":
                 yield Trial(f"{name}: {kind}", swapped(name, kind), words[0], False)
 

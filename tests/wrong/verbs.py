@@ -15,6 +15,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+import effformer
 from effformer.cli import main
 
 __all__ = ["CALLS", "INNER", "SAVED", "VALUES", "Trial", "lay_out", "options", "trials"]
@@ -34,9 +35,17 @@ CALLS: dict[str, tuple[str, ...]] = {
     "profile": ("profile", "model"),
     "bench": ("bench", "model", "--rounds", "1", "--runs", "1", "--warmup", "0", "--threads", "1"),
     "train": ("train", "sit-nano", *TINY[:8], *RUN, "-o", "new"),
+    "train of a recipe": ("train", "--recipe", "digits-quick", *TINY[:8], *RUN, "-o", "new"),
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
+    "sample with a cache": (
+        "sample", "model", "--labels", "0", "--steps", "9", "--cache", "newton", "-o", "new.png",
+    ),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
+    "evaluate": ("evaluate", "classifier", "--data", "digits"),
+    "evaluate of a bundle": ("evaluate", "bundle", "--data", "digits", "--samples", "2", "--steps", "1"),
     "compress": ("compress", "model", "-o", "new"),
+    "compress by a recipe": ("compress", "model", "--recipe", "recipe.yaml", "-o", "new"),
+    "sensitivity": ("sensitivity", "model", "--budget", "bits=9", "-o", "new.json"),
     "prune": ("prune", "model", "--keep", "0.5", "-o", "new"),
     "linearize": (
         "linearize", "model", "--data", "samples.safetensors", "--steps", "1", "--whole", "1", "--batch", "2",
@@ -48,6 +57,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "verify of a bundle": ("verify", "bundle"),
     "convert": ("convert", "model/model.safetensors", "-m", "sit-nano", *TINY, "-o", "new.safetensors"),
     "convert of a folder": ("convert", "model", "--to", "official", "-o", "new.safetensors"),
+    "new": ("new", "ffn", "squared", "-o", "new"),
     "doctor": ("doctor",),
 }  # fmt: skip
 """Right calls, which run in the folder of `lay_out` and write new things only."""
@@ -77,7 +87,7 @@ NEW = (
     "new.txt",
     "new.safetensors",
 )
-READ = {"weights", "data"}
+READ = {"weights", "data", "recipe"}
 """Options that name what is read, as arguments do."""
 
 INNER = re.compile(
@@ -102,6 +112,10 @@ def lay_out(folder: Path) -> list[str]:
         ("run", "run"), ("vision", "models/vit"),
     ):  # fmt: skip
         shutil.copytree(SAVED / place, folder / name)
+    classifier = effformer.build_model(
+        "vit-nano", depth=1, dim=16, heads=2, patch=4, image_size=8, channels=1, num_classes=10
+    )
+    effformer.save_pretrained(classifier, folder / "classifier")
     _damage_models(folder)
     weights = (folder / "model/model.safetensors").read_bytes()
     graph = (folder / "bundle/velocity.onnx").read_bytes()
@@ -109,7 +123,8 @@ def lay_out(folder: Path) -> list[str]:
         "empty": b"", "text": b"hello", "empty.safetensors": b"", "empty.onnx": b"", "empty.pt": b"",
         "text.onnx": b"hello", "text.pt": b"hello", "deep.json": b"[" * 100_000, "bytes": bytes(range(256)) * 9,
         "bytes.pt": b"\xff\xfe", "cut.safetensors": weights[:2000], "cut.onnx": graph[:2000], "weights.onnx": weights,
-        "graph.safetensors": graph, "picture.png": b"\x89PNG\r\n\x1a\n", "report.html": b"<p>", "caf\udce9": b"x",
+        "graph.safetensors": graph, "recipe.yaml": b"steps: [{prune: {keep: 0.5}}, {quantize: {scheme: int8}}]",
+        "picture.png": b"\x89PNG\r\n\x1a\n", "report.html": b"<p>", "caf\udce9": b"x",
         "long.safetensors": b"\xff" * 8 + b"{", "deep.safetensors": b"\xa0\x86\1\0\0\0\0\0" + b"[" * 100_000,
     }  # fmt: skip
     for name, content in contents.items():

@@ -190,3 +190,13 @@ def test_models_of_ours_keep_what_their_tables_know() -> None:
     small, _ = quantize(effformer.build_model("bert-tiny", depth=1), "int8")
     call = small.example_inputs()
     assert profile(small).total == profile(effformer.build_model("bert-tiny", depth=1), call).total
+
+
+@pytest.mark.parametrize("where", ["0.in_proj", "0.out_proj"])
+def test_one_projection_of_an_attention_alone(where: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(32, 2, batch_first=True)).eval()
+    small, report = quantize(model, "int8", where)
+    assert [layer.name for layer in report.layers] == [where]
+    assert report.bytes_after < report.bytes_before
+    again = restore(model, effformer.save_weights(small, tmp_path / "small.safetensors"))
+    assert again.state_dict().keys() == small.state_dict().keys() != model.state_dict().keys()

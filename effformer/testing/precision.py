@@ -25,6 +25,8 @@ KINDS = {
 }
 """Type of weights and inputs, and of autocast."""
 LIMIT = 8.0
+NOISES = 4
+"""Draws of rounding errors, one of which must explain what was found."""
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 
@@ -115,19 +117,33 @@ def assert_near(
         assert expected.grad is not None
         weights = weights * 4 / expected.grad.abs().max()
         expected = passed(exact, wide, call, weights, None)
-    moved = passed(*rounded(exact, wide, eps, seed=0), call, weights, None)
     found = passed(low.to(device), x.to(device), call, weights, autocast)
-    for what, (left, right, other) in _pairs(found, expected, moved, part, skip).items():
+    said = ""
+    for seed in range(NOISES):  # one draw may miss what another shows: a result near a kink
+        moved = passed(*rounded(exact, wide, eps, seed=seed), call, weights, None)
+        said = _unexplained(_pairs(found, expected, moved, part, skip), eps, _floor(expected))
+        if not said:
+            return
+    raise AssertionError(said)
+
+
+def _unexplained(pairs: dict[str, tuple[Tensor, Tensor, Tensor]], eps: float, floor: float) -> str:
+    """The first of what was found that rounding does not explain, in words; empty if there is none."""
+    for what, (left, right, other) in pairs.items():
         left = left.double().to(right.device)
-        assert left.isfinite().all(), f"{what} is not finite"
-        floor = 0.0 if what in ("output", "gradient of x") else _floor(expected)
-        size = max(right.norm().item(), floor)
+        if not left.isfinite().all():
+            return f"{what} is not finite"
+        least = 0.0 if what in ("output", "gradient of x") else floor
+        size = max(right.norm().item(), least)
         change = (other - right).norm().item()
         error = (left - right).norm().item()
-        bound = LIMIT * max(change, eps * size / 4, eps * floor)
-        assert error <= bound, (
-            f"{what}: off by {error / size:.1e} of its size, and rounding explains {bound / size:.1e}"
-        )
+        bound = LIMIT * max(change, eps * size / 4, eps * least)
+        if error > bound:
+            return (
+                f"{what}: off by {error / size:.1e} of its size, and rounding explains "
+                f"{bound / size:.1e}"
+            )
+    return ""
 
 
 def _floor(expected: Pass) -> float:
@@ -136,7 +152,7 @@ def _floor(expected: Pass) -> float:
 
 
 def _pairs(
-    found: Pass, expected: Pass, moved: Pass, part: nn.Module, skip: tuple[type, ...]
+    found: Pass, expected: Pass, moved: Pass, part: nn.Module, skip: tuple[type[nn.Module], ...]
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """What was found, what is right, and what rounding makes of it, by name."""
     pairs = {"output": (found.out, expected.out, moved.out)}
@@ -150,7 +166,7 @@ def _pairs(
     return pairs
 
 
-def _own(part: nn.Module, skip: tuple[type, ...]) -> Iterator[str]:
+def _own(part: nn.Module, skip: tuple[type[nn.Module], ...]) -> Iterator[str]:
     for path, module in part.named_modules():
         if isinstance(module, skip):
             for name, _ in module.named_parameters(recurse=False):

@@ -1,17 +1,25 @@
-"""Proofs that two capabilities of a mixer work together, for `test_contract_pairs`."""
+"""The contract of capabilities in pairs: what a mixer can do, it can do together, or it says that it cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
-from contract import DIM, HEADS, caps_of, context_for, make_mixer
 from torch import Tensor
 
 from effformer.checks import CapabilityError
 from effformer.context import Context, Merging, Packing, Rope
+from effformer.registry import Caps, attention
+
+from .report import Check, demand
+from .subjects import DIM, HEADS, Subject, context_for, make_mixer
+
+__all__ = [
+    "CHECKS", "FIELDS", "MASK", "PACKING", "PAIRS", "PLACES", "N", "able", "both_capabilities_hold_together", "draw", "other",
+    "part_of", "same", "tables", "with_keys",
+]  # fmt: skip
 
 WIDTH, N = DIM // HEADS, 9
 FREQUENCIES = torch.tensor([1.0, 0.4, 0.1, 0.03], dtype=torch.float64)
@@ -21,12 +29,29 @@ MASK[1, :2] = False
 PACKING = Packing.from_mask(torch.arange(7) < torch.tensor([[7], [3], [0], [3], [1]]))
 
 
+@contextmanager
+def refusing(words: str) -> Iterator[None]:
+    """What stands inside raises a `CapabilityError` with these words in its sentence.
+
+    Raises:
+        AssertionError: it answers, or the sentence says something else.
+    """
+    try:
+        yield
+    except CapabilityError as error:
+        demand(words in str(error), f"expected a sentence with {words!r}, got {error}")
+        return
+    raise AssertionError(f"this is answered, and should be refused with {words!r}")
+
+
 def part_of(name: str, causal: bool | None = None, **more: Any) -> Any:
+    """A mixer in float64, with the same random features every time."""
     torch.manual_seed(7)
     return make_mixer(name, causal=causal, **more).double()
 
 
 def draw(n: int = N, batch: int = 2, dim: int = DIM, seed: int = 1) -> Tensor:
+    """Tokens (batch, n, dim) in float64."""
     return torch.randn(
         batch, n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
@@ -40,6 +65,7 @@ def tables(places: Tensor) -> Rope:
 
 
 def with_keys(rope: Rope, keys: Rope) -> Rope:
+    """Tables of queries, with others for the keys."""
     return Rope(rope.cos, rope.sin, keys.cos, keys.sin, rope.interleaved)
 
 
@@ -48,6 +74,7 @@ PLACES = torch.stack([torch.arange(7) + 3 * i for i in range(5)])
 
 
 def same(found: Tensor, expected: Tensor, tolerance: float = 1e-7) -> None:
+    """Equal but for rounding, which is as large as the largest number allows."""
     largest = float(expected.detach().abs().max())
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * largest)
 
@@ -63,7 +90,7 @@ def run(part: Any, x: Tensor, **fields: Any) -> Tensor:
 
 def forms(name: str) -> list[bool]:
     """Not causal and causal, as far as there are such."""
-    return [c for c in (False, True) if caps_of(name).satisfies(causal=c)]
+    return [c for c in (False, True) if attention.get(name).caps.satisfies(causal=c)]
 
 
 def later(x: Tensor, start: int) -> Tensor:
@@ -147,8 +174,8 @@ def causal_axes(name: str, **more: Any) -> None:
 def causal_cross(name: str, **more: Any) -> None:
     """A memory has no order that tokens could follow."""
     if not hasattr(make_mixer(name), "core"):
-        pytest.fail("a mixer without a core needs a proof of its own")
-    with pytest.raises(CapabilityError, match="no order in common; causal=False would do"):
+        raise AssertionError("a mixer without a core needs a proof of its own")
+    with refusing("no order in common; causal=False would do"):
         part_of(name, True, memory_dim=DIM)
 
 
@@ -160,7 +187,7 @@ def cross_mask(name: str, **more: Any) -> None:
     out = part(x, Context(memory=memory, memory_mask=MASK))
     same(out[:1], part(x[:1], Context(memory=memory[:1, :5])))
     same(out[1:], part(x[1:], Context(memory=memory[1:, 2:])))
-    with pytest.raises(CapabilityError, match="memory_mask"):
+    with refusing("memory_mask"):
         part(x, Context(memory=memory, mask=MASK[:, :4]))
 
 
@@ -175,7 +202,7 @@ def cross_rope(name: str, **more: Any) -> None:
         same(out(5, 5), out(0, 0))
     other(out(0, 5), out(0, 0))
     other(out(5, 0), out(0, 0))
-    with pytest.raises(CapabilityError, match="turn one side only"):
+    with refusing("turn one side only"):
         part(x, Context(memory=memory, rope=tables(torch.arange(4))))
 
 
@@ -187,14 +214,15 @@ def cross_width(name: str, **more: Any) -> None:
 def cross_sizes(name: str, **more: Any) -> None:
     """Tokens that were merged do not change what the memory says."""
     part, x, memory = part_of(name, memory_dim=DIM, **more), draw(N), draw(seed=3)
-    merging = Merging(tokens=2 * N, sizes=torch.full((2, N), 2.0).double())
-    merging.sizes[:, 0] = 5
+    sizes = torch.full((2, N), 2.0, dtype=torch.float64)
+    sizes[:, 0] = 5
+    merging = Merging(tokens=2 * N, sizes=sizes)
     same(part(x, Context(memory=memory, merging=merging)), part(x, Context(memory=memory)))
 
 
 def cross_packed(name: str, **more: Any) -> None:
     part = part_of(name, memory_dim=DIM, **more)
-    with pytest.raises(CapabilityError, match=r"packing goes with neither mask nor memory"):
+    with refusing("packing goes with neither mask nor memory"):
         part(PACKING.pack(draw(7, 5)), Context(memory=draw(4, 1), packing=PACKING))
 
 
@@ -204,7 +232,7 @@ def cross_streaming(name: str, **more: Any) -> None:
     mask = MASK[:, :6]
     if part.core.competes:
         state = part.init_state(2, like=x)
-        with pytest.raises(CapabilityError, match="compete for the memory"):
+        with refusing("compete for the memory"):
             part.step(x, state, Context(memory=memory))
         return
     calls: list[int] = []
@@ -271,7 +299,7 @@ def axes_rope(name: str, **more: Any) -> None:
 def mask_packed(name: str, **more: Any) -> None:
     part, x = part_of(name, **more), draw(7, 5)
     row = PACKING.pack(x)
-    with pytest.raises(CapabilityError, match="pack"):
+    with refusing("pack"):
         run(part, row, packing=PACKING, mask=torch.ones(1, row.shape[1], dtype=torch.bool))
 
 
@@ -293,7 +321,7 @@ def sizes_streaming(name: str, **more: Any) -> None:
 
 def _no_stream(name: str, field: str, value: Any, more: Mapping[str, Any]) -> None:
     part, x = part_of(name, True, **more), draw(3)
-    with pytest.raises(CapabilityError, match=f"streaming takes no {field}"):
+    with refusing(f"streaming takes no {field}"):
         part.step(x, part.init_state(2, like=x), Context(**{field: value}))
 
 
@@ -335,7 +363,7 @@ def mask_sizes(name: str, **more: Any) -> None:
 def packed_sizes(name: str, **more: Any) -> None:
     part = part_of(name, **more)
     merging = Merging(tokens=20, sizes=torch.ones(1, 14))
-    with pytest.raises(CapabilityError, match="packing goes with neither"):
+    with refusing("packing goes with neither"):
         part(PACKING.pack(draw(7, 5)), Context(packing=PACKING, merging=merging))
 
 
@@ -362,9 +390,8 @@ def _counted(part: Any, **fields: Any) -> Tensor:
     if "mask" in more:
         more["mask"] = more["mask"][:, every]
     if "rope" in more:
-        more["rope"] = Rope(
-            *(t[every] for t in (more["rope"].cos, more["rope"].sin)), interleaved=True
-        )
+        rope = more["rope"]
+        more["rope"] = Rope(rope.cos[every], rope.sin[every], interleaved=True)
     sizes = count.double().expand(2, -1)
     found = part(x, Context(merging=Merging(tokens=11, sizes=sizes), **fields))
     whole = part(x[:, every], Context(**more))
@@ -411,3 +438,26 @@ PAIRS = {
     ("sizes", "width"): sizes_width,
     ("streaming", "width"): streaming_width,
 }
+
+
+def able(caps: Caps, pair: tuple[str, str]) -> bool:
+    """A mixer declares both; every cross-attention can be fed step by step."""
+    apart = {"causal": True, "mask": "key"}
+    wanted = ["cross"] if pair == ("cross", "streaming") else list(pair)
+    return all(
+        bool(caps.axes) if cap == "axes" else caps.satisfies(**{cap: apart.get(cap, True)})
+        for cap in wanted
+    )
+
+
+def both_capabilities_hold_together(subject: Subject) -> None:
+    """What is declared holds in pairs: a causal order in packed rows, rotary positions in a stream, ..."""
+    for pair, prove in PAIRS.items():
+        if able(subject.caps, pair):
+            try:
+                prove(subject.name, options=subject.options)
+            except AssertionError as error:
+                raise AssertionError(f"{' and '.join(pair)}: {error}") from error
+
+
+CHECKS = (Check(both_capabilities_hold_together, lambda s: s.kind == "attention"),)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +19,11 @@ from effformer.nn.cut import Forms
 from effformer.values import Count
 from effformer.wrapped import unwrapping
 
-from .quant.swap import hooked, tampered
+from ..quant.swap import hooked, tampered
+from .times import fastest, several
 
-__all__ = ["LeftLinear", "PackedLinear", "optimize"]
+__all__ = ["LeftLinear", "PackedLinear", "optimize", "prepare", "unnarrowed"]
 
-T = TypeVar("T")
 _Form = Callable[[nn.Linear], nn.Module]
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -143,19 +140,28 @@ def optimize(model: nn.Module, *, rows: Count = 256) -> nn.Module:
     """
     check_parts(model, where="optimize")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
+    prepare(ready, rows)
+    return ready
+
+
+def prepare(ready: nn.Module, rows: int) -> None:
+    """`optimize` in place."""
     ready.inference_only = True  # type: ignore[assignment]
     chosen: dict[tuple[int, ...], _Form] = {}
-    narrow = list(_narrow(ready))
-    whole = {id(module) for _, part in narrow for module in part.modules()}
-    modules = [module for module in ready.modules() if id(module) not in whole]
+    modules = list(unnarrowed(ready))
     for module in modules:
         if isinstance(module, Branch):
             _fold_factor(module)
     for module in modules:
         _optimize_layers(module, rows, chosen)
-    for forms, _ in narrow:
+    for forms, _ in _narrow(ready):
         forms.finish = partial(_optimize_form, rows, chosen)
-    return ready
+
+
+def unnarrowed(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that always run as they are: those outside of the parts of dynamic width."""
+    whole = {id(module) for _, part in _narrow(model) for module in part.modules()}
+    return (module for module in model.modules() if id(module) not in whole)
 
 
 def _narrow(model: nn.Module) -> Iterator[tuple[Forms, nn.Module]]:
@@ -189,8 +195,8 @@ def _optimize_mlp(mlp: MLP, rows: int, chosen: dict[tuple[int, ...], _Form]) -> 
         return
     key = (first.in_features, first.out_features, second.out_features)
     if key not in chosen:
-        x, pairs = torch.randn(1, rows, first.in_features), _several((first, second))
-        chosen[key] = _fastest(
+        x, pairs = torch.randn(1, rows, first.in_features), several((first, second))
+        chosen[key] = fastest(
             {
                 form: [partial(_chain, form(a), mlp.act, form(b), x) for a, b in pairs]
                 for form in (*_forms(), LeftLinear)
@@ -209,16 +215,9 @@ def _optimize_linear(
 ) -> nn.Module:
     key = (linear.in_features, linear.out_features)
     if key not in chosen:
-        x, layers = torch.randn(1, rows, linear.in_features), _several(linear)
-        chosen[key] = _fastest({f: [partial(f(layer), x) for layer in layers] for f in _forms()})
+        x, layers = torch.randn(1, rows, linear.in_features), several(linear)
+        chosen[key] = fastest({f: [partial(f(layer), x) for layer in layers] for f in _forms()})
     return chosen[key](linear)
-
-
-def _several(layers: T) -> list[T]:
-    """Copies to time in turn: in a whole model weights come from memory, and a single layer's would
-    come from the cache that the call before has filled.
-    """
-    return [layers, *(copy.deepcopy(layers) for _ in range(3))]
 
 
 class _Plain(_Frozen):
@@ -237,20 +236,6 @@ class _Plain(_Frozen):
 
 def _forms() -> tuple[_Form, ...]:
     return (_Plain, PackedLinear) if torch.backends.mkldnn.is_available() else (_Plain,)
-
-
-def _fastest(candidates: Mapping[T, Sequence[Callable[[], object]]]) -> T:
-    """The candidate whose calls together have the smallest median time; candidates take turns."""
-    times: dict[T, list[float]] = {form: [] for form in candidates}
-    with torch.inference_mode():
-        for turn in range(8):
-            for form, calls in candidates.items():
-                start = time.perf_counter()
-                for call in calls:
-                    call()
-                if turn:  # the first turn warms up
-                    times[form].append(time.perf_counter() - start)
-    return min(times, key=lambda form: statistics.median(times[form]))
 
 
 def _fold_factor(branch: Branch) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from effformer.compress.kernels import LeftLinear, PackedLinear, _fastest
+from effformer.compress.kernels.exact import LeftLinear, PackedLinear
+from effformer.compress.kernels.times import fastest
 from torch import nn
 
 import effformer
@@ -118,6 +119,6 @@ def test_every_form_computes_the_same(form: type[nn.Module], bias: bool) -> None
 
 def test_the_fastest_form_is_chosen() -> None:
     slow = {LeftLinear: [lambda: time.sleep(0.002)], PackedLinear: [lambda: None] * 4}
-    assert _fastest(slow) is PackedLinear
+    assert fastest(slow) is PackedLinear
     with pytest.raises(ValueError, match="rows must be at least 1"):
         effformer.optimize(_model(), rows=0)

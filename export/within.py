@@ -1,0 +1,85 @@
+"""`quantize_onnx_within`: quantize a graph, and put products back until a metric keeps its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from effformer.compress.quant.control import ControlReport, Goal, control, number
+
+from effformer.arguments import checked
+from effformer.checks import unknown
+from effformer.files import check_file, workspace
+from effformer.values import NonNegative
+
+from .graph import GRAPH
+from .quantize import QUANTIZED, products, quantize_onnx
+from .session import Session
+
+__all__ = ["quantize_onnx_within"]
+
+Metric = Callable[[Session], Any]
+"""A number for a graph that is ready to run."""
+
+
+@checked
+def quantize_onnx_within(
+    path: str | Path,
+    out: str | Path,
+    metric: Metric,
+    scheme: str | Mapping[str, Any] = "dynamic-uint8",
+    *,
+    max_drop: NonNegative = 0.01,
+    relative: bool = False,
+    best: Literal["high", "low"] = "high",
+    quick: Metric | None = None,
+    force: bool = False,
+) -> ControlReport:
+    """`quantize_onnx`, and then put products back into floating point until a metric keeps its limit.
+
+    Args:
+        path: the file.
+        out: where the result goes: new, or an earlier graph of ours, ``path`` included.
+        metric: of a `Session`, a number: accuracy, a negative loss, ...
+        scheme: "dynamic-uint8", "int8", "int4", or options of `quantize_onnx` as a dict.
+        max_drop: by how much the metric may be worse than that of the graph in ``path``.
+        relative: ``max_drop`` is a share of that graph's metric.
+        best: "high": large values are good; "low": small ones, as of a loss.
+        quick: a cheaper metric, by which products are ranked; None: the same.
+        force: replace any file.
+
+    Returns:
+        The log of all measurements, what was put back and why.
+
+    Raises:
+        ValueError: as in `quantize_onnx`; a metric that is no finite number for ``path``, or 0 where the
+            drop is a share of it.
+        TypeError: a metric that is no number.
+        FormatError: not an ONNX file, or ``out`` cannot be written or is something else.
+    """
+    where = "quantize_onnx_within"
+    if isinstance(scheme, str) and scheme not in QUANTIZED:
+        raise unknown("scheme", scheme, list(QUANTIZED), where=where)
+    options = QUANTIZED[scheme] if isinstance(scheme, str) else {**scheme}
+    if own := {"keep", "compared", "force", "path", "out"} & {*options}:
+        raise ValueError(f"{where}: scheme: {min(own)} is no option of a scheme")
+    check_file(out, GRAPH, force=force)
+    goal = Goal(
+        reference=number(metric(Session(path))), max_drop=max_drop, relative=relative, best=best
+    )
+    with workspace(out) as space:
+
+        def measured(by: Metric) -> Callable[[Collection[str]], Any]:
+            def measure(back: Collection[str]) -> Any:
+                quantize_onnx(path, space / "trial.onnx", keep=sorted(back), force=True, **options)
+                return by(Session(space / "trial.onnx"))
+
+            return measure
+
+        cheap = None if quick is None else measured(quick)
+        found = control(products(path), measured(metric), goal, quick=cheap)
+    back = [one.name for one in found.back]
+    report = quantize_onnx(path, out, keep=back, force=force, **options)
+    return replace(found, quantized=report)
