@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-HELPERS = {"cpu_time", "markdown"}
+HELPERS = {"cpu_time", "markdown", "sentences"}
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 SMALL = [name for name in SCRIPTS if "--small" in (FOLDER / f"{name}.py").read_text()]
 
