@@ -14,6 +14,8 @@ from effformer.checks import CapabilityError
 from effformer.context import Ledger
 from effformer.flow import Guidance, Weak, adapt, sample
 
+QUICK = ("sit-nano", "mmdit-nano", "flux-tiny")
+MODELS = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 OFF: list[Any] = [
     {"name": "reuse", "every": 1},
     {"name": "newton", "every": 1},
@@ -49,7 +51,7 @@ def draw(velocity: Any, x: Tensor, cond: dict[str, Tensor], **options: Any) -> T
     return sample(velocity, x, **({"steps": STEPS} | options), **cond).x
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_off_is_off_bit_by_bit(name: str) -> None:
     model = awake(name)
     x, cond = given(model)
@@ -63,7 +65,7 @@ def test_off_is_off_bit_by_bit(name: str) -> None:
         assert field.computed == (1.0,) * STEPS
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_policy_skips_and_comes_near(name: str) -> None:
     model = awake(name)
     x, cond = given(model)
@@ -133,7 +135,7 @@ def test_schedules_draw_the_same_in_one_call_for_both_branches(policy: str) -> N
     assert work[0].executed < work[0].dense
 
 
-@pytest.mark.parametrize("name", ["sit-nano", "flux-tiny"])
+@pytest.mark.parametrize("name", ["sit-nano", pytest.param("flux-tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["residual", "teacache"])
 def test_samples_that_decide_for_themselves_do_not_see_their_batch(name: str, policy: str) -> None:
     model = awake(name, dtype=torch.float64)

@@ -207,7 +207,9 @@ def _run(path: Path, given: dict[str, Tensor]) -> Tensor:
     return torch.from_numpy(out)
 
 
-@pytest.mark.parametrize("core", ["differential", "nystrom", "gla"])
+@pytest.mark.parametrize(
+    "core", ["differential", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nystrom", "gla"))]
+)
 def test_graphs_multiply_where_heads_must_be_counted(core: str, tmp_path: Path) -> None:
     model = awake(attn=core, depth=1, tokens=None)
     report = export_onnx(model, tmp_path / "m.onnx")

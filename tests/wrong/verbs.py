@@ -38,7 +38,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "train of a recipe": ("train", "--recipe", "digits-quick", *TINY[:8], *RUN, "-o", "new"),
     "sample": ("sample", "model", "--labels", "0", "--steps", "1", "-o", "new.png"),
     "sample with a cache": (
-        "sample", "model", "--labels", "0", "--steps", "9", "--cache", "newton", "-o", "new.png",
+        "sample", "model", "--labels", "0", "--steps", "9", "--cache", "newton", "-o", "new.npy",
     ),
     "sample of a bundle": ("sample", "bundle", "--labels", "0", "--steps", "1", "-o", "new.npy"),
     "evaluate": ("evaluate", "classifier", "--data", "digits"),
