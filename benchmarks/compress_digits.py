@@ -18,7 +18,7 @@ from effformer.compress import Distillation, linearize, prune
 from markdown import Row, write
 
 import effformer
-from effformer.cli.sample import draw
+from effformer.cli.drawing import draw
 from effformer.flow import FlowMatching
 from effformer.profile import profile
 from effformer.train import Dataset, Generation, TrainConfig, load_data, train, train_classifier
