@@ -136,6 +136,7 @@ PACKAGES = {
     "effformer.ffn": "FFNs",
     "effformer.blocks": "Blocks",
     "effformer.flow": "Flows",
+    "effformer.cache": "Feature caching",
     "effformer.train": "Training",
     "effformer.profile": "Profiling",
     "effformer.compress": "Compression",
