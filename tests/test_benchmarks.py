@@ -22,6 +22,7 @@ def test_every_result_has_a_benchmark(name: str) -> None:
     assert f"benchmarks/{name}.py" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_small_form_runs_and_keeps_nothing(name: str) -> None:
     result = FOLDER / "results" / f"{name}.md"

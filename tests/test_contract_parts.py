@@ -22,12 +22,21 @@ NAMED = (
 )
 SUBJECTS = [subject for kind, name in NAMED for subject in subjects(kind, name)]
 ALONE = [check for check in CHECKS if check not in pairs.CHECKS]  # a test for each of those beside
-CASES = [(check, subject) for subject in SUBJECTS for check in ALONE if check.applies(subject)]
+EXPORTS = "one-graph-serves-every-length"
+EXPORTED = ("softmax", "flow", "gated-delta", "factorized-chained")
+"""Mixers of each form whose graphs are made in the quick tier, too."""
 
 
-@pytest.mark.parametrize(
-    ("check", "subject"), CASES, ids=[f"{check.name}-{subject}" for check, subject in CASES]
-)
+def _case(check: Check, subject: Subject) -> Any:
+    rare = check.name == EXPORTS and subject.kind == "attention" and subject.name not in EXPORTED
+    marks = [pytest.mark.slow] if rare else []
+    return pytest.param(check, subject, id=f"{check.name}-{subject}", marks=marks)
+
+
+CASES = [_case(check, s) for s in SUBJECTS for check in ALONE if check.applies(s)]
+
+
+@pytest.mark.parametrize(("check", "subject"), CASES)
 def test_contract(check: Check, subject: Subject) -> None:
     check(subject)
 

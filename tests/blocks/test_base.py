@@ -198,6 +198,6 @@ def test_models_say_which_blocks_cannot(block: str) -> None:
         assert norms == ([1e-5, 1e-6, 1e-5] if block == "macaron" else [1e-6, 1e-5])
         return
     with pytest.raises(
-        CapabilityError, match=r"one norm for attention and FFN.*choices: adaln-zero"
+        CapabilityError, match=r"one norm for attention and FFN.*choices: adaln-single, adaln-zero"
     ):
         effformer.build_model("dit-nano", **options)

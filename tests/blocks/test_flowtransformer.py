@@ -167,7 +167,9 @@ def test_in_models(name: str, core: str) -> None:
             result = model(**given)
         out = result if isinstance(result, Tensor) else result[0]
         assert out.isfinite().all()
-    with pytest.raises(CapabilityError, match=r"cannot use .*; choices: adaln-zero, .*parallel"):
+    with pytest.raises(
+        CapabilityError, match=r"cannot use .*; choices: adaln-single, adaln-zero, .*parallel"
+    ):
         effformer.build_model("dit-nano", block=name)
 
 

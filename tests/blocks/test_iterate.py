@@ -186,7 +186,8 @@ def test_models_without_ffns(body: str) -> None:
 
 def test_blocks_that_need_an_ffn_and_models_that_need_one() -> None:
     with pytest.raises(
-        CapabilityError, match=r"'macaron' cannot do without an FFN; choices: adaln-zero, iterate"
+        CapabilityError,
+        match=r"'macaron' cannot do without an FFN; choices: adaln-single, adaln-zero, iterate",
     ):
         effformer.build_model("dit-nano", ffn=None, block="macaron")
     with pytest.raises(

@@ -303,7 +303,7 @@ def test_samples_under_a_cache_tell_what_it_is_worth(saved: Path, tmp_path: Path
     ]  # fmt: skip
     assert "The cache" in invoke(*reported, *words, file).stdout
     for wrong, why in (
-        ("newton:order", "expected key=value"), ("newtons", "unknown cache"), ("reuse:evry=2", "evry"),
+        ("newton:order", "write KEY=VALUE"), ("newtons", "unknown cache"), ("reuse:evry=2", "evry"),
     ):  # fmt: skip
         assert why in refusal("sample", str(saved), "--cache", wrong, *words, file)
     assert "--cache-report needs --cache" in refusal(

@@ -167,6 +167,7 @@ def test_compiled_graphs_are_static() -> None:
         torch.testing.assert_close(compiled(**given), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_graphs_skip_heads_channels_and_tokens(tmp_path: Path) -> None:
     """What nobody asks for is not even read: NaN in the weights of units that are off, at any time of

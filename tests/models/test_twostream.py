@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "acm": {"ffn": "acm", "attn": {"projections": {}}},
     "bare": {"pooled_dim": None, "ffn": None},
 }
-LONG = ("acm", "layers", "flux", "plain")
+LONG = ("acm", "layers", "flux", "plain", "dynamic")
 """Exports of many seconds, in the slow tier."""
 
 
