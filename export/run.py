@@ -278,6 +278,13 @@ class Bundle:
             raise BundleError(f"{self.folder}: the graph gives no tensor of real numbers")
         return list(out)
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, empty if nobody gave them any."""
+        record = self.facts.get("trained")
+        names = record.get("classes") if isinstance(record, dict) else None
+        return [str(name) for name in names] if isinstance(names, list) else []
+
     def _labels(self, labels: Sequence[int]) -> Array:
         if not 1 <= len(labels) <= MOST:
             say = f"at most {MOST} pictures at once" if len(labels) else "no labels given"
@@ -506,18 +513,22 @@ def _save(path: Path, bundle: Bundle, samples: Array, *, force: bool = False) ->
         write_image(path, bundle.images(samples), force=force)
 
 
-def parse_labels(text: str) -> list[int]:
-    """Class ids from ``0,1,2``, ``0-9`` or a mixture.
+def parse_labels(text: str, classes: Sequence[str] = ()) -> list[int]:
+    """Class ids from ``0,1,2``, ``0-9``, names of classes or a mixture; a name comes first.
 
     Raises:
         BundleError: something else.
     """
     labels: list[int] = []
     for part in text.split(","):
+        if part.strip() in classes:
+            labels.append(classes.index(part.strip()))
+            continue
         found = re.fullmatch(r" *([0-9]+)(?:-([0-9]+))? *", part)
         if found is None:
             shown = reprlib.repr(text)
-            raise BundleError(f"--labels {shown}: expected class ids such as 0,1,2 or 0-9")
+            named = f", or names: {reprlib.repr(list(classes))}" if classes else ""
+            raise BundleError(f"--labels {shown}: expected class ids such as 0,1,2 or 0-9{named}")
         first, last = (int(digits[-18:]) for digits in (found[1], found[2] or found[1]))
         if len(labels) + last - first >= MOST or max(map(len, found.groups(""))) > 18:
             raise BundleError(f"--labels {reprlib.repr(text)}: at most {MOST} pictures at once")
@@ -536,7 +547,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("folder", nargs="?" if inside else None, default=here, type=Path, help="the bundle")
-    add("--labels", default="", help="class ids: 0,1,2 or 0-9")
+    add("--labels", default="", help="class ids, 0,1,2 or 0-9, or names of classes")
     add("--out", type=Path, default=Path("samples.png"), help="samples.png or samples.npy")
     add("--steps", type=int, help="number of steps")
     add("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
@@ -555,11 +566,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.out.suffix not in (".npy", ".png"):
                 raise BundleError(f"{given.out}: samples are written as .png or .npy")
             check_place(given.out, force=given.force)
-        labels = parse_labels(given.labels) if given.labels else []
         bundle = Bundle(given.folder, given.threads)
         if given.self_test:
             print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
             return 0
+        labels = parse_labels(given.labels, bundle.classes) if given.labels else []
         options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
         options["cache"] = False if given.no_cache else None
         _save(given.out, bundle, bundle.sample(labels, **options), force=given.force)

@@ -100,7 +100,7 @@ def drawing_of_bundle(
             "and --dtype are for models"
         )
     bundle = Bundle(source, threads)
-    own, named = bundle.facts["sampler"], bundle.facts.get("trained") or {}
+    own = bundle.facts["sampler"]
     options: dict[str, Any] = {
         "steps": own["steps"] if steps is None else steps,
         "guidance": own["guidance"] if guidance is None else guidance,
@@ -108,7 +108,7 @@ def drawing_of_bundle(
     }
     policy = None if cache is None else _schedule(cache)
     return Drawing(
-        classes=named.get("classes", ()), count=bundle.facts["num_classes"], options=options,
+        classes=bundle.classes, count=bundle.facts["num_classes"], options=options,
         draw=lambda ids, seed, _: bundle.sample(ids, **options, seed=seed, cache=policy),
         pixels=bundle.images,
     )  # fmt: skip
@@ -288,14 +288,13 @@ def ids_of(labels: str | None, classes: Sequence[str], count: int) -> list[int]:
 
     if labels is None:
         return list(range(min(count, 10)))
-    ids = {name: str(i) for i, name in enumerate(classes)}
-    words = [ids.get(word, word) for word in map(str.strip, labels.split(","))]
-    for word in words:
-        if classes and not re.fullmatch(r"[0-9]+(-[0-9]+)?", word):
+    for word in map(str.strip, labels.split(",")):
+        if classes and word not in classes and not re.fullmatch(r"[0-9]+(-[0-9]+)?", word):
             raise unknown("class", word, list(classes), where="sample: --labels")
-    found = parse_labels(",".join(words))
+    found = parse_labels(labels, classes)
     if wrong := [i for i in found if i >= count]:
-        named = f", named {', '.join(classes)}" if ids and list(ids) != list(ids.values()) else ""
+        numbers = [str(i) for i in range(len(classes))]
+        named = f", named {', '.join(classes)}" if list(classes) != numbers else ""
         raise ValueError(
             f"sample: label {wrong[0]} is not one of the classes 0..{count - 1}{named}"
         )

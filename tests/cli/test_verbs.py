@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close
+from effformer.export import run as runner
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -262,6 +263,11 @@ def test_classes_keep_their_names(tmp_path: Path) -> None:
         assert answer(*words)["labels"] == [0, 1, 2]
         assert "0..2, named 1, circle, square" in refusal(*words, "--labels", "7")
         assert "did you mean 'circle'" in refusal(*words, "--labels", "circel")
+    named, asked = str(tmp_path / "named.npy"), ["--steps", "1", "--labels", "square,1"]
+    assert runner.main([bundle, *asked, "--out", named]) == 0
+    answer("sample", bundle, *asked, "-o", str(tmp_path / "s.npy"), "--force")
+    assert np.array_equal(np.load(named), np.load(tmp_path / "s.npy"))
+    assert runner.main([bundle, "--labels", "circel", "--out", named, "--force"]) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
