@@ -6,13 +6,19 @@ import ast
 import dataclasses
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import effformer
+from effformer.attention import Flow
+from effformer.cli.main import app
 from effformer.context import Context
 from effformer.registry import KINDS, Caps
 from effformer.site import Layer, Needs, Site
@@ -22,6 +28,9 @@ FIVE = (Site, Context, Caps, Needs, Layer)
 FIELDS = 62
 REGISTRIES = 13
 FILES_OF_A_BLOCK = 8
+MOVES_OF_A_NAME = 55
+CHECKS = ("arguments.py", "values.py", "checks.py")
+"""Files that only look at what a call was given; a reader does not follow them."""
 
 SHARED = {
     "causal": "tokens do not see later ones",
@@ -94,3 +103,32 @@ def test_a_block_is_read_in_few_files() -> None:
     finally:
         sys.setprofile(before)
     assert 0 < len(entered) <= FILES_OF_A_BLOCK, sorted(entered)
+
+
+def test_a_name_reaches_its_core_in_few_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes of file between calls, from a word on the command line to the core that it names."""
+    entered: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        file = Path(frame.f_code.co_filename)
+        ours = file.is_relative_to(ROOT) and not file.is_relative_to(ROOT / "tests")
+        if event == "call" and ours and file.name not in CHECKS:
+            entered.append(str(file))
+
+    def built(*_: object) -> None:
+        sys.setprofile(before)
+        raise typer.Exit
+
+    words = ["build", "dit-nano", "--attn", "flow", "--set", "depth=1"]
+    CliRunner().invoke(app, [*words, "-o", str(tmp_path / "a")])  # everything is imported
+    monkeypatch.setattr(Flow, "__init__", built)
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        CliRunner().invoke(app, [*words, "-o", str(tmp_path / "b")])
+    finally:
+        sys.setprofile(before)
+    moves = sum(a != b for a, b in pairwise(entered))
+    assert 0 < moves <= MOVES_OF_A_NAME
