@@ -263,10 +263,15 @@ class _OnImages(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "knobs", "front"),
     [
-        (MLLA, {}, 0), (RALA, {}, 0), (PolaFormer, {"reduction": 2}, 0),
-        (Focused, {"reduction": 2}, 0), (Agent, {"agents": 9, "reduction": 2}, 1),
+        pytest.param(MLLA, {}, 0, marks=pytest.mark.slow),
+        (RALA, {}, 0),
+        *(
+            pytest.param(kind, {"reduction": 2}, 0, marks=pytest.mark.slow)
+            for kind in (PolaFormer, Focused)
+        ),
+        pytest.param(Agent, {"agents": 9, "reduction": 2}, 1, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_one_graph_serves_every_grid(
     kind: Any, knobs: dict[str, Any], front: int, tmp_path: Path
 ) -> None:

@@ -156,9 +156,8 @@ def test_saves_and_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(again.eval()(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("ifactformer-tiny", marks=pytest.mark.slow), "factformer-tiny"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ifactformer-tiny", "factformer-tiny"])
 def test_exports_at_other_grids(name: str, tmp_path: Path) -> None:
     model = build(name)
     # kernels near zero are normalised: on four cells rounding grows a thousandfold

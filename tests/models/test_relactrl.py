@@ -172,6 +172,7 @@ def test_official_branch_loads_beside_a_foreign_backbone() -> None:
         effformer.load_weights(again.control, official, BRANCH)
 
 
+@pytest.mark.slow
 def test_exports(tmp_path: Path) -> None:
     model = awake(changes={**SMALL, "depth": 3})
     report = export_onnx(model, tmp_path / "m.onnx")

@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "acm": {"ffn": "acm", "attn": {"projections": {}}},
     "bare": {"pooled_dim": None, "ffn": None},
 }
-LONG = ("acm", "layers", "flux", "plain", "dynamic")
+LONG = ("acm", "layers", "flux", "plain", "dynamic", "rotary")
 """Exports of many seconds, in the slow tier."""
 
 
