@@ -26,7 +26,9 @@ def test_so_do_graphs_of_standard_operators(name: str, tmp_path: Path) -> None:
     serves_every_length(make_mixer(name, causal=True), tmp_path, target="onnx")
 
 
-@pytest.mark.parametrize("name", ["longformer", "nystrom", "topk"])
+@pytest.mark.parametrize(
+    "name", ["longformer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nystrom", "topk"))]
+)
 def test_so_do_wide_windows(name: str, tmp_path: Path) -> None:
     config = resolve("attention", name)
     part = config.build(Site(dim=DIM, heads=HEADS)).eval()

@@ -83,7 +83,8 @@ def test_a_causal_layer_is_one_node_for_any_length(layer: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize(("layer", "direction"), [
-    (RETENTION, "both"), (CHANNELS, "both"), (GROUPED, "both-exclusive"),
+    (RETENTION, "both"), pytest.param(CHANNELS, "both", marks=pytest.mark.slow),
+    pytest.param(GROUPED, "both-exclusive", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_both_directions_are_two_nodes(
     layer: dict[str, Any], direction: str, tmp_path: Path

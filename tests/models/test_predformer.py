@@ -304,6 +304,7 @@ def test_every_parameter_learns() -> None:
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
+@pytest.mark.slow
 def test_exports_for_other_sizes(tmp_path: Path) -> None:
     model = awake("ts")
     report = export_onnx(
