@@ -233,11 +233,15 @@ class Confusion(_Plot):
 
 
 def _scale(axis: Any, scale: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with readable ticks if the values span more than a factor of ten."""
+    """A logarithmic axis with readable ticks if the values span more than a factor of ten; whole
+    numbers have ticks at whole numbers.
+    """
+    ticks = need("matplotlib.ticker")
     if min(values) <= 0 or max(values) / min(values) <= 10:
+        if all(float(value).is_integer() for value in values):
+            axis.set_major_locator(ticks.MaxNLocator(integer=True))
         return
     scale("log")
-    ticks = need("matplotlib.ticker")
     axis.set_major_locator(ticks.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticks.NullFormatter())
