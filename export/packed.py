@@ -10,7 +10,6 @@ the graph.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -102,13 +101,9 @@ def kernels_for(model: nn.Module, kernels: Collection[str], accuracy_level: int)
 
 
 def step_of(model: nn.Module) -> float:
-    """How far the outputs of two runtimes may lie apart that both are right, 0 where nothing is rounded:
-    packed layers round their inputs, and a value at a tie goes up in one and down in the other.
-
-    One step in each layer, independent of each other: ``sqrt(sum step_i^2)``, relative.
-    """
+    """Largest relative step that a packed layer of a model rounds its inputs to, 0 without one."""
     packed = (m for m in model.modules() if isinstance(m, PackedWeight))
-    return math.hypot(*(m.scheme.step for m in packed))
+    return max((m.scheme.step for m in packed), default=0.0)
 
 
 @functools.cache

@@ -15,8 +15,6 @@ from effformer.profile import profile
 from effformer.profile.formulas import dit_params, dit_parts
 
 CORES = ("softmax", "linear", "flow")
-WHOLE = 12
-"""Depth up to which models are counted whole."""
 UNFUSED = {"name": "softmax", "backend": "reference"}
 
 
@@ -47,34 +45,16 @@ def _check_row(row: dict[str, Any]) -> None:
         "patch": row["patch"],
     }
     for core in CORES:
-        by_part, total, executed, flops, params = _costs(row, core)
+        cost = profile(_build(row, core, row["depth"]), memory=False)
         expected = {k: n for k, n in row["macs"].items() if not k.startswith("attn_")}
         expected["attn"] = row["macs"][f"attn_{core}"]
-        assert by_part == expected
+        assert cost.by_part == expected
         assert dit_parts(**shape, heads=row["heads"], attention=core) == expected
-        assert total == executed == row["macs_total"][core]
-        assert total - by_part["attn"] == row["macs_common"]
-        assert flops == row["flops_total"][core]
-        assert params == dit_params(**shape) == row["params"]
-
-
-def _costs(row: dict[str, Any], core: str) -> tuple[dict[str, int], int, int, int, int]:
-    """By part, in all, executed, operations and parameters. They are affine in depth, which the
-    smaller models show whole; of the deep ones two shallow models tell them.
-    """
-    if row["depth"] <= WHOLE:
-        depths, weights = (row["depth"],), (1,)
-    else:
-        depths, weights = (1, 2), (2 - row["depth"], row["depth"] - 1)
-    costs = [profile(_build(row, core, depth), memory=False) for depth in depths]
-    assert not any(cost.uncounted for cost in costs)
-
-    def added(values: list[Any]) -> int:
-        return sum(w * int(n) for w, n in zip(weights, values, strict=True))
-
-    parts = {k: added([cost.by_part[k] for cost in costs]) for k in costs[0].by_part}
-    total, executed = added([c.total for c in costs]), added([c.executed for c in costs])
-    return parts, total, executed, added([c.flops for c in costs]), added([c.params for c in costs])
+        assert cost.total == cost.executed == row["macs_total"][core]
+        assert cost.total - cost.by_part["attn"] == row["macs_common"]
+        assert cost.flops == row["flops_total"][core]
+        assert cost.params == dit_params(**shape) == row["params"]
+        assert not cost.uncounted
 
 
 def _check_counters(row: dict[str, Any]) -> None:
