@@ -4,6 +4,7 @@ allocated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -189,7 +190,7 @@ def _check_mixer(
         for e in registry.attention
         if _admitted(e, slots)
         and not any(_mixer_reason(e.caps, *one) for one in asked)
-        and _can_stand(e.name, site, needs)
+        and _can_stand(resolve("attention", e.name), site, needs)
         and (not one_by_one or e.name in steady())
     )
     raise CapabilityError(f"{where}: {config.title!r} {reason}; choices: {', '.join(able)}")
@@ -219,11 +220,11 @@ def _rope_reason(config: Config, needs: Needs, site: Site) -> str | None:
     )
 
 
-def _can_stand(name: str, site: Site, needs: Needs) -> bool:
+@functools.lru_cache(maxsize=1024)
+def _can_stand(config: Config, site: Site, needs: Needs) -> bool:
     """A mixer can be built there from its name alone; some ask for a number of tokens that can be
     cut, or that is fixed at all.
     """
-    config = resolve("attention", name)
     if needs.rope is not None and config.caps().multihead:
         config = config.replace(head_dim=needs.rope)  # a name alone keeps the heads of the model
     if _rope_reason(config, needs, site) is not None:

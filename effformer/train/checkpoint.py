@@ -18,6 +18,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,7 @@ class RunFolder:
             raise TypeError(f"train: about: expected JSON values ({error})") from error
         self.metrics = path / _METRICS
         identity = {"format": FORMAT, **json.loads(json.dumps(identity))}
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             self._read_identity()  # a foreign folder is left before anything is written to it
             path.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,17 @@ class RunFolder:
         sweep(self.path / _CHECKPOINTS)
         for leftover in (self.path / _CHECKPOINTS).glob("*.part"):  # of earlier versions
             leftover.unlink()
+
+    def abandon(self) -> None:
+        """Close a run that failed; of one without a checkpoint and a record nothing stays."""
+        places = self.path / _CHECKPOINTS
+        if self._entries() == {_CHECKPOINTS} and not any(places.iterdir()):
+            places.rmdir()
+            (self.path / _RUN).unlink()
+        self.close()
+        with suppress(OSError):  # others may have put something there
+            for folder in self._made:
+                folder.rmdir()
 
     def newest(self) -> Path | None:
         """The latest checkpoint."""

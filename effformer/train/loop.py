@@ -172,7 +172,8 @@ def train(
             something else than the objective trains.
         FormatError: the folder holds something else, or broken checkpoints only: a broken last one is
             passed over with a warning.
-        DivergenceError: loss or gradient not finite; the last good checkpoint stays.
+        DivergenceError: loss or gradient not finite; the last good checkpoint stays. A run that fails
+            before it has a checkpoint or a record leaves nothing.
 
     Example:
         >>> from torch import nn
@@ -204,10 +205,14 @@ def train(
             trainer.restore(found[0], *found[1])
         if made is not None:
             bare(model).trained = record  # type: ignore[assignment]
-        return _finish(trainer, folder, pace, evaluate, progress)
-    finally:
+        result = _finish(trainer, folder, pace, evaluate, progress)
+    except BaseException:
         if folder is not None:
-            folder.close()
+            folder.abandon()
+        raise
+    if folder is not None:
+        folder.close()
+    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from effformer.train import (
     Dataset,
     DivergenceError,
     Generation,
+    Objective,
     TrainConfig,
     load_checkpoint,
     load_data,
@@ -229,6 +230,38 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path: Path, wher
         train(net(), toy(), objective, CONFIG, out=tmp_path, save_every=5)
     assert read_metrics(tmp_path)[-1]["step"] == 10
     assert load_checkpoint(tmp_path, net()) == 10
+
+
+def test_a_run_that_comes_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+    def objective(
+        model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
+    ) -> Tensor:
+        return weights_sum(model) * math.nan
+
+    folder = tmp_path / "runs" / "a"
+    with pytest.raises(DivergenceError, match="last checkpoint: none"):
+        train(net(), toy(), objective, CONFIG, out=folder)
+    assert not (tmp_path / "runs").exists()
+    folder.mkdir(parents=True)
+    with pytest.raises(DivergenceError):
+        train(net(), toy(), objective, CONFIG, out=folder)
+    assert not any(folder.iterdir())
+    with pytest.raises(DivergenceError):
+        train(net(), toy(), late(objective, 11), CONFIG, out=folder, log_every=5, save_every=50)
+    assert read_metrics(folder)[-1]["step"] == 10
+
+
+def late(wrong: Objective, step: int) -> Objective:
+    """A classification that turns into something else at a step."""
+    calls = iter(range(1, 100))
+
+    def objective(
+        model: nn.Module, batch: Batch, generator: torch.Generator, ledger: Ledger
+    ) -> Tensor:
+        right = next(calls) < step
+        return (Classification() if right else wrong)(model, batch, generator, ledger)
+
+    return objective
 
 
 def weights_sum(model: nn.Module) -> Tensor:
