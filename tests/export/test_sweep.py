@@ -16,7 +16,7 @@ from effformer.compress import quantize
 from effformer.export import ExportError, Session, export_onnx
 from effformer.export.inputs import Axes, graph_call, resized, resolve_axes, sizes
 from effformer.export.lengths import Lengths, farther
-from effformer.export.packed import step_of
+from effformer.export.packed import shaken, step_of
 from torch import Tensor, nn
 
 from effformer import registry
@@ -162,8 +162,10 @@ def _agrees(
             assert len(found) == len(exact)
             for x, y in zip(found, exact, strict=True):
                 assert x.shape == y.shape, lengths
-                error = _apart(x, y)
-                assert error <= allowed, f"{lengths}: {error:.1e} > {allowed:.1e}"
+            error = max(_apart(x, y) for x, y in zip(found, exact, strict=True))
+            if error > allowed and step_of(model):
+                allowed = max(allowed, 2 * _turned(model, other, exact))
+            assert error <= allowed, f"{lengths}: {error:.1e} > {allowed:.1e}"
             return True
     raise AssertionError(f"{lengths}: no values away from ties")
 
@@ -178,16 +180,26 @@ def _exact(
     double = deepcopy(model).double()
     exact = _run(double, wide)
     own = max(_apart(x, y) for x, y in zip(expected, exact, strict=True))
-    if expected[0].dtype is torch.float16:
+    if any(p.dtype is torch.float16 for p in model.parameters()):
         return exact, max(TOLERANCE, 4 * own + torch.finfo(torch.float16).eps)
+    if step_of(model):
+        return exact, TOLERANCE
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in double.parameters():
             if p.is_floating_point():
                 p.mul_(1 + SHAKE * torch.randn(p.shape, generator=noise, dtype=p.dtype))
-    turned = max(_apart(x, y) for x, y in zip(_run(double, wide), exact, strict=True))
-    allowed = max(TOLERANCE, step_of(model))
-    return exact, allowed if own <= allowed / 2 and turned <= 10 * allowed else None
+    moved = max(_apart(x, y) for x, y in zip(_run(double, wide), exact, strict=True))
+    return exact, TOLERANCE if own <= TOLERANCE / 2 and moved <= 10 * TOLERANCE else None
+
+
+def _turned(model: nn.Module, call: Call, exact: list[Tensor]) -> float:
+    """How far a model turns that rounds the inputs of its layers: what lies between two steps falls
+    to either side by a rounding error, and later layers follow.
+    """
+    with shaken(model):
+        runs = [_run(model, call) for _ in range(DRAWS)]
+    return max(_apart(x, y) for run in runs for x, y in zip(run, exact, strict=True))
 
 
 def _run(model: nn.Module, call: Call) -> list[Tensor]:

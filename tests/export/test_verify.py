@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from effformer.compress import quantize
 from effformer.export import (
     ExportError,
     ExportReport,
@@ -363,3 +364,34 @@ def test_half_graphs_are_held_to_the_error_of_the_half_model(tmp_path: Path) -> 
         model[0].weight.mul_(1.02)
     with pytest.raises(VerificationError, match="differs from torch's"):
         verify_onnx(tmp_path / "m.onnx", model, x.half())
+
+
+class Halfway(nn.Module):
+    """Gives a layer that rounds its inputs to 127 steps values which lie between two of them, or
+    almost so.
+    """
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(32, 8)
+        self.off = nn.Buffer(1 + off * torch.tensor([0.0, *[1.0] * 31]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x * self.off)
+
+
+def test_values_between_two_steps_may_fall_to_either_side(tmp_path: Path) -> None:
+    x = torch.cat([torch.full((4, 1), 127.0), torch.randint(60, (4, 31)) + 0.5], dim=1)
+    below, above = (quantize(Halfway(off), "w8a8", where="fc")[0] for off in (-1e-6, 1e-6))
+    path = export_onnx(below, tmp_path / "m.onnx", x).path
+    report = verify_onnx(path, above, x, cases=1)
+    assert 1e-3 < report.max_rel <= report.cases[0].outputs[0].allowed < 0.1
+    above.get_submodule("fc").bias.data[0] += 0.05 * float(above(x).detach().abs().max())
+    with pytest.raises(VerificationError, match="differs"):
+        verify_onnx(path, above, x, cases=1)
+    elsewhere = x.floor()  # no rounding error turns a value here, and a smaller fault is found
+    assert verify_onnx(path, below, elsewhere, cases=1).max_rel < 1e-6
+    below.get_submodule("fc").bias.data[0] += 5e-4 * float(below(elsewhere).detach().abs().max())
+    with pytest.raises(VerificationError, match=r"allowed 1e-04"):
+        verify_onnx(path, below, elsewhere, cases=1)
