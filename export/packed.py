@@ -27,10 +27,7 @@ from .guards import BEYOND
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["decodes_codes", "kernels_for", "shaken", "step_of", "translations"]
-
-_SHAKE = 16
-"""By how many rounding errors inputs may be off: those of long sums in another order."""
+__all__ = ["decodes_codes", "kernels_for", "step_of", "translations"]
 
 
 class KernelLinear(nn.Module):
@@ -107,29 +104,6 @@ def step_of(model: nn.Module) -> float:
     """Largest relative step that a packed layer of a model rounds its inputs to, 0 without one."""
     packed = (m for m in model.modules() if isinstance(m, PackedWeight))
     return max((m.scheme.step for m in packed), default=0.0)
-
-
-@contextmanager
-def shaken(model: nn.Module) -> Iterator[bool]:
-    """What packed layers of a model round is off by some rounding errors of its own, other ones in
-    every run. Yields whether there are such layers.
-    """
-    draws = torch.Generator().manual_seed(0)
-
-    def shake(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        if not x.is_floating_point():  # ids of a table
-            return args
-        noise = torch.randn(x.shape, generator=draws).to(x)
-        return (x + x * noise * (_SHAKE * torch.finfo(x.dtype).eps), *args[1:])
-
-    rounding = [m for m in model.modules() if isinstance(m, PackedWeight) and m.scheme.step]
-    hooks = [m.register_forward_pre_hook(shake) for m in rounding]
-    try:
-        yield bool(hooks)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @functools.cache

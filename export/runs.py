@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from math import prod
+from typing import Any
 
-from torch import Generator, Tensor, nn
+import torch
+from effformer.compress.quant import PackedWeight
+from torch import Tensor, nn
 
 from effformer.calls import Call
 
@@ -20,6 +23,7 @@ __all__ = [
     "other_runs",
     "other_sides",
     "quiet_run",
+    "shaken_runs",
     "unequal_axes",
 ]
 
@@ -29,6 +33,8 @@ Run = tuple[Lengths, Call, list[Tensor]]
 _MANY = 2**20
 """Elements of the inputs up to which a model runs at lengths for the sake of one branch."""
 _BATCHES = (1, 3, 2)
+_ERRORS = 8
+"""By how many rounding errors what a layer is given may be off: those of long sums in another order."""
 _REFUSALS = (ValueError, RuntimeError, AssertionError, IndexError)
 
 
@@ -43,7 +49,7 @@ def other_runs(
     ranges: Ranges,
     conditions: Sequence[str],
     traced: Lengths,
-    draws: Generator,
+    draws: torch.Generator,
 ) -> Iterator[Run]:
     """The run of the example, and then runs at lengths other than its own and the traced ones, or with
     other values if no length varies, without end.
@@ -94,7 +100,7 @@ def other_sides(
     call: Call,
     axes: Axes,
     conditions: Sequence[str],
-    draws: Generator,
+    draws: torch.Generator,
     seen: Sequence[Lengths] = (),
 ) -> Iterator[Run]:
     """Runs at lengths at which what the tracer took for granted does not hold, if the model runs
@@ -117,7 +123,7 @@ def other_sides(
 
 
 def least_lengths(
-    model: nn.Module, call: Call, axes: Axes, conditions: Sequence[str], draws: Generator
+    model: nn.Module, call: Call, axes: Axes, conditions: Sequence[str], draws: torch.Generator
 ) -> tuple[str, ...]:
     """Further conditions that keep out lengths of 1 where the model refuses them, of which tracers
     know nothing: of every symbol alone, and of all beside the batch.
@@ -136,7 +142,7 @@ def least_lengths(
 
 
 def unequal_axes(
-    model: nn.Module, call: Call, axes: Axes, draws: Generator
+    model: nn.Module, call: Call, axes: Axes, draws: torch.Generator
 ) -> list[tuple[str, int]]:
     """Axes (input, axis) that must be as long as others of their symbol, because the model refuses
     one entry there instead of repeating it.
@@ -157,6 +163,31 @@ def quiet_run(model: nn.Module, call: Call) -> list[Tensor]:
     """One run does not find what another has left behind."""
     with as_it_was(model):
         return call.run(model)
+
+
+def shaken_runs(model: nn.Module, call: Call) -> Generator[list[Tensor], None, None]:
+    """What a model with packed layers that round what they are given returns when rounding errors
+    are added to that, and to its inputs, other ones in every run; nothing of another model.
+    """
+    rounding = [m for m in model.modules() if isinstance(m, PackedWeight) and m.scheme.step]
+    draws = torch.Generator().manual_seed(0)
+
+    def off(x: Tensor, errors: int) -> Tensor:
+        if not x.is_floating_point() or not x.numel():
+            return x
+        size = errors * torch.finfo(x.dtype).eps * x.abs().amax(-1, keepdim=True)
+        return x + size * torch.randn(x.shape, generator=draws).to(x)
+
+    def shake(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (off(args[0], _ERRORS), *args[1:])
+
+    hooks = [layer.register_forward_pre_hook(shake) for layer in rounding]
+    try:
+        while hooks:
+            yield quiet_run(model, call.map(lambda x: off(x, 1)))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _takes(model: nn.Module, call: Call) -> bool:

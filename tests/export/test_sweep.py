@@ -5,7 +5,9 @@ the traced one: the graph gives what the model gives, and refuses what the model
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from effformer.compress import quantize
 from effformer.export import ExportError, Session, export_onnx
 from effformer.export.inputs import Axes, graph_call, resized, resolve_axes, sizes
 from effformer.export.lengths import Lengths, farther
-from effformer.export.packed import shaken, step_of
+from effformer.export.packed import step_of
+from effformer.export.runs import shaken_runs
 from torch import Tensor, nn
 
 from effformer import registry
@@ -38,6 +41,7 @@ TOLERANCE = 1e-4
 SHAKE = 2e-6
 """By how much weights are off, relative to themselves, where a model is asked for ties."""
 DRAWS = 8
+TURNS = 16
 _REFUSALS = (ValueError, RuntimeError, AssertionError, IndexError)
 
 
@@ -197,8 +201,8 @@ def _turned(model: nn.Module, call: Call, exact: list[Tensor]) -> float:
     """How far a model turns that rounds the inputs of its layers: what lies between two steps falls
     to either side by a rounding error, and later layers follow.
     """
-    with shaken(model):
-        runs = [_run(model, call) for _ in range(DRAWS)]
+    with closing(shaken_runs(model, call)) as shaken:
+        runs = [*islice(shaken, TURNS)]
     return max(_apart(x, y) for run in runs for x, y in zip(run, exact, strict=True))
 
 

@@ -387,7 +387,7 @@ def test_values_between_two_steps_may_fall_to_either_side(tmp_path: Path) -> Non
     path = export_onnx(below, tmp_path / "m.onnx", x).path
     report = verify_onnx(path, above, x, cases=1)
     assert 1e-3 < report.max_rel <= report.cases[0].outputs[0].allowed < 0.1
-    above.get_submodule("fc").bias.data[0] += 0.05 * float(above(x).detach().abs().max())
+    above.get_submodule("fc").bias.data[0] += 0.3 * float(above(x).detach().abs().max())
     with pytest.raises(VerificationError, match="differs"):
         verify_onnx(path, above, x, cases=1)
     elsewhere = x.floor()  # no rounding error turns a value here, and a smaller fault is found
