@@ -16,6 +16,7 @@ import torch
 from closeness import assert_close
 from effformer.export import BundleReport, WebReport, export_bundle, export_web, run, web
 from effformer.export.pictures import write_image
+from page_noise import normal
 from PIL import Image
 from web_package import package
 
@@ -23,7 +24,6 @@ from effformer.checks import FormatError
 from effformer.profile import profile
 
 from .networks import Flow
-from .page_noise import normal
 
 PAGE = Path(web.__file__).parent / "web"
 NODE = pytest.mark.skipif(shutil.which("node") is None, reason="needs node on the path")

@@ -20,12 +20,12 @@ import torch
 from browser import ISOLATED, Page, browser, find_chromium, served
 from effformer.export import export_bundle, export_web, run
 from effformer.export.pictures import write_image
+from page_noise import normal
 from PIL import Image
 
 import effformer
 
 from .networks import randomize
-from .page_noise import normal
 
 RUNTIME = Path(os.environ.get("ONNXRUNTIME_WEB", "node_modules/onnxruntime-web"))
 pytestmark = [
