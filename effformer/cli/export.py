@@ -108,8 +108,11 @@ def export(
         "--runtime": None if site else runtime,
     }
     if given := [option for option, value in ignored.items() if value is not None]:
+        other = ", or add --format bundle --target web" if "--runtime" in given else ""
+        if form == "bundle" and "--target" in given:
+            other = ", or choose --target web for a page"
         raise ValueError(
-            f"export: {', '.join(given)} means nothing to --format {form}; leave it out"
+            f"export: {', '.join(given)} means nothing to --format {form}; leave it out{other}"
         )
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:

@@ -347,6 +347,7 @@ def test_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = ["--runtime", str(package(tmp_path / "package"))]
     assert "means nothing to --format bundle" in refusal("export", "sit-nano", *runtime, "-o", "b")
     assert "means nothing to --format onnx" in refusal("export", *small[:-1], "x.onnx", *runtime)
+    assert "choose --target web" in refusal("export", "sit-nano", "--target", "wep", "-o", "b")
     said = refusal("export", "vit-nano", "--target", "web", *runtime, "-o", "site")
     assert "draws pictures of classes, which vit-nano does not" in said
     assert not Path("site").exists()
