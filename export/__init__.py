@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .verify import VerificationError as VerificationError
     from .verify import VerifyReport as VerifyReport
     from .verify import verify_onnx as verify_onnx
+    from .web import WebReport as WebReport
+    from .web import export_web as export_web
     from .within import quantize_onnx_within as quantize_onnx_within
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "QuantizeReport": "quantize", "quantize_onnx": "quantize", "Session": "session",
     "Target": "targets", "VerificationError": "verify", "VerifyReport": "verify",
     "verify_onnx": "verify", "quantize_onnx_within": "within",
+    "WebReport": "web", "export_web": "web",
 }  # fmt: skip
 
 __all__ = [*_HOME]

@@ -44,8 +44,9 @@ from .onnx import export_onnx
 from .packed import step_of
 from .quantize import QUANTIZED, QuantizeReport, quantize_onnx
 from .verify import VerificationError, VerifyReport
+from .work import multiply_adds
 
-__all__ = ["BundleReport", "export_bundle"]
+__all__ = ["FOLDER", "BundleReport", "export_bundle", "finish"]
 
 Quantize = Literal["dynamic-uint8", "int8", "int4"]
 
@@ -60,7 +61,7 @@ def _objection(folder: Path) -> str:
     return "" if ours else "holds a bundle.json that effformer did not write"
 
 
-_FOLDER: Any = {
+FOLDER: Any = {
     "marker": "bundle.json",
     "own": (
         "run.py",
@@ -245,26 +246,27 @@ def export_bundle(
         "trained": record.to_dict(),
         "quantization": quantize,
     }  # fmt: skip
-    with atomic_folder(folder, **_FOLDER, force=force) as temporary, evaluating(model):
+    with atomic_folder(folder, **FOLDER, force=force) as temporary, evaluating(model):
         network = _Velocity(model, record.convention)
         told = network if policy is None else _Carrying(model, record.convention, given=False)
         inputs = _inputs(size, classes)
         parity, quantized = _write_velocity(
             told, temporary / "velocity.onnx", inputs, quantize, verify
         )
-        facts["graphs"] = {"velocity": "velocity.onnx", "decoder": None}
+        facts["graphs"] = graphs = {"velocity": "velocity.onnx", "decoder": None}
+        facts["macs"] = macs = {"velocity": multiply_adds(told, inputs)}
         if policy is not None:
             with torch.no_grad():
                 inputs["change"] = told(**inputs)[1]
             given = _Carrying(model, record.convention, given=True)
             _write_velocity(given, temporary / "light.onnx", inputs, quantize, verify)
-            facts["graphs"]["light"] = "light.onnx"
+            graphs["light"], macs["light"] = "light.onnx", multiply_adds(given, inputs)
         if decoder is not None:
             example, axes = _inputs(size, classes)["x"], {"x": {0: "batch"}}
             export_onnx(
                 _Decoder(decoder), temporary / "decoder.onnx", example, dynamic=axes, verify=verify
             )
-            facts["graphs"]["decoder"] = "decoder.onnx"
+            graphs["decoder"], macs["decoder"] = "decoder.onnx", multiply_adds(decoder, example)
         for source in (run, pictures):
             shutil.copyfile(str(source.__file__), temporary / Path(str(source.__file__)).name)
         field: VelocityField = network
@@ -418,7 +420,7 @@ def _record(
         "tolerance": tolerance,
     }
     (folder / "self_test.npy").touch()  # a bundle lists what it names; filled below
-    _finish(folder, facts)
+    finish(folder, facts)
     bundle = run.Bundle(folder)
     noise = np.random.default_rng(0).standard_normal((len(labels), *bundle.shape), dtype=np.float32)
     np.save(
@@ -428,7 +430,7 @@ def _record(
     )
     if network is not None:
         facts["self_test"]["sample"] = _drawn(folder, facts, *network, bundle, tolerance)
-    _finish(folder, facts)
+    finish(folder, facts)
 
 
 def _drawn(
@@ -478,7 +480,8 @@ def _drawn(
     }  # fmt: skip
 
 
-def _finish(folder: Path, facts: dict[str, Any]) -> None:
+def finish(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the facts of a bundle, last, with the checksums of what lies beside them."""
     files = sorted(f for f in folder.iterdir() if f.name != "bundle.json")
     facts["files"] = {
         f.name: {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}

@@ -85,3 +85,8 @@ _add(
     Target(),
     "Any ONNX runtime: standard operators only; packed weights are decoded in the graph.",
 )
+_add(
+    "web",
+    Target(domains=_RUNTIME, kernels=("MatMulNBits",)),
+    "onnxruntime-web in a browser; a bundle for it is a static folder with a page.",
+)

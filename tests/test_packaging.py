@@ -77,6 +77,8 @@ def test_wheel_holds_what_it_needs(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "effformer/py.typed" in names
     assert "effformer/train/data/digits.safetensors" in names
+    page = {f"effformer/export/web/{path.name}" for path in (ROOT / "export/web").iterdir()}
+    assert page <= set(names)
     assert any(n.endswith("LICENSE") for n in names)
     top = {n.split("/")[0] for n in names}
     assert {n for n in top if not n.endswith(".dist-info")} == {"effformer"}

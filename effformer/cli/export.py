@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,7 +44,18 @@ def export(
     ] = 2,
     opset: Annotated[int | None, typer.Option(help="onnx: default is the target's.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="onnx: effformer list targets; default: onnx-cpu.")
+        str | None,
+        typer.Option(
+            help="web: a bundle with a page that draws in browsers; onnx: effformer list targets, default: "
+            "onnx-cpu."
+        ),
+    ] = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            help="web: unpacked npm package onnxruntime-web; default: node_modules/onnxruntime-web.",
+            metavar="FOLDER",
+        ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="onnx: largest relative difference.")] = 1e-4,
     verify: Annotated[
@@ -79,18 +91,28 @@ def export(
 ) -> None:
     """Export a model, verified against torch.
 
-    A bundle is a folder that samples with numpy and onnxruntime alone: `python FOLDER/run.py`.
+    A bundle is a folder that samples with numpy and onnxruntime alone: `python FOLDER/run.py`. With
+    `--target web` it also holds a page, which verifies itself and draws in a browser.
 
     Examples: `effformer export runs/digits/model -o digits.onnx`,
-    `effformer export runs/digits/model --quantize int8 -o bundle`
+    `effformer export runs/digits/model --quantize int8 -o bundle`,
+    `effformer export runs/digits --target web -o site`
     """
     place = save_to(out, "export")
     form = form or ("onnx" if place.suffix == ".onnx" else "bundle")
     own = {"--sampler": sampler, "--steps": steps, "--guidance": guidance, "--cache": cache}
-    ignored = own if form == "onnx" else {"--opset": opset, "--target": target}
+    site = form == "bundle" and target == "web"
+    graph = {"--opset": opset, "--target": None if site else target}
+    ignored: dict[str, object] = {
+        **(own if form == "onnx" else graph),
+        "--runtime": None if site else runtime,
+    }
     if given := [option for option, value in ignored.items() if value is not None]:
+        other = ", or add --format bundle --target web" if "--runtime" in given else ""
+        if form == "bundle" and "--target" in given:
+            other = ", or choose --target web for a page"
         raise ValueError(
-            f"export: {', '.join(given)} means nothing to --format {form}; leave it out"
+            f"export: {', '.join(given)} means nothing to --format {form}; leave it out{other}"
         )
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
@@ -99,7 +121,10 @@ def export(
             options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
             options["sampler"] = "euler" if sampler is None else sampler
             options["cache"] = None if cache is None else named(cache)
-            data, size = _bundle(network, place, quantize, options, verify)
+            if site:
+                data, size = _web(network, place, quantize, options, verify, runtime)
+            else:
+                data, size = _bundle(network, place, quantize, options, verify)
         else:
             options = {
                 "opset": opset,
@@ -109,12 +134,17 @@ def export(
             }
             data, size = _onnx(network, place, quantize, options, batch, force=force)
     parity = data["parity"]
-    lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]
+    lines = [f"{place}: {'site' if site else form}, {size / 1e6:.2f} MB"]
     lines.append(_verified(parity) if parity else "not verified")
     lines += _held(data if "ranges" in data else parity or {})
     if packed := data.get("quantized"):
         lines.append(
             f"quantized by ONNX Runtime: {packed['quantized']} products, {packed['ratio']:.2f}x"
+        )
+    if site:
+        lines.append(f"{data['runtime']} and graphs of {data['graphs'] / 1e6:.2f} MB; to see it: ")
+        lines[-1] += (
+            f"python -m http.server -d {shlex.quote(str(place))}, then http://localhost:8000"
         )
     emit(data, "\n".join(lines), as_json)
 
@@ -141,6 +171,35 @@ def _bundle(
 
     report = export_bundle(model, place, **options, quantize=quantize, verify=verify)
     return report.to_dict(), report.bytes
+
+
+def _web(
+    model: Model,
+    place: Path,
+    quantize: Quantize | None,
+    options: dict[str, Any],
+    verify: bool,
+    runtime: Path | None,
+) -> tuple[dict[str, Any], int]:
+    from ..export import export_web
+    from ..export.web import check_site, find_runtime
+    from ..files import workspace
+
+    if not all(hasattr(model.config, name) for name in ("input_size", "channels", "num_classes")):
+        raise ValueError(
+            f"export: --target web draws pictures of classes, which {model.name} does not; leave --target "
+            f"out and export a graph, -o {place}.onnx"
+        )
+    package, force = find_runtime(runtime), options["force"]
+    check_site(place, force=force)
+    with workspace(place) as folder:
+        bundle = folder / "bundle"
+        data, _ = _bundle(model, bundle, quantize, options, verify)
+        report = export_web(bundle, place, runtime=package.folder, force=force)
+    for name in ("parity", "quantized"):
+        if data[name] is not None:
+            data[name]["path"] = str(place / "velocity.onnx")
+    return data | report.to_dict(), report.bytes
 
 
 def _onnx(

@@ -15,6 +15,7 @@ from effformer.export import run as runner
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
+from web_package import package
 
 import effformer
 from effformer.cli import common, main
@@ -337,6 +338,26 @@ def test_show_bundles_and_graphs(tmp_path: Path, saved: Path) -> None:
     assert "operators" in invoke("show", str(tmp_path / "bundle" / "velocity.onnx")).stdout
     (tmp_path / "no.onnx").write_text("no")
     assert "not an ONNX file" in refusal("show", str(tmp_path / "no.onnx"))
+
+
+def test_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["sit-nano", *SMALL, "--set", "depth=1", "--target", "web", "-o", "site"]
+    assert "npm install onnxruntime-web" in refusal("export", *small)
+    runtime = ["--runtime", str(package(tmp_path / "package"))]
+    assert "means nothing to --format bundle" in refusal("export", "sit-nano", *runtime, "-o", "b")
+    assert "means nothing to --format onnx" in refusal("export", *small[:-1], "x.onnx", *runtime)
+    assert "choose --target web" in refusal("export", "sit-nano", "--target", "wep", "-o", "b")
+    said = refusal("export", "vit-nano", "--target", "web", *runtime, "-o", "site")
+    assert "draws pictures of classes, which vit-nano does not" in said
+    assert not Path("site").exists()
+    data = answer("export", *small, *runtime, "--quantize", "int4", "--steps", "3")
+    assert (data["folder"], data["runtime"]) == ("site", "onnxruntime-web 1.30.0")
+    assert data["parity"]["path"] == data["quantized"]["path"] == str(Path("site/velocity.onnx"))
+    assert {path.name for path in tmp_path.iterdir()} == {"package", "site"}
+    assert "site: agrees with its record" in invoke("verify", "site").stdout
+    Path("site/mine.txt").touch()
+    assert "also holds mine.txt" in refusal("export", *small, *runtime)
 
 
 def test_what_was_trained_is_sampled_and_exported(tmp_path: Path) -> None:

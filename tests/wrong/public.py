@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import web_package
 from effformer.compress.quant.control import Goal
 from torch import nn
 
@@ -329,6 +330,10 @@ OWN: dict[str, dict[str, Make]] = {
     "verify_onnx": {"path": graph},
     "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
     "export_onnx": {"path": new("new.onnx"), "output_names": given(["out"])},
+    "export_web": {
+        "bundle": given(Path(__file__).parents[1] / "saved/bundle"),
+        "runtime": lambda folder: web_package.package(folder / "package"),
+    },
     "export_bundle": {
         "model": model("sit-nano"), "steps": given(1), "guidance": given(1.0), "quantize": given(None),
         "verify": given(False), "shape": given((1, 8, 8)), "num_classes": given(3), "value_range": given((-1.0, 1.0)),

@@ -14,6 +14,7 @@ import click
 import torch
 import typer
 from safetensors.torch import save_file
+from web_package import package
 
 import effformer
 from effformer.cli import main
@@ -53,6 +54,9 @@ CALLS: dict[str, tuple[str, ...]] = {
     ),
     "export": ("export", "model", "--no-verify", "-o", "new.onnx"),
     "export of a bundle": ("export", "model", "--no-verify", "-o", "new"),
+    "export of a site": (
+        "export", "model", "--no-verify", "--target", "web", "--runtime", "package", "-o", "new",
+    ),
     "verify": ("verify", "bundle/velocity.onnx", "model", "--cases", "1"),
     "verify of a bundle": ("verify", "bundle"),
     "convert": ("convert", "model/model.safetensors", "-m", "sit-nano", *TINY, "-o", "new.safetensors"),
@@ -116,6 +120,7 @@ def lay_out(folder: Path) -> list[str]:
         "vit-nano", depth=1, dim=16, heads=2, patch=4, image_size=8, channels=1, num_classes=10
     )
     effformer.save_pretrained(classifier, folder / "classifier")
+    package(folder / "package")
     _damage_models(folder)
     weights = (folder / "model/model.safetensors").read_bytes()
     graph = (folder / "bundle/velocity.onnx").read_bytes()
