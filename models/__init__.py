@@ -29,6 +29,7 @@ from .sit import SiT
 from .starflow import STARFlow
 from .tarflow import TarFlow
 from .timm import vit_config_from_timm
+from .triposg import TripoSG
 from .twostream import JointDiT
 from .vit import ViT
 
@@ -58,6 +59,7 @@ __all__ = [
     "SiT",
     "SpikingLMUFormer",
     "TarFlow",
+    "TripoSG",
     "ViT",
     "vit_config_from_timm",
 ]

@@ -112,6 +112,18 @@ YES = torch.ones(2, 3, dtype=torch.bool)
         ({"cond": TOKENS}, ValueError, r"ctx.cond: expected shape \(B, Dc\)"),
         ({"positions": TOKENS[0]}, ValueError, r"ctx.positions: expected shape"),
         ({"memory": TOKENS[0]}, ValueError, r"ctx.memory: expected shape"),
+        ({"memory": (TOKENS, TOKENS[0])}, ValueError, r"ctx.memory\[1\]: expected shape"),
+        (
+            {"memory": (TOKENS,), "memory_mask": (3,)},
+            TypeError,
+            r"ctx.memory_mask\[0\]: expected a t",
+        ),
+        (
+            {"memory": (TOKENS, TOKENS), "memory_mask": YES},
+            ValueError,
+            "2 memories need as many masks",
+        ),
+        ({"memory": TOKENS, "memory_mask": (YES,)}, ValueError, "one memories need as many masks"),
         ({"rope": TOKENS}, TypeError, r"ctx.rope: expected Rope, got Tensor"),
         ({"grid": [1, 3]}, TypeError, r"ctx.grid: expected tuple"),
         ({"packing": YES}, TypeError, r"ctx.packing: expected Packing"),

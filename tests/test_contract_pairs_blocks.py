@@ -17,7 +17,7 @@ from effformer.checks import CapabilityError
 from effformer.context import Context, Stream
 from effformer.testing.pairs import MASK, PACKING, PLACES, N, draw, other, same, tables, with_keys
 
-EXTRAS = ("plain", "cond", "rope", "width", "tokens", "cross", "cross-rope")
+EXTRAS = ("plain", "cond", "rope", "width", "tokens", "cross", "cross-rope", "cross-twice")
 CONDS = {"never": [False], "optional": [False, True], "always": [True]}
 
 
@@ -35,7 +35,7 @@ def build(name: str, extra: str, *, causal: bool = False) -> Any:
     slots = {extra: "dynamic"} if extra in ("width", "tokens") else {}
     block = make_block(
         name, cond=always or extra in ("cond", "width"), causal=causal,
-        cross="softmax" if "cross" in extra else None, **slots,
+        cross="softmax" if "cross" in extra else None, memories=1 + (extra == "cross-twice"), **slots,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -54,6 +54,9 @@ def fields(block: Any, extra: str, batch: int) -> dict[str, Any]:
     if "cross" in extra:
         given["memory"], given["memory_mask"] = draw(6, batch, seed=6), torch.arange(6) < 5
         given["memory_mask"] = given["memory_mask"].expand(batch, -1)
+    if extra == "cross-twice":
+        given["memory"] = given["memory"], draw(3, batch, seed=7)
+        given["memory_mask"] = given["memory_mask"], None
     return given
 
 
@@ -113,6 +116,7 @@ MODES: dict[str, Callable[[str, str], None]] = {
 REFUSED = {
     ("packed", "cross"): "packing goes with neither",
     ("packed", "cross-rope"): "packing goes with neither",
+    ("packed", "cross-twice"): "packing goes with neither",
     ("streamed", "width"): "streaming takes no width",
     ("streamed", "iterate"): "cannot stream 4 steps",
     ("streamed", "flowtransformer-decoder"): "takes neither a memory nor a stream",

@@ -46,13 +46,16 @@ def check_layer(
     slots = {kind: config for kind, config in found.items() if config is not None}
     needs, site = asked
     every = (asked, *beside)
-    near = [(n, s if s.memory_dim is None else replace(s, memory_dim=None)) for n, s in every]
+    near = [(n, replace(s, memory_dim=None) if s.memories else s) for n, s in every]
     _check_mixer(layer.attn, near, f"{where}.attn", slots, scheduled=scheduled)
     if layer.ffn is not None:
         _check_part(layer.ffn, every, f"{where}.ffn", slots, _ffn_reason)
     if layer.cross is not None:
-        far = Needs(mask=needs.mask), replace(site, grid=None)  # a memory has none
-        _check_mixer(layer.cross, (far,), f"{where}.cross", slots, one_by_one=needs.causal)
+        # a memory has no grid
+        far = [
+            (Needs(mask=needs.mask), replace(site, grid=None, memory_dim=w)) for w in site.memories
+        ]
+        _check_mixer(layer.cross, far, f"{where}.cross", slots, one_by_one=needs.causal)
 
     def block_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
         return _block_reason(caps, layer, needs, site)
@@ -106,6 +109,11 @@ def _check_slot(kind: str, config: Config, layer: Layer, asked: Asked, where: st
     if entry.caps.time and site.time_dim is None:
         able = ", ".join(registry.KINDS[kind].names(time=False)) or "None"
         raise CapabilityError(f"{where}.{kind}: {entry.name!r} {_NO_TIME}; choices: {able}")
+    if kind == "tokens" and len(site.memories) > 1:
+        raise CapabilityError(
+            f"{where}.tokens: {entry.name!r} acts between the branches of a block, but those over "
+            f"{len(site.memories)} memories run side by side (one memory would do); choices: None"
+        )
     if kind == "tokens" and not caps.sequential:
         able = ", ".join(registry.block.names(sequential=True))
         why = "carry a state from token to token" if caps.causal == "always" else "run side by side"

@@ -252,7 +252,7 @@ def _report(
     """
     if ctx.ledger is None:
         return
-    m = None if ctx.memory is None else ctx.memory.shape[1]
+    m = None if ctx.remembered is None else ctx.remembered.shape[1]
     dense, done = (dense_macs(branch.part, n, m, grid=None) for n in (full, count))
     own = ctx.ledger.executed.get(branch.site.path, before)
     fraction = torch.full((batch,), done / dense, dtype=torch.float64)

@@ -44,6 +44,7 @@ TINY: dict[str, dict[str, Any]] = {
     "sana-sprint-nano": {"dim": 32, "input_size": 4},
     "starflow-tiny": {},
     "tarflow-tiny": {"flows": (2, 2), "input_size": 4},
+    "triposg-two-nano": {"depth": 3},
 }  # fmt: skip
 """Small models of all families that have published layouts."""
 
