@@ -30,6 +30,7 @@ from .starflow import STARFlow
 from .tarflow import TarFlow
 from .timm import vit_config_from_timm
 from .triposg import TripoSG
+from .triposg_vae import TripoSGVAE
 from .twostream import JointDiT
 from .vit import ViT
 
@@ -60,6 +61,7 @@ __all__ = [
     "SpikingLMUFormer",
     "TarFlow",
     "TripoSG",
+    "TripoSGVAE",
     "ViT",
     "vit_config_from_timm",
 ]

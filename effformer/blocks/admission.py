@@ -18,7 +18,7 @@ from effformer.config import Config, resolve
 from effformer.registry import Caps
 from effformer.site import Layer, Needs, Site
 
-__all__ = ["check_layer", "slot_needs"]
+__all__ = ["check_cross", "check_layer", "slot_needs"]
 
 Asked = tuple[Needs, Site]
 """What a model asks of a part, and where."""
@@ -51,11 +51,7 @@ def check_layer(
     if layer.ffn is not None:
         _check_part(layer.ffn, every, f"{where}.ffn", slots, _ffn_reason)
     if layer.cross is not None:
-        # a memory has no grid
-        far = [
-            (Needs(mask=needs.mask), replace(site, grid=None, memory_dim=w)) for w in site.memories
-        ]
-        _check_mixer(layer.cross, far, f"{where}.cross", slots, one_by_one=needs.causal)
+        check_cross(layer.cross, asked, f"{where}.cross", slots, one_by_one=needs.causal)
 
     def block_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
         return _block_reason(caps, layer, needs, site)
@@ -65,6 +61,31 @@ def check_layer(
     _check_part(layer.block, alike, f"{where}.block", slots, block_reason)
     for kind, config in slots.items():
         _check_slot(kind, config, layer, (slot_needs(layer, needs), site), where)
+
+
+def check_cross(
+    config: Config,
+    asked: Asked,
+    where: str,
+    slots: Mapping[str, Config] | None = None,
+    *,
+    one_by_one: bool,
+) -> None:
+    """Compare a mixer over memories with what the model needs; these have no grid.
+
+    Args:
+        config: the mixer.
+        asked: what the model asks of it, and where it stands.
+        where: words that name it, for messages.
+        slots: parts in the slots of its block.
+        one_by_one: queries must not influence each other.
+
+    Raises:
+        CapabilityError: it cannot do that; mixers that can are named.
+    """
+    needs, site = asked
+    far = [(Needs(mask=needs.mask), replace(site, grid=None, memory_dim=w)) for w in site.memories]
+    _check_mixer(config, far, where, slots or {}, one_by_one=one_by_one)
 
 
 def slot_needs(layer: Layer, needs: Needs) -> Needs:
@@ -189,7 +210,7 @@ def _check_mixer(
     if reason is None:
         reason = _rope_reason(config, needs, site)
     if reason is None and one_by_one and config.title not in steady():
-        reason = "lets queries compete for the memory, but this model must not see later tokens"
+        reason = "lets queries compete for the memory, but here they must not see each other"
     if reason is None:
         return None
     able = sorted(

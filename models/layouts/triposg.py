@@ -12,7 +12,7 @@ from effformer.layout import Layout, Rows, StateDict, has_keys, renamed
 
 from .forms import SIZES, Form
 
-__all__ = ["MOE", "OFFICIAL", "apart", "together"]
+__all__ = ["MOE", "OFFICIAL", "apart", "together", "turned"]
 
 _KINDS = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
 
@@ -118,14 +118,15 @@ _OFFICIAL = renamed(
 )  # fmt: skip
 
 
-def _turned(state: StateDict, config: Any, turn: Callable[[Tensor, int, int], Tensor]) -> StateDict:
+def turned(state: StateDict, config: Any, turn: Callable[[Tensor, int, int], Tensor]) -> StateDict:
+    """A state dict of ours with its fused projections by `apart` or `together`."""
     parts = {".part.qkv.": 3, ".part.kv.": 2}
     found = {key: next((n for p, n in parts.items() if p in key), None) for key in state}
     return {k: x if (n := found[k]) is None else turn(x, n, config.heads) for k, x in state.items()}
 
 
 def _to_official(state: StateDict, config: Any) -> StateDict:
-    return _OFFICIAL.from_ours(_turned(state, config, together), config)
+    return _OFFICIAL.from_ours(turned(state, config, together), config)
 
 
 def _options(config: Any) -> Mapping[str, Any]:
@@ -143,7 +144,7 @@ def _options(config: Any) -> Mapping[str, Any]:
 OFFICIAL = Layout(
     name="official",
     recognise=_OFFICIAL.recognise,
-    to_ours=lambda state, config: _turned(_OFFICIAL.to_ours(state, config), config, apart),
+    to_ours=lambda state, config: turned(_OFFICIAL.to_ours(state, config), config, apart),
     from_ours=_to_official,
     strange=Form(
         free=(

@@ -45,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
     "starflow-tiny": {},
     "tarflow-tiny": {"flows": (2, 2), "input_size": 4},
     "triposg-two-nano": {"depth": 3},
+    "triposg-vae-tiny": {},
 }  # fmt: skip
 """Small models of all families that have published layouts."""
 
