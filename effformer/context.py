@@ -91,7 +91,8 @@ class Context:
     """Everything that a part may need beside its tokens; a model builds one per forward.
 
     Attributes:
-        cond: (B, Dc) conditioning vector (time + class or text) of modulated branches.
+        cond: (B, Dc) conditioning vector (time + class or text) of modulated branches, or (B, N, Dc)
+            one for each token.
         time: (B, Dt) time embedding alone, for timestep-wise routers that must not see the label.
         memory: (B, M, Dm) tokens to attend to; None = self-attention. A model whose blocks attend to
             several things gives a tuple, one for each of them; parts see one, see `facing`.
@@ -133,10 +134,10 @@ class Context:
     stream: Stream | None = None
 
     def __post_init__(self) -> None:
-        for name, shape, mask in _TENSORS:
+        for name, shape, dims in _TENSORS:
             for value, where in _each(getattr(self, name), name):
                 if value is not None:
-                    _check_tensor(value, where, shape, mask)
+                    _check_tensor(value, where, shape, dims, mask=name.endswith("mask"))
         counts = [len(m) if isinstance(m, tuple) else 0 for m in (self.memory, self.memory_mask)]
         if self.memory_mask is not None and counts[0] != counts[1]:
             raise ValueError(
@@ -205,15 +206,15 @@ class Context:
 
 
 _TENSORS = (
-    ("cond", "(B, Dc)", False),
-    ("time", "(B, Dt)", False),
-    ("memory", "(B, M, Dm)", False),
-    ("mask", "(B, N) or broadcastable to (B, H, N, M)", True),
-    ("memory_mask", "(B, M) or broadcastable to (B, H, N, M)", True),
-    ("positions", "(B or 1, N, axes)", False),
-    ("width", "(B, U)", False),
+    ("cond", "(B, Dc) or (B, N, Dc)", (2, 3)),
+    ("time", "(B, Dt)", (2,)),
+    ("memory", "(B, M, Dm)", (3,)),
+    ("mask", "(B, N) or broadcastable to (B, H, N, M)", (2, 3, 4)),
+    ("memory_mask", "(B, M) or broadcastable to (B, H, N, M)", (2, 3, 4)),
+    ("positions", "(B or 1, N, axes)", (3,)),
+    ("width", "(B, U)", (2,)),
 )
-"""Tensors of a context: name, shape in words, and whether it is a mask."""
+"""Tensors of a context: name, shape in words, and numbers of axes."""
 
 _OTHERS: tuple[tuple[str, type], ...] = (
     ("rope", Rope), ("grid", tuple), ("merging", Merging), ("packing", Packing),
@@ -318,6 +319,8 @@ def _unfit(callee: Callee, given: Mapping[str, Any]) -> str | None:
                 return f"{title} has shape {tuple(value.shape)}, the tokens are {batch} samples"
             if wide is not None and value.shape[-1] != wide:
                 return f"{title} has shape {tuple(value.shape)}, its width must be {wide}"
+            if name == "cond" and value.dim() == 3 and value.shape[1] != tokens:
+                return f"{title} has shape {tuple(value.shape)}, but there are {tokens} tokens"
     whole = ctx.grid is None or all(isinstance(n, int) and n > 0 for n in ctx.grid)
     if not whole or (ctx.grid is not None and math.prod(ctx.grid) > tokens):
         return f"grid must be whole numbers whose product is at most {tokens}, got {ctx.grid}"
@@ -336,7 +339,7 @@ def _stale(callee: Any, state: Any, x: Tensor) -> str | None:
     return f"state must be that of init_state({x.shape[0]}) or of the step before"
 
 
-def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:
+def _check_tensor(value: Any, where: str, shape: str, dims: tuple[int, ...], *, mask: bool) -> None:
     """Refuse what is no such tensor, whatever the tokens are."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: expected a tensor {shape}, got {type(value).__name__}")
@@ -344,7 +347,7 @@ def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:
         check_mask(value, where=where)
     if not mask and not value.is_floating_point():
         raise TypeError(f"{where}: expected floating-point values, got {value.dtype}")
-    if value.dim() not in ((2, 3, 4) if mask else (shape.count(",") + 1,)):
+    if value.dim() not in dims:
         raise ValueError(f"{where}: expected shape {shape}, got {tuple(value.shape)}")
 
 
@@ -389,9 +392,10 @@ def _check_sizes(ctx: Context, x: Tensor, where: str) -> None:
     memory = ctx.remembered
     keys = tokens if memory is None else memory.shape[1]
     samples = batch if ctx.packing is None else len(ctx.packing.lengths)
+    each = ctx.cond is not None and ctx.cond.dim() == 3
     rope, merging, pairs = ctx.rope, ctx.merging, ctx.mask is not None and ctx.mask.dim() > 2
     expected: tuple[tuple[str, Tensor | None, tuple[int | None, ...]], ...] = (
-        ("cond", ctx.cond, (samples, None)),
+        ("cond", ctx.cond, (batch, tokens, None) if each else (samples, None)),
         ("time", ctx.time, (samples, None)),
         ("width", ctx.width, (samples, None)),
         ("memory", memory, (samples, None, None)),

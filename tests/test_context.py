@@ -109,7 +109,7 @@ YES = torch.ones(2, 3, dtype=torch.bool)
         ({"mask": [[True]]}, TypeError, r"ctx.mask: expected a tensor \(B, N\)"),
         ({"mask": YES[0]}, ValueError, r"ctx.mask: expected shape"),
         ({"cond": YES}, TypeError, r"ctx.cond: expected floating-point values"),
-        ({"cond": TOKENS}, ValueError, r"ctx.cond: expected shape \(B, Dc\)"),
+        ({"cond": TOKENS[None]}, ValueError, r"ctx.cond: expected shape \(B, Dc\) or \(B, N"),
         ({"positions": TOKENS[0]}, ValueError, r"ctx.positions: expected shape"),
         ({"memory": TOKENS[0]}, ValueError, r"ctx.memory: expected shape"),
         ({"memory": (TOKENS, TOKENS[0])}, ValueError, r"ctx.memory\[1\]: expected shape"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from effformer import registry
 from effformer.blocks import init_states
 from effformer.checks import CapabilityError
-from effformer.context import Context, Stream
+from effformer.context import Context, Merging, Stream, Tap
 from effformer.testing.pairs import MASK, PACKING, PLACES, N, draw, other, same, tables, with_keys
 
 EXTRAS = ("plain", "cond", "rope", "width", "tokens", "cross", "cross-rope", "cross-twice")
@@ -149,6 +149,56 @@ def test_conditioning_on_a_grid(name: str) -> None:
         out = block(x, ctx)
         for i in range(3):
             same(out[i : i + 1], block(x[i : i + 1], sample(ctx, i)))
+
+
+@pytest.mark.parametrize("name", [b for b in ALONE if takes(b, "cond")])
+@torch.no_grad()
+def test_conditioning_of_every_token(name: str) -> None:
+    block, x = build(name, "cond"), draw()
+    given = fields(block, "cond", 2)
+    each = 2 * draw(N, seed=8)
+    plain = block(x, Context(**given))
+    same(block(x, Context(**given | {"cond": given["cond"][:, None].expand(-1, N, -1)})), plain)
+    out = block(x, Context(**given | {"cond": each}))
+    other(out, plain)
+    order = torch.arange(N).flip(0)
+    same(block(x[:, order], Context(**given | {"cond": each[:, order]}))[:, order], out)
+    if name in registry.block.names(packed=True):
+        row, lengths = draw(7, 5), PACKING.lengths
+        cond, time = 2 * draw(7, 5, seed=9), draw(1, 5)[:, 0]
+        packed = Context(cond=PACKING.pack(cond), time=time, packing=PACKING)
+        alone = [
+            block(row[i : i + 1, :n], Context(cond=cond[i : i + 1, :n], time=time[i : i + 1]))
+            for i, n in enumerate(lengths)
+            if n
+        ]
+        same(block(PACKING.pack(row), packed), torch.cat(alone, dim=1))
+    with pytest.raises(ValueError, match=r"cond has shape \(2, 3, \d+\), but there are"):
+        block(x, Context(**given | {"cond": each[:, :3]}))
+
+
+@torch.no_grad()
+def test_conditioning_of_every_token_on_a_grid_and_where_tokens_are_chosen() -> None:
+    cond, time, x = 2 * draw(8, 3, seed=4), draw(1, 3)[:, 0], draw(8, 3)
+    ctx = Context(cond=cond, time=time, grid=(2, 4))
+    axes = make_block("adaln-zero", cond=True, attn="axes").double()
+    out = axes(x, ctx)
+    for i in range(3):
+        same(out[i : i + 1], axes(x[i : i + 1], sample(ctx, i)))
+    chosen = make_block("adaln-zero", cond=True, tokens="dynamic").double()
+    for p in chosen.tokens.gates.parameters():
+        p.normal_(std=0.5, generator=torch.Generator().manual_seed(5))
+    for rows in (slice(0, 3), slice(0, 1)):
+        own = replace(ctx, cond=cond[rows], time=time[rows])
+        tap = Tap()  # under which all tokens run, and are multiplied by their gates
+        same(chosen(x[rows], own), chosen(x[rows], replace(own, tap=tap)))
+    merging = make_block("adaln-zero", cond=True, tokens="tome").double()
+    equal = replace(ctx, cond=cond[:, :1].expand(-1, 8, -1))
+    same(merging(x, equal), merging(x, replace(ctx, cond=cond[:, 0])))
+    other(merging(x, ctx), merging(x, equal))
+    merging.tokens.restore = False
+    with pytest.raises(CapabilityError, match=r"stay merged, but ctx\.cond has a vector for each"):
+        merging(x, replace(ctx, merging=Merging(tokens=8)))
 
 
 @torch.no_grad()

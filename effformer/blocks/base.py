@@ -88,8 +88,8 @@ class Branch(nn.Module):
         )
 
     def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each, or (1, T, D)
-        in a packed row.
+        """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each, or (B, N, D)
+        where each token has its own, as in a packed row.
         """
         return self.leave(x, self.run(self.enter(x, mods), ctx), mods)
 
@@ -269,7 +269,7 @@ class Block(Callee):
                 f"{self.site.path or 'block'}: ctx.cond is None, but the block is modulated"
             )
         mods: tuple[Tensor, ...] = self.modulation(ctx.cond)
-        if ctx.packing is not None:
+        if ctx.packing is not None and ctx.cond.dim() == 2:
             mods = tuple(ctx.packing.spread(m[:, 0]) for m in mods)
         if self.shift:
             return mods
