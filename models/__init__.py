@@ -10,6 +10,7 @@ if not __name__.startswith("effformer."):
 from .base import Model, Preset
 from .bert import Bert
 from .dit import DiT
+from .ditdh import DiTDH
 from .dydit import DyDiT
 from .factformer import FactFormer, IFactFormer
 from .flowformer import FlowformerGPT
@@ -38,6 +39,7 @@ __all__ = [
     "SANA",
     "Bert",
     "DiT",
+    "DiTDH",
     "DyDiT",
     "FactFormer",
     "FlowformerGPT",

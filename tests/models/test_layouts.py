@@ -25,6 +25,7 @@ TINY: dict[str, dict[str, Any]] = {
     "flux-tiny": {},
     "bert-tiny": {"dim": 24, "heads": 2, "vocab": 31, "context": 20},
     "dit-nano": {"input_size": 8, "num_classes": 10},
+    "ditdh-nano": {"num_classes": 10},
     "dydit-nano": {"input_size": 8, "num_classes": 10},
     "sit-nano": {"input_size": 8, "num_classes": 10},
     "lightningdit-nano": {"num_classes": 10},
