@@ -24,6 +24,7 @@ from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
 from .mmdit import MMDiT
 from .predformer import PredFormer
+from .rectok import RecTok
 from .relactrl import RelaCtrl
 from .sana import SANA
 from .sit import SiT
@@ -57,6 +58,7 @@ __all__ = [
     "Model",
     "PredFormer",
     "Preset",
+    "RecTok",
     "RelaCtrl",
     "STARFlow",
     "SiT",

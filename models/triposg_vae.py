@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,40 +26,16 @@ from effformer.context import EMPTY, Context, Ledger, Tap, explained
 from effformer.ffn import MLP
 from effformer.layout import Layout
 from effformer.nn.init import xavier_linears
+from effformer.nn.latents import Latents
 from effformer.nn.norms import make_norm
 from effformer.nn.points import farthest_points, octave_features
-from effformer.nn.precision import widened
 from effformer.site import NormRule, Site
 from effformer.values import Count, Depth, Natural
 
 from .base import Model, Preset, register_presets
 from .layouts.triposg_vae import OFFICIAL
 
-__all__ = ["PRESETS", "Latents", "TripoSGVAE"]
-
-
-class Latents(NamedTuple):
-    """The distribution of the latents of shapes: ``mean + exp(logvar / 2) noise``.
-
-    Attributes:
-        mean: (B, M, C).
-        logvar: (B, M, C) in [-30, 20].
-    """
-
-    mean: Tensor
-    logvar: Tensor
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents (B, M, C)."""
-        noise = torch.randn(
-            self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator
-        )
-        return self.mean + (self.logvar / 2).exp() * noise
-
-    def kl(self) -> Tensor:
-        """Divergence from the standard normal distribution (B,), the sum over all numbers."""
-        mean, logvar = widened(self.mean), widened(self.logvar)
-        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1)
+__all__ = ["PRESETS", "TripoSGVAE"]
 
 
 class TripoSGVAE(Model):
@@ -210,8 +186,7 @@ class TripoSGVAE(Model):
         h = self.gather(h, replace(ctx, memory=far))
         for block in self.blocks[: self.config.encoder_depth]:
             h = block(h, ctx)
-        mean, logvar = self.to_latents(self.encoder_norm(h)).chunk(2, dim=-1)
-        return Latents(mean, logvar.clamp(-30.0, 20.0))
+        return Latents.of(self.to_latents(self.encoder_norm(h)))
 
     def decode(self, latents: Tensor, *, ctx: Context = EMPTY) -> Tensor:
         """What points ask of latents (B, M, C): tokens (B, M, D)."""

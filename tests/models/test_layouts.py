@@ -41,6 +41,7 @@ TINY: dict[str, dict[str, Any]] = {
     "macaron-bert-tiny": {"dim": 24},
     "mmdit-nano": {"input_size": 8},
     "predformer-tiny": {"dim": 24, "size": (16, 16)},
+    "rectok-tiny": {},
     "sana-nano": {"dim": 32, "input_size": 4},
     "sana-sprint-nano": {"dim": 32, "input_size": 4},
     "starflow-tiny": {},
