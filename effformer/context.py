@@ -91,12 +91,15 @@ class Context:
     """Everything that a part may need beside its tokens; a model builds one per forward.
 
     Attributes:
-        cond: (B, Dc) conditioning vector (time + class or text) of modulated branches.
+        cond: (B, Dc) conditioning vector (time + class or text) of modulated branches, or (B, N, Dc)
+            one for each token.
         time: (B, Dt) time embedding alone, for timestep-wise routers that must not see the label.
-        memory: (B, M, Dm) tokens to attend to; None = self-attention.
+        memory: (B, M, Dm) tokens to attend to; None = self-attention. A model whose blocks attend to
+            several things gives a tuple, one for each of them; parts see one, see `facing`.
         mask: bool, True = may attend; (B, N) over the tokens, or broadcastable to (B, H, N, M) over
             pairs. For a core: over the keys that it is given.
-        memory_mask: the same over the tokens of the memory, (B, M) or over pairs.
+        memory_mask: the same over the tokens of the memory, (B, M) or over pairs; of several
+            memories a tuple, in which None stands for no mask.
         positions: coordinates of the tokens as they stand, (B or 1, N, axes), in units of the model's
             choice; packed, streamed and merged tokens have those of their places. Like ``grid`` a
             fact about the tokens, not a demand: parts without positions need not look. None: the
@@ -116,9 +119,9 @@ class Context:
 
     cond: Tensor | None = None
     time: Tensor | None = None
-    memory: Tensor | None = None
+    memory: Tensor | tuple[Tensor, ...] | None = None
     mask: Tensor | None = None
-    memory_mask: Tensor | None = None
+    memory_mask: Tensor | tuple[Tensor | None, ...] | None = None
     positions: Tensor | None = None
     rope: Rope | None = None
     grid: tuple[int, ...] | None = None
@@ -131,10 +134,16 @@ class Context:
     stream: Stream | None = None
 
     def __post_init__(self) -> None:
-        for name, shape, mask in _TENSORS:
-            value = getattr(self, name)
-            if value is not None:
-                _check_tensor(value, f"ctx.{name}", shape, mask)
+        for name, shape, dims in _TENSORS:
+            for value, where in _each(getattr(self, name), name):
+                if value is not None:
+                    _check_tensor(value, where, shape, dims, mask=name.endswith("mask"))
+        counts = [len(m) if isinstance(m, tuple) else 0 for m in (self.memory, self.memory_mask)]
+        if self.memory_mask is not None and counts[0] != counts[1]:
+            raise ValueError(
+                f"ctx.memory_mask: {counts[0] or 'one'} memories need as many masks in the same form, a "
+                "tensor for a tensor and a tuple for a tuple, in which None stands for no mask"
+            )
         for name, kind in _OTHERS:
             value = getattr(self, name)
             missing = value is None and name != "complete"
@@ -145,11 +154,7 @@ class Context:
         """The context of some samples: ``index`` (B',) picks from the batch, with repetition."""
         names = ("cond", "time", "memory", "mask", "memory_mask", "positions", "width")
         fields = {name: getattr(self, name) for name in names}
-        chosen = {
-            name: value.index_select(0, index)
-            for name, value in fields.items()
-            if value is not None and value.shape[0] > 1
-        }
+        chosen = {name: _rows(value, index) for name, value in fields.items()}
         rope = None if self.rope is None else self.rope.samples(index)
         merging = None if self.merging is None else self.merging.rows(index)
         return replace(self, rope=rope, merging=merging, **chosen)
@@ -158,24 +163,78 @@ class Context:
         """What a core sees of it that attends to the memory: its mask is that of the memory, whose
         tokens were not merged.
         """
-        return replace(self, mask=self.memory_mask, memory_mask=None, merging=None)
+        memory, mask = self.remembered, self.memory_mask
+        assert not isinstance(mask, tuple)  # there are as many as memories
+        return replace(self, memory=memory, mask=mask, memory_mask=None, merging=None)
+
+    def facing(self, index: int, count: int, where: str) -> Context:
+        """What a branch sees of it that attends to one of ``count`` memories.
+
+        Raises:
+            CapabilityError: there are more or fewer; or several, and rotary tables for the keys of one.
+        """
+        if not isinstance(self.memory, tuple) and (count == 1 or self.memory is None):
+            return self
+        given = len(self.memory) if isinstance(self.memory, tuple) else 1
+        if given != count or not isinstance(self.memory, tuple):
+            raise CapabilityError(
+                f"{where}: the block attends to {count} memories, and ctx.memory holds {given}; give "
+                f"{'one tensor' if count == 1 else f'a tuple of {count} tensors'}"
+            )
+        if self.rope is not None and self.rope.key_cos is not None:
+            raise CapabilityError(
+                f"{where}: rotary tables for keys belong to one memory, and ctx.memory holds {given}; "
+                "give tables without key_cos and key_sin"
+            )
+        masks = self.memory_mask
+        mask = masks[index] if isinstance(masks, tuple) else None
+        return replace(self, memory=self.memory[index], memory_mask=mask)
+
+    @property
+    def remembered(self) -> Tensor | None:
+        """The memory of a part, None without one.
+
+        Raises:
+            CapabilityError: there are several.
+        """
+        if isinstance(self.memory, tuple):
+            raise CapabilityError(
+                f"this part attends to one memory, but ctx.memory holds {len(self.memory)}; a block "
+                "hands each of its branches its own, and a part alone takes one tensor"
+            )
+        return self.memory
 
 
 _TENSORS = (
-    ("cond", "(B, Dc)", False),
-    ("time", "(B, Dt)", False),
-    ("memory", "(B, M, Dm)", False),
-    ("mask", "(B, N) or broadcastable to (B, H, N, M)", True),
-    ("memory_mask", "(B, M) or broadcastable to (B, H, N, M)", True),
-    ("positions", "(B or 1, N, axes)", False),
-    ("width", "(B, U)", False),
+    ("cond", "(B, Dc) or (B, N, Dc)", (2, 3)),
+    ("time", "(B, Dt)", (2,)),
+    ("memory", "(B, M, Dm)", (3,)),
+    ("mask", "(B, N) or broadcastable to (B, H, N, M)", (2, 3, 4)),
+    ("memory_mask", "(B, M) or broadcastable to (B, H, N, M)", (2, 3, 4)),
+    ("positions", "(B or 1, N, axes)", (3,)),
+    ("width", "(B, U)", (2,)),
 )
-"""Tensors of a context: name, shape in words, and whether it is a mask."""
+"""Tensors of a context: name, shape in words, and numbers of axes."""
 
 _OTHERS: tuple[tuple[str, type], ...] = (
     ("rope", Rope), ("grid", tuple), ("merging", Merging), ("packing", Packing),
     ("ledger", Ledger), ("tap", Tap), ("stream", Stream), ("complete", bool),
 )  # fmt: skip
+
+
+def _each(value: Any, name: str) -> list[tuple[Any, str]]:
+    """A field and how messages call it; of several memories each one."""
+    if not (isinstance(value, tuple) and name in ("memory", "memory_mask")):
+        return [(value, f"ctx.{name}")]
+    return [(one, f"ctx.{name}[{i}]") for i, one in enumerate(value)]
+
+
+def _rows(value: Any, index: Tensor) -> Any:
+    """Some samples of a field; a single one stands for all."""
+    if isinstance(value, tuple):
+        return tuple(_rows(one, index) for one in value)
+    return value if value is None or value.shape[0] == 1 else value.index_select(0, index)
+
 
 EMPTY = Context()
 
@@ -250,13 +309,18 @@ def _unfit(callee: Callee, given: Mapping[str, Any]) -> str | None:
     batch = batch if ctx.packing is None else len(ctx.packing.lengths)
     site: Any = getattr(callee, "site", None)
     for name in ("cond", "time", "memory", "width"):
-        value, wide = getattr(ctx, name), getattr(site, f"{name}_dim", None)
-        if value is None:
-            continue
-        if value.shape[0] not in (1, batch):
-            return f"{name} has shape {tuple(value.shape)}, the tokens are {batch} samples"
-        if wide is not None and value.shape[-1] != wide:
-            return f"{name} has shape {tuple(value.shape)}, its width must be {wide}"
+        values, wanted = _each(getattr(ctx, name), name), getattr(site, f"{name}_dim", None)
+        every = wanted if isinstance(wanted, tuple) else (wanted,) * len(values)
+        for (value, title), wide in zip(values, every, strict=False):
+            title = title.removeprefix("ctx.")
+            if value is None:
+                continue
+            if value.shape[0] not in (1, batch):
+                return f"{title} has shape {tuple(value.shape)}, the tokens are {batch} samples"
+            if wide is not None and value.shape[-1] != wide:
+                return f"{title} has shape {tuple(value.shape)}, its width must be {wide}"
+            if name == "cond" and value.dim() == 3 and value.shape[1] != tokens:
+                return f"{title} has shape {tuple(value.shape)}, but there are {tokens} tokens"
     whole = ctx.grid is None or all(isinstance(n, int) and n > 0 for n in ctx.grid)
     if not whole or (ctx.grid is not None and math.prod(ctx.grid) > tokens):
         return f"grid must be whole numbers whose product is at most {tokens}, got {ctx.grid}"
@@ -275,7 +339,7 @@ def _stale(callee: Any, state: Any, x: Tensor) -> str | None:
     return f"state must be that of init_state({x.shape[0]}) or of the step before"
 
 
-def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:
+def _check_tensor(value: Any, where: str, shape: str, dims: tuple[int, ...], *, mask: bool) -> None:
     """Refuse what is no such tensor, whatever the tokens are."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: expected a tensor {shape}, got {type(value).__name__}")
@@ -283,7 +347,7 @@ def _check_tensor(value: Any, where: str, shape: str, mask: bool) -> None:
         check_mask(value, where=where)
     if not mask and not value.is_floating_point():
         raise TypeError(f"{where}: expected floating-point values, got {value.dtype}")
-    if value.dim() not in ((2, 3, 4) if mask else (shape.count(",") + 1,)):
+    if value.dim() not in dims:
         raise ValueError(f"{where}: expected shape {shape}, got {tuple(value.shape)}")
 
 
@@ -325,15 +389,17 @@ def _check_sizes(ctx: Context, x: Tensor, where: str) -> None:
     all samples, and in what is said of pairs or heads for all of them.
     """
     batch, tokens = x.shape[0], x.shape[1]
-    keys = tokens if ctx.memory is None else ctx.memory.shape[1]
+    memory = ctx.remembered
+    keys = tokens if memory is None else memory.shape[1]
     samples = batch if ctx.packing is None else len(ctx.packing.lengths)
+    each = ctx.cond is not None and ctx.cond.dim() == 3
     rope, merging, pairs = ctx.rope, ctx.merging, ctx.mask is not None and ctx.mask.dim() > 2
     expected: tuple[tuple[str, Tensor | None, tuple[int | None, ...]], ...] = (
-        ("cond", ctx.cond, (samples, None)),
+        ("cond", ctx.cond, (batch, tokens, None) if each else (samples, None)),
         ("time", ctx.time, (samples, None)),
         ("width", ctx.width, (samples, None)),
-        ("memory", ctx.memory, (samples, None, None)),
-        ("mask", None if pairs else ctx.mask, (batch if ctx.memory is None else samples, keys)),
+        ("memory", memory, (samples, None, None)),
+        ("mask", None if pairs else ctx.mask, (batch if memory is None else samples, keys)),
         ("mask", ctx.mask if pairs else None, (tokens, keys)),
         ("positions", ctx.positions, (batch, tokens, None)),
         ("rope.cos", None if rope is None else rope.cos, (tokens, None)),
@@ -349,7 +415,7 @@ def _check_sizes(ctx: Context, x: Tensor, where: str) -> None:
             for i, (have, want) in enumerate(zip(shape, sizes, strict=True))
         )
         if not fits:
-            of = "" if ctx.memory is None else f", {keys} in the memory"
+            of = "" if memory is None else f", {keys} in the memory"
             raise ValueError(
                 f"{where}: ctx.{name} has shape {tuple(value.shape)}, but there are {samples} samples "
                 f"of {tokens} tokens{of}"

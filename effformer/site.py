@@ -46,7 +46,8 @@ class Site(Checked):
         heads: number of attention heads.
         cond_dim: width of the conditioning vector, None if the model has none.
         time_dim: width of the time embedding ``ctx.time``, None if the model has none.
-        memory_dim: width of ``ctx.memory``; None means that there is no memory.
+        memory_dim: width of ``ctx.memory``; None means that there is no memory. Of a block that attends
+            to several memories a width for each; a part attends to one.
         out_dim: width of what a token mixer returns, None for ``dim`` (blocks need ``dim``).
         length: number of tokens where the model fixes it, else None.
         grid: layout of these tokens, see `effformer.context.Context`; an axis whose size the model
@@ -65,7 +66,7 @@ class Site(Checked):
     heads: Count = 1
     cond_dim: Count | None = None
     time_dim: Count | None = None
-    memory_dim: Count | None = None
+    memory_dim: Count | tuple[Count, ...] | None = None
     out_dim: Count | None = None
     length: Count | None = None
     grid: tuple[Count | None, ...] | None = None
@@ -81,6 +82,26 @@ class Site(Checked):
     def axes(self) -> str:
         """Letters of the grid's axes, the last ones of "thw"; empty where tokens have no grid."""
         return "thw"[-len(self.grid) :] if self.grid else ""
+
+    @property
+    def memories(self) -> tuple[int, ...]:
+        """Widths of the memories that there are."""
+        width = self.memory_dim
+        return width if isinstance(width, tuple) else () if width is None else (width,)
+
+    @property
+    def source_dim(self) -> int:
+        """Width of what an attention makes keys and values of: the memory, or its own tokens.
+
+        Raises:
+            ValueError: there are several memories.
+        """
+        if len(self.memories) > 1:
+            raise ValueError(
+                f"{self.path or 'attention'}: memory_dim={self.memory_dim} names {len(self.memories)} "
+                "memories, and an attention looks at one; a block has a branch for each"
+            )
+        return self.memories[0] if self.memories else self.dim
 
     @property
     def cells(self) -> tuple[int, ...] | None:

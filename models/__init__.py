@@ -10,6 +10,7 @@ if not __name__.startswith("effformer."):
 from .base import Model, Preset
 from .bert import Bert
 from .dit import DiT
+from .ditdh import DiTDH
 from .dydit import DyDiT
 from .factformer import FactFormer, IFactFormer
 from .flowformer import FlowformerGPT
@@ -23,12 +24,15 @@ from .macaron import MacaronNet
 from .macaron_bert import MacaronBert
 from .mmdit import MMDiT
 from .predformer import PredFormer
+from .rectok import RecTok
 from .relactrl import RelaCtrl
 from .sana import SANA
 from .sit import SiT
 from .starflow import STARFlow
 from .tarflow import TarFlow
 from .timm import vit_config_from_timm
+from .triposg import TripoSG
+from .triposg_vae import TripoSGVAE
 from .twostream import JointDiT
 from .vit import ViT
 
@@ -36,6 +40,7 @@ __all__ = [
     "SANA",
     "Bert",
     "DiT",
+    "DiTDH",
     "DyDiT",
     "FactFormer",
     "FlowformerGPT",
@@ -53,11 +58,14 @@ __all__ = [
     "Model",
     "PredFormer",
     "Preset",
+    "RecTok",
     "RelaCtrl",
     "STARFlow",
     "SiT",
     "SpikingLMUFormer",
     "TarFlow",
+    "TripoSG",
+    "TripoSGVAE",
     "ViT",
     "vit_config_from_timm",
 ]

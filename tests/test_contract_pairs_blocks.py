@@ -14,10 +14,10 @@ from torch import Tensor
 from effformer import registry
 from effformer.blocks import init_states
 from effformer.checks import CapabilityError
-from effformer.context import Context, Stream
+from effformer.context import Context, Merging, Stream, Tap
 from effformer.testing.pairs import MASK, PACKING, PLACES, N, draw, other, same, tables, with_keys
 
-EXTRAS = ("plain", "cond", "rope", "width", "tokens", "cross", "cross-rope")
+EXTRAS = ("plain", "cond", "rope", "width", "tokens", "cross", "cross-rope", "cross-twice")
 CONDS = {"never": [False], "optional": [False, True], "always": [True]}
 
 
@@ -35,7 +35,7 @@ def build(name: str, extra: str, *, causal: bool = False) -> Any:
     slots = {extra: "dynamic"} if extra in ("width", "tokens") else {}
     block = make_block(
         name, cond=always or extra in ("cond", "width"), causal=causal,
-        cross="softmax" if "cross" in extra else None, **slots,
+        cross="softmax" if "cross" in extra else None, memories=1 + (extra == "cross-twice"), **slots,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -54,6 +54,9 @@ def fields(block: Any, extra: str, batch: int) -> dict[str, Any]:
     if "cross" in extra:
         given["memory"], given["memory_mask"] = draw(6, batch, seed=6), torch.arange(6) < 5
         given["memory_mask"] = given["memory_mask"].expand(batch, -1)
+    if extra == "cross-twice":
+        given["memory"] = given["memory"], draw(3, batch, seed=7)
+        given["memory_mask"] = given["memory_mask"], None
     return given
 
 
@@ -113,6 +116,7 @@ MODES: dict[str, Callable[[str, str], None]] = {
 REFUSED = {
     ("packed", "cross"): "packing goes with neither",
     ("packed", "cross-rope"): "packing goes with neither",
+    ("packed", "cross-twice"): "packing goes with neither",
     ("streamed", "width"): "streaming takes no width",
     ("streamed", "iterate"): "cannot stream 4 steps",
     ("streamed", "flowtransformer-decoder"): "takes neither a memory nor a stream",
@@ -145,6 +149,56 @@ def test_conditioning_on_a_grid(name: str) -> None:
         out = block(x, ctx)
         for i in range(3):
             same(out[i : i + 1], block(x[i : i + 1], sample(ctx, i)))
+
+
+@pytest.mark.parametrize("name", [b for b in ALONE if takes(b, "cond")])
+@torch.no_grad()
+def test_conditioning_of_every_token(name: str) -> None:
+    block, x = build(name, "cond"), draw()
+    given = fields(block, "cond", 2)
+    each = 2 * draw(N, seed=8)
+    plain = block(x, Context(**given))
+    same(block(x, Context(**given | {"cond": given["cond"][:, None].expand(-1, N, -1)})), plain)
+    out = block(x, Context(**given | {"cond": each}))
+    other(out, plain)
+    order = torch.arange(N).flip(0)
+    same(block(x[:, order], Context(**given | {"cond": each[:, order]}))[:, order], out)
+    if name in registry.block.names(packed=True):
+        row, lengths = draw(7, 5), PACKING.lengths
+        cond, time = 2 * draw(7, 5, seed=9), draw(1, 5)[:, 0]
+        packed = Context(cond=PACKING.pack(cond), time=time, packing=PACKING)
+        alone = [
+            block(row[i : i + 1, :n], Context(cond=cond[i : i + 1, :n], time=time[i : i + 1]))
+            for i, n in enumerate(lengths)
+            if n
+        ]
+        same(block(PACKING.pack(row), packed), torch.cat(alone, dim=1))
+    with pytest.raises(ValueError, match=r"cond has shape \(2, 3, \d+\), but there are"):
+        block(x, Context(**given | {"cond": each[:, :3]}))
+
+
+@torch.no_grad()
+def test_conditioning_of_every_token_on_a_grid_and_where_tokens_are_chosen() -> None:
+    cond, time, x = 2 * draw(8, 3, seed=4), draw(1, 3)[:, 0], draw(8, 3)
+    ctx = Context(cond=cond, time=time, grid=(2, 4))
+    axes = make_block("adaln-zero", cond=True, attn="axes").double()
+    out = axes(x, ctx)
+    for i in range(3):
+        same(out[i : i + 1], axes(x[i : i + 1], sample(ctx, i)))
+    chosen = make_block("adaln-zero", cond=True, tokens="dynamic").double()
+    for p in chosen.tokens.gates.parameters():
+        p.normal_(std=0.5, generator=torch.Generator().manual_seed(5))
+    for rows in (slice(0, 3), slice(0, 1)):
+        own = replace(ctx, cond=cond[rows], time=time[rows])
+        tap = Tap()  # under which all tokens run, and are multiplied by their gates
+        same(chosen(x[rows], own), chosen(x[rows], replace(own, tap=tap)))
+    merging = make_block("adaln-zero", cond=True, tokens="tome").double()
+    equal = replace(ctx, cond=cond[:, :1].expand(-1, 8, -1))
+    same(merging(x, equal), merging(x, replace(ctx, cond=cond[:, 0])))
+    other(merging(x, ctx), merging(x, equal))
+    merging.tokens.restore = False
+    with pytest.raises(CapabilityError, match=r"stay merged, but ctx\.cond has a vector for each"):
+        merging(x, replace(ctx, merging=Merging(tokens=8)))
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ class Axes(Mixer):
         lines = self._lines(x.shape[1], ctx.grid)
         inner = replace(
             ctx,
-            cond=None if ctx.cond is None else lines.spread(ctx.cond),
+            cond=None if ctx.cond is None else _line_cond(ctx.cond, lines, x),
             time=None if ctx.time is None else lines.spread(ctx.time),
             mask=None if ctx.mask is None else lines.fold(ctx.mask),
             rope=None if ctx.rope is None else _fold_rope(ctx.rope, lines, x),
@@ -237,6 +237,13 @@ class Axes(Mixer):
                 f"{where}: over={over!r}, but the grid {grid} has only axes {', '.join(lines.letters)}"
             )
         return lines
+
+
+def _line_cond(cond: Tensor, lines: Lines, x: Tensor) -> Tensor:
+    """Of samples (B, Dc) for their lines, of tokens (B, N, Dc) along these."""
+    if cond.dim() == 2:
+        return lines.spread(cond)
+    return lines.fold(cond.expand(x.shape[0], -1, -1))
 
 
 def _fold_rope(rope: Rope, lines: Lines, x: Tensor) -> Rope:

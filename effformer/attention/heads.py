@@ -119,7 +119,7 @@ class Heads(Mixer):
             self.conv = ShortConv(
                 channels, config.short_conv, bias=config.short_conv_bias, both=both
             )
-        source = site.dim if site.memory_dim is None else site.memory_dim
+        source = site.source_dim
         self.inputs = nn.ModuleDict(
             {
                 name: make_input(source, self.heads * i.width, rank=i.rank, bias=i.bias)
@@ -141,7 +141,7 @@ class Heads(Mixer):
         site, adaptive = self.site, config.projections
         q, k = self.q_heads * self.head_dim, self.k_heads * self.head_dim
         v, inner = self.v_heads * self.value_dim, self.heads * self.value_dim
-        source = site.dim if site.memory_dim is None else site.memory_dim
+        source = site.source_dim
         out = site.out_dim or site.dim
         self.q: nn.Module
         self.proj: nn.Module
@@ -236,17 +236,18 @@ class Heads(Mixer):
     def _source(self, x: Tensor, ctx: Context) -> Tensor:
         """Where keys and values come from."""
         if not self.cross:
-            if ctx.memory is not None:
+            if ctx.remembered is not None:
                 raise CapabilityError(
                     f"{self.where}: built for self-attention, but ctx.memory is given; build it with "
                     "Site(memory_dim=...)"
                 )
             return x
-        if ctx.memory is None:
+        memory = ctx.remembered
+        if memory is None:
             raise CapabilityError(
                 f"{self.where}: built for cross-attention, but ctx.memory is None"
             )
-        return ctx.memory
+        return memory
 
     def _projected(self, x: Tensor, source: Tensor, work: Work) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from x, keys and values from ``source``, heads side by side."""
@@ -311,7 +312,7 @@ class Heads(Mixer):
             parts += [(self.proj, n)] if self.closes else []
             return sum(part.macs(count) for part, count in parts)  # type: ignore[operator]
         q, k, v = self._widths()
-        dim, source = self.site.dim, self.site.memory_dim or self.site.dim
+        dim, source = self.site.dim, self.site.source_dim
         total = n * dim * q + keys * source * (k + v)
         if self.config.proj and self.closes:
             total += n * self.heads * self.value_dim * (self.site.out_dim or dim)

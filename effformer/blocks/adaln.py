@@ -12,7 +12,7 @@ from effformer.nn.norms import SharedModulation
 from effformer.registry import Caps, block
 from effformer.site import Site
 
-from .base import Block, Branch, below, ffn_branches, make_mixer, mixer_branches
+from .base import Block, Branch, cross_branches, ffn_branches, mixer_branches
 from .prenorm import PreNorm
 
 __all__ = ["AdaLNSingle", "AdaLNZero"]
@@ -106,16 +106,18 @@ class AdaLNSingle(Block):
         cross: BaseConfig | None = None,
     ) -> None:
         branches = mixer_branches(attn, None, site)
-        if cross is not None:
-            here = below(site, "cross")
-            branches["cross"] = _Plain(make_mixer(cross, here), here, normed=False)
+        branches |= cross_branches(cross, site, kind=_Plain, normed=False)
         super().__init__(branches | ffn_branches(ffn, site), site)
 
     def modulate_by(self, cond_dim: int, branches: int) -> SharedModulation:
-        modulated = branches - ("cross" in self.order)
+        modulated = branches - len(self._over_memories)
         return SharedModulation(cond_dim, self.site.dim, 3 * modulated)
 
     def modulations(self, ctx: Context) -> tuple[Tensor, ...]:
-        """As `Block.modulations`; the branch over the memory, which reads none, has those before it."""
+        """As `Block.modulations`; branches over memories, which read none, have those before them."""
         mods = super().modulations(ctx)
-        return mods[:3] + mods if self.far else mods
+        return mods[:3] * len(self._over_memories) + mods
+
+    @property
+    def _over_memories(self) -> list[str]:
+        return [name for name in self.order if getattr(self, name).far]

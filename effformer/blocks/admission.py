@@ -19,7 +19,7 @@ from effformer.config import Config, resolve
 from effformer.registry import Caps
 from effformer.site import Layer, Needs, Site
 
-__all__ = ["check_layer", "slot_needs"]
+__all__ = ["check_cross", "check_layer", "slot_needs"]
 
 Asked = tuple[Needs, Site]
 """What a model asks of a part, and where."""
@@ -47,13 +47,12 @@ def check_layer(
     slots = {kind: config for kind, config in found.items() if config is not None}
     needs, site = asked
     every = (asked, *beside)
-    near = [(n, s if s.memory_dim is None else replace(s, memory_dim=None)) for n, s in every]
+    near = [(n, replace(s, memory_dim=None) if s.memories else s) for n, s in every]
     _check_mixer(layer.attn, near, f"{where}.attn", slots, scheduled=scheduled)
     if layer.ffn is not None:
         _check_part(layer.ffn, every, f"{where}.ffn", slots, _ffn_reason)
     if layer.cross is not None:
-        far = Needs(mask=needs.mask), replace(site, grid=None)  # a memory has none
-        _check_mixer(layer.cross, (far,), f"{where}.cross", slots, one_by_one=needs.causal)
+        check_cross(layer.cross, asked, f"{where}.cross", slots, one_by_one=needs.causal)
 
     def block_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
         return _block_reason(caps, layer, needs, site)
@@ -63,6 +62,31 @@ def check_layer(
     _check_part(layer.block, alike, f"{where}.block", slots, block_reason)
     for kind, config in slots.items():
         _check_slot(kind, config, layer, (slot_needs(layer, needs), site), where)
+
+
+def check_cross(
+    config: Config,
+    asked: Asked,
+    where: str,
+    slots: Mapping[str, Config] | None = None,
+    *,
+    one_by_one: bool,
+) -> None:
+    """Compare a mixer over memories with what the model needs; these have no grid.
+
+    Args:
+        config: the mixer.
+        asked: what the model asks of it, and where it stands.
+        where: words that name it, for messages.
+        slots: parts in the slots of its block.
+        one_by_one: queries must not influence each other.
+
+    Raises:
+        CapabilityError: it cannot do that; mixers that can are named.
+    """
+    needs, site = asked
+    far = [(Needs(mask=needs.mask), replace(site, grid=None, memory_dim=w)) for w in site.memories]
+    _check_mixer(config, far, where, slots or {}, one_by_one=one_by_one)
 
 
 def slot_needs(layer: Layer, needs: Needs) -> Needs:
@@ -107,6 +131,11 @@ def _check_slot(kind: str, config: Config, layer: Layer, asked: Asked, where: st
     if entry.caps.time and site.time_dim is None:
         able = ", ".join(registry.KINDS[kind].names(time=False)) or "None"
         raise CapabilityError(f"{where}.{kind}: {entry.name!r} {_NO_TIME}; choices: {able}")
+    if kind == "tokens" and len(site.memories) > 1:
+        raise CapabilityError(
+            f"{where}.tokens: {entry.name!r} acts between the branches of a block, but those over "
+            f"{len(site.memories)} memories run side by side (one memory would do); choices: None"
+        )
     if kind == "tokens" and not caps.sequential:
         able = ", ".join(registry.block.names(sequential=True))
         why = "carry a state from token to token" if caps.causal == "always" else "run side by side"
@@ -182,7 +211,7 @@ def _check_mixer(
     if reason is None:
         reason = _rope_reason(config, needs, site)
     if reason is None and one_by_one and config.title not in steady():
-        reason = "lets queries compete for the memory, but this model must not see later tokens"
+        reason = "lets queries compete for the memory, but here they must not see each other"
     if reason is None:
         return None
     able = sorted(

@@ -35,6 +35,7 @@ class Branch(nn.Module):
         post_norm: the norm stands behind the sum, ``norm(x + factor * part(x))``, instead of before
             the part.
         normed: False leaves the norm to the block, which shares one among several branches.
+        memory: number of the memory that the branch attends to, and how many the block has.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Branch(nn.Module):
         factor: float = 1.0,
         post_norm: bool = False,
         normed: bool = True,
+        memory: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         self.site = site
+        self.memory = memory
         self.factor = factor
         self.post_norm = post_norm
         ffn = isinstance(part, FFN)
@@ -63,8 +66,17 @@ class Branch(nn.Module):
         """The branch attends to ``ctx.memory``."""
         return isinstance(self.part, Mixer) and self.part.site.memory_dim is not None
 
+    @property
+    def beside(self) -> bool:
+        """The branch reads the tokens that the branch before it reads, and both are added: those over
+        several memories. With norms behind the sums each reads what is there.
+        """
+        return self.memory[0] > 0 and not self.post_norm
+
     def view(self, ctx: Context) -> Context:
-        """What concerns this branch: its own tokens, or the memory."""
+        """What concerns this branch: its own tokens, or its memory."""
+        if self.far:
+            ctx = ctx.facing(*self.memory, self.site.path or "block")
         rope = ctx.rope
         if self.far:
             turns = None if rope is None or rope.key_cos is None else rope
@@ -76,8 +88,8 @@ class Branch(nn.Module):
         )
 
     def forward(self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each, or (1, T, D)
-        in a packed row.
+        """Add the branch to x (B, N, D); mods are shift, scale and gate, (B, 1, D) each, or (B, N, D)
+        where each token has its own, as in a packed row.
         """
         return self.leave(x, self.run(self.enter(x, mods), ctx), mods)
 
@@ -146,7 +158,8 @@ class Block(Callee):
     Parts in the slots ``width`` and ``tokens`` (see `attach`) let it run less of its branches.
 
     A branch built with a memory attends to ``ctx.memory`` under ``ctx.memory_mask``; the others see
-    their own tokens only. In a packed row each token is modulated as its sample asks for.
+    their own tokens only. Branches over several memories run side by side, ``x + sum_j
+    cross_j(norm_j(x), memory_j)``. In a packed row each token is modulated as its sample asks for.
 
     Args:
         branches: name -> branch, in execution order; the names become children of the block.
@@ -208,9 +221,14 @@ class Block(Callee):
         self, x: Tensor, ctx: Context, mods: tuple[Tensor, ...] | None, *, start: int = 0
     ) -> Tensor:
         """Run the branches from the one at ``start`` on; mods are those of all branches."""
+        read = x
         for i, name in list(enumerate(self.order))[start:]:
             branch, own = getattr(self, name), None if mods is None else mods[3 * i : 3 * i + 3]
             view = self.narrowed(name, x, branch.view(ctx) if self.far else ctx)
+            if branch.beside:
+                x = branch.leave(x, branch.run(branch.enter(read, own), view), own)
+                continue
+            read = x
             if self.tokens is None:
                 x = branch(x, view, own)
             else:
@@ -251,7 +269,7 @@ class Block(Callee):
                 f"{self.site.path or 'block'}: ctx.cond is None, but the block is modulated"
             )
         mods: tuple[Tensor, ...] = self.modulation(ctx.cond)
-        if ctx.packing is not None:
+        if ctx.packing is not None and ctx.cond.dim() == 2:
             mods = tuple(ctx.packing.spread(m[:, 0]) for m in mods)
         if self.shift:
             return mods
@@ -259,9 +277,11 @@ class Block(Callee):
         pairs = zip(mods[0::2], mods[1::2], strict=True)
         return tuple(x for scale, gate in pairs for x in (zero, scale, gate))
 
-    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
-        """Dense multiply-adds of one sample with n tokens (m in the memory); mixers whose work
-        depends on the shape of the grid need ``grid``.
+    def macs(
+        self, n: int, m: int | tuple[int, ...] | None = None, *, grid: tuple[int, ...] | None = None
+    ) -> int:
+        """Dense multiply-adds of one sample with n tokens (m in the memory, or in each of several);
+        mixers whose work depends on the shape of the grid need ``grid``.
         """
         total = 0
         if self.site.cond_dim is not None:
@@ -271,7 +291,8 @@ class Block(Callee):
         if self.tokens is not None:
             total += self.tokens.macs(n)
         for branch in self.branches:
-            total += dense_macs(branch.part, n, m if branch.far else None, grid=grid)
+            far = m[branch.memory[0]] if isinstance(m, tuple) else m
+            total += dense_macs(branch.part, n, far if branch.far else None, grid=grid)
         return total
 
 
@@ -308,12 +329,25 @@ def make_mixer(config: Config, site: Site) -> Mixer:
 def mixer_branches(
     attn: Config, cross: Config | None, site: Site, *, post_norm: bool = False
 ) -> dict[str, Branch]:
-    """The branches ``attn`` and, with a memory, ``cross``."""
+    """The branches ``attn`` and, with a memory, ``cross``; see `cross_branches`."""
     here = below(site, "attn", memory_dim=None)
     branches = {"attn": Branch(make_mixer(attn, here), here, post_norm=post_norm)}
-    if cross is not None:
-        here = below(site, "cross")
-        branches["cross"] = Branch(make_mixer(cross, here), here, post_norm=post_norm)
+    return branches | cross_branches(cross, site, post_norm=post_norm)
+
+
+def cross_branches(
+    cross: Config | None, site: Site, *, kind: type[Branch] = Branch, **options: bool
+) -> dict[str, Branch]:
+    """A branch for every memory, ``cross``, ``cross_2``, ...; options are those of the branch."""
+    branches: dict[str, Branch] = {}
+    if cross is None:
+        return branches
+    widths = site.memories
+    for i, width in enumerate(widths):
+        name = f"cross_{i + 1}" if i else "cross"
+        here = below(site, name, memory_dim=width)
+        mixer = make_mixer(cross, here)
+        branches[name] = kind(mixer, here, memory=(i, len(widths)), **options)
     return branches
 
 

@@ -251,11 +251,9 @@ def _gathered(
         return _apart(branch, x, ctx, mods, index)
     flat = x.flatten(0, 1)
     chosen = flat.index_select(0, index)
-    if ctx.packing is not None:
-        own = None if mods is None else tuple(_chosen(m, index) for m in mods)
-        done = branch(chosen[None], replace(ctx, packing=ctx.packing.chosen(index)), own)
-    else:
-        done = branch(chosen[None], ctx, mods)
+    own = None if mods is None else tuple(_chosen(m, index) for m in mods)
+    packing = None if ctx.packing is None else ctx.packing.chosen(index)
+    done = branch(chosen[None], replace(ctx, packing=packing), own)
     return flat.index_copy(0, index, done.flatten(0, 1)).view_as(x)
 
 
@@ -264,18 +262,23 @@ def _apart(
 ) -> Tensor:
     """The branch on some tokens, each a sample of its own with what belongs to its old sample."""
     flat, sample = x.flatten(0, 1), index // x.shape[1]
-    own = (
-        None
-        if mods is None
-        else tuple(m if m.dim() == 0 else m.index_select(0, sample) for m in mods)
-    )
+    own = None if mods is None else tuple(_picked(m, index, sample) for m in mods)
     done = branch(flat.index_select(0, index)[:, None], ctx.rows(sample), own)
     return flat.index_put((index,), done.flatten(0, 1)).view_as(x)
 
 
 def _chosen(mod: Tensor, index: Tensor) -> Tensor:
-    """The vectors (1, T, D) of some tokens; a zero that stands for all stays."""
-    return mod if mod.dim() == 0 else mod.index_select(1, index)
+    """The vectors (1, T, D) of some tokens; one that stands for all stays."""
+    return mod if mod.dim() == 0 or mod.shape[1] == 1 else mod.index_select(1, index)
+
+
+def _picked(mod: Tensor, index: Tensor, sample: Tensor) -> Tensor:
+    """Those (K, 1, D) of some tokens, from what their samples (B, 1, D) have, or they (B, N, D)."""
+    if mod.dim() == 0:
+        return mod
+    if mod.shape[1] == 1:
+        return mod.index_select(0, sample)
+    return mod.flatten(0, 1).index_select(0, index)[:, None]
 
 
 def _joined(mixer: BaseConfig) -> str | None:

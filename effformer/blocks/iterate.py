@@ -118,5 +118,7 @@ class Iterate(Block):
         # a step ends between the two ends of the body: no token may be missing there
         return torch.lerp(x, self.body(x, replace(ctx, merging=None)), 1 / self.times)
 
-    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
+    def macs(
+        self, n: int, m: int | tuple[int, ...] | None = None, *, grid: tuple[int, ...] | None = None
+    ) -> int:
         return self.times * self.body.macs(n, m, grid=grid)

@@ -234,8 +234,11 @@ class Joint(Block):
         heads = tuple(attn.forms.form(attn.part, active) for attn in attns)
         return Meeting(heads, self.core.select(active.nonzero().flatten()))  # type: ignore[arg-type]
 
-    def macs(self, n: int, m: int | None = None, *, grid: tuple[int, ...] | None = None) -> int:
+    def macs(
+        self, n: int, m: int | tuple[int, ...] | None = None, *, grid: tuple[int, ...] | None = None
+    ) -> int:
         """Dense multiply-adds of one sample with n tokens in x and m in y (None: n)."""
+        assert not isinstance(m, tuple)
         m = n if m is None else m
         return self.x.macs(n, grid=grid) + self.y.macs(m) + self.meeting.core_macs(n + m)
 

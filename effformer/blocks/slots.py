@@ -111,7 +111,7 @@ def report(branch: Branch, x: Tensor, ctx: Context, fraction: Tensor) -> None:
     """Write into the ledger that a branch executes this fraction (B,) of its work on x (B, N, D)."""
     if ctx.ledger is None:
         return
-    m = None if ctx.memory is None else ctx.memory.shape[1]
+    m = None if ctx.remembered is None else ctx.remembered.shape[1]
     cost = dense_macs(branch.part, x.shape[1], m, grid=ctx.grid)
     ctx.ledger.work(branch.site.path, fraction, cost)
 

@@ -132,7 +132,10 @@ class ToMe(TokenPart):
         state = Merging(tokens=n, front=front, proportional=self.config.proportional)
         if matching.count < n:
             state.sizes = matching.sizes(h)
-        few, before = replace(ctx, merging=state, grid=None), _taken(branch, ctx)
+        each = ctx.cond is not None and ctx.cond.dim() == 3
+        cond = matching.merge(ctx.cond) if each and ctx.cond is not None else ctx.cond
+        few = replace(ctx, merging=state, grid=None, cond=cond)
+        before = _taken(branch, ctx)
         y = matching.unmerge(branch.run(matching.merge(h), few))
         _report(branch, matching.count, n, x.shape[0], ctx, before)
         return branch.leave(x, y, mods)
@@ -150,6 +153,11 @@ class ToMe(TokenPart):
         state = ctx.merging
         if state is None:
             raise ValueError(f"{self.site.path}: ctx.merging is None, but tokens stay merged")
+        if ctx.cond is not None and ctx.cond.dim() == 3:
+            raise CapabilityError(
+                f"{self.site.path}: tokens stay merged, but ctx.cond has a vector for each; choices: "
+                "restore=True, tokens=None"
+            )
         state.proportional = self.config.proportional
         before = _taken(branch, ctx)
         x = branch(x, replace(ctx, grid=None), mods)
@@ -252,7 +260,7 @@ def _report(
     """
     if ctx.ledger is None:
         return
-    m = None if ctx.memory is None else ctx.memory.shape[1]
+    m = None if ctx.remembered is None else ctx.remembered.shape[1]
     dense, done = (dense_macs(branch.part, n, m, grid=None) for n in (full, count))
     own = ctx.ledger.executed.get(branch.site.path, before)
     fraction = torch.full((batch,), done / dense, dtype=torch.float64)

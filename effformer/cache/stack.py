@@ -69,7 +69,7 @@ class Stack:
         changed: the copy that runs, unless the whole network is skipped.
 
     Raises:
-        CapabilityError: the model has no such list.
+        CapabilityError: the model has no such list, or tokens leave the range from its middle.
         ValueError: the range is empty.
     """
 
@@ -95,6 +95,13 @@ class Stack:
                 f"{own.front}, back {own.back}, blocks {blocks})"
             )
         self.start, self.stop = taken.start, taken.stop
+        for i, j in getattr(model, "long_skips", ()):
+            if i in taken and j >= self.stop:
+                raise CapabilityError(
+                    f"cached: what leaves block {i} of {self.name} enters block {j}, too, and of blocks "
+                    f"{self.start}:{self.stop} only what leaves the last one is kept; choices: a range "
+                    f"that ends at {len(found)}, or over='attention'"
+                )
         self.changed = self._twin(found)
 
     def run(

@@ -138,8 +138,9 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """Map cond (B, Dc) to ``parts`` tensors (B, 1, D)."""
-        return self.linear(F.silu(cond)).unsqueeze(1).chunk(self.parts, dim=-1)
+        """Map cond (B, Dc) to ``parts`` tensors (B, 1, D), or (B, N, Dc) to as many (B, N, D)."""
+        made: Tensor = self.linear(F.silu(cond))
+        return (made.unsqueeze(1) if cond.dim() == 2 else made).chunk(self.parts, dim=-1)
 
     def macs(self) -> int:
         """Multiply-adds of one sample."""
@@ -172,12 +173,12 @@ class SharedModulation(nn.Module):
         nn.init.normal_(self.table, std=self.table.shape[1] ** -0.5)
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """Map cond (B, Dc) to ``parts`` tensors (B, 1, D)."""
+        """Map cond (B, Dc) to ``parts`` tensors (B, 1, D), or (B, N, Dc) to as many (B, N, D)."""
         if self.own is not None:
-            given = torch.cat(self.own(cond), dim=1)
+            given = torch.stack(self.own(cond), dim=-2)
         else:
-            given = cond.unflatten(-1, (self.parts, -1))
-        return (self.table + given).chunk(self.parts, dim=1)
+            given = (cond.unsqueeze(1) if cond.dim() == 2 else cond).unflatten(-1, (self.parts, -1))
+        return (self.table + given).unbind(dim=-2)
 
     def macs(self) -> int:
         """Multiply-adds of one sample."""

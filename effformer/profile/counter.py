@@ -163,10 +163,17 @@ class Counter(TorchDispatchMode):
         elif "heads" not in known and "n" in known and dims[:1] == [3]:
             batch, n = tensors[0].shape[:2]
             memory = getattr(context, "memory", None) if "m" in known else None
-            sizes = (n,) if memory is None else (n, memory.shape[1])
+            sizes = (n,) if memory is None else (n, _tokens(memory))
             layout = {"grid": getattr(context, "grid", None)} if "grid" in known else {}
             one = partial(formula, *sizes, **layout)
             self.formulas.setdefault(frame.path, []).append((batch, one))
+
+
+def _tokens(memory: Tensor | tuple[Tensor, ...]) -> int | tuple[int, ...]:
+    """Number of tokens of a memory, or of each of several."""
+    if isinstance(memory, tuple):
+        return tuple(one.shape[1] for one in memory)
+    return memory.shape[1]
 
 
 def _context(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -59,6 +59,8 @@ SMALL: dict[str, tuple[Column, ...]] = {
             changes={"positions": {"absolute": False, "rope": {}}},
         ),
     ),
+    # what predicts features stands beside the forward pass
+    "rectok": (Column(preset="rectok-tiny", title="rectok", changes={"features": None}),),
     "flowformer-gpt": (
         Column(
             preset="flowformer-gpt-nano", title="flowformer-gpt", changes=_TEXT | {"heads": 2}

@@ -81,15 +81,16 @@ def make_block(
     ffn: str = "mlp",
     causal: bool = False,
     cross: str | None = None,
+    memories: int = 1,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """A block by name, with parts in its slots; a conditioned one has a time embedding, too. With
-    ``cross`` it has a branch to a memory of the tokens' width.
+    ``cross`` it has a branch to a memory of the tokens' width, or to each of several.
     """
     entry = registry.block.get(name)
     config = resolve("block", {"name": name, **BLOCK_OPTIONS.get(name, {}), **(options or {})})
     there = DIM if cond else None
-    memory = None if cross is None else DIM
+    memory = None if cross is None else DIM if memories == 1 else (DIM,) * memories
     depth = 2 if entry.caps.joint else 1  # the second stream may end in the last block
     site = Site(
         dim=DIM, heads=HEADS, cond_dim=there, time_dim=there, length=130, memory_dim=memory,

@@ -15,20 +15,20 @@ from effformer.nn.rope import GridRope
 from .dit import FLOW, LATENT, NAMES, SQUARE, check_positions
 from .forms import Form, same_table
 
-__all__ = ["OFFICIAL"]
+__all__ = ["GATED", "NORMS", "OFFICIAL"]
 
-_NORMS = (
+NORMS = (
     ("blocks.{i}.attn.norm", "blocks.{i}.norm1"),
     ("blocks.{i}.ffn.norm", "blocks.{i}.norm2"),
     ("final.norm", "final_layer.norm_final"),
 )
-_GATED = (
+GATED = (
     ("blocks.{i}.ffn.part.fc1", "blocks.{i}.mlp.w12"),
     ("blocks.{i}.ffn.part.fc2", "blocks.{i}.mlp.w3"),
 )
 _RECOGNISE = has_keys("x_embedder.proj.weight", "t_embedder.mlp.0.weight")
-_PLAIN = renamed("official", (*_NORMS, *NAMES), recognise=_RECOGNISE)
-_SWIGLU = renamed("official", (*_NORMS, *_GATED, *NAMES), recognise=_RECOGNISE)
+_PLAIN = renamed("official", (*NORMS, *NAMES), recognise=_RECOGNISE)
+_SWIGLU = renamed("official", (*NORMS, *GATED, *NAMES), recognise=_RECOGNISE)
 _TABLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 
 

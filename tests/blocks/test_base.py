@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from torch import Tensor
 import effformer
 from effformer import registry
 from effformer.attention import Attention, Mixer, Softmax
-from effformer.blocks import AdaLNZero, Block, Macaron, PostNorm, PreNorm
+from effformer.blocks import AdaLNSingle, AdaLNZero, Block, Macaron, PostNorm, PreNorm
 from effformer.checks import CapabilityError
 from effformer.config import resolve
-from effformer.context import EMPTY, Context, Stream, Tap
+from effformer.context import EMPTY, Context, Rope, Stream, Tap
 from effformer.ffn import FFN, MLP
 from effformer.site import NormRule, Site
 
@@ -26,7 +27,7 @@ def build(kind: type[Any], *, attn: str = "softmax", cross: bool = False, **site
     parts: dict[str, Any] = {"attn": resolve("attention", attn), "ffn": MLP.Config()}
     if cross:
         parts["cross"] = Attention.Config()
-        site["memory_dim"] = 5
+        site.setdefault("memory_dim", 5)
     block: Block = kind(kind.Config(), Site(dim=DIM, heads=3, path="b", **site), **parts)
     return block.eval()
 
@@ -67,6 +68,72 @@ def test_a_memory_needs_a_branch_that_reads_it() -> None:
         build(PreNorm)(x, Context(memory_mask=torch.ones(1, 2, dtype=torch.bool)))
     with pytest.raises(CapabilityError, match=r"b\.cross: built for cross-attention"):
         build(PreNorm, cross=True)(x)
+
+
+def over_two(kind: type[Any]) -> tuple[Block, Tensor, Context]:
+    """A block with a branch over each of two memories, and what it is called with."""
+    cond = {"cond_dim": 6 * DIM} if kind is AdaLNSingle else {}
+    block = build(kind, cross=True, memory_dim=(5, 7), **cond)
+    far = torch.tensor([[True, True, False], [True, False, True]])
+    ctx = Context(
+        memory=(torch.randn(2, 4, 5), torch.randn(2, 3, 7)), memory_mask=(None, far),
+        cond=torch.randn(2, 6 * DIM) if cond else None,
+    )  # fmt: skip
+    return block, torch.randn(2, 6, DIM), ctx
+
+
+@pytest.mark.parametrize("kind", [PreNorm, Macaron, AdaLNSingle])
+@torch.no_grad()
+def test_branches_over_several_memories_run_side_by_side(kind: type[Any]) -> None:
+    block, x, ctx = over_two(kind)
+    first = block.order.index("cross")
+    assert block.order[first - 1 : first + 2] == ("attn", "cross", "cross_2")
+    expected = x
+    for name, branch in zip(block.order, block.branches, strict=True):
+        if name.startswith("cross"):
+            expected = expected + branch.part(branch.norm(x), branch.view(ctx))
+            continue
+        for p in branch.part.parameters():  # the others add nothing
+            p.zero_()
+    torch.testing.assert_close(block(x, ctx), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_with_norms_behind_the_sums_memories_follow_each_other() -> None:
+    block, x, ctx = over_two(PostNorm)
+    expected = x
+    for branch in block.branches:
+        expected = branch(expected, branch.view(ctx))
+    assert torch.equal(block(x, ctx), expected)
+
+
+def test_memories_are_those_that_the_block_attends_to() -> None:
+    block, x, ctx = over_two(PreNorm)
+    first, second = ctx.memory
+    for bad, message in (
+        (
+            first,
+            r"b\.cross: the block attends to 2 memories, and ctx\.memory holds 1; give a tuple of 2",
+        ),
+        ((first, second, second), "holds 3; give a tuple of 2"),
+    ):
+        with pytest.raises(CapabilityError, match=message):
+            block(x, Context(memory=bad))
+    with pytest.raises(CapabilityError, match=r"holds 2; give one tensor"):
+        build(PreNorm, cross=True)(x, Context(memory=(first, first)))
+    with pytest.raises(
+        CapabilityError, match=r"attends to one memory, but ctx\.memory holds 2; a block"
+    ):
+        block.cross.part(x, ctx)
+    with pytest.raises(ValueError, match=r"b\.cross_2: memory has shape .* width must be 7"):
+        block(x, Context(memory=(first, first)))
+    angles = Rope(
+        torch.ones(1, 6, 4), torch.zeros(1, 6, 4), torch.ones(1, 4, 4), torch.zeros(1, 4, 4)
+    )
+    with pytest.raises(CapabilityError, match="rotary tables for keys belong to one memory"):
+        block(x, replace(ctx, rope=angles))
+    with pytest.raises(ValueError, match=r"names 2 memories, and an attention looks at one"):
+        Attention(Attention.Config(), Site(dim=DIM, heads=3, memory_dim=(5, 7)))
 
 
 @pytest.mark.parametrize("kind", [AdaLNZero, Macaron])

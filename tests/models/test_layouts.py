@@ -25,6 +25,7 @@ TINY: dict[str, dict[str, Any]] = {
     "flux-tiny": {},
     "bert-tiny": {"dim": 24, "heads": 2, "vocab": 31, "context": 20},
     "dit-nano": {"input_size": 8, "num_classes": 10},
+    "ditdh-nano": {"num_classes": 10},
     "dydit-nano": {"input_size": 8, "num_classes": 10},
     "sit-nano": {"input_size": 8, "num_classes": 10},
     "lightningdit-nano": {"num_classes": 10},
@@ -40,10 +41,13 @@ TINY: dict[str, dict[str, Any]] = {
     "macaron-bert-tiny": {"dim": 24},
     "mmdit-nano": {"input_size": 8},
     "predformer-tiny": {"dim": 24, "size": (16, 16)},
+    "rectok-tiny": {},
     "sana-nano": {"dim": 32, "input_size": 4},
     "sana-sprint-nano": {"dim": 32, "input_size": 4},
     "starflow-tiny": {},
     "tarflow-tiny": {"flows": (2, 2), "input_size": 4},
+    "triposg-two-nano": {"depth": 3},
+    "triposg-vae-tiny": {},
 }  # fmt: skip
 """Small models of all families that have published layouts."""
 
