@@ -51,10 +51,20 @@ def test_pairs_end_where_their_brackets_do() -> None:
     assert pairs_of("a=[1,b=2") == ["a=[1,b=2"]  # never closed: its value is refused
 
 
+def mnist(folder: Path) -> str:
+    """As `load_data` names a folder with files of the kind of MNIST, one image a class."""
+    for kind, head, size in (("images-idx3", (10, 28, 28), 7840), ("labels-idx1", (10,), 10)):
+        sizes = b"".join(n.to_bytes(4, "big") for n in head)
+        raw = bytes([0, 0, 8, len(head)]) + sizes + bytes(range(10)) * (size // 10)
+        (folder / f"train-{kind}-ubyte").write_bytes(raw)
+    return f"mnist:{folder}"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_decides_what_is_not_given(name: str, tmp_path: Path) -> None:
     recipe, run = RECIPES[name], tmp_path / "run"
-    done = invoke("train", "--recipe", name, "--steps", "2", *FEW, "-o", str(run))
+    data = ("--data", mnist(tmp_path)) if recipe.data == "mnist" else ()
+    done = invoke("train", "--recipe", name, "--steps", "2", *FEW, *data, "-o", str(run))
     assert recipe.measured in done.stderr
     facts = read_run(run)
     expected = recipe.config.replace(steps=2, batch=2, warmup=0, ema=0.5)
@@ -71,7 +81,9 @@ def test_a_recipe_decides_what_is_not_given(name: str, tmp_path: Path) -> None:
 
 def test_recipes_are_named_where_one_is_missing(tmp_path: Path) -> None:
     said = refusal("train", "--recipe", "digts", "-o", str(tmp_path / "run"))
-    assert "did you mean 'digits'? (choices: digits, digits-quick)" in said
+    assert "did you mean 'digits'? (choices: digits, digits-quick, mnist)" in said
+    said = refusal("train", "--recipe", "mnist", "-o", str(tmp_path / "run"))
+    assert "needs the folder that holds it: 'mnist:DIR'" in said
     assert "which model? Name one" in refusal("train", "-o", str(tmp_path / "run"))
 
 
