@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from effformer import load_model
 from effformer.cli.common import named, pairs_of
 from effformer.config import resolve
 from effformer.flow.losses import FlowMatching
@@ -116,3 +117,18 @@ def test_attentions_take_options_of_the_same_form(tmp_path: Path) -> None:
     one, other = ((tmp_path / name / "config.json").read_text() for name in "01")
     assert one == other
     assert '"eps": 1e-05' in one
+
+
+def test_schemes_take_options_of_the_same_form(saved: Path, tmp_path: Path) -> None:
+    for i, words in enumerate((["int8:block=32"], ["int8", "--set", "block=32"])):
+        invoke("compress", str(saved), "--scheme", *words, "-o", str(tmp_path / str(i)))
+    one, other = (load_model(tmp_path / name).transforms for name in "01")
+    assert one == other
+    assert '"block": 32' in json.dumps(one)
+    assert "unknown option 'blok'" in refusal(
+        "compress", str(saved), "--scheme", "int8:blok=32", "-o", str(tmp_path / "2")
+    )
+    found = answer(
+        "sensitivity", str(saved), "--scheme", "int8:block=32", "--where", "blocks.0.ffn"
+    )
+    assert {row["scheme"] for row in found["rows"]} == {"int8 block=32"}
