@@ -29,6 +29,7 @@ __all__ = [
     "need",
     "reason",
     "shown",
+    "speaks",
     "suggest",
     "unknown",
 ]
@@ -54,9 +55,18 @@ class MissingExtra(ImportError):
     """An optional package is not installed; the message carries the install command."""
 
 
+_SPEAKERS = {__package__}
+"""Import packages whose ``raise`` statements tell users something."""
+
+
+def speaks(package: str) -> None:
+    """Take what a plug-in's import package raises for refusals, as `is_refusal` does with ours."""
+    _SPEAKERS.add(package)
+
+
 def is_refusal(error: BaseException) -> bool:
     """True for what was raised to tell a user something: the classes of this file, and a ValueError,
-    TypeError or OSError that a ``raise`` statement of this library made. What Python, torch or ONNX Runtime
+    TypeError or OSError that a ``raise`` statement of this library, or of a plug-in, made. What Python, torch or ONNX Runtime
     raise inside is a fault of ours, whatever its class.
     """
     if isinstance(error, (CapabilityError, FormatError, MissingExtra)):
@@ -70,7 +80,7 @@ def is_refusal(error: BaseException) -> bool:
         return False
     code, name = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__"))
     raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and name.partition(".")[0] == __package__
+    return raised and name.partition(".")[0] in _SPEAKERS
 
 
 def need(module: str, extra: str | None = None) -> ModuleType:

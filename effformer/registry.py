@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from .arguments import checked
-from .checks import unknown
+from .checks import speaks, unknown
 from .retired import became
 
 __all__ = [
@@ -294,6 +294,7 @@ def _load_plugins() -> None:
         _PLUGINS[key] = None
         try:
             point.load()
+            speaks(point.value.partition(":")[0].partition(".")[0])
         except Exception as error:
             _PLUGINS[key] = f"{type(error).__name__}: {error}"
             warnings.warn(

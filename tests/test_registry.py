@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 import effformer
 from effformer import registry
 from effformer.attention import Softmax
+from effformer.checks import is_refusal
 from effformer.registry import Caps, Registry
 
 
@@ -151,6 +153,26 @@ def test_a_broken_plugin_is_named_and_the_others_go_on(plug_in: Callable[..., No
         "bad of package broken-package": "ImportError: no module named 'gone'",
         "good of package some-package": None,
     }
+
+
+def test_what_a_plugin_raises_is_told_to_users(
+    plug_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effformer.checks._SPEAKERS", {"effformer"})
+    there: dict[str, Any] = {"__name__": "some.parts"}
+    exec("def say():\n    raise ValueError('too many heads')\ndef slip():\n    int('x')\n", there)
+
+    def caught(call: Callable[[], None]) -> ValueError:
+        with pytest.raises(ValueError, match=r"heads|invalid literal") as found:
+            call()
+        return found.value
+
+    assert not is_refusal(caught(there["say"]))
+    kind = Registry("gadget", "effformer.ffn")
+    plug_in(_Point("p", lambda: kind.register("third-party")(nn.Identity)))
+    assert kind.names() == ["third-party"]
+    assert is_refusal(caught(there["say"]))
+    assert not is_refusal(caught(there["slip"]))  # of Python's own: a fault of the plug-in
 
 
 def test_a_core_of_a_plugin_is_an_attention_everywhere(plug_in: Callable[..., None]) -> None:

@@ -6,14 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
-from effformer.notebook import Shown, html_table
+from effformer.notebook import html_table
 from effformer.profile.html import page
 from effformer.profile.plots import Pareto
-from effformer.profile.save import save_report
+from effformer.profile.save import Saved
 from effformer.profile.tables import table
 
 from ..quant.control import Goal
@@ -49,7 +48,7 @@ class Tried:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Exploration(Shown):
+class Exploration(Saved):
     """What was tried.
 
     Attributes:
@@ -61,6 +60,8 @@ class Exploration(Shown):
         refused: candidates that could not be made, and why.
         how: the times were measured.
     """
+
+    KIND = EXPLORATION
 
     target: str
     share: float
@@ -157,18 +158,6 @@ class Exploration(Shown):
         said = [self.verdict(), *self._gone(), *self.how.splitlines()]
         words = "".join(f"<p>{escape(line)}</p>" for line in said)
         return f'<div class="plot">{self.plot().svg()}</div>{html_table(*self.table())}{words}'
-
-    @checked
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as .json, .html or .txt, by the suffix.
-
-        Raises:
-            ValueError: another suffix.
-            FormatError: the file cannot be written, or is something else (``force`` replaces it).
-        """
-        save_report(
-            path, EXPLORATION, data=self.to_dict, text=self.__str__, page=self._page, force=force
-        )
 
     def _page(self) -> str:
         title = f"Compressed for {self.target}={self.share:g}"

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 from effformer.arguments import checked
 from effformer.checks import FormatError
 from effformer.files import read_json
-from effformer.notebook import Shown, html_table
+from effformer.notebook import html_table
 from effformer.profile.html import page
 from effformer.profile.plots import Curves
-from effformer.profile.save import save_report
+from effformer.profile.save import Saved
 from effformer.profile.tables import size, table
 from effformer.values import Positive
 
@@ -99,7 +99,7 @@ class Expected:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sensitivity(Shown):
+class Sensitivity(Saved):
     """What `sensitivity` found.
 
     Attributes:
@@ -109,6 +109,8 @@ class Sensitivity(Shown):
         samples: that the outputs were compared on.
         machine: where the times were measured.
     """
+
+    KIND = SENSITIVITY
 
     rows: tuple[SensitivityRow, ...]
     schemes: Mapping[str, Mapping[str, Any]]
@@ -313,18 +315,6 @@ class Sensitivity(Shown):
     def _body(self) -> str:
         said = f"<p>{escape(self.how())}</p>"
         return f'<div class="plot">{self.curves().svg()}</div>{html_table(*self.table())}{said}'
-
-    @checked
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as .json, .html or .txt, by the suffix.
-
-        Raises:
-            ValueError: another suffix.
-            FormatError: the file cannot be written, or is something else (``force`` replaces it).
-        """
-        save_report(
-            path, SENSITIVITY, data=self.to_dict, text=self.__str__, page=self._page, force=force
-        )
 
     def _page(self) -> str:
         title = "Sensitivity of layers"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .common import Force, Json, Out, Set, emit, load, note, overrides, save_to
+from .common import Force, Json, Out, Set, emit, load, named, note, overrides, save_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,11 @@ Samples = Annotated[
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)],
     scheme: Annotated[
-        str | None, typer.Option(help="effformer list quantizers; default: int8.")
+        str | None,
+        typer.Option(
+            help="effformer list quantizers; with options int8:block=32. Default: int8.",
+            metavar="NAME[:KEY=VALUE,...]",
+        ),
     ] = None,
     where: Where = None,
     skip: Skip = None,
@@ -80,10 +84,10 @@ def compress(
     """Quantize the weights of a saved model; prints errors and sizes per layer. With --recipe: several verbs
     one after the other, such as prune, distill and quantize.
 
-    Options of the scheme go into --set: `--scheme int8 --set block=32`.
+    Options of the scheme stand behind its name, `--scheme int8:block=32`, or in --set.
 
     Examples: `effformer compress model --scheme nf4 -o model-nf4`,
-    `effformer compress runs/digits/model --scheme gptq --set block=32 --data sampler -o small`,
+    `effformer compress runs/digits/model --scheme gptq:block=32 --data sampler -o small`,
     `effformer compress model --recipe small.yaml --explain`,
     `effformer compress model --for latency=0.5 --data digits --quality accuracy -o half`
     """
@@ -117,9 +121,10 @@ def compress(
             "choose another folder"
         )
     check_folder(target, **model_folder("compressed", by="compress", force=force))
-    dense = load(str(model))
+    asked, dense = named(scheme or "int8"), load(str(model))
+    chosen = {"name": asked} if isinstance(asked, str) else asked
     small, report = quantize(
-        dense, {"name": scheme or "int8", **overrides(pairs=pairs)}, where or "*", skip=skip or (),
+        dense, chosen | overrides(pairs=pairs), where or "*", skip=skip or (),
         backend=backend, data=None if data is None else calibration(dense, data, samples, "compress"),
         inputs=dense.example_inputs() if data is None else None,
     )  # fmt: skip

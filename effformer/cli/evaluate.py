@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -51,7 +50,10 @@ def evaluate(
     size: Size = None,
     part: Annotated[
         Literal["train", "test"] | None,
-        typer.Option(help="Default: test for classifiers where there is one, else train."),
+        typer.Option(
+            help="Default: for classifiers test where there is one, else what their run held out, else "
+            "train; for generators train."
+        ),
     ] = None,
     samples: Annotated[
         int, typer.Option(help="Samples of a generator, of all classes alike.", min=2, max=10**5)
@@ -116,14 +118,30 @@ def quality_of(
 def _known(
     source: Path, data: str | None, size: str | None, part: Literal["train", "test"] | None
 ) -> tuple[Dataset, str]:
-    """The data, and which they are, in words; the test part where there is one if none is named."""
+    """The data, and which they are, in words. If no part is named, that is the test part where there is
+    one, else what the run held out, else everything.
+    """
     from ..train import load_data
     from ..train.datasets import has_test
 
-    named, side = _data_of(source, data, size)
-    if part is None:
-        part = "test" if has_test(named) else "train"
-    return load_data(named, part=part, size=sides(side)), f"{part} part of {named}"
+    call = _call_of(source)
+    named, side = _data_of(source, call, data, size)
+    if part is None and has_test(named):
+        part = "test"
+    found = load_data(named, part=part or "train", size=sides(side))
+    share = call.get("validation") if data is None else None
+    if part is None and share:
+        held_out = found.split(share, seed=call.get("seed", 0))[1]
+        return held_out, f"{len(held_out):,} samples of {named} that were held out of the training"
+    return found, f"{part or 'train'} part of {named}"
+
+
+def _call_of(source: Path) -> dict[str, Any]:
+    """How a run was begun, empty if that is not known."""
+    from ..train import read_run
+
+    call = (read_run(source).get("about") or {}).get("call") if is_run(source) else None
+    return call if isinstance(call, dict) else {}
 
 
 def _judged(
@@ -136,18 +154,17 @@ def _judged(
     return _accuracy(name, network, data, how)
 
 
-def _data_of(source: Path, data: str | None, size: str | None) -> tuple[str, str | int | None]:
+def _data_of(
+    source: Path, call: Mapping[str, Any], data: str | None, size: str | None
+) -> tuple[str, str | int | None]:
     """The name and the size of the data: those that are given, else those that a run was trained on.
 
     Raises:
         ValueError: nothing is given, and there is no run that would tell.
     """
-    from ..train import read_run
-
     if data is not None:
         return data, size
-    call = (read_run(source).get("about") or {}).get("call") if is_run(source) else None
-    if not isinstance(call, dict) or not isinstance(call.get("data"), str):
+    if not isinstance(call.get("data"), str):
         raise ValueError(
             f"evaluate: on what? {source} does not say on what it was trained; add --data digits, "
             "--data mnist:DIR or a folder of images by class"
@@ -182,9 +199,7 @@ def _accuracy(name: str, network: Any, data: Dataset, how: str) -> Quality:
     from ..profile import Quality
     from ..train import confusion
 
-    kind = next(network.parameters()).dtype
-    cast = {k: x.to(kind) if x.is_floating_point() else x for k, x in data.tensors.items()}
-    counts = confusion(network, replace(data, tensors=cast))
+    counts = confusion(network, data)
     return Quality(model=name, data=data.name, classes=data.classes, counts=_rows(counts), how=how)
 
 

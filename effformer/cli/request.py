@@ -13,14 +13,13 @@ import typer
 from ..checks import FormatError, unknown
 from ..values import plain
 from .common import note
+from .task import FITTED
 
 if TYPE_CHECKING:
     from effformer.config import Config
 
-__all__ = ["FITTED", "as_begun", "by_recipe", "call_of"]
+__all__ = ["as_begun", "by_recipe", "call_of"]
 
-FITTED = ("input_size", "channels", "num_classes", "learn_sigma")
-"""Options of a model that the data decide."""
 _LISTS = ("pairs", "train_pairs")
 
 

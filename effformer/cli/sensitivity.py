@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Force, Json, Out, emit, load
+from .common import Force, Json, Out, emit, load, named
 from .compress import Data, Samples, Skip, Where, calibration
 
 
@@ -16,7 +16,9 @@ def sensitivity(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="A format to try: effformer list quantizers. May be repeated; default: int8 and int4."
+            help="A format to try: effformer list quantizers; with options int8:block=32. May be repeated; "
+            "default: int8 and int4.",
+            metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = None,
     where: Where = None,
@@ -50,7 +52,7 @@ def sensitivity(
     goal = None if budget is None else _goal(budget)
     dense = load(str(model))
     found = run(
-        dense, scheme or ["int8", "int4"], where or "*", skip=skip or (),
+        dense, [named(text) for text in scheme or ("int8", "int4")], where or "*", skip=skip or (),
         data=None if data is None else calibration(dense, data, samples, "sensitivity"),
     )  # fmt: skip
     answer, text = found.to_dict(), str(found)

@@ -1,4 +1,4 @@
-"""`effformer train`: a class-conditional flow on labelled images."""
+"""`effformer train`: a flow that draws labelled images, or a classifier that tells their labels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checks import unknown
 from .common import (
     FFN,
     Attn,
     Block,
     Device,
+    Dtype,
     Json,
     Out,
     Seed,
@@ -22,7 +22,7 @@ from .common import (
     emit,
     is_run,
     load,
-    named,
+    moved,
     note,
     overrides,
     placed,
@@ -30,12 +30,16 @@ from .common import (
     set_threads,
     sides,
 )
-from .request import FITTED, as_begun, by_recipe, call_of
+from .request import as_begun, by_recipe, call_of
+from .task import task_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from effformer.train import Dataset, Objective, TrainConfig
+    from effformer.train import Dataset, Objective, TrainConfig, TrainResult
+
+    from .task import Task
+    from .training import Watch
 
 LONG = 100
 """Steps from which on it is worth to measure before how long they will take."""
@@ -46,15 +50,15 @@ def train(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A model name of a flow family, for instance sit-tiny; with --resume also the folder "
-            "of a run, with --recipe not needed."
+            help="Name of a model that draws images of classes, for instance sit-tiny, or tells them, for "
+            "instance vit-tiny; with --resume also the folder of a run, with --recipe not needed."
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Model, data and options that are known to work: digits, digits-quick. What is given "
-            "beside it wins."
+            help="Model, data and options that are known to work: digits, digits-quick, mnist (with --data "
+            "mnist:DIR). What is given beside it wins."
         ),
     ] = None,
     data: Annotated[
@@ -63,8 +67,12 @@ def train(
     ] = "digits",
     size: Size = None,
     validation: Annotated[
-        float, typer.Option(help="Share of the data that is held out to measure the loss on.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Share of the data that is held out to measure loss and accuracy on; default: 0.1 for "
+            "classifiers, else 0."
+        ),
+    ] = None,
     flip: Annotated[
         float, typer.Option(help="Probability of mirroring an image; not for digits or letters.")
     ] = 0.0,
@@ -89,14 +97,17 @@ def train(
         ),
     ] = None,
     loss: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="effformer list losses; with options flow-matching:time=logit-normal,cosine=1.",
+            help="effformer list losses; with options flow-matching:time=logit-normal,cosine=1. Default: "
+            "flow-matching; of classifiers cross-entropy, with cross-entropy:smoothing=0.1.",
             metavar="NAME[:KEY=VALUE,...]",
         ),
-    ] = "flow-matching",
+    ] = None,
     objective: Annotated[str | None, typer.Option(hidden=True)] = None,
-    label_drop: Annotated[float, typer.Option(help="Share of labels dropped for guidance.")] = 0.1,
+    label_drop: Annotated[
+        float | None, typer.Option(help="Share of labels dropped for guidance; default: 0.1.")
+    ] = None,
     attn: Attn = None,
     ffn: FFN = None,
     block: Block = None,
@@ -114,6 +125,7 @@ def train(
         typer.Option(help="Steps between grids of samples and held-out losses.", max=10**9),
     ] = 500,
     device: Device = "cpu",
+    dtype: Dtype = None,
     amp: Annotated[
         bool, typer.Option("--amp", help="Compute in bfloat16, on float32 weights.")
     ] = False,
@@ -127,23 +139,21 @@ def train(
     model.
 
     Image size, channels and number of classes follow the data. A killed run continues with --resume
-    and ends with the same weights.
+    and ends with the same weights. Weights in --dtype bfloat16 follow copies in float32.
 
     Examples: `effformer train --recipe digits --attn flow -o runs/digits`, `effformer train --resume
-    runs/digits`, `effformer train sit-tiny --data photos --size 32 --loss
+    runs/digits`, `effformer train vit-nano --data digits -o runs/vit`, `effformer train sit-tiny --data photos --size 32 --loss
     flow-matching:time=logit-normal -o runs/photos`
     """
     import torch
 
     from ..files import check_folder
     from ..io import model_folder, save_pretrained
-    from ..train import Augmented, Generation, TrainConfig, Validation, load_data
+    from ..train import Augmented, TrainConfig, Validation
     from ..train import train as run
     from ..train.recipes import RECIPES
     from .training import Watch, header
 
-    if not 0 <= validation < 1:
-        raise ValueError(f"--validation must lie in [0, 1), got {validation:g}")
     if recipe is not None:
         return train(context, **by_recipe(recipe, context))
     if model is None:
@@ -157,40 +167,64 @@ def train(
     check_folder(folder / "model", **model_folder("trained", by="train"))
     if Path(model).is_dir():
         raise ValueError(f"train: {model} is a saved model; training starts from a model's name")
+    _check_dtype(dtype)
     set_threads(threads)
-    images, held_out = _split(load_data(data, size=sides(size)), validation, seed)
-    changes = _fit(model, images) | overrides(attn, ffn, block, pairs)
+    task = task_of(model, loss, label_drop)
+    share = task.validation if validation is None else validation
+    context.params["validation"] = share  # what the run keeps
+    images, held_out = _split(data, sides(size), share, seed)
+    changes = task.fitted(images) | overrides(attn, ffn, block, pairs)
     config = TrainConfig.from_dict(
         {"steps": steps, "batch": batch, "lr": lr, "warmup": min(warmup, steps), "seed": seed}
         | overrides(pairs=train_pairs, flag="--train"),
         where="train",
     )
-    goal = Generation.from_dict({"loss": named(loss), "label_drop": label_drop}, where="train")
+    goal = task.objective
     changed = Augmented(task=goal, flip=flip, shift=shift) if flip or shift else goal
-    network = load(model, changes, seed=seed).to(placed(device))
+    network = moved(load(model, changes, seed=seed), device, dtype)
     trained: nn.Module = torch.compile(network) if compiled else network  # type: ignore[assignment]
     with torch.autocast(placed(device).type, torch.bfloat16, enabled=amp):
         config, pace = _timed(network, images, changed, config, minutes, folder if resume else None)
         note(title := header(network, images, config, pace))
         watch = Watch(
             folder, title, None if held_out is None else Validation(data=held_out, objective=goal),
-            pictures=images.value_range is not None and images["x"].shape[1] in (1, 3),
+            task.draws and images.value_range is not None and images["x"].shape[1] in (1, 3),
         )  # fmt: skip
         result = run(
             trained, images, changed, config, out=folder, resume=resume, save_every=save_every,
             evaluate=watch, evaluate_every=evaluate_every, about={"call": call_of(context, config.steps)},
         )  # fmt: skip
     saved = save_pretrained(network, folder / "model", by="train")
-    report = watch.report()
-    data_out = {
+    emit(*_told(result, saved, watch, task), as_json)
+
+
+def _told(result: TrainResult, saved: Path, watch: Watch, task: Task) -> tuple[dict[str, Any], str]:
+    """What came of a training, for programs and for people."""
+    report, measured = watch.report(), watch.measured()
+    facts = {
         "model": str(saved), "steps": result.steps, "seconds": result.seconds, "loss": result.loss,
         "resumed": result.resumed, "checkpoint": str(result.checkpoint), "report": str(report),
     }  # fmt: skip
+    right = f", {measured['val_accuracy']:.1%} of held-out images right" if measured else ""
     text = (
-        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}; model in {saved}, "
-        f"curves in {report}; next: effformer sample {folder} -o samples.png"
+        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{right}; model in {saved}, "
+        f"curves in {report}; next: effformer "
+        + (f"sample {watch.run} -o samples.png" if task.draws else f"evaluate {watch.run}")
     )
-    emit(data_out, text, as_json)
+    return facts | measured, text
+
+
+def _check_dtype(dtype: str | None) -> None:
+    """Refuse numbers in which gradients vanish.
+
+    Raises:
+        ValueError: float16.
+    """
+    if dtype == "float16":
+        raise ValueError(
+            "train: --dtype float16: small gradients become zero in it, and this loop scales no losses; "
+            "--dtype bfloat16 has the range of float32, --amp keeps weights in float32"
+        )
 
 
 def left(
@@ -203,10 +237,20 @@ def left(
     return "there is no checkpoint yet, the training begins anew"
 
 
-def _split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    if share == 0:
-        return data, None
-    return data.split(share, seed=seed)
+def _split(
+    source: str, size: int | tuple[int, int] | None, share: float, seed: int
+) -> tuple[Dataset, Dataset | None]:
+    """What is learned, and what is held out.
+
+    Raises:
+        ValueError: a share that is none.
+    """
+    from ..train import load_data
+
+    if not 0 <= share < 1:
+        raise ValueError(f"--validation must lie in [0, 1), got {share:g}")
+    data = load_data(source, size=size)
+    return data.split(share, seed=seed) if share else (data, None)
 
 
 def _timed(
@@ -236,22 +280,3 @@ def _timed(
     if resumed is not None and is_run(resumed):  # its schedule ends where it was to end
         steps = read_run(resumed)["config"]["steps"]
     return config.replace(steps=steps, warmup=min(config.warmup, steps)), pace
-
-
-def _fit(model: str, images: Any) -> dict[str, Any]:
-    """Config fields that the data decide.
-
-    Raises:
-        ValueError: the model is no class-conditional image model.
-    """
-    from ..registry import model as registry
-
-    height, width = images["x"].shape[2:]
-    size = height if height == width else (height, width)
-    values = (size, images["x"].shape[1], len(images.classes), False)
-    fitted = dict(zip(FITTED, values, strict=True))
-    fields = registry.get(model).preset.to_dict()
-    if not set(fitted) <= set(fields):
-        names = [e.name for e in registry if set(fitted) <= set(e.preset.to_dict())]
-        raise unknown("class-conditional image model", model, names, where="train")
-    return fitted

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "header", "seconds_per_step"]
 
+ACCURACY = "val_accuracy"
 KIND = "training"
 """Of the pages and pictures that stand in the folder of a run."""
 
@@ -56,7 +57,8 @@ def seconds_per_step(
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Looks at a model while it is trained: loss on held-out data, a grid of samples, a page.
+    """Looks at a model while it is trained: loss on held-out data, of a classifier the accuracy as well, a
+    grid of samples, a page.
 
     Attributes:
         run: folder of the run.
@@ -74,6 +76,13 @@ class Watch:
         if self.pictures:
             self._draw(model, step)
         return {} if self.validation is None else self.validation(model, step)
+
+    def measured(self) -> dict[str, float]:
+        """The last accuracy on held-out data, empty if there is none."""
+        from ..train import read_metrics
+
+        points = _points(read_metrics(self.run), ACCURACY)
+        return {ACCURACY: points[-1][1]} if points else {}
 
     def _draw(self, model: nn.Module, step: int) -> None:
         """One sample of each of the first ten classes."""
@@ -105,6 +114,7 @@ class Watch:
             _tiles(records),
             "<h2>Loss</h2>",
             f'<div class="plot">{Curves(_some(losses), "step", "loss").svg()}</div>',
+            *_plot("Accuracy", "share of held-out samples", _points(records, ACCURACY)),
             "<h2>Learning rate</h2>",
             f'<div class="plot">{Curves(_some({"lr": _points(records, "lr")}), "step", "rate").svg()}</div>',
             *self._grids(),
@@ -129,6 +139,18 @@ def _points(records: Sequence[Mapping[str, float]], name: str) -> list[tuple[flo
     return [(r["step"], r[name]) for r in records if name in r]
 
 
+def _plot(title: str, axis: str, points: list[tuple[float, float]]) -> list[str]:
+    """A curve under its title, nothing if there are no points."""
+    from ..profile.plots import Curves
+
+    if not points:
+        return []
+    return [
+        f"<h2>{title}</h2>",
+        f'<div class="plot">{Curves({axis: points}, "step", axis).svg()}</div>',
+    ]
+
+
 def _some(
     lines: Mapping[str, list[tuple[float, float]]],
 ) -> dict[str, list[tuple[float, float]]]:
@@ -147,4 +169,6 @@ def _tiles(records: Sequence[Mapping[str, float]]) -> str:
     ]
     if held_out := _points(records, "val_loss"):
         shown.insert(2, (f"{held_out[-1][1]:.4f}", "loss on held-out data"))
+    if right := _points(records, ACCURACY):
+        shown.insert(1, (f"{right[-1][1]:.1%}", "of held-out data right"))
     return tiles(shown)

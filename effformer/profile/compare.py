@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,6 @@ from effformer import registry
 from effformer.arguments import checked
 from effformer.calls import Inputs
 from effformer.checks import unknown
-from effformer.notebook import Shown
 from effformer.values import Threads, Times, Warmup
 
 from .html import comparison_section, report_page
@@ -22,7 +20,7 @@ from .latency import Latency, interleave
 from .plots import Pareto
 from .profiler import Progress, profile
 from .result import Profile
-from .save import COMPARISON, save_report
+from .save import COMPARISON, Saved
 from .tables import amount, size, table
 
 __all__ = ["METRICS", "Comparison", "ComparisonRow", "Metric", "compare"]
@@ -106,13 +104,15 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison(Shown):
+class Comparison(Saved):
     """Models side by side.
 
     Attributes:
         rows: one per model, in the order given.
         how: how the times were measured, in words.
     """
+
+    KIND = COMPARISON
 
     rows: tuple[ComparisonRow, ...]
     how: str = ""
@@ -192,20 +192,9 @@ class Comparison(Shown):
             for row in self.rows
         ]
 
-    @checked
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as .json, .html (one self-contained page) or .txt.
-
-        Raises:
-            ValueError: another suffix.
-            FormatError: the file cannot be written, or is no earlier comparison (``force`` replaces
-                it all the same); what was there before is intact.
-        """
+    def _page(self) -> str:
         profiles = [row.profile for row in self.rows if row.profile is not None]
-        save_report(
-            path, COMPARISON, data=self.to_dict, text=self.__str__,
-            page=lambda: report_page(profiles, self), force=force,
-        )  # fmt: skip
+        return report_page(profiles, self)
 
     def __str__(self) -> str:
         return "\n".join([table(*self.table()), *([self.how] if self.how else [])])

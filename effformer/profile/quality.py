@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from effformer.arguments import checked
-from effformer.notebook import Shown, html_table
+from effformer.notebook import html_table
 from effformer.values import Checked, Fraction, Natural, NonNegative
 
 from .html import page, tiles
 from .plots import Confusion
-from .save import QUALITY, save_report
+from .save import QUALITY, Saved
 from .tables import table
 
 __all__ = ["Quality"]
@@ -23,7 +21,7 @@ MOST = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quality(Shown, Checked):
+class Quality(Saved, Checked):
     """What a classifier takes the samples of every class for, or what a judge takes those for that a
     generator drew.
 
@@ -39,6 +37,8 @@ class Quality(Shown, Checked):
         floor: the same distance of as many real samples.
         how: how it was measured, in words.
     """
+
+    KIND = QUALITY
 
     model: str
     data: str
@@ -102,19 +102,6 @@ class Quality(Shown, Checked):
             "judge_accuracy": self.judge, "classes": list(self.classes),
             "confusion": [list(row) for row in self.counts], "how": self.how,
         }  # fmt: skip
-
-    @checked
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as .json, .html (one self-contained page with a picture) or .txt.
-
-        Raises:
-            ValueError: another suffix.
-            FormatError: the file cannot be written, or is something else (``force`` replaces it all
-                the same); what was there before is intact.
-        """
-        save_report(
-            path, QUALITY, data=self.to_dict, text=self.__str__, page=self._page, force=force
-        )
 
     def confusion(self) -> Confusion:
         """The counts as a picture."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
-from effformer.notebook import Shown
 from effformer.values import Natural
 
 from .crosscheck import Row
@@ -15,7 +13,7 @@ from .formulas import CONVENTION
 from .html import profile_section, report_page
 from .memory import Memory
 from .parts import PART_LABELS
-from .save import PROFILE, save_report
+from .save import PROFILE, Saved
 from .tables import amount, size, table
 from .tree import tree_text
 
@@ -23,7 +21,7 @@ __all__ = ["Profile"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile(Shown):
+class Profile(Saved):
     """The cost of one forward. MACs are dense: dynamic parts count as if nothing were skipped.
 
     ``sum(by_op.values()) == sum(by_part.values()) == by_module[""] == total``.
@@ -51,6 +49,8 @@ class Profile(Shown):
         notes: what a reader of the numbers must know.
         cross_check: comparison with other counters, empty if it was not asked for.
     """
+
+    KIND = PROFILE
 
     name: str
     inputs: tuple[tuple[int, ...], ...]
@@ -95,19 +95,8 @@ class Profile(Shown):
             for path, macs in self.by_module.items()
         ]
 
-    @checked
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the profile; the suffix decides: .json, .html (one self-contained page) or .txt.
-
-        Raises:
-            ValueError: another suffix.
-            FormatError: the file cannot be written, or is no earlier profile (``force`` replaces it
-                all the same); what was there before is intact.
-        """
-        save_report(
-            path, PROFILE, data=self.to_dict, text=self.__str__, page=lambda: report_page([self]),
-            force=force,
-        )  # fmt: skip
+    def _page(self) -> str:
+        return report_page([self])
 
     def __str__(self) -> str:
         """Everything, for a terminal."""

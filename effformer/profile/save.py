@@ -5,55 +5,62 @@ complete or not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from effformer.arguments import checked
 from effformer.files import atomic_path, mark
+from effformer.notebook import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COMPARISON", "PROFILE", "QUALITY", "SUFFIXES", "save_figure", "save_report"]
+__all__ = ["COMPARISON", "PROFILE", "QUALITY", "SUFFIXES", "Saved", "save_figure"]
 
 SUFFIXES = (".json", ".html", ".txt")
 PROFILE, COMPARISON, FIGURE, QUALITY = "profile", "comparison", "figure", "quality"
 
 
-def save_report(
-    path: str | Path,
-    kind: str,
-    *,
-    data: Callable[[], Any],
-    text: Callable[[], str],
-    page: Callable[[], str],
-    force: bool = False,
-) -> None:
-    """Write a result as .json, .html or .txt.
+class Saved(Shown):
+    """A result that becomes a file: of its ``to_dict``, of its text, or of its page."""
 
-    Args:
-        path: the file: new, or an earlier result of the same kind.
-        kind: of result, see `effformer.files.mark`; the page carries it already.
-        data: gives plain JSON values.
-        text: gives the text for a terminal.
-        page: gives the HTML document.
-        force: replace any file.
+    __slots__ = ()
+    KIND: ClassVar[str]
+    """Of result, see `effformer.files.mark`; the page carries it already."""
 
-    Raises:
-        ValueError: another suffix.
-        FormatError: the file cannot be written, or is something else; an existing one is intact.
-    """
-    suffix = Path(path).suffix
-    if suffix not in SUFFIXES:
-        raise ValueError(
-            f"save: {str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        )
-    if suffix == ".json":
-        content = json.dumps({"generator": mark(kind), **data()}, indent=2) + "\n"
-    else:
-        content = page() if suffix == ".html" else f"{text()}\n\n{mark(kind)}\n"
-    with atomic_path(path, kind, force=force) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+
+    @abstractmethod
+    def _page(self) -> str:
+        """The HTML document."""
+
+    @checked
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write as .json, .html (one self-contained page) or .txt, by the suffix.
+
+        Args:
+            path: the file: new, or an earlier result of the same kind.
+            force: replace any file.
+
+        Raises:
+            ValueError: another suffix.
+            FormatError: the file cannot be written, or is something else; what was there before is
+                intact.
+        """
+        suffix = Path(path).suffix
+        if suffix not in SUFFIXES:
+            raise ValueError(
+                f"save: {str(path)!r} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+            )
+        if suffix == ".json":
+            content = json.dumps({"generator": mark(self.KIND), **self.to_dict()}, indent=2) + "\n"
+        else:
+            content = self._page() if suffix == ".html" else f"{self}\n\n{mark(self.KIND)}\n"
+        with atomic_path(path, self.KIND, force=force) as temporary:
+            temporary.write_text(content, encoding="utf-8")
 
 
 def save_figure(path: str | Path, figure: Figure, *, where: str, force: bool = False) -> None:

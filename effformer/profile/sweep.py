@@ -6,18 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from effformer.arguments import checked
 from effformer.checks import unknown
-from effformer.notebook import Shown
 from effformer.values import Natural
 
 from .compare import Comparison, ComparisonRow
 from .html import comparison_section, page
 from .plots import Curves
-from .save import COMPARISON, save_report
+from .save import COMPARISON, Saved
 from .tables import size, table
 
 __all__ = ["Sweep", "crossover"]
@@ -46,13 +44,15 @@ def crossover(first: Mapping[float, float], other: Mapping[float, float]) -> flo
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep(Shown):
+class Sweep(Saved):
     """The same models at several values of one option.
 
     Attributes:
         option: what was changed.
         found: value -> comparison; the rows of all have the same names.
     """
+
+    KIND = COMPARISON
 
     option: str
     found: Mapping[float, Comparison]
@@ -134,18 +134,6 @@ class Sweep(Shown):
     def _body(self) -> str:
         words = "".join(f"<p>{escape(line)}</p>" for line in self.verdicts())
         return f'<div class="plot">{self.curves().svg()}</div>{words}'
-
-    @checked
-    def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as .json, .html or .txt, by the suffix.
-
-        Raises:
-            ValueError: another suffix.
-            FormatError: the file cannot be written, or is something else (``force`` replaces it).
-        """
-        save_report(
-            path, COMPARISON, data=self.to_dict, text=self.__str__, page=self._page, force=force
-        )
 
     def _page(self) -> str:
         title = f"{', '.join(self.names)} over {self.option}"

@@ -16,7 +16,7 @@ from effformer.arguments import Shape, checked
 from effformer.values import Count, Seed
 
 from ..calls import bind, device_of, evaluating, match
-from .datasets import Dataset, load_data
+from .datasets import Dataset, half_of, load_data, placed
 from .loop import TrainConfig, train
 from .objectives import Classification, check_logits
 
@@ -72,10 +72,10 @@ def _answers(
     model: nn.Module, data: Dataset, batch: int, where: str
 ) -> Iterator[tuple[Any, Tensor]]:
     """What a model returns, and the classes (B,) that it should tell; batch after batch."""
-    device = device_of(model)
+    device, half = device_of(model), half_of(model)
     with evaluating(model), torch.inference_mode():
         for rows in torch.arange(len(data)).chunk(max(1, len(data) // batch)):
-            given = {name: x.to(device) for name, x in data.rows(rows).items()}
+            given = placed(data.rows(rows), device, half)
             target = given.pop(data.target)
             yield match(model, given, where=where)(model), target
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
 from effformer.arguments import Shape, checked
 from effformer.notebook import Shown, picture_grid, tables
@@ -25,7 +25,9 @@ from effformer.values import Checked, Fraction, Range, Seed
 from ..checks import check_ids, need, unknown
 from .readers import Size, cut_away, find_idx, read_folder, read_idx, resize
 
-__all__ = ["Dataset", "load_data"]
+__all__ = ["Dataset", "half_of", "load_data", "placed"]
+
+HALVES = (torch.float16, torch.bfloat16)
 
 Part = Literal["train", "test"]
 Side = Annotated[int, Range(1, 16384)]
@@ -308,3 +310,18 @@ def _dataset(
         images = resize(images, size)
     tensors = {"x": images, "y": labels.long()}
     return Dataset(name, tensors, tuple(classes), value_range=(-1.0, 1.0), cut=cut)
+
+
+def half_of(model: nn.Module) -> torch.dtype | None:
+    """The type of weights in half precision, None if there are none."""
+    return next((p.dtype for p in model.parameters() if p.dtype in HALVES), None)
+
+
+def placed(
+    batch: Mapping[str, Tensor], device: torch.device, half: torch.dtype | None
+) -> dict[str, Tensor]:
+    """A batch where a model is, its float32 numbers in half precision where the weights are."""
+    moved = {name: x.to(device) for name, x in batch.items()}
+    if half is None:
+        return moved
+    return {n: x.to(half) if x.dtype == torch.float32 else x for n, x in moved.items()}

@@ -36,7 +36,7 @@ from ..context import Ledger
 from ..flow.conventions import recorded
 from ..wrapped import bare, unwrapped, unwrapping
 from .checkpoint import RunFolder, check_fit, parts
-from .datasets import Dataset
+from .datasets import Dataset, half_of, placed
 from .ema import EMA
 from .objectives import Objective, trained_by
 from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
@@ -48,7 +48,6 @@ __all__ = ["DivergenceError", "Evaluation", "TrainConfig", "TrainResult", "train
 Evaluation = Callable[[nn.Module, int], Mapping[str, float] | None]
 """What looks at a model in training: (model, steps done) -> numbers by name."""
 
-HALVES = (torch.float16, torch.bfloat16)
 RECORDED = ("step", "loss", "lr", "grad_norm", "seconds")
 """Names of the numbers that every record holds."""
 
@@ -341,7 +340,7 @@ class _Trainer:
         self.optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas)
         self.trainable = [self.optimizer.stepped(p) for p in model.parameters() if p.requires_grad]
         self.device = self.trainable[0].device
-        self.half = next((p.dtype for p in model.parameters() if p.dtype in HALVES), None)
+        self.half = half_of(model)
         self.ema = None if config.ema is None else EMA(model, config.ema, warmup=True)
         self.generator = torch.Generator()
         self.order = Order(len(data), config.batch, config.seed)
@@ -358,7 +357,7 @@ class _Trainer:
         self._seed()
         loss = torch.zeros((), device=self.device)
         for rows in self.order.rows(self.done).chunk(config.accumulate):
-            batch = self._placed(self.data.rows(rows))
+            batch = placed(self.data.rows(rows), self.device, self.half)
             ledger = Ledger(step=self.done)
             value = self.objective(self.model, batch, self.generator, ledger)
             _check_loss(value)
@@ -485,13 +484,6 @@ class _Trainer:
     def seconds(self) -> float:
         """Time spent, over all resumes."""
         return self._spent + time.perf_counter() - self._began
-
-    def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the device of the model, and in half precision where its weights are."""
-        placed = {name: x.to(self.device) for name, x in batch.items()}
-        if self.half is None:
-            return placed
-        return {n: x.to(self.half) if x.dtype == torch.float32 else x for n, x in placed.items()}
 
     def _lr(self, step: int) -> float:
         config = self.config

@@ -10,7 +10,7 @@ from ..flow.losses import FlowMatching
 from .loop import TrainConfig
 from .objectives import Generation
 
-__all__ = ["DIGITS", "DIGITS_QUICK", "RECIPES", "Recipe"]
+__all__ = ["DIGITS", "DIGITS_QUICK", "MNIST", "RECIPES", "Recipe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,5 +63,19 @@ DIGITS_QUICK = Recipe(
 )
 """`DIGITS` in a third of the time."""
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({"digits": DIGITS, "digits-quick": DIGITS_QUICK})
+MNIST = Recipe(
+    model=DIGITS.model,
+    overrides=MappingProxyType(
+        {"input_size": 28, "channels": 1, "num_classes": 10, "learn_sigma": False, "patch": 4}
+    ),
+    data="mnist",
+    objective=DIGITS.objective,
+    config=TrainConfig(steps=3000, batch=64, lr=4e-3, warmup=100, ema=0.998),
+    measured="",
+)
+"""MNIST, 28 x 28, in 49 tokens."""
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {"digits": DIGITS, "digits-quick": DIGITS_QUICK, "mnist": MNIST}
+)
 """By the names that ``effformer train --recipe`` takes."""

@@ -9,15 +9,16 @@ from torch import nn
 
 from ..context import Ledger
 from ..values import Checked, Count, Seed
-from .datasets import Dataset
-from .objectives import Objective
+from .classifier import accuracy
+from .datasets import Dataset, half_of, placed
+from .objectives import Classification, Objective
 
 __all__ = ["Validation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation(Checked):
-    """The loss on data that were held out, for ``train(..., evaluate=Validation(...))``.
+    """The loss, and of a classifier the accuracy, on data that were held out, for ``train(..., evaluate=Validation(...))``.
 
     Randomness (times, noise, dropped labels) is the same every time, so that two numbers differ by
     the weights alone.
@@ -37,12 +38,18 @@ class Validation(Checked):
     seed: Seed = 0
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
-        """``{"val_loss": mean over the samples}``."""
-        device = next(model.parameters()).device
+        """``{"val_loss": mean over the samples}``, and ``"val_accuracy"``, in [0, 1], if the objective is
+        `Classification`.
+        """
+        device, half = next(model.parameters()).device, half_of(model)
         generator = torch.Generator().manual_seed(self.seed)
         count, total = min(len(self.data), self.most), 0.0
         for rows in torch.arange(count).split(self.batch):
-            batch = {name: x.to(device) for name, x in self.data.rows(rows).items()}
+            batch = placed(self.data.rows(rows), device, half)
             loss = self.objective(model, batch, generator, Ledger(step=step))
             total += loss.item() * len(rows)
-        return {"val_loss": total / count}
+        found = {"val_loss": total / count}
+        if isinstance(self.objective, Classification):
+            seen = self.data.subset(torch.arange(count))
+            found["val_accuracy"] = accuracy(model, seen, batch=self.batch)
+        return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from effformer import load_model
 from effformer.cli.common import named, pairs_of
 from effformer.config import resolve
 from effformer.flow.losses import FlowMatching
@@ -51,10 +52,20 @@ def test_pairs_end_where_their_brackets_do() -> None:
     assert pairs_of("a=[1,b=2") == ["a=[1,b=2"]  # never closed: its value is refused
 
 
+def mnist(folder: Path) -> str:
+    """As `load_data` names a folder with files of the kind of MNIST, one image a class."""
+    for kind, head, size in (("images-idx3", (10, 28, 28), 7840), ("labels-idx1", (10,), 10)):
+        sizes = b"".join(n.to_bytes(4, "big") for n in head)
+        raw = bytes([0, 0, 8, len(head)]) + sizes + bytes(range(10)) * (size // 10)
+        (folder / f"train-{kind}-ubyte").write_bytes(raw)
+    return f"mnist:{folder}"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_decides_what_is_not_given(name: str, tmp_path: Path) -> None:
     recipe, run = RECIPES[name], tmp_path / "run"
-    done = invoke("train", "--recipe", name, "--steps", "2", *FEW, "-o", str(run))
+    data = ("--data", mnist(tmp_path)) if recipe.data == "mnist" else ()
+    done = invoke("train", "--recipe", name, "--steps", "2", *FEW, *data, "-o", str(run))
     assert recipe.measured in done.stderr
     facts = read_run(run)
     expected = recipe.config.replace(steps=2, batch=2, warmup=0, ema=0.5)
@@ -71,7 +82,9 @@ def test_a_recipe_decides_what_is_not_given(name: str, tmp_path: Path) -> None:
 
 def test_recipes_are_named_where_one_is_missing(tmp_path: Path) -> None:
     said = refusal("train", "--recipe", "digts", "-o", str(tmp_path / "run"))
-    assert "did you mean 'digits'? (choices: digits, digits-quick)" in said
+    assert "did you mean 'digits'? (choices: digits, digits-quick, mnist)" in said
+    said = refusal("train", "--recipe", "mnist", "-o", str(tmp_path / "run"))
+    assert "needs the folder that holds it: 'mnist:DIR'" in said
     assert "which model? Name one" in refusal("train", "-o", str(tmp_path / "run"))
 
 
@@ -104,3 +117,18 @@ def test_attentions_take_options_of_the_same_form(tmp_path: Path) -> None:
     one, other = ((tmp_path / name / "config.json").read_text() for name in "01")
     assert one == other
     assert '"eps": 1e-05' in one
+
+
+def test_schemes_take_options_of_the_same_form(saved: Path, tmp_path: Path) -> None:
+    for i, words in enumerate((["int8:block=32"], ["int8", "--set", "block=32"])):
+        invoke("compress", str(saved), "--scheme", *words, "-o", str(tmp_path / str(i)))
+    one, other = (load_model(tmp_path / name).transforms for name in "01")
+    assert one == other
+    assert '"block": 32' in json.dumps(one)
+    assert "unknown option 'blok'" in refusal(
+        "compress", str(saved), "--scheme", "int8:blok=32", "-o", str(tmp_path / "2")
+    )
+    found = answer(
+        "sensitivity", str(saved), "--scheme", "int8:block=32", "--where", "blocks.0.ffn"
+    )
+    assert {row["scheme"] for row in found["rows"]} == {"int8 block=32"}
