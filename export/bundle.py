@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer.arguments import checked
-from effformer.cache import GivenChange, ToldChange, cached
+from effformer.cache import cached
 from effformer.calls import device_of, evaluating
 from effformer.checks import FormatError, unknown
 from effformer.config import Config, Spec, resolve
@@ -32,22 +32,33 @@ from effformer.flow.conventions import (
     recorded,
     trained_of,
 )
-from effformer.flow.guidance import Guidance
 from effformer.flow.samplers import sample
 from effformer.notebook import Shown
-from effformer.values import Count, Natural, Real
+from effformer.values import Count, Natural, NonNegative, Real
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
 from . import pictures, run
-from .onnx import export_onnx
 from .packed import step_of
-from .quantize import QUANTIZED, QuantizeReport, quantize_onnx
+from .quantize import QuantizeReport
+from .velocity import (
+    Carrying,
+    Decoder,
+    Velocity,
+    examples,
+    guidance_of,
+    quantize_form,
+    seen,
+    write_graph,
+)
 from .verify import VerificationError, VerifyReport
 
 __all__ = ["BundleReport", "export_bundle"]
 
-Quantize = Literal["dynamic-uint8", "int8", "int4"]
+Quantize = Literal[
+    "dynamic", "dynamic-uint8", "dynamic-int8", "static", "static-uint8", "static-int8", "int8", "int4"
+]  # fmt: skip
+"""Names of `QUANTIZED`."""
 
 
 def _objection(folder: Path) -> str:
@@ -103,58 +114,6 @@ class BundleReport(Shown):
         }  # fmt: skip
 
 
-class _Velocity(nn.Module):
-    """A network of any convention as ``v(x, t, y)`` with t = 0 noise, t = 1 data, so that runners
-    need no algebra.
-    """
-
-    def __init__(self, network: nn.Module, convention: FlowConvention) -> None:
-        super().__init__()
-        self.network = network
-        self.field = None if convention == EFFFORMER else adapt(self._labelled, convention)
-
-    def _labelled(self, x: Tensor, label: Tensor, *, y: Tensor) -> Tensor:
-        out: Tensor = self.network(x, label, y)
-        return out
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self._labelled(x, t, y=y) if self.field is None else self.field(x, t, y=y)
-
-
-class _Carrying(nn.Module):
-    """The same with the change of all blocks: as a second output, or as an input in their place."""
-
-    def __init__(self, network: nn.Module, convention: FlowConvention, *, given: bool) -> None:
-        super().__init__()
-        self.parts = GivenChange(network) if given else ToldChange(network)
-        self.convention, self.given = convention, given
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, change: Tensor | None = None) -> Any:
-        told: list[Tensor] = []
-
-        def network(x: Tensor, label: Tensor, *, y: Tensor) -> Tensor:
-            if change is not None:
-                out: Tensor = self.parts(x, label, change, y=y)
-                return out
-            out, made = self.parts(x, label, y=y)
-            told.append(made)
-            return out
-
-        plain = self.convention == EFFFORMER
-        v = network(x, t, y=y) if plain else adapt(network, self.convention)(x, t, y=y)
-        return (v, told[0]) if told else v
-
-
-class _Decoder(nn.Module):
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.decoder(x)
-        return out
-
-
 @checked
 @unwrapping
 def export_bundle(
@@ -168,6 +127,7 @@ def export_bundle(
     convention: FlowConvention | str | None = None,
     cache: Spec | None = None,
     quantize: Quantize | None = None,
+    max_error: NonNegative | None = None,
     verify: bool = True,
     shape: tuple[Count, Count, Count] | None = None,
     num_classes: Count | None = None,
@@ -198,9 +158,13 @@ def export_bundle(
         cache: "reuse" or "newton" (`effformer.cache`): a second graph, ``light.onnx``, takes the change of
             all blocks in place of the blocks, and the runner skips them at the steps that the policy
             leaves out. None: no cache.
-        quantize: of the graphs, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4"
-            (which of them is faster: see `quantize_onnx`). Models quantized by `effformer.compress`
-            are exported as they are.
+        quantize: of the graphs, by ONNX Runtime: "dynamic-uint8", "static-int8", ..., or blockwise "int8"
+            and "int4" (which of them is faster: see `quantize_onnx`). Static ones are calibrated on what
+            the sampler of the bundle asks. Models quantized by `effformer.compress` are exported as
+            they are.
+        max_error: with ``quantize``: products go back into floating point, those first that regain most,
+            until the relative error of the velocity at times of the sampler is at most this. Measures
+            as often as there are products.
         verify: compare the graph with torch at three batch sizes (also after ``quantize``), and a
             sample of two steps.
         shape: (C, H, W) of a sample; like the next two, read from the config of our models if None.
@@ -222,6 +186,10 @@ def export_bundle(
     """
     if sampler not in run.SAMPLERS:
         raise unknown("sampler", sampler, list(run.SAMPLERS), where="export_bundle")
+    if max_error is not None and quantize is None:
+        raise ValueError(
+            "export_bundle: max_error is that of a quantized graph; give quantize, too"
+        )
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)
@@ -245,25 +213,21 @@ def export_bundle(
         "trained": record.to_dict(),
         "quantization": quantize,
     }  # fmt: skip
+    form: dict[str, Any] = {"quantize": quantize, "max_error": max_error, "verify": verify}
     with atomic_folder(folder, **_FOLDER, force=force) as temporary, evaluating(model):
-        network = _Velocity(model, record.convention)
-        told = network if policy is None else _Carrying(model, record.convention, given=False)
-        inputs = _inputs(size, classes)
-        parity, quantized = _write_velocity(
-            told, temporary / "velocity.onnx", inputs, quantize, verify
-        )
+        network = Velocity(model, record.convention)
+        told = network if policy is None else Carrying(model, record.convention, given=False)
+        inputs, data = examples(size, classes), _data(network, facts, quantize, max_error)
+        parity, quantized = _write(told, temporary / "velocity.onnx", inputs, data, **form)
         facts["graphs"] = {"velocity": "velocity.onnx", "decoder": None}
         if policy is not None:
-            with torch.no_grad():
-                inputs["change"] = told(**inputs)[1]
-            given = _Carrying(model, record.convention, given=True)
-            _write_velocity(given, temporary / "light.onnx", inputs, quantize, verify)
+            inputs, data = _with_change(told, inputs), [_with_change(told, one) for one in data]
+            given = Carrying(model, record.convention, given=True)
+            _write(given, temporary / "light.onnx", inputs, data, **form)
             facts["graphs"]["light"] = "light.onnx"
         if decoder is not None:
-            example, axes = _inputs(size, classes)["x"], {"x": {0: "batch"}}
-            export_onnx(
-                _Decoder(decoder), temporary / "decoder.onnx", example, dynamic=axes, verify=verify
-            )
+            example = {"x": inputs["x"]}
+            write_graph(Decoder(decoder), temporary / "decoder.onnx", example, verify=verify)
             facts["graphs"]["decoder"] = "decoder.onnx"
         for source in (run, pictures):
             shutil.copyfile(str(source.__file__), temporary / Path(str(source.__file__)).name)
@@ -365,39 +329,37 @@ def _schedule(policy: Config) -> dict[str, Any]:
     return {"order": 0} | policy.to_dict()
 
 
-def _inputs(size: tuple[int, int, int], classes: int) -> dict[str, Tensor]:
-    """Examples of what the graph of a velocity takes."""
-    draws = torch.Generator().manual_seed(0)
-    return {
-        "x": torch.randn(2, *size, generator=draws),
-        "t": torch.rand(2, generator=draws),
-        "y": torch.randint(0, classes, (2,), generator=draws),
-    }
+def _data(
+    network: Velocity, facts: dict[str, Any], quantize: str | None, max_error: float | None
+) -> list[dict[str, Tensor]]:
+    """What the graphs are asked, if the form of a bundle hangs on it."""
+    if quantize is None or not (quantize.startswith("static") or max_error is not None):
+        return []
+    return [call.tensors for call in seen(network, facts)]
 
 
-def _write_velocity(
-    network: nn.Module,
-    path: Path,
-    inputs: dict[str, Tensor],
-    quantize: str | None,
-    verify: bool,
-) -> tuple[VerifyReport | None, QuantizeReport | None]:
-    names = ["velocity", "change"] if isinstance(network, _Carrying) and not network.given else None
-    report = export_onnx(
-        network, path, inputs, dynamic={n: {0: "batch"} for n in inputs}, verify=verify,
-        output_names=names,
-    )  # fmt: skip
+def _with_change(told: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {**inputs, "change": told(**inputs)[1]}
+
+
+def _write(
+    network: nn.Module, path: Path, inputs: dict[str, Tensor], data: list[dict[str, Tensor]], *,
+    quantize: str | None, max_error: float | None, verify: bool,
+) -> tuple[VerifyReport | None, QuantizeReport | None]:  # fmt: skip
+    """Write a graph in its form; what was compared and quantized is what was written."""
+    parity = write_graph(network, path, inputs, verify=verify)
     if quantize is None:
-        return report.parity, None
+        return parity, None
     compared = (network, inputs) if verify else None
-    packed = quantize_onnx(path, path, **QUANTIZED[quantize], compared=compared)
+    packed = quantize_form(path, path, quantize, data=data, max_error=max_error, compared=compared)
     return packed.parity, replace(packed, parity=None)
 
 
 def _record(
     folder: Path,
     facts: dict[str, Any],
-    network: tuple[_Velocity, VelocityField] | None,
+    network: tuple[Velocity, VelocityField] | None,
     *,
     exact: bool,
 ) -> None:
@@ -432,7 +394,7 @@ def _record(
 
 
 def _drawn(
-    folder: Path, facts: dict[str, Any], network: _Velocity, field: VelocityField,
+    folder: Path, facts: dict[str, Any], network: Velocity, field: VelocityField,
     bundle: run.Bundle, tolerance: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Draw two samples in at most two steps by torch, under a cache in as many as show one that is
@@ -446,10 +408,7 @@ def _drawn(
     own, labels, shape = facts["sampler"], [0, facts["num_classes"] - 1], bundle.shape
     cache = own.get("cache") or {"warm": 0, "every": 0}
     steps = min(own["steps"], 2 + cache["warm"] + cache["every"])
-    rule = None
-    if own["guidance"] != 1.0:
-        channels: Any = own["guidance_channels"] or "all"
-        rule = Guidance(own["guidance"], {"y": facts["null_label"]}, channels=channels)
+    rule = guidance_of(own, facts["null_label"])
     noise = np.random.default_rng(0).standard_normal((len(labels), *shape), dtype=np.float32)
     device = device_of(network)
     expected = sample(

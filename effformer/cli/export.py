@@ -22,11 +22,14 @@ from .common import (
     save_to,
     stages,
 )
+from .compress import Samples, calibration
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
 
-Quantize = Literal["dynamic-uint8", "int8", "int4"]
+Quantize = Literal[
+    "dynamic", "dynamic-uint8", "dynamic-int8", "static", "static-uint8", "static-int8", "int8", "int4"
+]  # fmt: skip
 
 
 def export(
@@ -36,8 +39,28 @@ def export(
         typer.Option("--format", help="Default: onnx if --out ends in .onnx, else bundle."),
     ] = None,
     quantize: Annotated[
-        Quantize | None, typer.Option(help="Quantize the graph by ONNX Runtime.")
+        Quantize | None,
+        typer.Option(
+            help="Quantize the graph by ONNX Runtime. dynamic and static: with the weights that suit the CPU "
+            "here; static takes ranges of activations from --data; int8 and int4: weights alone."
+        ),
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="With --quantize: products go back into floating point until the relative error of the "
+            "outputs is at most this.",
+            min=0,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx: what --quantize static and --max-error look at, as of compress; default: 'sampler' for "
+            "generators. Bundles look at what their sampler asks."
+        ),
+    ] = None,
+    samples: Samples = 64,
     batch: Annotated[
         int, typer.Option(help="onnx: samples of the traced call.", min=1, max=10**6)
     ] = 2,
@@ -87,11 +110,13 @@ def export(
     place = save_to(out, "export")
     form = form or ("onnx" if place.suffix == ".onnx" else "bundle")
     own = {"--sampler": sampler, "--steps": steps, "--guidance": guidance, "--cache": cache}
-    ignored = own if form == "onnx" else {"--opset": opset, "--target": target}
+    ignored = own if form == "onnx" else {"--opset": opset, "--target": target, "--data": data}
     if given := [option for option, value in ignored.items() if value is not None]:
         raise ValueError(
             f"export: {', '.join(given)} means nothing to --format {form}; leave it out"
         )
+    if max_error is not None and quantize is None:
+        raise ValueError("export: --max-error is that of a quantized graph; add --quantize")
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
         stage(f"exporting {network.name}")
@@ -99,7 +124,8 @@ def export(
             options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
             options["sampler"] = "euler" if sampler is None else sampler
             options["cache"] = None if cache is None else named(cache)
-            data, size = _bundle(network, place, quantize, options, verify)
+            options |= {"quantize": quantize, "max_error": max_error, "verify": verify}
+            found, size = _bundle(network, place, options)
         else:
             options = {
                 "opset": opset,
@@ -107,16 +133,19 @@ def export(
                 "tolerance": tolerance,
                 "verify": verify,
             }
-            data, size = _onnx(network, place, quantize, options, batch, force=force)
-    parity = data["parity"]
+            how = {} if quantize is None else _how(network, quantize, max_error, data, samples)
+            found, size = _onnx(network, place, how, options, batch, force=force)
+    parity = found["parity"]
     lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]
     lines.append(_verified(parity) if parity else "not verified")
-    lines += _held(data if "ranges" in data else parity or {})
-    if packed := data.get("quantized"):
+    lines += _held(found if "ranges" in found else parity or {})
+    if packed := found.get("quantized"):
+        left = f", {len(packed['left'])} left in floating point" if packed["left"] else ""
         lines.append(
-            f"quantized by ONNX Runtime: {packed['quantized']} products, {packed['ratio']:.2f}x"
+            f"quantized by ONNX Runtime ({packed['scheme']}): {packed['quantized']} products{left}, "
+            f"{packed['ratio']:.2f}x"
         )
-    emit(data, "\n".join(lines), as_json)
+    emit(found, "\n".join(lines), as_json)
 
 
 def _held(data: dict[str, Any]) -> list[str]:
@@ -134,30 +163,46 @@ def _verified(parity: dict[str, Any]) -> str:
     )
 
 
-def _bundle(
-    model: Model, place: Path, quantize: Quantize | None, options: dict[str, Any], verify: bool
-) -> tuple[dict[str, Any], int]:
+def _bundle(model: Model, place: Path, options: dict[str, Any]) -> tuple[dict[str, Any], int]:
     from ..export import export_bundle
 
-    report = export_bundle(model, place, **options, quantize=quantize, verify=verify)
+    report = export_bundle(model, place, **options)
     return report.to_dict(), report.bytes
 
 
+def _how(
+    model: Model, quantize: Quantize, max_error: float | None, data: str | None, samples: int
+) -> dict[str, Any]:
+    """Options of `quantize_form`.
+
+    Raises:
+        ValueError: data are needed and none are given, or the other way round.
+    """
+    from ..flow import trained_of
+
+    wanted = quantize.startswith("static") or max_error is not None
+    if data is None and wanted and trained_of(model) is not None:
+        data = "sampler"
+    if (data is not None) != wanted:
+        why = "takes ranges from data" if quantize.startswith("static") else "is measured on data"
+        raise ValueError(
+            f"export: --{'quantize ' + quantize if max_error is None else 'max-error'} {why}; add --data"
+            if wanted
+            else f"export: --data means nothing to --quantize {quantize}; leave it out"
+        )
+    found = None if data is None else calibration(model, data, samples, "export")
+    return {"name": quantize, "max_error": max_error, "data": found}
+
+
 def _onnx(
-    model: Model,
-    place: Path,
-    quantize: Quantize | None,
-    options: dict[str, Any],
-    batch: int,
-    *,
-    force: bool,
-) -> tuple[dict[str, Any], int]:
-    from ..export import export_onnx, quantize_onnx
-    from ..export.quantize import QUANTIZED
+    model: Model, place: Path, how: dict[str, Any], options: dict[str, Any], batch: int, *, force: bool
+) -> tuple[dict[str, Any], int]:  # fmt: skip
+    from ..export import export_onnx
+    from ..export.velocity import quantize_form
     from ..files import check_file, workspace
 
     inputs = model.example_inputs(batch)
-    if quantize is None:
+    if not how:
         report = export_onnx(model, place, inputs, **options, force=force)
         return report.to_dict() | {"quantized": None}, report.graph.bytes
     check_file(place, "graph", force=force)
@@ -166,7 +211,7 @@ def _onnx(
         # what is at the place stays until there is something quantized to replace it
         dense = folder / "dense.onnx"
         report = export_onnx(model, dense, inputs, **options)
-        packed = quantize_onnx(dense, place, **QUANTIZED[quantize], compared=compared, force=force)
+        packed = quantize_form(dense, place, **how, compared=compared, force=force)
     data = report.to_dict() | {"quantized": packed.to_dict(), "path": str(place)}
     data["parity"] = data["quantized"].pop("parity")
     return data, packed.bytes_after

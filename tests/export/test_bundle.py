@@ -153,7 +153,7 @@ def test_foreign_folders_and_failures_leave_everything(
     def fail(*args: object, **kwargs: object) -> None:
         raise VerificationError("no")
 
-    monkeypatch.setattr("effformer.export.bundle.export_onnx", fail)
+    monkeypatch.setattr("effformer.export.velocity.export_onnx", fail)
     with pytest.raises(VerificationError):
         export_bundle(flow, bundle.folder, **SIZES)  # type: ignore[arg-type]
     assert {f.name: f.read_bytes() for f in bundle.folder.iterdir()} == before
