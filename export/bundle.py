@@ -4,24 +4,22 @@ onnxruntime.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import shutil
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effformer.arguments import checked
 from effformer.cache import cached
-from effformer.calls import device_of, evaluating
+from effformer.calls import evaluating
 from effformer.checks import FormatError, unknown
 from effformer.config import Config, Spec, resolve
-from effformer.files import atomic_folder, read_json, write_json
+from effformer.files import atomic_folder, read_json
 from effformer.flow.conventions import (
     EFFFORMER,
     FlowConvention,
@@ -32,33 +30,30 @@ from effformer.flow.conventions import (
     recorded,
     trained_of,
 )
-from effformer.flow.samplers import sample
 from effformer.notebook import Shown
 from effformer.values import Count, Natural, NonNegative, Real
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
-from . import pictures, run
-from .packed import step_of
-from .quantize import QuantizeReport
+from . import choice, pictures, run
+from . import facts as checks
+from .quantize import FORMS, QuantizeReport
+from .record import record_forms, record_graphs
 from .velocity import (
     Carrying,
     Decoder,
+    Graphs,
     Velocity,
     examples,
-    guidance_of,
-    quantize_form,
     seen,
     write_graph,
 )
-from .verify import VerificationError, VerifyReport
+from .verify import VerifyReport
 
 __all__ = ["BundleReport", "export_bundle"]
 
-Quantize = Literal[
-    "dynamic", "dynamic-uint8", "dynamic-int8", "static", "static-uint8", "static-int8", "int8", "int4"
-]  # fmt: skip
-"""Names of `QUANTIZED`."""
+SESSION = {"threads": None, "spinning": False, "denormals_to_zero": True, "arena": True}
+"""How the graphs of a bundle run where nothing else is said."""
 
 
 def _objection(folder: Path) -> str:
@@ -75,17 +70,19 @@ _FOLDER: Any = {
     "marker": "bundle.json",
     "own": (
         "run.py",
+        "facts.py",
+        "choice.py",
+        "choice.json",
         "pictures.py",
-        "light.onnx*",
+        "light.*onnx*",
         "self_test.npy",
         "self_test_sample.npy",
-        "velocity.onnx*",
+        "velocity.*onnx*",
         "decoder.onnx*",
         "__pycache__",
     ),
     "objection": _objection,
 }
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +93,17 @@ class BundleReport(Shown):
         folder: the bundle.
         bytes: size of all its files.
         parity: the comparison of the written velocity graph, quantized or not, with torch; None if
-            it was not wanted.
+            it was not wanted. Of several forms, the first one's.
         quantized: what was quantized in the graph, None if nothing.
+        forms: further forms, and how far their velocity is from the first one's, relative to its largest
+            value, on a CPU that adds products of bytes exactly.
     """
 
     folder: Path
     bytes: int
     parity: VerifyReport | None
     quantized: QuantizeReport | None
+    forms: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -111,6 +111,7 @@ class BundleReport(Shown):
             "folder": str(self.folder), "bytes": self.bytes,
             "parity": None if self.parity is None else self.parity.to_dict(),
             "quantized": None if self.quantized is None else self.quantized.to_dict(),
+            "forms": dict(self.forms),
         }  # fmt: skip
 
 
@@ -126,8 +127,9 @@ def export_bundle(
     guidance_channels: Count | None = None,
     convention: FlowConvention | str | None = None,
     cache: Spec | None = None,
-    quantize: Quantize | None = None,
+    quantize: str | Sequence[str] | None = None,
     max_error: NonNegative | None = None,
+    session: Mapping[str, int | bool | None] | None = None,
     verify: bool = True,
     shape: tuple[Count, Count, Count] | None = None,
     num_classes: Count | None = None,
@@ -158,13 +160,18 @@ def export_bundle(
         cache: "reuse" or "newton" (`effformer.cache`): a second graph, ``light.onnx``, takes the change of
             all blocks in place of the blocks, and the runner skips them at the steps that the policy
             leaves out. None: no cache.
-        quantize: of the graphs, by ONNX Runtime: "dynamic-uint8", "static-int8", ..., or blockwise "int8"
-            and "int4" (which of them is faster: see `quantize_onnx`). Static ones are calibrated on what
-            the sampler of the bundle asks. Models quantized by `effformer.compress` are exported as
-            they are.
+        quantize: of the graphs, by ONNX Runtime: "dynamic-int8", "static-int8", ..., or blockwise "int8"
+            and "int4" (see `quantize_onnx`; the runner adds products of bytes exactly on every CPU).
+            Static ones are calibrated on what the sampler of the bundle asks. Models quantized by
+            `effformer.compress` are exported as they are. Of several, such as ``("float32",
+            "static-int8", "static-int7")``, the bundle holds a graph each, and the runner takes the one
+            that is fastest on its machine.
         max_error: with ``quantize``: products go back into floating point, those first that regain most,
             until the relative error of the velocity at times of the sampler is at most this. Measures
             as often as there are products.
+        session: options of ONNX Runtime that the runner sets: ``threads`` (None: its choice), ``spinning``
+            (threads wait actively; off), ``denormals_to_zero`` (by a runner that has its process for
+            itself; on), ``arena`` (memory is kept; on).
         verify: compare the graph with torch at three batch sizes (also after ``quantize``), and a
             sample of two steps.
         shape: (C, H, W) of a sample; like the next two, read from the config of our models if None.
@@ -177,7 +184,8 @@ def export_bundle(
         force: replace a bundle that others wrote as well.
 
     Raises:
-        ValueError: an unknown sampler, convention or quantization, or guidance without a null class.
+        ValueError: an unknown sampler, convention, quantization or option of the session, or guidance
+            without a null class.
         TypeError: shape or number of classes are neither given nor in the model's config, or neither
             the model nor ``convention`` says what the network predicts.
         ExportError: the model cannot be exported.
@@ -186,10 +194,7 @@ def export_bundle(
     """
     if sampler not in run.SAMPLERS:
         raise unknown("sampler", sampler, list(run.SAMPLERS), where="export_bundle")
-    if max_error is not None and quantize is None:
-        raise ValueError(
-            "export_bundle: max_error is that of a quantized graph; give quantize, too"
-        )
+    forms = _forms(quantize, max_error)
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)
@@ -211,38 +216,78 @@ def export_bundle(
         "convention": EFFFORMER.to_dict(),
         "network_convention": record.convention.to_dict(),
         "trained": record.to_dict(),
-        "quantization": quantize,
+        "quantization": None if forms[0] == "float32" else forms[0],
+        "session": _session(session),
     }  # fmt: skip
-    form: dict[str, Any] = {"quantize": quantize, "max_error": max_error, "verify": verify}
     with atomic_folder(folder, **_FOLDER, force=force) as temporary, evaluating(model):
         network = Velocity(model, record.convention)
         told = network if policy is None else Carrying(model, record.convention, given=False)
-        inputs, data = examples(size, classes), _data(network, facts, quantize, max_error)
-        parity, quantized = _write(told, temporary / "velocity.onnx", inputs, data, **form)
-        facts["graphs"] = {"velocity": "velocity.onnx", "decoder": None}
-        if policy is not None:
+        given = None if policy is None else Carrying(model, record.convention, given=True)
+        inputs, data = examples(size, classes), _data(network, facts, forms, max_error)
+        written = Graphs(temporary, max_error, verify)
+        parity, quantized = written.forms(told, "velocity", inputs, data, forms)
+        if given is not None:
             inputs, data = _with_change(told, inputs), [_with_change(told, one) for one in data]
-            given = Carrying(model, record.convention, given=True)
-            _write(given, temporary / "light.onnx", inputs, data, **form)
-            facts["graphs"]["light"] = "light.onnx"
+            written.forms(given, "light", inputs, data, forms)
+        facts["graphs"] = {"velocity": None, "decoder": None} | written.of(forms[0])
         if decoder is not None:
             example = {"x": inputs["x"]}
             write_graph(Decoder(decoder), temporary / "decoder.onnx", example, verify=verify)
             facts["graphs"]["decoder"] = "decoder.onnx"
-        for source in (run, pictures):
+        for source in (run, pictures, checks, choice):
             shutil.copyfile(str(source.__file__), temporary / Path(str(source.__file__)).name)
-        field: VelocityField = network
+        drawn: VelocityField = network
         if policy is not None:
-            field = cached(adapt(model, record.convention), policy, forced=True)
-        _record(temporary, facts, (network, field) if verify else None, exact=quantize is None)
+            drawn = cached(adapt(model, record.convention), policy, forced=True)
+        record_graphs(temporary, facts, (network, drawn) if verify else None)
+        others = {} if len(forms) == 1 else record_forms(temporary, facts, written, forms)
         total = sum(f.stat().st_size for f in temporary.iterdir())
     path = Path(folder) / "velocity.onnx"  # the reports name the file where it was checked
     return BundleReport(
-        folder=Path(folder),
-        bytes=total,
+        folder=Path(folder), bytes=total, forms=others,
         parity=None if parity is None else replace(parity, path=path),
         quantized=None if quantized is None else replace(quantized, path=path),
-    )
+    )  # fmt: skip
+
+
+def _forms(quantize: str | Sequence[str] | None, max_error: float | None) -> list[str]:
+    """The forms of a bundle. Its runner is exact and fast where signs make a difference, so that
+    signed weights suit every CPU.
+
+    Raises:
+        ValueError: none, an unknown one, one twice, or an error of what is not quantized.
+    """
+    given = [quantize or "float32"] if isinstance(quantize, str | None) else [*quantize]
+    for form in given:
+        if form not in FORMS:
+            raise unknown("form", form, FORMS, where="export_bundle: quantize")
+    forms = [f"{form}-int8" if form in ("dynamic", "static") else form for form in given]
+    if not forms or len({*forms}) < len(forms):
+        raise ValueError(
+            f"export_bundle: quantize: expected one form or several, each once, got {given}"
+        )
+    if max_error is not None and forms == ["float32"]:
+        raise ValueError(
+            "export_bundle: max_error is that of a quantized graph; give quantize, too"
+        )
+    return forms
+
+
+def _session(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of the runtime, all of them.
+
+    Raises:
+        ValueError: an unknown option, or a value that is none of it.
+    """
+    options = SESSION | dict(given or {})
+    for name, value in options.items():
+        if name not in SESSION:
+            raise unknown("option", name, [*SESSION], where="export_bundle: session")
+        whole = value is None or (type(value) is int and 1 <= value <= 1024)
+        if not (whole if name == "threads" else isinstance(value, bool)):
+            kind = "1..1024 or None" if name == "threads" else "True or False"
+            raise ValueError(f"export_bundle: session: {name} must be {kind}, got {value!r}")
+    return options
 
 
 def _settings(record: Trained, steps: int | None, guidance: float | None) -> tuple[int, float]:
@@ -330,10 +375,10 @@ def _schedule(policy: Config) -> dict[str, Any]:
 
 
 def _data(
-    network: Velocity, facts: dict[str, Any], quantize: str | None, max_error: float | None
+    network: Velocity, facts: dict[str, Any], forms: Sequence[str], max_error: float | None
 ) -> list[dict[str, Tensor]]:
-    """What the graphs are asked, if the form of a bundle hangs on it."""
-    if quantize is None or not (quantize.startswith("static") or max_error is not None):
+    """What the graphs are asked, if a form of the bundle hangs on it."""
+    if max_error is None and not any(form.startswith("static") for form in forms):
         return []
     return [call.tensors for call in seen(network, facts)]
 
@@ -341,106 +386,3 @@ def _data(
 def _with_change(told: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         return {**inputs, "change": told(**inputs)[1]}
-
-
-def _write(
-    network: nn.Module, path: Path, inputs: dict[str, Tensor], data: list[dict[str, Tensor]], *,
-    quantize: str | None, max_error: float | None, verify: bool,
-) -> tuple[VerifyReport | None, QuantizeReport | None]:  # fmt: skip
-    """Write a graph in its form; what was compared and quantized is what was written."""
-    parity = write_graph(network, path, inputs, verify=verify)
-    if quantize is None:
-        return parity, None
-    compared = (network, inputs) if verify else None
-    packed = quantize_form(path, path, quantize, data=data, max_error=max_error, compared=compared)
-    return packed.parity, replace(packed, parity=None)
-
-
-def _record(
-    folder: Path,
-    facts: dict[str, Any],
-    network: tuple[Velocity, VelocityField] | None,
-    *,
-    exact: bool,
-) -> None:
-    """Checksums of the files, and what the graph computes here, for `run.Bundle.self_test`
-    elsewhere; a short sample of torch, with which the runner's is compared here already.
-    """
-    import numpy as np
-
-    labels = [0] if facts["null_label"] is None else [0, facts["null_label"]]
-    tolerance = 1e-3 if exact else 5e-2  # 8-bit kernels round differently from machine to machine
-    if network is not None:
-        tolerance = max(tolerance, step_of(network[0]))
-    facts["self_test"] = {
-        "file": "self_test.npy",
-        "seed": 0,
-        "t": 0.5,
-        "labels": labels,
-        "tolerance": tolerance,
-    }
-    (folder / "self_test.npy").touch()  # a bundle lists what it names; filled below
-    _finish(folder, facts)
-    bundle = run.Bundle(folder)
-    noise = np.random.default_rng(0).standard_normal((len(labels), *bundle.shape), dtype=np.float32)
-    np.save(
-        folder / "self_test.npy",
-        bundle.velocity(noise, 0.5, np.asarray(labels)),
-        allow_pickle=False,
-    )
-    if network is not None:
-        facts["self_test"]["sample"] = _drawn(folder, facts, *network, bundle, tolerance)
-    _finish(folder, facts)
-
-
-def _drawn(
-    folder: Path, facts: dict[str, Any], network: Velocity, field: VelocityField,
-    bundle: run.Bundle, tolerance: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Draw two samples in at most two steps by torch, under a cache in as many as show one that is
-    skipped, and compare the runner's with them.
-
-    Raises:
-        VerificationError: the runner draws something else.
-    """
-    import numpy as np
-
-    own, labels, shape = facts["sampler"], [0, facts["num_classes"] - 1], bundle.shape
-    cache = own.get("cache") or {"warm": 0, "every": 0}
-    steps = min(own["steps"], 2 + cache["warm"] + cache["every"])
-    rule = guidance_of(own, facts["null_label"])
-    noise = np.random.default_rng(0).standard_normal((len(labels), *shape), dtype=np.float32)
-    device = device_of(network)
-    expected = sample(
-        field, torch.from_numpy(noise).to(device), sampler=own["name"], steps=steps, guidance=rule,
-        y=torch.tensor(labels, device=device),
-    ).x.cpu().numpy()  # fmt: skip
-    actual = bundle.sample(labels, steps=steps, noise=noise)
-    largest = float(np.abs(expected).max())
-    error = float(np.abs(actual - expected).max()) / max(largest, 1e-12)
-    exact = facts["quantization"] is None
-    if exact and not error <= tolerance:
-        raise VerificationError(
-            f"export_bundle: what the runner draws differs by {error:.1e} from what torch draws "
-            f"(allowed {tolerance:.0e})"
-        )
-    black, white = facts["value_range"]
-    if expected.std() > 10 * max(abs(black), abs(white)):
-        _log.warning(
-            "%s: samples have a standard deviation of %.0f, as weights that were trained to predict "
-            "something else, or not at all; see effformer.flow.trained_of", facts["model"], expected.std(),
-        )  # fmt: skip
-    np.save(folder / "self_test_sample.npy", expected, allow_pickle=False)
-    return {
-        "file": "self_test_sample.npy", "seed": 0, "labels": labels, "steps": steps,
-        "tolerance": tolerance if exact else error + tolerance,
-    }  # fmt: skip
-
-
-def _finish(folder: Path, facts: dict[str, Any]) -> None:
-    files = sorted(f for f in folder.iterdir() if f.name != "bundle.json")
-    facts["files"] = {
-        f.name: {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
-        for f in files
-    }
-    write_json(folder / "bundle.json", facts)

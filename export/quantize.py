@@ -27,17 +27,21 @@ from .verify import VerifyReport, verify_onnx
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["QUANTIZED", "QuantizeReport", "quantize_onnx"]
+__all__ = ["FORMS", "QUANTIZED", "QuantizeReport", "quantize_onnx"]
 
 QuantScheme = Literal[
     "dynamic", "dynamic-uint8", "dynamic-int8", "static", "static-uint8", "static-int8", "matmul-nbits"
 ]  # fmt: skip
 QUANTIZED: dict[str, dict[str, Any]] = {
     **{name: {"scheme": name} for name in get_args(QuantScheme) if name != "matmul-nbits"},
+    "dynamic-int7": {"scheme": "dynamic-int8", "reduce_range": True},
+    "static-int7": {"scheme": "static-int8", "reduce_range": True},
     "int8": {"scheme": "matmul-nbits", "bits": 8},
     "int4": {"scheme": "matmul-nbits", "bits": 4},
 }
 """Short names of what `export_bundle` and ``effformer export`` do, as options of `quantize_onnx`."""
+FORMS = ("float32", *QUANTIZED)
+"""Forms of a graph in a bundle: as the model is, and quantized."""
 WIDE = ("avx512_vnni", "avx_vnni", "asimddp")
 """Flags of processors that add products of unsigned and signed bytes in 32 bits."""
 

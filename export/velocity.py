@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from .verify import VerifyReport
 from .within import deviation, quantize_onnx_within
 
 __all__ = [
-    "Carrying", "Decoder", "Velocity", "examples", "guidance_of", "quantize_form", "seen", "write_graph",
+    "Carrying", "Decoder", "Graphs", "Velocity", "examples", "guidance_of", "quantize_form", "seen", "write_graph",
 ]  # fmt: skip
 
 _FEW = 4
@@ -145,6 +147,7 @@ def quantize_form(
     data: Any = None,
     max_error: float | None = None,
     compared: tuple[nn.Module, dict[str, Tensor]] | None = None,
+    more: dict[str, Any] | None = None,
     force: bool = False,
 ) -> QuantizeReport:
     """Quantize a graph as one of `QUANTIZED` says, and leave products as they are until the relative error
@@ -157,9 +160,10 @@ def quantize_form(
         data: what the graph is asked; for static schemes, and for ``max_error``.
         max_error: the limit, None for none.
         compared: see `quantize_onnx`.
+        more: further options of `quantize_onnx`.
         force: replace any file.
     """
-    options, keep = dict(QUANTIZED[name]), []
+    options, keep = {**QUANTIZED[name], **(more or {})}, []
     if options["scheme"].startswith("static"):
         options["data"] = calibrate_onnx(path, data)
     if max_error is not None:
@@ -180,3 +184,54 @@ def _spread(data: Any) -> Any:
     if not isinstance(data, list) or len(data) <= _FEW:
         return data
     return [data[i * (len(data) - 1) // (_FEW - 1)] for i in range(_FEW)]
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """The graphs of a bundle in all its forms."""
+
+    folder: Path
+    max_error: float | None
+    verify: bool
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def of(self, form: str) -> dict[str, str]:
+        """What is computed by which file."""
+        return self.files[form]
+
+    def forms(
+        self, network: nn.Module, name: str, inputs: dict[str, Tensor], data: list[dict[str, Tensor]],
+        forms: Sequence[str],
+    ) -> tuple[VerifyReport | None, QuantizeReport | None]:  # fmt: skip
+        """Write a graph in all forms, the first one under its plain name; what was compared and
+        quantized in that.
+        """
+        first: tuple[VerifyReport | None, QuantizeReport | None] = (None, None)
+        for form in forms:
+            file = f"{name}.onnx" if form == forms[0] else f"{name}.{form}.onnx"
+            self.files.setdefault(form, {})[name] = file
+        with workspace(self.folder / name) as space:
+            plain = self.files.get("float32")
+            dense = space / "dense.onnx" if plain is None else self.folder / plain[name]
+            parity = write_graph(network, dense, inputs, verify=self.verify)
+            for form in forms:
+                made = self._form(dense, name, form, network, inputs, data)
+                if form == forms[0]:
+                    first = (
+                        (parity, None)
+                        if made is None
+                        else (made.parity, replace(made, parity=None))
+                    )
+        return first
+
+    def _form(
+        self, dense: Path, name: str, form: str, network: nn.Module, inputs: dict[str, Tensor],
+        data: list[dict[str, Tensor]],
+    ) -> QuantizeReport | None:  # fmt: skip
+        if form == "float32":
+            return None
+        return quantize_form(
+            dense, self.folder / self.files[form][name], form, data=data, max_error=self.max_error,
+            compared=(network, inputs) if self.verify else None,
+            more={"reduce_range": False} if form.endswith("-int8") else None,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..checks import unknown
 from .common import (
     FFN,
     Attn,
@@ -27,10 +28,6 @@ from .compress import Samples, calibration
 if TYPE_CHECKING:
     from effformer.models.base import Model
 
-Quantize = Literal[
-    "dynamic", "dynamic-uint8", "dynamic-int8", "static", "static-uint8", "static-int8", "int8", "int4"
-]  # fmt: skip
-
 
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a saved model, or a model name.")],
@@ -39,10 +36,13 @@ def export(
         typer.Option("--format", help="Default: onnx if --out ends in .onnx, else bundle."),
     ] = None,
     quantize: Annotated[
-        Quantize | None,
+        list[str] | None,
         typer.Option(
-            help="Quantize the graph by ONNX Runtime. dynamic and static: with the weights that suit the CPU "
-            "here; static takes ranges of activations from --data; int8 and int4: weights alone."
+            help="Quantize the graph by ONNX Runtime: dynamic or static, with weights that suit the CPU here or "
+            "as named (static-int8, ...-int7, ...-uint8); int8 and int4, weights alone. static takes ranges of "
+            "activations from --data. Bundles: may be repeated, also with float32; the runner takes the form "
+            "that is fastest on its machine.",
+            metavar="FORM",
         ),
     ] = None,
     max_error: Annotated[
@@ -105,7 +105,7 @@ def export(
     A bundle is a folder that samples with numpy and onnxruntime alone: `python FOLDER/run.py`.
 
     Examples: `effformer export runs/digits/model -o digits.onnx`,
-    `effformer export runs/digits/model --quantize int8 -o bundle`
+    `effformer export runs/digits/model --quantize float32 --quantize static-int8 -o bundle`
     """
     place = save_to(out, "export")
     form = form or ("onnx" if place.suffix == ".onnx" else "bundle")
@@ -115,8 +115,7 @@ def export(
         raise ValueError(
             f"export: {', '.join(given)} means nothing to --format {form}; leave it out"
         )
-    if max_error is not None and quantize is None:
-        raise ValueError("export: --max-error is that of a quantized graph; add --quantize")
+    _check_forms(quantize or ["float32"], max_error)
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
         stage(f"exporting {network.name}")
@@ -124,7 +123,7 @@ def export(
             options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
             options["sampler"] = "euler" if sampler is None else sampler
             options["cache"] = None if cache is None else named(cache)
-            options |= {"quantize": quantize, "max_error": max_error, "verify": verify}
+            options |= {"quantize": quantize or None, "max_error": max_error, "verify": verify}
             found, size = _bundle(network, place, options)
         else:
             options = {
@@ -133,7 +132,7 @@ def export(
                 "tolerance": tolerance,
                 "verify": verify,
             }
-            how = {} if quantize is None else _how(network, quantize, max_error, data, samples)
+            how = _how(network, quantize or ["float32"], max_error, data, samples)
             found, size = _onnx(network, place, how, options, batch, force=force)
     parity = found["parity"]
     lines = [f"{place}: {form}, {size / 1e6:.2f} MB"]
@@ -145,7 +144,20 @@ def export(
             f"quantized by ONNX Runtime ({packed['scheme']}): {packed['quantized']} products{left}, "
             f"{packed['ratio']:.2f}x"
         )
+    lines += [
+        f"also {form}: differs by {error:.1e}" for form, error in found.get("forms", {}).items()
+    ]
     emit(found, "\n".join(lines), as_json)
+
+
+def _check_forms(forms: list[str], max_error: float | None) -> None:
+    from ..export.quantize import FORMS
+
+    for name in forms:
+        if name not in FORMS:
+            raise unknown("form", name, FORMS, where="export: --quantize")
+    if max_error is not None and forms == ["float32"]:
+        raise ValueError("export: --max-error is that of a quantized graph; add --quantize")
 
 
 def _held(data: dict[str, Any]) -> list[str]:
@@ -171,15 +183,20 @@ def _bundle(model: Model, place: Path, options: dict[str, Any]) -> tuple[dict[st
 
 
 def _how(
-    model: Model, quantize: Quantize, max_error: float | None, data: str | None, samples: int
+    model: Model, forms: list[str], max_error: float | None, data: str | None, samples: int
 ) -> dict[str, Any]:
-    """Options of `quantize_form`.
+    """Options of `quantize_form`, none for a graph as the model is.
 
     Raises:
-        ValueError: data are needed and none are given, or the other way round.
+        ValueError: several forms; data are needed and none are given, or the other way round.
     """
     from ..flow import trained_of
 
+    if len(forms) > 1:
+        raise ValueError(
+            "export: --quantize: a file holds one form; several go into a --format bundle"
+        )
+    quantize = forms[0]
     wanted = quantize.startswith("static") or max_error is not None
     if data is None and wanted and trained_of(model) is not None:
         data = "sampler"
@@ -190,6 +207,8 @@ def _how(
             if wanted
             else f"export: --data means nothing to --quantize {quantize}; leave it out"
         )
+    if quantize == "float32":
+        return {}
     found = None if data is None else calibration(model, data, samples, "export")
     return {"name": quantize, "max_error": max_error, "data": found}
 
