@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from .quantize import QuantizeReport as QuantizeReport
     from .quantize import quantize_onnx as quantize_onnx
     from .session import Session as Session
+    from .static import Calibration as Calibration
+    from .static import calibrate_onnx as calibrate_onnx
     from .targets import Target as Target
     from .verify import VerificationError as VerificationError
     from .verify import VerifyReport as VerifyReport
     from .verify import verify_onnx as verify_onnx
     from .web import WebReport as WebReport
     from .web import export_web as export_web
+    from .within import deviation as deviation
     from .within import quantize_onnx_within as quantize_onnx_within
 
 _HOME = {
@@ -38,8 +41,8 @@ _HOME = {
     "read_graph": "graph", "ExportError": "onnx", "ExportReport": "onnx", "export_onnx": "onnx",
     "QuantizeReport": "quantize", "quantize_onnx": "quantize", "Session": "session",
     "Target": "targets", "VerificationError": "verify", "VerifyReport": "verify",
-    "verify_onnx": "verify", "quantize_onnx_within": "within",
-    "WebReport": "web", "export_web": "web",
+    "verify_onnx": "verify", "quantize_onnx_within": "within", "Calibration": "static",
+    "calibrate_onnx": "static", "deviation": "within", "WebReport": "web", "export_web": "web",
 }  # fmt: skip
 
 __all__ = [*_HOME]

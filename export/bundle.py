@@ -4,24 +4,22 @@ onnxruntime.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import shutil
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effformer.arguments import checked
-from effformer.cache import GivenChange, ToldChange, cached
-from effformer.calls import device_of, evaluating
+from effformer.cache import cached
+from effformer.calls import evaluating
 from effformer.checks import FormatError, unknown
 from effformer.config import Config, Spec, resolve
-from effformer.files import atomic_folder, read_json, write_json
+from effformer.files import atomic_folder, read_json
 from effformer.flow.conventions import (
     EFFFORMER,
     FlowConvention,
@@ -32,23 +30,31 @@ from effformer.flow.conventions import (
     recorded,
     trained_of,
 )
-from effformer.flow.guidance import Guidance
-from effformer.flow.samplers import sample
 from effformer.notebook import Shown
-from effformer.values import Count, Natural, Real
+from effformer.values import Count, Natural, NonNegative, Real
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
-from . import pictures, run
-from .onnx import export_onnx
-from .packed import step_of
-from .quantize import QUANTIZED, QuantizeReport, quantize_onnx
-from .verify import VerificationError, VerifyReport
+from . import choice, pictures, run
+from . import facts as checks
+from .quantize import FORMS, QuantizeReport
+from .record import record_forms, record_graphs
+from .velocity import (
+    Carrying,
+    Decoder,
+    Graphs,
+    Velocity,
+    examples,
+    seen,
+    write_graph,
+)
+from .verify import VerifyReport
 from .work import multiply_adds
 
-__all__ = ["FOLDER", "BundleReport", "export_bundle", "finish"]
+__all__ = ["FOLDER", "BundleReport", "export_bundle"]
 
-Quantize = Literal["dynamic-uint8", "int8", "int4"]
+SESSION = {"threads": None, "spinning": False, "denormals_to_zero": True, "arena": True}
+"""How the graphs of a bundle run where nothing else is said."""
 
 
 def _objection(folder: Path) -> str:
@@ -65,17 +71,19 @@ FOLDER: Any = {
     "marker": "bundle.json",
     "own": (
         "run.py",
+        "facts.py",
+        "choice.py",
+        "choice.json",
         "pictures.py",
-        "light.onnx*",
+        "light.*onnx*",
         "self_test.npy",
         "self_test_sample.npy",
-        "velocity.onnx*",
+        "velocity.*onnx*",
         "decoder.onnx*",
         "__pycache__",
     ),
     "objection": _objection,
 }
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,14 +94,17 @@ class BundleReport(Shown):
         folder: the bundle.
         bytes: size of all its files.
         parity: the comparison of the written velocity graph, quantized or not, with torch; None if
-            it was not wanted.
+            it was not wanted. Of several forms, the first one's.
         quantized: what was quantized in the graph, None if nothing.
+        forms: further forms, and how far their velocity is from the first one's, relative to its largest
+            value, on a CPU that adds products of bytes exactly.
     """
 
     folder: Path
     bytes: int
     parity: VerifyReport | None
     quantized: QuantizeReport | None
+    forms: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -101,59 +112,8 @@ class BundleReport(Shown):
             "folder": str(self.folder), "bytes": self.bytes,
             "parity": None if self.parity is None else self.parity.to_dict(),
             "quantized": None if self.quantized is None else self.quantized.to_dict(),
+            "forms": dict(self.forms),
         }  # fmt: skip
-
-
-class _Velocity(nn.Module):
-    """A network of any convention as ``v(x, t, y)`` with t = 0 noise, t = 1 data, so that runners
-    need no algebra.
-    """
-
-    def __init__(self, network: nn.Module, convention: FlowConvention) -> None:
-        super().__init__()
-        self.network = network
-        self.field = None if convention == EFFFORMER else adapt(self._labelled, convention)
-
-    def _labelled(self, x: Tensor, label: Tensor, *, y: Tensor) -> Tensor:
-        out: Tensor = self.network(x, label, y)
-        return out
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self._labelled(x, t, y=y) if self.field is None else self.field(x, t, y=y)
-
-
-class _Carrying(nn.Module):
-    """The same with the change of all blocks: as a second output, or as an input in their place."""
-
-    def __init__(self, network: nn.Module, convention: FlowConvention, *, given: bool) -> None:
-        super().__init__()
-        self.parts = GivenChange(network) if given else ToldChange(network)
-        self.convention, self.given = convention, given
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, change: Tensor | None = None) -> Any:
-        told: list[Tensor] = []
-
-        def network(x: Tensor, label: Tensor, *, y: Tensor) -> Tensor:
-            if change is not None:
-                out: Tensor = self.parts(x, label, change, y=y)
-                return out
-            out, made = self.parts(x, label, y=y)
-            told.append(made)
-            return out
-
-        plain = self.convention == EFFFORMER
-        v = network(x, t, y=y) if plain else adapt(network, self.convention)(x, t, y=y)
-        return (v, told[0]) if told else v
-
-
-class _Decoder(nn.Module):
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.decoder(x)
-        return out
 
 
 @checked
@@ -168,7 +128,9 @@ def export_bundle(
     guidance_channels: Count | None = None,
     convention: FlowConvention | str | None = None,
     cache: Spec | None = None,
-    quantize: Quantize | None = None,
+    quantize: str | Sequence[str] | None = None,
+    max_error: NonNegative | None = None,
+    session: Mapping[str, int | bool | None] | None = None,
     verify: bool = True,
     shape: tuple[Count, Count, Count] | None = None,
     num_classes: Count | None = None,
@@ -199,9 +161,18 @@ def export_bundle(
         cache: "reuse" or "newton" (`effformer.cache`): a second graph, ``light.onnx``, takes the change of
             all blocks in place of the blocks, and the runner skips them at the steps that the policy
             leaves out. None: no cache.
-        quantize: of the graphs, by ONNX Runtime: "dynamic-uint8", or blockwise "int8" and "int4"
-            (which of them is faster: see `quantize_onnx`). Models quantized by `effformer.compress`
-            are exported as they are.
+        quantize: of the graphs, by ONNX Runtime: "dynamic-int8", "static-int8", ..., or blockwise "int8"
+            and "int4" (see `quantize_onnx`; the runner adds products of bytes exactly on every CPU).
+            Static ones are calibrated on what the sampler of the bundle asks. Models quantized by
+            `effformer.compress` are exported as they are. Of several, such as ``("float32",
+            "static-int8", "static-int7")``, the bundle holds a graph each, and the runner takes the one
+            that is fastest on its machine.
+        max_error: with ``quantize``: products go back into floating point, those first that regain most,
+            until the relative error of the velocity at times of the sampler is at most this. Measures
+            as often as there are products.
+        session: options of ONNX Runtime that the runner sets: ``threads`` (None: its choice), ``spinning``
+            (threads wait actively; off), ``denormals_to_zero`` (by a runner that has its process for
+            itself; on), ``arena`` (memory is kept; on).
         verify: compare the graph with torch at three batch sizes (also after ``quantize``), and a
             sample of two steps.
         shape: (C, H, W) of a sample; like the next two, read from the config of our models if None.
@@ -214,7 +185,8 @@ def export_bundle(
         force: replace a bundle that others wrote as well.
 
     Raises:
-        ValueError: an unknown sampler, convention or quantization, or guidance without a null class.
+        ValueError: an unknown sampler, convention, quantization or option of the session, or guidance
+            without a null class.
         TypeError: shape or number of classes are neither given nor in the model's config, or neither
             the model nor ``convention`` says what the network predicts.
         ExportError: the model cannot be exported.
@@ -223,6 +195,7 @@ def export_bundle(
     """
     if sampler not in run.SAMPLERS:
         raise unknown("sampler", sampler, list(run.SAMPLERS), where="export_bundle")
+    forms = _forms(quantize, max_error)
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)
@@ -244,43 +217,82 @@ def export_bundle(
         "convention": EFFFORMER.to_dict(),
         "network_convention": record.convention.to_dict(),
         "trained": record.to_dict(),
-        "quantization": quantize,
+        "quantization": None if forms[0] == "float32" else forms[0],
+        "session": _session(session),
     }  # fmt: skip
     with atomic_folder(folder, **FOLDER, force=force) as temporary, evaluating(model):
-        network = _Velocity(model, record.convention)
-        told = network if policy is None else _Carrying(model, record.convention, given=False)
-        inputs = _inputs(size, classes)
-        parity, quantized = _write_velocity(
-            told, temporary / "velocity.onnx", inputs, quantize, verify
-        )
-        facts["graphs"] = graphs = {"velocity": "velocity.onnx", "decoder": None}
-        facts["macs"] = macs = {"velocity": multiply_adds(told, inputs)}
-        if policy is not None:
-            with torch.no_grad():
-                inputs["change"] = told(**inputs)[1]
-            given = _Carrying(model, record.convention, given=True)
-            _write_velocity(given, temporary / "light.onnx", inputs, quantize, verify)
-            graphs["light"], macs["light"] = "light.onnx", multiply_adds(given, inputs)
+        network = Velocity(model, record.convention)
+        told = network if policy is None else Carrying(model, record.convention, given=False)
+        given = None if policy is None else Carrying(model, record.convention, given=True)
+        inputs, data = examples(size, classes), _data(network, facts, forms, max_error)
+        written = Graphs(temporary, max_error, verify)
+        parity, quantized = written.forms(told, "velocity", inputs, data, forms)
+        if given is not None:
+            inputs, data = _with_change(told, inputs), [_with_change(told, one) for one in data]
+            written.forms(given, "light", inputs, data, forms)
+        facts["graphs"] = {"velocity": None, "decoder": None} | written.of(forms[0])
+        facts["macs"] = {"velocity": multiply_adds(told, examples(size, classes))}
+        if given is not None:
+            facts["macs"]["light"] = multiply_adds(given, inputs)
         if decoder is not None:
-            example, axes = _inputs(size, classes)["x"], {"x": {0: "batch"}}
-            export_onnx(
-                _Decoder(decoder), temporary / "decoder.onnx", example, dynamic=axes, verify=verify
-            )
-            graphs["decoder"], macs["decoder"] = "decoder.onnx", multiply_adds(decoder, example)
-        for source in (run, pictures):
+            example = {"x": inputs["x"]}
+            write_graph(Decoder(decoder), temporary / "decoder.onnx", example, verify=verify)
+            facts["graphs"]["decoder"] = "decoder.onnx"
+            facts["macs"]["decoder"] = multiply_adds(decoder, inputs["x"])
+        for source in (run, pictures, checks, choice):
             shutil.copyfile(str(source.__file__), temporary / Path(str(source.__file__)).name)
-        field: VelocityField = network
+        drawn: VelocityField = network
         if policy is not None:
-            field = cached(adapt(model, record.convention), policy, forced=True)
-        _record(temporary, facts, (network, field) if verify else None, exact=quantize is None)
+            drawn = cached(adapt(model, record.convention), policy, forced=True)
+        record_graphs(temporary, facts, (network, drawn) if verify else None)
+        others = {} if len(forms) == 1 else record_forms(temporary, facts, written, forms)
         total = sum(f.stat().st_size for f in temporary.iterdir())
     path = Path(folder) / "velocity.onnx"  # the reports name the file where it was checked
     return BundleReport(
-        folder=Path(folder),
-        bytes=total,
+        folder=Path(folder), bytes=total, forms=others,
         parity=None if parity is None else replace(parity, path=path),
         quantized=None if quantized is None else replace(quantized, path=path),
-    )
+    )  # fmt: skip
+
+
+def _forms(quantize: str | Sequence[str] | None, max_error: float | None) -> list[str]:
+    """The forms of a bundle. Its runner is exact and fast where signs make a difference, so that
+    signed weights suit every CPU.
+
+    Raises:
+        ValueError: none, an unknown one, one twice, or an error of what is not quantized.
+    """
+    given = [quantize or "float32"] if isinstance(quantize, str | None) else [*quantize]
+    for form in given:
+        if form not in FORMS:
+            raise unknown("form", form, FORMS, where="export_bundle: quantize")
+    forms = [f"{form}-int8" if form in ("dynamic", "static") else form for form in given]
+    if not forms or len({*forms}) < len(forms):
+        raise ValueError(
+            f"export_bundle: quantize: expected one form or several, each once, got {given}"
+        )
+    if max_error is not None and forms == ["float32"]:
+        raise ValueError(
+            "export_bundle: max_error is that of a quantized graph; give quantize, too"
+        )
+    return forms
+
+
+def _session(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of the runtime, all of them.
+
+    Raises:
+        ValueError: an unknown option, or a value that is none of it.
+    """
+    options = SESSION | dict(given or {})
+    for name, value in options.items():
+        if name not in SESSION:
+            raise unknown("option", name, [*SESSION], where="export_bundle: session")
+        whole = value is None or (type(value) is int and 1 <= value <= 1024)
+        if not (whole if name == "threads" else isinstance(value, bool)):
+            kind = "1..1024 or None" if name == "threads" else "True or False"
+            raise ValueError(f"export_bundle: session: {name} must be {kind}, got {value!r}")
+    return options
 
 
 def _settings(record: Trained, steps: int | None, guidance: float | None) -> tuple[int, float]:
@@ -367,124 +379,15 @@ def _schedule(policy: Config) -> dict[str, Any]:
     return {"order": 0} | policy.to_dict()
 
 
-def _inputs(size: tuple[int, int, int], classes: int) -> dict[str, Tensor]:
-    """Examples of what the graph of a velocity takes."""
-    draws = torch.Generator().manual_seed(0)
-    return {
-        "x": torch.randn(2, *size, generator=draws),
-        "t": torch.rand(2, generator=draws),
-        "y": torch.randint(0, classes, (2,), generator=draws),
-    }
+def _data(
+    network: Velocity, facts: dict[str, Any], forms: Sequence[str], max_error: float | None
+) -> list[dict[str, Tensor]]:
+    """What the graphs are asked, if a form of the bundle hangs on it."""
+    if max_error is None and not any(form.startswith("static") for form in forms):
+        return []
+    return [call.tensors for call in seen(network, facts)]
 
 
-def _write_velocity(
-    network: nn.Module,
-    path: Path,
-    inputs: dict[str, Tensor],
-    quantize: str | None,
-    verify: bool,
-) -> tuple[VerifyReport | None, QuantizeReport | None]:
-    names = ["velocity", "change"] if isinstance(network, _Carrying) and not network.given else None
-    report = export_onnx(
-        network, path, inputs, dynamic={n: {0: "batch"} for n in inputs}, verify=verify,
-        output_names=names,
-    )  # fmt: skip
-    if quantize is None:
-        return report.parity, None
-    compared = (network, inputs) if verify else None
-    packed = quantize_onnx(path, path, **QUANTIZED[quantize], compared=compared)
-    return packed.parity, replace(packed, parity=None)
-
-
-def _record(
-    folder: Path,
-    facts: dict[str, Any],
-    network: tuple[_Velocity, VelocityField] | None,
-    *,
-    exact: bool,
-) -> None:
-    """Checksums of the files, and what the graph computes here, for `run.Bundle.self_test`
-    elsewhere; a short sample of torch, with which the runner's is compared here already.
-    """
-    import numpy as np
-
-    labels = [0] if facts["null_label"] is None else [0, facts["null_label"]]
-    tolerance = 1e-3 if exact else 5e-2  # 8-bit kernels round differently from machine to machine
-    if network is not None:
-        tolerance = max(tolerance, step_of(network[0]))
-    facts["self_test"] = {
-        "file": "self_test.npy",
-        "seed": 0,
-        "t": 0.5,
-        "labels": labels,
-        "tolerance": tolerance,
-    }
-    (folder / "self_test.npy").touch()  # a bundle lists what it names; filled below
-    finish(folder, facts)
-    bundle = run.Bundle(folder)
-    noise = np.random.default_rng(0).standard_normal((len(labels), *bundle.shape), dtype=np.float32)
-    np.save(
-        folder / "self_test.npy",
-        bundle.velocity(noise, 0.5, np.asarray(labels)),
-        allow_pickle=False,
-    )
-    if network is not None:
-        facts["self_test"]["sample"] = _drawn(folder, facts, *network, bundle, tolerance)
-    finish(folder, facts)
-
-
-def _drawn(
-    folder: Path, facts: dict[str, Any], network: _Velocity, field: VelocityField,
-    bundle: run.Bundle, tolerance: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Draw two samples in at most two steps by torch, under a cache in as many as show one that is
-    skipped, and compare the runner's with them.
-
-    Raises:
-        VerificationError: the runner draws something else.
-    """
-    import numpy as np
-
-    own, labels, shape = facts["sampler"], [0, facts["num_classes"] - 1], bundle.shape
-    cache = own.get("cache") or {"warm": 0, "every": 0}
-    steps = min(own["steps"], 2 + cache["warm"] + cache["every"])
-    rule = None
-    if own["guidance"] != 1.0:
-        channels: Any = own["guidance_channels"] or "all"
-        rule = Guidance(own["guidance"], {"y": facts["null_label"]}, channels=channels)
-    noise = np.random.default_rng(0).standard_normal((len(labels), *shape), dtype=np.float32)
-    device = device_of(network)
-    expected = sample(
-        field, torch.from_numpy(noise).to(device), sampler=own["name"], steps=steps, guidance=rule,
-        y=torch.tensor(labels, device=device),
-    ).x.cpu().numpy()  # fmt: skip
-    actual = bundle.sample(labels, steps=steps, noise=noise)
-    largest = float(np.abs(expected).max())
-    error = float(np.abs(actual - expected).max()) / max(largest, 1e-12)
-    exact = facts["quantization"] is None
-    if exact and not error <= tolerance:
-        raise VerificationError(
-            f"export_bundle: what the runner draws differs by {error:.1e} from what torch draws "
-            f"(allowed {tolerance:.0e})"
-        )
-    black, white = facts["value_range"]
-    if expected.std() > 10 * max(abs(black), abs(white)):
-        _log.warning(
-            "%s: samples have a standard deviation of %.0f, as weights that were trained to predict "
-            "something else, or not at all; see effformer.flow.trained_of", facts["model"], expected.std(),
-        )  # fmt: skip
-    np.save(folder / "self_test_sample.npy", expected, allow_pickle=False)
-    return {
-        "file": "self_test_sample.npy", "seed": 0, "labels": labels, "steps": steps,
-        "tolerance": tolerance if exact else error + tolerance,
-    }  # fmt: skip
-
-
-def finish(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the facts of a bundle, last, with the checksums of what lies beside them."""
-    files = sorted(f for f in folder.iterdir() if f.name != "bundle.json")
-    facts["files"] = {
-        f.name: {"bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
-        for f in files
-    }
-    write_json(folder / "bundle.json", facts)
+def _with_change(told: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {**inputs, "change": told(**inputs)[1]}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from effformer.compress.samples import Data
 from torch import nn
 
 from effformer.arguments import checked
@@ -17,22 +17,33 @@ from effformer.calls import Inputs
 from effformer.checks import need
 from effformer.files import check_file, workspace
 from effformer.notebook import Shown
+from effformer.profile import machine
 
 from .graph import GRAPH, SINGLE_FILE_LIMIT, read_graph, write_graph
+from .products import constant_products, rewritten
+from .static import Calibration, calibrate_onnx, static_qdq
 from .verify import VerifyReport, verify_onnx
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["QUANTIZED", "QuantizeReport", "products", "quantize_onnx"]
+__all__ = ["FORMS", "QUANTIZED", "QuantizeReport", "quantize_onnx"]
 
-QuantScheme = Literal["dynamic-uint8", "matmul-nbits"]
+QuantScheme = Literal[
+    "dynamic", "dynamic-uint8", "dynamic-int8", "static", "static-uint8", "static-int8", "matmul-nbits"
+]  # fmt: skip
 QUANTIZED: dict[str, dict[str, Any]] = {
-    "dynamic-uint8": {"scheme": "dynamic-uint8"},
+    **{name: {"scheme": name} for name in get_args(QuantScheme) if name != "matmul-nbits"},
+    "dynamic-int7": {"scheme": "dynamic-int8", "reduce_range": True},
+    "static-int7": {"scheme": "static-int8", "reduce_range": True},
     "int8": {"scheme": "matmul-nbits", "bits": 8},
     "int4": {"scheme": "matmul-nbits", "bits": 4},
 }
 """Short names of what `export_bundle` and ``effformer export`` do, as options of `quantize_onnx`."""
+FORMS = ("float32", *QUANTIZED)
+"""Forms of a graph in a bundle: as the model is, and quantized."""
+WIDE = ("avx512_vnni", "avx_vnni", "asimddp")
+"""Flags of processors that add products of unsigned and signed bytes in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,23 +89,26 @@ def quantize_onnx(
     out: str | Path,
     scheme: QuantScheme = "dynamic-uint8",
     *,
+    data: Data | Calibration | None = None,
     bits: Literal[4, 8] = 8,
     block: Literal[16, 32, 64, 128, 256] = 32,
     symmetric: bool = True,
     accuracy_level: Literal[0, 1, 2, 3, 4] = 0,
     per_channel: bool = True,
-    reduce_range: bool = False,
+    reduce_range: bool | Literal["auto"] = "auto",
     keep: Collection[str] = (),
     compared: tuple[nn.Module, Inputs] | None = None,
     force: bool = False,
 ) -> QuantizeReport:
     """Quantize the matrix products of an ONNX file that have a constant weight.
 
-    - "dynamic-uint8": weights and activations in 8 bits, activations on their range at run time.
-      Both are unsigned: CPUs with AVX2 and no VNNI add products of unsigned and signed bytes in 16
-          bits, which saturates unless weights
-      are cut to 7 bits (``reduce_range``); products of unsigned bytes are widened first and need no
-      such care.
+    - "dynamic-uint8", "dynamic-int8": weights in 8 bits, activations in uint8 on their range at run time.
+    - "static-uint8", "static-int8": the same with ranges of activations from calibration data
+      (QuantizeLinear and DequantizeLinear around the products); see `calibrate_onnx`.
+    - "dynamic", "static": with weights in int8 if this machine's CPU has VNNI, else in uint8. CPUs
+      without VNNI (AVX2 alone) add products of unsigned and signed bytes in 16 bits, which saturates
+      unless weights are cut to 7 bits (``reduce_range``); products of unsigned bytes are widened first
+      and need no such care. With VNNI int8 is exact, and up to three times as fast as uint8.
     - "matmul-nbits": weights in blocks of 4 or 8 bits (com.microsoft.MatMulNBits), activations in
       floating point. Smaller and, with many tokens, slower: DiT-B/2 took 1.6 times as long as in
       float32 on a CPU with AVX2, where dynamic-uint8 took 0.75 times as long.
@@ -103,45 +117,60 @@ def quantize_onnx(
         path: the file.
         out: where the result goes: new, or an earlier graph of ours, ``path`` included.
         scheme: one of these.
+        data: static: batches of named tensors, as the graph's inputs are called, or what
+            `calibrate_onnx` has made of some.
         bits: matmul-nbits: bits of a weight.
         block: matmul-nbits: values per scale, 16, 32, 64, 128 or 256.
         symmetric: matmul-nbits: no zero points.
         accuracy_level: matmul-nbits: 0 computes in float32, 4 with activations in 8 bits.
-        per_channel: dynamic-uint8: a range for each output channel of a weight.
-        reduce_range: dynamic-uint8: 7-bit weights.
-        keep: names of products that stay in floating point, see `products`.
+        per_channel: dynamic, static: a range for each output channel of a weight.
+        reduce_range: dynamic, static: 7-bit weights; "auto": if they are int8 and this machine's CPU has
+            no VNNI. Say it where the graph is going to run on another CPU than this one.
+        keep: names of products that stay in floating point, see `effformer.export.products`.
         compared: the module that the file was exported from and example inputs, to measure how far
             the quantized graph is from it.
         force: replace any file.
 
     Raises:
         ValueError: an unknown scheme, an impossible option, or nothing in the graph could be
-            quantized.
+            quantized; a static scheme without data, or data that do not fit the graph.
         FormatError: not an ONNX file, or ``out`` cannot be written or is something else.
         VerificationError: nothing is left of what the model computes: the difference is above the
             largest value.
     """
     check_file(out, GRAPH, force=force)
     before = read_graph(path)
-    proto = _rewritten(Path(path))
-    if unknown_names := sorted(set(keep) - set(_constant_products(proto))):
-        known = ", ".join(_constant_products(proto)[:4])
+    kind, _, weights = scheme.partition("-")
+    if kind != "matmul":
+        weights = weights or ("int8" if _adds_wide() else "uint8")
+        scheme = f"{kind}-{weights}"  # type: ignore[assignment]
+    narrow = weights == "int8" and not _adds_wide() if reduce_range == "auto" else reduce_range
+    if (kind == "static") == (data is None):
+        raise ValueError(
+            "quantize_onnx: static schemes take ranges from data; give data="
+            if data is None
+            else f"quantize_onnx: data means nothing to {scheme!r}; leave it out"
+        )
+    proto = rewritten(Path(path))
+    if unknown_names := sorted(set(keep) - set(constant_products(proto))):
+        known = ", ".join(constant_products(proto)[:4])
         raise ValueError(
             f"quantize_onnx: keep: {unknown_names[0]!r} is no product of {path} with a constant weight; "
             f"some of them: {known}"
         )
+    given: dict[str, Any] = {"per_channel": per_channel, "reduce_range": narrow, "keep": keep}
+    had = _quantized(proto)
     with _quiet():
-        if scheme == "dynamic-uint8":
+        if kind == "static":
+            ranges = data if isinstance(data, Calibration) else calibrate_onnx(path, data)  # type: ignore[arg-type]
+            made = static_qdq(proto, ranges.ranges, signed=weights == "int8", **given)
+        elif kind == "dynamic":
             large = before.bytes > SINGLE_FILE_LIMIT
             with workspace(out) as space:
-                made = _dynamic(proto, space / "made.onnx", per_channel, reduce_range, large, keep)
-            kind = "MatMulInteger"
+                made = _dynamic(proto, space / "made.onnx", weights == "int8", large, **given)
         else:
             made = _nbits(proto, bits, block, symmetric, accuracy_level, keep)
-            kind = "MatMulNBits"
-    quantized = sum(n.op_type == kind for n in made.graph.node) - before.operators.get(
-        _full(kind), 0
-    )
+    quantized = _quantized(made) - had
     if quantized == 0 and not keep:
         common = ", ".join(f"{n} {op}" for op, n in list(before.operators.items())[:4])
         raise ValueError(
@@ -157,61 +186,43 @@ def quantize_onnx(
 
     parity = write_graph(need("onnx_ir").from_proto(made), out, check, force=force)
     return QuantizeReport(
-        path=Path(out), scheme=scheme, quantized=quantized, left=tuple(_constant_products(made)),
+        path=Path(out), scheme=scheme, quantized=quantized, left=tuple(constant_products(made)),
         bytes_before=before.bytes, bytes_after=read_graph(out).bytes, parity=parity,
     )  # fmt: skip
 
 
-def _full(kind: str) -> str:
-    return "com.microsoft::MatMulNBits" if kind == "MatMulNBits" else kind
+def _adds_wide() -> bool:
+    """Whether products of unsigned and signed bytes do not saturate here."""
+    place = machine()
+    return not {"avx2", "avx512f"} & {*place.flags} or bool({*WIDE} & {*place.flags})
 
 
-def _rewritten(path: Path) -> onnx.ModelProto:
-    """The model with every Gemm written as MatMul and Add: the quantizers know MatMul only. Products
-    without a name of their own get one.
-    """
-    model = need("onnxruntime.quantization.onnx_model").ONNXModel(need("onnx").load(path))
-    model.replace_gemm_with_matmul()
-    model.clean_initializers()
-    model.topological_sort()
-    proto: onnx.ModelProto = model.model
-    taken = Counter(node.name for node in proto.graph.node)
-    for index, node in enumerate(proto.graph.node):
-        if node.op_type == "MatMul" and (not node.name or taken[node.name] > 1):
-            node.name = f"MatMul_{index}"
-    return proto
-
-
-def products(path: str | Path) -> list[str]:
-    """Names of the products of a graph that `quantize_onnx` can quantize, as it calls them.
-
-    Raises:
-        FormatError: not an ONNX file.
-    """
-    read_graph(path)
-    return _constant_products(_rewritten(Path(path)))
-
-
-def _constant_products(proto: onnx.ModelProto) -> list[str]:
-    """Names of the products whose second factor is a stored floating-point tensor."""
-    floats = {t.name for t in proto.graph.initializer if t.data_type in (1, 10, 16)}
-    nodes = (n for n in proto.graph.node if n.op_type in ("MatMul", "Gemm"))
-    return [n.name for n in nodes if n.input[1] in floats]
+def _quantized(proto: onnx.ModelProto) -> int:
+    """Number of products whose weight is quantized."""
+    decoded = {node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    kinds = ("MatMulInteger", "MatMulNBits")
+    return sum(
+        node.op_type in kinds or (node.op_type == "MatMul" and {*node.input} <= decoded)
+        for node in proto.graph.node
+    )
 
 
 def _dynamic(
     proto: onnx.ModelProto,
     file: Path,
+    signed: bool,
+    large: bool,
+    *,
     per_channel: bool,
     reduce_range: bool,
-    large: bool,
     keep: Collection[str],
 ) -> onnx.ModelProto:
     """Quantized by way of a file: the quantizer returns nothing."""
     quantization = need("onnxruntime.quantization")
+    kinds = quantization.QuantType
     quantization.quantize_dynamic(
         proto, file, op_types_to_quantize=["MatMul"], per_channel=per_channel, reduce_range=reduce_range,
-        weight_type=quantization.QuantType.QUInt8, use_external_data_format=large,
+        weight_type=kinds.QInt8 if signed else kinds.QUInt8, use_external_data_format=large,
         nodes_to_exclude=[*keep],
     )  # fmt: skip
     made: onnx.ModelProto = need("onnx").load(file)

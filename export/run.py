@@ -12,9 +12,7 @@ classifier-free guidance ``v_null + g (v_cond - v_null)``.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -22,50 +20,55 @@ import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if __package__:
-    from .pictures import Array, BundleError, check_place, write_image, write_samples
-else:  # in a bundle, from wherever it is started
+if not __package__:  # in a bundle, from wherever it is started
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    from pictures import (  # type: ignore[import-not-found, no-redef]
-        Array,
-        BundleError,
-        check_place,
-        write_image,
-        write_samples,
+if TYPE_CHECKING or __package__:
+    from .choice import Choice, choose, open_session, place_of
+    from .facts import (
+        CACHE,
+        FORMAT,
+        MOST,
+        MOST_NUMBERS,
+        SAMPLERS,
+        SEEDS,
+        STRONGEST,
+        check_cache,
+        check_facts,
+        check_file,
+        check_sampler,
+        number,
+        read_array,
+        read_facts,
     )
+    from .pictures import Array, BundleError, check_place, write_image, write_samples
+else:
+    from choice import Choice, choose, open_session, place_of
+    from facts import (
+        CACHE,
+        FORMAT,
+        MOST,
+        MOST_NUMBERS,
+        SAMPLERS,
+        SEEDS,
+        STRONGEST,
+        check_cache,
+        check_facts,
+        check_file,
+        check_sampler,
+        number,
+        read_array,
+        read_facts,
+    )
+    from pictures import Array, BundleError, check_place, write_image, write_samples
 
 __all__ = [
-    "SAMPLERS", "Bundle", "BundleError", "check_place", "main", "parse_labels", "refusal",
+    "FORMAT", "MOST", "SAMPLERS", "STRONGEST", "Bundle", "BundleError", "check_place", "main", "parse_labels", "refusal",
     "write_image", "write_samples",
 ]  # fmt: skip
-
-FORMAT = 1
-MOST = 10_000  # pictures at once, and steps: a mistyped number must not fill the memory or the day
-STRONGEST = 1000  # scale of the guidance
-MOST_NUMBERS = 2**28  # of all samples together, 1 GiB
-SEEDS = 2**63 - 1
-
-CACHE = {
-    "every": (1, MOST),
-    "warm": (0, MOST),
-    "order": (0, 9),
-}  # knobs of a cache, and their range
-
-# Butcher tableaus: rows of the stages after the first, weights of the result, times of the stages.
-SAMPLERS: dict[str, tuple[list[list[float]], list[float], list[float]]] = {
-    "euler": ([], [1.0], []),
-    "midpoint": ([[1 / 2]], [0.0, 1.0], [1 / 2]),
-    "heun": ([[1.0]], [1 / 2, 1 / 2], [1.0]),
-    "rk4": (
-        [[1 / 2], [0.0, 1 / 2], [0.0, 0.0, 1.0]],
-        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
-        [1 / 2, 1 / 2, 1.0],
-    ),
-}
 
 
 class Bundle:
@@ -73,30 +76,70 @@ class Bundle:
 
     Args:
         folder: the folder, as written by ``effformer.export.export_bundle``.
-        threads: threads of ONNX Runtime, None leaves it the choice.
+        threads: threads of ONNX Runtime, None: as the bundle says.
+        form: which of its forms runs; None: the one that is fastest on this machine, which is found out
+            once and remembered in ``choice.json``.
+        alone: nothing else runs in this process, so that numbers close to 0 may be flushed to it in
+            whatever this thread computes, if the bundle says so.
 
     Attributes:
         facts: the content of ``bundle.json``.
         shape: (C, H, W) of a sample.
+        graphs: what is computed by which file.
+        form: name of the form that runs, None if the bundle has one only.
+        choice: why it is that one; None if it was given, or there is one only.
 
     Raises:
         BundleError: no bundle, an incomplete or damaged one, or one of a newer format; a number of
-            threads outside 1..1024.
+            threads outside 1..1024; no such form.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        self._threads = None if threads is None else _number(threads, 1, 1024, "threads")
-        self.folder = Path(folder)
-        self.facts = _read_facts(self.folder)
-        _check_facts(self.facts, f"{self.folder / 'bundle.json'}: ")
+    def __init__(
+        self, folder: str | Path, threads: int | None = None, *, form: str | None = None, alone: bool = False
+    ) -> None:  # fmt: skip
+        given = {} if threads is None else {"threads": number(threads, 1, 1024, "threads")}
+        self.folder, self._alone = Path(folder), alone
+        self.facts = read_facts(self.folder)
+        check_facts(self.facts, f"{self.folder / 'bundle.json'}: ")
         for name, record in self.facts["files"].items():
-            _check_file(self.folder, name, record)
+            check_file(self.folder, name, record)
         self.shape: tuple[int, int, int] = tuple(self.facts["shape"])
-        self._velocity = self._open(self.facts["graphs"]["velocity"], ["t", "x", "y"])
-        light = self.facts["graphs"].get("light")
-        self._light = self._open(light, ["change", "t", "x", "y"]) if light else None
-        decoder = self.facts["graphs"].get("decoder")
+        self._options: dict[str, Any] = (self.facts.get("session") or {}) | given
+        self._forms: dict[str, Any] = self.facts.get("forms") or {}
+        if form is not None and form not in self._forms:
+            known = (
+                f"forms of the bundle: {', '.join(self._forms)}"
+                if self._forms
+                else "it has one form"
+            )
+            raise BundleError(f"{self.folder}: unknown form {reprlib.repr(form)}; {known}")
+        self.choice: Choice | None = None
+        if form is None and self._forms:
+            place = place_of(self.folder, self._options.get("threads"))
+            self.choice = choose(self.folder, [*self._forms], place, self._trial)
+            form = self.choice.form
+        self.form, own = form, self._forms.get(form or "", {})
+        self.graphs: dict[str, str | None] = self.facts["graphs"] | {
+            name: own[name] for name in ("velocity", "light") if name in own
+        }
+        velocity, light, decoder = (self.graphs.get(n) for n in ("velocity", "light", "decoder"))
+        self._velocity = self._open(str(velocity), ["t", "x", "y"], own)
+        self._light = self._open(light, ["change", "t", "x", "y"], own) if light else None
         self._decoder = self._open(decoder, ["x"]) if decoder else None
+
+    def _trial(self, form: str) -> Callable[[], Array]:
+        """A form in a session of its own, after it has agreed with the record."""
+        own, test = self._forms[form], self.facts["self_test"]
+        session = self._open(own["velocity"], ["t", "x", "y"], own)
+        labels, expected = np.asarray(test["labels"], dtype=np.int64), self._recorded(test)
+        times = np.full(len(labels), test["t"], dtype=np.float32)
+        feed = {"x": self._start(len(labels), test["seed"], None), "t": times, "y": labels}
+
+        def call() -> Array:
+            return self._run(session, feed)[0]
+
+        self._differs(call(), expected, own["tolerance"], f"velocity in {form}")
+        return call
 
     def velocity(self, x: Array, t: float, labels: Array, carried: Carried | None = None) -> Array:
         """The velocity (B, C, H, W) at x and t in [0, 1] for class ids (B,).
@@ -170,7 +213,7 @@ class Bundle:
         count = own["steps"] if steps is None else steps
         scale = own["guidance"] if guidance is None else guidance
         name = own["name"] if sampler is None else sampler
-        _check_sampler({"steps": count, "guidance": scale, "name": name})
+        check_sampler({"steps": count, "guidance": scale, "name": name})
         if scale != 1.0 and self.facts["null_label"] is None:
             raise BundleError(
                 f"guidance {scale} needs a null class, which this model has not; use --guidance 1"
@@ -196,7 +239,7 @@ class Bundle:
                 f"{self.folder}: was exported without a cache; export it with cache='newton'"
             )
         asked = cache if isinstance(cache, dict) else own or {}
-        _check_cache(asked, "")
+        check_cache(asked, "")
         return Carried(**{name: asked[name] for name in CACHE if name in asked})
 
     def images(self, samples: Array) -> Array:
@@ -224,44 +267,36 @@ class Bundle:
         test = self.facts["self_test"]
         labels, expected = np.asarray(test["labels"], dtype=np.int64), self._recorded(test)
         actual = self.velocity(self._start(len(labels), test["seed"], None), test["t"], labels)
-        error = self._differs(actual, expected, test, "velocity")
+        own = self._forms.get(self.form or "", {})
+        error = self._differs(actual, expected, own.get("tolerance", test["tolerance"]), "velocity")
         drawn = test.get("sample")
         if drawn is None:  # an earlier bundle, or one that was not verified
             return error
         expected = self._recorded(drawn)
         actual = self.sample(drawn["labels"], steps=drawn["steps"], seed=drawn["seed"])
-        return max(error, self._differs(actual, expected, drawn, "sample"))
+        allowed = own.get("sample_tolerance", drawn["tolerance"])
+        return max(error, self._differs(actual, expected, allowed, "sample"))
 
     def _recorded(self, test: dict[str, Any]) -> Array:
-        return _read_array(self.folder / test["file"], (len(test["labels"]), *self.shape))
+        return read_array(self.folder / test["file"], (len(test["labels"]), *self.shape))
 
-    def _differs(self, actual: Array, expected: Array, test: dict[str, Any], what: str) -> float:
+    def _differs(self, actual: Array, expected: Array, allowed: float, what: str) -> float:
+        if actual.shape != expected.shape:
+            raise BundleError(f"{self.folder}: the graph gives {actual.shape} for {expected.shape}")
         error = float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
-        if not error <= test["tolerance"]:
+        if not error <= allowed:
             raise BundleError(
                 f"{self.folder}: this machine's {what} differs by {error:.1e} from the recorded "
-                f"one (allowed {test['tolerance']:.0e})"
+                f"one (allowed {allowed:.0e})"
             )
         return error
 
-    def _open(self, name: str, inputs: list[str]) -> Any:
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise BundleError(
-                f"onnxruntime cannot be imported ({error}); pip install onnxruntime"
-            ) from error
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads or 0
-        options.log_severity_level = 4  # what it would print stands in its exceptions
-        providers = ["CPUExecutionProvider"]
-        try:
-            session = ort.InferenceSession(str(self.folder / name), options, providers=providers)
-        except Exception as error:  # its exceptions share no base class of their own
-            why = f"onnxruntime {ort.__version__} cannot load it ({error})"
-            raise BundleError(f"{self.folder / name}: {why}") from error
+    def _open(self, name: str, inputs: list[str], form: dict[str, Any] | None = None) -> Any:
+        narrow = (form or {}).get("narrow", False)
+        path = self.folder / name
+        session = open_session(path, self._options, narrow=narrow, alone=self._alone)
         if (found := sorted(i.name for i in session.get_inputs())) != inputs:
-            raise BundleError(f"{self.folder / name}: takes {found}, expected {inputs}")
+            raise BundleError(f"{path}: takes {found}, expected {inputs}")
         return session
 
     def _run(self, session: Any, feed: dict[str, Array], count: int = 1) -> list[Array]:
@@ -277,6 +312,12 @@ class Bundle:
         ):
             raise BundleError(f"{self.folder}: the graph gives no tensor of real numbers")
         return list(out)
+
+    def which(self) -> str:
+        """Which form runs, and why."""
+        if self.choice is not None:
+            return str(self.choice)
+        return "the bundle has one form" if self.form is None else f"{self.form}, as was asked"
 
     @property
     def classes(self) -> list[str]:
@@ -294,14 +335,14 @@ class Bundle:
             raise BundleError(f"{what} do not fit into the memory; draw fewer at once")
         classes = self.facts["num_classes"]
         for label in labels:
-            if not 0 <= _number(label, -SEEDS, SEEDS, "a label") < classes:
+            if not 0 <= number(label, -SEEDS, SEEDS, "a label") < classes:
                 known = f"the classes 0..{classes - 1} of this bundle"
                 raise BundleError(f"label {label} is not one of {known}")
         return np.asarray(labels, dtype=np.int64)
 
     def _start(self, count: int, seed: int, noise: Array | None) -> Array:
         shape = (count, *self.shape)
-        _number(seed, 0, SEEDS, "seed")
+        number(seed, 0, SEEDS, "seed")
         if noise is None:
             return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
         if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
@@ -368,144 +409,6 @@ def _combine(x: Array, stages: list[Array], weights: list[float], dt: float) -> 
     return x
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    path = folder / "bundle.json"
-    if not os.path.isdir(folder):  # unlike pathlib's, False also for a name that cannot be
-        raise BundleError(f"{folder}: no such folder")
-    if not os.path.isfile(path):
-        why = "so it is not a bundle or was not written to the end"
-        raise BundleError(f"{folder}: holds no bundle.json, {why}")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        known = isinstance(error, (json.JSONDecodeError, OSError))
-        why = str(error) if known else "no UTF-8 text, a number without end, or nested too deeply"
-        raise BundleError(f"{path}: is not readable JSON ({why})") from error
-    if not isinstance(facts, dict) or type(facts.get("format")) is not int or facts["format"] < 1:
-        raise BundleError(f"{path}: is not the description of a bundle")
-    if facts["format"] > FORMAT:
-        raise BundleError(
-            f"{path}: has format {facts['format']}, this runner reads up to {FORMAT}; "
-            "use the run.py inside the bundle or a newer effformer"
-        )
-    return facts
-
-
-def _check_facts(facts: dict[str, Any], at: str) -> None:
-    """Every field that is used, before anything is opened or allocated."""
-    _fields(facts, at, files=dict, graphs=dict, sampler=dict, self_test=dict)
-    _fields(facts, at, shape=list, value_range=list, num_classes=int, null_label=int | None)
-    for name, record in facts["files"].items():
-        if not name.strip(".") or re.search(r"[/\\:\0]", name):
-            raise BundleError(f"{at}files: {name!r} is not the name of a file inside the bundle")
-        _fields(facts["files"], f"{at}files.", **{name: dict})
-        _fields(record, f"{at}files.{name}.", bytes=int, sha256=str)
-    graphs, test, own = facts["graphs"], facts["self_test"], facts["sampler"]
-    decoder = [] if graphs.get("decoder") is None else [graphs["decoder"]]
-    drawn = [] if test.get("sample") is None else [test["sample"]]
-    if drawn:
-        _fields(test, f"{at}self_test.", sample=dict)
-    files = [record.get("file") for record in (test, *drawn)]
-    light = [] if graphs.get("light") is None else [graphs["light"]]
-    for path in (graphs.get("velocity"), *light, *decoder, *files):
-        if not isinstance(path, str) or path not in facts["files"]:
-            raise BundleError(f"{at}{reprlib.repr(path)} is not one of the files of the bundle")
-    if len(facts["shape"]) != 3 or len(facts["value_range"]) != 2:
-        raise BundleError(f"{at}shape has three numbers and value_range two; copy the folder again")
-    for size in facts["shape"]:
-        _number(size, 1, 2**16, f"{at}each length of shape")
-    low, high = (_number(v, -1e6, 1e6, f"{at}value_range", real=True) for v in facts["value_range"])
-    if low >= high:
-        raise BundleError(f"{at}value_range is empty, {low}..{high}; copy the folder again")
-    classes, null = _number(facts["num_classes"], 1, 2**31, f"{at}num_classes"), facts["null_label"]
-    _number(0 if null is None else null, 0, 2**31, f"{at}null_label")
-    _check_sampler(own, at)
-    if own.get("cache") is not None:
-        _fields(own, f"{at}sampler.", cache=dict)
-        _check_cache(own["cache"], f"{at}sampler.")
-    guided = own.get("guidance_channels")
-    _number(1 if guided is None else guided, 1, facts["shape"][0], f"{at}guidance_channels")
-    _number(test.get("t"), 0, 1, f"{at}self_test.t", real=True)
-    for record in drawn:
-        _number(record.get("steps"), 1, MOST, f"{at}self_test.sample.steps")
-    for record in (test, *drawn):
-        _check_test(record, at, max(classes - 1, null or 0), math.prod(facts["shape"]))
-
-
-def _check_test(record: dict[str, Any], at: str, last: int, numbers: int) -> None:
-    _number(record.get("seed"), 0, SEEDS, f"{at}self_test.seed")
-    _number(record.get("tolerance"), 0, 1, f"{at}self_test.tolerance", real=True)
-    _fields(record, f"{at}self_test.", labels=list)
-    for label in record["labels"]:
-        _number(label, 0, last, f"{at}each of self_test.labels")
-    if not 1 <= len(record["labels"]) <= MOST_NUMBERS // numbers:
-        raise BundleError(f"{at}shape and self_test.labels do not fit into the memory")
-
-
-def _fields(facts: dict[str, Any], at: str, **kinds: Any) -> None:
-    for name, kind in kinds.items():
-        value = facts.get(name)
-        if name not in facts or isinstance(value, bool) or not isinstance(value, kind):
-            found = reprlib.repr(value) if name in facts else "missing"
-            raise BundleError(f"{at}{name} is {found}; copy the folder again")
-
-
-def _check_sampler(options: dict[str, Any], at: str = "") -> None:
-    _number(options.get("steps"), 1, MOST, f"{at}steps")
-    _number(options.get("guidance"), -STRONGEST, STRONGEST, f"{at}guidance", real=True)
-    name, known = options.get("name"), ", ".join(SAMPLERS)
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise BundleError(f"{at}unknown sampler {reprlib.repr(name)}; choices: {known}")
-
-
-def _check_cache(cache: dict[str, Any], at: str) -> None:
-    if unknown := [name for name in cache if name not in (*CACHE, "name", "over")]:
-        say = f"{at}cache has no {reprlib.repr(unknown[0])}"
-        raise BundleError(f"{say}; choices: {', '.join(CACHE)}")
-    if cache.get("over", "stack") != "stack":
-        raise BundleError(f"{at}cache: over must be 'stack', for a bundle skips all blocks at once")
-    for name, (low, high) in CACHE.items():
-        _number(cache.get(name, low), low, high, f"{at}cache: {name}")
-
-
-def _number(value: Any, low: float, high: float, what: str, *, real: bool = False) -> Any:
-    """``value``, if it is a whole (or real) number in low..high; NaN lies in no range."""
-    kinds = (int, float, np.integer, np.floating) if real else (int, np.integer)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        kind = "number" if real else "whole number"
-        raise BundleError(f"{what} must be a {kind} in {low}..{high}, got {reprlib.repr(value)}")
-    return value
-
-
-def _check_file(folder: Path, name: str, record: dict[str, Any]) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise BundleError(f"{path}: is missing from the bundle; copy the folder again")
-    if path.resolve().parent != folder.resolve():
-        raise BundleError(f"{path}: is a link that leads out of the bundle; copy the file itself")
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
-    if path.stat().st_size != record["bytes"] or digest.hexdigest() != record["sha256"]:
-        raise BundleError(f"{path}: is damaged (its checksum differs); copy the folder again")
-
-
-def _read_array(path: Path, shape: tuple[int, ...]) -> Array:
-    """The numbers of an .npy file, which are looked at before memory is taken for them."""
-    try:
-        found = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # of five classes for the kinds of damage
-        raise BundleError(f"{path}: is no complete .npy file of numbers") from error
-    fits = isinstance(found, np.ndarray) and found.shape == shape and found.dtype.kind == "f"
-    if not fits or not np.isfinite(found).all():
-        raise BundleError(f"{path}: does not hold finite numbers of shape {shape}")
-    return np.array(found)
-
-
 def _save(path: Path, bundle: Bundle, samples: Array, *, force: bool = False) -> None:
     if path.suffix == ".npy":
         write_samples(path, samples, force=force)
@@ -538,8 +441,13 @@ def parse_labels(text: str, classes: Sequence[str] = ()) -> list[int]:
     return labels
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for a bundle or request that cannot be served."""
+def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
+    """Command line; returns the exit code, 2 for a bundle or request that cannot be served.
+
+    Args:
+        argv: the words, None for those of the process.
+        alone: see `Bundle`.
+    """
     here = Path(__file__).resolve().parent
     inside = (here / "bundle.json").is_file()
     parser = argparse.ArgumentParser(
@@ -555,6 +463,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--no-cache", action="store_true", help="compute all blocks at every step")
     add("--seed", type=int, default=0, help="of the noise")
     add("--threads", type=int, help="threads of onnxruntime")
+    add("--form", help="which form of the bundle runs; default: the fastest here")
+    add("--which", action="store_true", help="say which form runs here, and why, and stop")
     add("--self-test", action="store_true", help="compare with the recorded velocity and stop")
     add("--force", action="store_true", help="replace whatever file is at --out")
     given = parser.parse_args(argv)
@@ -562,11 +472,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters of a path
             stream.reconfigure(errors="backslashreplace")
     try:
-        if not given.self_test:
+        if not given.self_test and not given.which:
             if given.out.suffix not in (".npy", ".png"):
                 raise BundleError(f"{given.out}: samples are written as .png or .npy")
             check_place(given.out, force=given.force)
-        bundle = Bundle(given.folder, given.threads)
+        bundle = Bundle(given.folder, given.threads, form=given.form, alone=alone)
+        if given.which:
+            print(f"{given.folder}: {bundle.which()}")
+            return 0
         if given.self_test:
             print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
             return 0
@@ -587,4 +500,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(alone=True))

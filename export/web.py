@@ -15,7 +15,8 @@ from effformer.files import atomic_folder, check_folder, read_json
 from effformer.notebook import Shown
 
 from . import run
-from .bundle import FOLDER, finish
+from .bundle import FOLDER
+from .record import finish
 
 __all__ = ["BINARY", "LOADER", "Runtime", "WebReport", "check_site", "export_web", "find_runtime"]
 

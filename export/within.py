@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effformer.compress.quant.control import ControlReport, Goal, control, number
+from effformer.compress.samples import Data
 
 from effformer.arguments import checked
 from effformer.checks import unknown
@@ -15,10 +16,12 @@ from effformer.files import check_file, workspace
 from effformer.values import NonNegative
 
 from .graph import GRAPH
-from .quantize import QUANTIZED, products, quantize_onnx
+from .products import products
+from .quantize import QUANTIZED, quantize_onnx
 from .session import Session
+from .static import Calibration, calibrate_onnx, measured
 
-__all__ = ["quantize_onnx_within"]
+__all__ = ["deviation", "quantize_onnx_within"]
 
 Metric = Callable[[Session], Any]
 """A number for a graph that is ready to run."""
@@ -31,6 +34,7 @@ def quantize_onnx_within(
     metric: Metric,
     scheme: str | Mapping[str, Any] = "dynamic-uint8",
     *,
+    data: Data | Calibration | None = None,
     max_drop: NonNegative = 0.01,
     relative: bool = False,
     best: Literal["high", "low"] = "high",
@@ -42,8 +46,10 @@ def quantize_onnx_within(
     Args:
         path: the file.
         out: where the result goes: new, or an earlier graph of ours, ``path`` included.
-        metric: of a `Session`, a number: accuracy, a negative loss, ...
-        scheme: "dynamic-uint8", "int8", "int4", or options of `quantize_onnx` as a dict.
+        metric: of a `Session`, a number: accuracy, a negative loss, ... `deviation` makes one of data.
+        scheme: "dynamic-uint8", "static-int8", "int8", "int4", ..., or options of `quantize_onnx` as a
+            dict.
+        data: of static schemes, as in `quantize_onnx`; the graph is calibrated once.
         max_drop: by how much the metric may be worse than that of the graph in ``path``.
         relative: ``max_drop`` is a share of that graph's metric.
         best: "high": large values are good; "low": small ones, as of a loss.
@@ -63,9 +69,12 @@ def quantize_onnx_within(
     if isinstance(scheme, str) and scheme not in QUANTIZED:
         raise unknown("scheme", scheme, list(QUANTIZED), where=where)
     options = QUANTIZED[scheme] if isinstance(scheme, str) else {**scheme}
-    if own := {"keep", "compared", "force", "path", "out"} & {*options}:
+    if own := {"keep", "compared", "data", "force", "path", "out"} & {*options}:
         raise ValueError(f"{where}: scheme: {min(own)} is no option of a scheme")
     check_file(out, GRAPH, force=force)
+    if data is not None:
+        ranges = data if isinstance(data, Calibration) else calibrate_onnx(path, data)
+        options = {**options, "data": ranges}
     goal = Goal(
         reference=number(metric(Session(path))), max_drop=max_drop, relative=relative, best=best
     )
@@ -83,3 +92,36 @@ def quantize_onnx_within(
     back = [one.name for one in found.back]
     report = quantize_onnx(path, out, keep=back, force=force, **options)
     return replace(found, quantized=report)
+
+
+@checked
+def deviation(path: str | Path, data: Data) -> Metric:
+    """A metric for `quantize_onnx_within`, with ``best="low"``: ``||y - y0|| / ||y0||`` over all outputs
+    y of a graph on data, where y0 are those of the graph in ``path``.
+
+    Args:
+        path: the graph that is compared with.
+        data: as of `calibrate_onnx`; outputs are kept, so a few batches do.
+
+    Raises:
+        ValueError: the data do not fit the graph.
+        FormatError: not an ONNX file.
+    """
+    import numpy as np
+
+    dense = Session(path)
+    feeds = list(measured(dense.inputs, data, where="deviation: data"))
+    wanted = [dense.run(feed) for feed in feeds]
+    total = sum(float(np.square(y, dtype=np.float64).sum()) for one in wanted for y in one.values())
+
+    def metric(session: Session) -> float:
+        lost = 0.0
+        for feed, outputs in zip(feeds, wanted, strict=True):
+            made = session.run(feed)
+            lost += sum(
+                float(np.square(made[name] - y, dtype=np.float64).sum())
+                for name, y in outputs.items()
+            )
+        return float(np.sqrt(lost / max(total, 1e-30)))
+
+    return metric

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..checks import unknown
 from .common import (
     FFN,
     Attn,
@@ -23,11 +24,10 @@ from .common import (
     save_to,
     stages,
 )
+from .compress import Samples, calibration
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
-
-Quantize = Literal["dynamic-uint8", "int8", "int4"]
 
 
 def export(
@@ -37,8 +37,31 @@ def export(
         typer.Option("--format", help="Default: onnx if --out ends in .onnx, else bundle."),
     ] = None,
     quantize: Annotated[
-        Quantize | None, typer.Option(help="Quantize the graph by ONNX Runtime.")
+        list[str] | None,
+        typer.Option(
+            help="Quantize the graph by ONNX Runtime: dynamic or static, with weights that suit the CPU here or "
+            "as named (static-int8, ...-int7, ...-uint8); int8 and int4, weights alone. static takes ranges of "
+            "activations from --data. Bundles: may be repeated, also with float32; the runner takes the form "
+            "that is fastest on its machine.",
+            metavar="FORM",
+        ),
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="With --quantize: products go back into floating point until the relative error of the "
+            "outputs is at most this.",
+            min=0,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx: what --quantize static and --max-error look at, as of compress; default: 'sampler' for "
+            "generators. Bundles look at what their sampler asks."
+        ),
+    ] = None,
+    samples: Samples = 64,
     batch: Annotated[
         int, typer.Option(help="onnx: samples of the traced call.", min=1, max=10**6)
     ] = 2,
@@ -95,14 +118,14 @@ def export(
     `--target web` it also holds a page, which verifies itself and draws in a browser.
 
     Examples: `effformer export runs/digits/model -o digits.onnx`,
-    `effformer export runs/digits/model --quantize int8 -o bundle`,
+    `effformer export runs/digits/model --quantize float32 --quantize static-int8 -o bundle`,
     `effformer export runs/digits --target web -o site`
     """
     place = save_to(out, "export")
     form = form or ("onnx" if place.suffix == ".onnx" else "bundle")
     own = {"--sampler": sampler, "--steps": steps, "--guidance": guidance, "--cache": cache}
     site = form == "bundle" and target == "web"
-    graph = {"--opset": opset, "--target": None if site else target}
+    graph = {"--opset": opset, "--target": None if site else target, "--data": data}
     ignored: dict[str, object] = {
         **(own if form == "onnx" else graph),
         "--runtime": None if site else runtime,
@@ -114,6 +137,7 @@ def export(
         raise ValueError(
             f"export: {', '.join(given)} means nothing to --format {form}; leave it out{other}"
         )
+    _check_forms(quantize or ["float32"], max_error)
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
         stage(f"exporting {network.name}")
@@ -121,10 +145,10 @@ def export(
             options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
             options["sampler"] = "euler" if sampler is None else sampler
             options["cache"] = None if cache is None else named(cache)
-            if site:
-                data, size = _web(network, place, quantize, options, verify, runtime)
-            else:
-                data, size = _bundle(network, place, quantize, options, verify)
+            options |= {"quantize": quantize or None, "max_error": max_error, "verify": verify}
+            found, size = (
+                _web(network, place, options, runtime) if site else _bundle(network, place, options)
+            )
         else:
             options = {
                 "opset": opset,
@@ -132,21 +156,39 @@ def export(
                 "tolerance": tolerance,
                 "verify": verify,
             }
-            data, size = _onnx(network, place, quantize, options, batch, force=force)
-    parity = data["parity"]
+            how = _how(network, quantize or ["float32"], max_error, data, samples)
+            found, size = _onnx(network, place, how, options, batch, force=force)
+    parity = found["parity"]
     lines = [f"{place}: {'site' if site else form}, {size / 1e6:.2f} MB"]
     lines.append(_verified(parity) if parity else "not verified")
-    lines += _held(data if "ranges" in data else parity or {})
-    if packed := data.get("quantized"):
+    lines += _held(found if "ranges" in found else parity or {})
+    if packed := found.get("quantized"):
+        left = f", {len(packed['left'])} left in floating point" if packed["left"] else ""
         lines.append(
-            f"quantized by ONNX Runtime: {packed['quantized']} products, {packed['ratio']:.2f}x"
+            f"quantized by ONNX Runtime ({packed['scheme']}): {packed['quantized']} products{left}, "
+            f"{packed['ratio']:.2f}x"
         )
+    lines += [
+        f"also {form}: differs by {error:.1e}" for form, error in found.get("forms", {}).items()
+    ]
     if site:
-        lines.append(f"{data['runtime']} and graphs of {data['graphs'] / 1e6:.2f} MB; to see it: ")
+        lines.append(
+            f"{found['runtime']} and graphs of {found['graphs'] / 1e6:.2f} MB; to see it: "
+        )
         lines[-1] += (
             f"python -m http.server -d {shlex.quote(str(place))}, then http://localhost:8000"
         )
-    emit(data, "\n".join(lines), as_json)
+    emit(found, "\n".join(lines), as_json)
+
+
+def _check_forms(forms: list[str], max_error: float | None) -> None:
+    from ..export.quantize import FORMS
+
+    for name in forms:
+        if name not in FORMS:
+            raise unknown("form", name, FORMS, where="export: --quantize")
+    if max_error is not None and forms == ["float32"]:
+        raise ValueError("export: --max-error is that of a quantized graph; add --quantize")
 
 
 def _held(data: dict[str, Any]) -> list[str]:
@@ -164,21 +206,17 @@ def _verified(parity: dict[str, Any]) -> str:
     )
 
 
-def _bundle(
-    model: Model, place: Path, quantize: Quantize | None, options: dict[str, Any], verify: bool
-) -> tuple[dict[str, Any], int]:
+def _bundle(model: Model, place: Path, options: dict[str, Any]) -> tuple[dict[str, Any], int]:
     from ..export import export_bundle
 
-    report = export_bundle(model, place, **options, quantize=quantize, verify=verify)
+    report = export_bundle(model, place, **options)
     return report.to_dict(), report.bytes
 
 
 def _web(
     model: Model,
     place: Path,
-    quantize: Quantize | None,
     options: dict[str, Any],
-    verify: bool,
     runtime: Path | None,
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_web
@@ -194,7 +232,7 @@ def _web(
     check_site(place, force=force)
     with workspace(place) as folder:
         bundle = folder / "bundle"
-        data, _ = _bundle(model, bundle, quantize, options, verify)
+        data, _ = _bundle(model, bundle, options)
         report = export_web(bundle, place, runtime=package.folder, force=force)
     for name in ("parity", "quantized"):
         if data[name] is not None:
@@ -202,21 +240,46 @@ def _web(
     return data | report.to_dict(), report.bytes
 
 
+def _how(
+    model: Model, forms: list[str], max_error: float | None, data: str | None, samples: int
+) -> dict[str, Any]:
+    """Options of `quantize_form`, none for a graph as the model is.
+
+    Raises:
+        ValueError: several forms; data are needed and none are given, or the other way round.
+    """
+    from ..flow import trained_of
+
+    if len(forms) > 1:
+        raise ValueError(
+            "export: --quantize: a file holds one form; several go into a --format bundle"
+        )
+    quantize = forms[0]
+    wanted = quantize.startswith("static") or max_error is not None
+    if data is None and wanted and trained_of(model) is not None:
+        data = "sampler"
+    if (data is not None) != wanted:
+        why = "takes ranges from data" if quantize.startswith("static") else "is measured on data"
+        raise ValueError(
+            f"export: --{'quantize ' + quantize if max_error is None else 'max-error'} {why}; add --data"
+            if wanted
+            else f"export: --data means nothing to --quantize {quantize}; leave it out"
+        )
+    if quantize == "float32":
+        return {}
+    found = None if data is None else calibration(model, data, samples, "export")
+    return {"name": quantize, "max_error": max_error, "data": found}
+
+
 def _onnx(
-    model: Model,
-    place: Path,
-    quantize: Quantize | None,
-    options: dict[str, Any],
-    batch: int,
-    *,
-    force: bool,
-) -> tuple[dict[str, Any], int]:
-    from ..export import export_onnx, quantize_onnx
-    from ..export.quantize import QUANTIZED
+    model: Model, place: Path, how: dict[str, Any], options: dict[str, Any], batch: int, *, force: bool
+) -> tuple[dict[str, Any], int]:  # fmt: skip
+    from ..export import export_onnx
+    from ..export.velocity import quantize_form
     from ..files import check_file, workspace
 
     inputs = model.example_inputs(batch)
-    if quantize is None:
+    if not how:
         report = export_onnx(model, place, inputs, **options, force=force)
         return report.to_dict() | {"quantized": None}, report.graph.bytes
     check_file(place, "graph", force=force)
@@ -225,7 +288,7 @@ def _onnx(
         # what is at the place stays until there is something quantized to replace it
         dense = folder / "dense.onnx"
         report = export_onnx(model, dense, inputs, **options)
-        packed = quantize_onnx(dense, place, **QUANTIZED[quantize], compared=compared, force=force)
+        packed = quantize_form(dense, place, **how, compared=compared, force=force)
     data = report.to_dict() | {"quantized": packed.to_dict(), "path": str(place)}
     data["parity"] = data["quantized"].pop("parity")
     return data, packed.bytes_after

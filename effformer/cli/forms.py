@@ -119,5 +119,5 @@ def graph_of(source: str) -> Path | None:
     if place.suffix == ".onnx":
         return place
     if (place / "bundle.json").is_file():
-        return place / str(Bundle(place).facts["graphs"]["velocity"])
+        return place / str(Bundle(place).graphs["velocity"])
     return None

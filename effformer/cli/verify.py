@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +34,19 @@ def verify(
     from ..export.run import Bundle
 
     if exported.is_dir():
-        error = Bundle(exported, threads).self_test()
-        data: dict[str, Any] = {"path": str(exported), "passed": True, "max_rel": error}
-        emit(data, f"{exported}: agrees with its record within {error:.1e}", as_json)
+        bundle = Bundle(exported, threads)
+        error = bundle.self_test()
+        data: dict[str, Any] = {
+            "path": str(exported),
+            "passed": True,
+            "max_rel": error,
+            "form": bundle.form,
+        }
+        text = f"{exported}: agrees with its record within {error:.1e}"
+        if bundle.choice is not None:
+            data["choice"] = asdict(bundle.choice)
+            text += f"\nruns as {bundle.choice}"
+        emit(data, text, as_json)
         return
     if model is None:
         raise ValueError(f"verify: what should {exported} compute? Name the model or its folder")

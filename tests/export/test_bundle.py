@@ -26,7 +26,8 @@ def test_facts(bundle: BundleReport) -> None:
     assert (facts["num_classes"], facts["null_label"]) == (3, 3)
     assert facts["sampler"]["steps"] == 10
     assert facts["convention"]["data_at"] == 1
-    own = {"velocity.onnx", "run.py", "pictures.py", "self_test.npy", "self_test_sample.npy"}
+    runner = {"run.py", "facts.py", "choice.py", "pictures.py"}
+    own = {"velocity.onnx", "self_test.npy", "self_test_sample.npy", *runner}
     assert set(facts["files"]) == own
     assert bundle.parity is not None
     assert bundle.parity.max_rel <= 1e-4
@@ -121,7 +122,7 @@ def test_bad_requests(flow: Flow, tmp_path: Path) -> None:
         export_bundle(flow, tmp_path / "b", sampler="eulr", **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown convention 'triposq'; did you mean 'triposg'"):
         export_bundle(flow, tmp_path / "b", **(SIZES | {"convention": "triposq"}))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="export_bundle: quantize: unknown value 'int9'"):
+    with pytest.raises(ValueError, match="export_bundle: quantize: unknown form 'int9'"):
         export_bundle(flow, tmp_path / "b", quantize="int9", **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="export_bundle: steps must be at least 1, got 0"):
         export_bundle(flow, tmp_path / "b", steps=0, **SIZES)  # type: ignore[arg-type]
@@ -153,7 +154,7 @@ def test_foreign_folders_and_failures_leave_everything(
     def fail(*args: object, **kwargs: object) -> None:
         raise VerificationError("no")
 
-    monkeypatch.setattr("effformer.export.bundle.export_onnx", fail)
+    monkeypatch.setattr("effformer.export.velocity.export_onnx", fail)
     with pytest.raises(VerificationError):
         export_bundle(flow, bundle.folder, **SIZES)  # type: ignore[arg-type]
     assert {f.name: f.read_bytes() for f in bundle.folder.iterdir()} == before

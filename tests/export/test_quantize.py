@@ -75,8 +75,8 @@ def test_fails_if_nothing_was_quantized(dense: ExportReport, tmp_path: Path) -> 
 
 def test_bad_options(dense: ExportReport, tmp_path: Path) -> None:
     out = tmp_path / "q.onnx"
-    with pytest.raises(ValueError, match="scheme: unknown value 'dynamic-int8'; did you mean"):
-        quantize_onnx(dense.path, out, "dynamic-int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scheme: unknown value 'dynamic-int9'; did you mean"):
+        quantize_onnx(dense.path, out, "dynamic-int9")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"bits: unknown value '3'.* 4, 8"):
         quantize_onnx(dense.path, out, "matmul-nbits", bits=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"block: unknown value '48'.* 16, 32, 64, 128, 256"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from effformer.export import Session, export_onnx, quantize_onnx, quantize_onnx_within, read_graph
-from effformer.export.quantize import products
+from effformer.export.products import products
 from torch import nn
 
 from effformer.checks import FormatError

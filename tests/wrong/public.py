@@ -145,6 +145,11 @@ def graph(folder: Path) -> Path:
     return folder / "graph.onnx"
 
 
+def of_graph(folder: Path) -> dict[str, torch.Tensor]:
+    """What `graph` takes."""
+    return {name: x(folder) for name in export.Session(graph(folder)).inputs}
+
+
 def config(**options: Any) -> Make:
     return lambda folder: train.TrainConfig(
         **{"steps": 2, "batch": 2, "warmup": 0, "ema": 0.5, **options}
@@ -329,6 +334,9 @@ OWN: dict[str, dict[str, Make]] = {
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
     "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
+    "calibrate_onnx": {"path": graph, "data": of_graph},
+    "deviation": {"path": graph, "data": of_graph},
+    "Calibration": {"ranges": given({"x": (0.0, 1.0)}), "rule": given("minmax"), "batches": given(1)},
     "export_onnx": {"path": new("new.onnx"), "output_names": given(["out"])},
     "export_web": {
         "bundle": given(Path(__file__).parents[1] / "saved/bundle"),

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from effformer.export import choice, run
 from effformer.export.run import Bundle, main
 
 from .corpus import Slow, limited
@@ -47,6 +48,7 @@ HOSTILE: tuple[Any, ...] = (
     [2**16] * 3, [-1.0, 10**400], [0] * 10**5, ["x"], [None], {"file": "../x"}, {"": {}}, {"../x": {"bytes": 1, "sha256": ""}},
     nested(50), nested(900),
 )  # fmt: skip
+RUNNER = ("run.py", "pictures.py", "facts.py", "choice.py")
 UNUSED = {"effformer", "model", "convention", "network_convention", "quantization"}
 OPTIONS = (
     "--labels",
@@ -56,6 +58,8 @@ OPTIONS = (
     "--sampler",
     "--seed",
     "--threads",
+    "--form",
+    "--which",
     "--nothing",
 )
 
@@ -77,7 +81,15 @@ def make(folder: Path) -> None:
     facts = read(folder)
     record = {"file": "sample.npy", "seed": 3, "labels": [1, 2], "steps": 1, "tolerance": 1e-2}
     facts["self_test"]["sample"] = record
-    write(folder, facts, "sample.npy")
+    facts["session"] = {"threads": 1, "spinning": False, "denormals_to_zero": True, "arena": True}
+    shutil.copyfile(folder / "velocity.onnx", folder / "velocity.int8.onnx")
+    for name in RUNNER[1:]:
+        shutil.copyfile(Path(run.__file__).with_name(name), folder / name)
+    facts["forms"] = {
+        form: {"velocity": file, "narrow": False, "tolerance": 1e-2, "sample_tolerance": 1e-2}
+        for form, file in (("float32", "velocity.onnx"), ("int8", "velocity.int8.onnx"))
+    }
+    write(folder, facts, "sample.npy", "velocity.int8.onnx", *RUNNER[1:])
 
 
 def read(folder: Path) -> Any:
@@ -122,7 +134,8 @@ def of_fields(facts: Any) -> Iterator[Trial]:
         required = (
             used
             and not isinstance(path[-1], int)
-            and path[-1] not in ("decoder", "sample", "guidance_channels", "run.py", "pictures.py")
+            and path[-1]
+            not in ("decoder", "sample", "guidance_channels", "session", "forms", *RUNNER)
         )
         yield Trial(f"{at} left out", edited(path, None, leave=True), wrong=required)
         for value in HOSTILE:
@@ -149,7 +162,7 @@ def of_files(facts: Any, other: Path) -> Iterator[Trial]:
         "another graph": b"\x08\x07" + b"\x3a\x00" * 9, "a picture": b"\x89PNG\r\n\x1a\n",
     }  # fmt: skip
     for name in ("bundle.json", *facts["files"]):
-        wrong = name not in ("run.py", "pictures.py")
+        wrong = name not in (*RUNNER, "velocity.onnx", "velocity.int8.onnx")  # the other form runs
         words = (WORDS,) if name in ("bundle.json", "velocity.onnx") else (("--self-test",),)
         for given in words:
             for kind, content in contents.items():
@@ -259,6 +272,7 @@ class Place:
         shutil.rmtree(self.bundle, ignore_errors=True)
         shutil.copytree(self.original, self.bundle)
         trial.change(self.bundle)
+        (self.bundle / "choice.json").unlink(missing_ok=True)
         before = {*self.folder.rglob("*")}
         capsys.readouterr()
         try:
@@ -272,7 +286,7 @@ class Place:
         except BaseException as error:
             return f"{type(error).__name__}: {str(error)[:300]!r}"
         finally:
-            made = {*self.folder.rglob("*")} - before
+            made = {*self.folder.rglob("*")} - before - {self.bundle / "choice.json"}
             for path in made:
                 path.unlink()
         said = capsys.readouterr().err
@@ -298,6 +312,13 @@ def little_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture(autouse=True)
+def _once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forms are timed by one call each."""
+    monkeypatch.setattr(choice, "SECONDS", 0.0)
+    monkeypatch.setattr(choice, "LEAST", 1)
 
 
 @pytest.fixture(scope="module")

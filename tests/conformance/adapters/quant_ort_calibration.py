@@ -6,10 +6,15 @@ read them are one and the same here.
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
 import torch
 from effformer.compress.quant.histogram import Histogram, entropy_range, percentile_range
+from effformer.export import calibrate_onnx, export_onnx
 from harness import Golden
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check(golden: Golden) -> None:
@@ -59,3 +64,13 @@ def _check_streaming(
     width = 2 * max(abs(found[0]), abs(found[1])) / 512
     assert abs(ours[0] - min(found[0], 0.0)) <= width
     assert abs(ours[1] - found[1]) <= width
+    assert _of_a_graph(keys, golden, percent) == pytest.approx(ours)
+
+
+def _of_a_graph(keys: list[str], golden: Golden, percent: float) -> tuple[float, float]:
+    """The range that a graph with one product is calibrated to."""
+    with TemporaryDirectory() as folder:
+        path, rows = Path(folder) / "graph.onnx", [golden.tensor(k).view(-1, 7) for k in keys]
+        export_onnx(nn.Linear(7, 2), path, rows[0], verify=False)
+        ranges = calibrate_onnx(path, [(x,) for x in rows], percentile=percent / 100).ranges
+    return next(iter(ranges.values()))

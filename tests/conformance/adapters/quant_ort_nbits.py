@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from effformer.compress.quant import QuantLinear, dynamic_quantize_linear
 from effformer.compress.quant import blockwise as bw
+from effformer.export import Session, export_onnx, quantize_onnx
 from harness import Golden
 from torch import Tensor, nn
 
@@ -43,6 +46,7 @@ def _check_weight(golden: Golden, config: dict[str, Any], case: str) -> None:
         golden.assert_close(layer.zero_points.view(shape), key, rtol=0, atol=0)
     golden.assert_close(layer.weight.t(), f"{case}.out.B_dequant", rtol=3e-7, atol=1e-7)
     golden.assert_close(layer(golden.tensor(f"{case}.in.A")), f"{case}.out.Y")
+    _check_graph(dense, golden, config, case)
     exported = layer.to_matmul_nbits()
     if exported is not None and exported.block_size == block:
         assert torch.equal(exported.packed, packed)
@@ -55,3 +59,18 @@ def _codes(packed: Tensor, bits: int, k: int) -> Tensor:
     """
     rows = packed.flatten(1)
     return rows[:, :k] if bits == 8 else bw.unpack_nibbles(rows, k, high_first=False)
+
+
+def _check_graph(dense: nn.Module, golden: Golden, config: dict[str, Any], case: str) -> None:
+    """A graph that is quantized as a whole gives what the operator gave."""
+    given = golden.tensor(f"{case}.in.A")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        export_onnx(dense, path, given, verify=False)
+        quantize_onnx(
+            path, path, "matmul-nbits", bits=config["bits"], block=config["block_size"],
+            symmetric=config["symmetric"],
+        )  # fmt: skip
+        session = Session(path)
+        (made,) = session.run({session.inputs[0]: given}).values()
+    golden.assert_close(torch.from_numpy(made), f"{case}.out.Y")
