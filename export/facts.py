@@ -101,6 +101,10 @@ def check_facts(facts: dict[str, Any], at: str) -> None:
     for path in (graphs.get("velocity"), *light, *decoder, *files):
         _check_listed(path, facts, at)
     _check_session(facts, at)
+    if "macs" in facts:
+        _fields(facts, at, macs=dict)
+        for name, count in facts["macs"].items():
+            number(count, 0, 2**62, f"{at}macs.{name}")
     if len(facts["shape"]) != 3 or len(facts["value_range"]) != 2:
         raise BundleError(f"{at}shape has three numbers and value_range two; copy the folder again")
     for size in facts["shape"]:

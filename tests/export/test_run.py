@@ -190,7 +190,7 @@ HOSTILE: tuple[Any, ...] = (
 )  # fmt: skip
 MEANT = [
     (("sampler", "guidance"), -7), (("sampler", "guidance_channels"), None),
-    (("graphs", "decoder"), None), (("self_test", "sample"), None), (("session", "threads"), None),
+    (("graphs", "decoder"), None), (("self_test", "sample"), None), (("session", "threads"), None), (("macs",), {}),
     *((("session", name), True) for name in ("spinning", "denormals_to_zero", "arena")),
 ]  # fmt: skip
 
