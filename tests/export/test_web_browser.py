@@ -24,6 +24,7 @@ from page_noise import normal
 from PIL import Image
 
 import effformer
+from effformer.flow import trained_of
 
 from .networks import randomize
 
@@ -155,6 +156,23 @@ def test_other_models(page: Page, make: Make) -> None:
             assert note in shown
             assert bool(shown) == bool(note)
         assert (picture.mode, picture.size) == ("RGB", size)
+
+
+def test_classes_have_names(page: Page, make: Make) -> None:
+    network, names = model(), ("circle", "square", "star", "<b>名前</b>")
+    record = trained_of(network)
+    assert record is not None
+    network.trained = record.replace(classes=names, value_range=(0.0, 1.0)).to_dict()
+    with served(make(network)) as address:
+        page.open(address)
+        page.wait(DRAWN)
+        options = "[...document.getElementById('label').options].map((one) => one.text)"
+        assert page.value(options) == ["each of the 4", *names]
+        set_to(page, label="3", count="4", seed="5")
+        page.value("document.getElementById('draw').click()")
+        page.wait(f"{DRAWN} && document.getElementById('canvas').ariaLabel.includes('seed 5')")
+        words = saved(page).text  # type: ignore[attr-defined]
+    assert (words["Class"], words["Label"]) == (names[3], "3,3,3,3")
 
 
 @pytest.mark.parametrize(
