@@ -161,7 +161,8 @@ class TripoSG(Model):
             time=time, memory=image if second is None else (image, second),
             ledger=ledger, tap=tap, complete=complete,
         )  # fmt: skip
-        middle, left = self.config.depth // 2, list[Tensor]()
+        middle = self.config.depth // 2
+        left: list[Tensor] = []
         h = torch.cat([time[:, None], self.embed(x)], dim=1)
         for i, block in enumerate(self.blocks):
             if i > middle:

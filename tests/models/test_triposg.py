@@ -156,6 +156,14 @@ def test_other_parts_in_the_blocks() -> None:
         effformer.build_model("triposg-two-nano", tokens="dynamic")
 
 
+@torch.no_grad()
+def test_one_graph_holds_both_halves_and_conditions() -> None:
+    model = awake("triposg-two-nano")
+    given = inputs(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**given), model(**given), rtol=1e-4, atol=1e-5)
+
+
 def test_the_profiler_counts_both_conditions() -> None:
     one, two = (profile(awake(name), memory=False) for name in NAMES)
     c = awake(NAMES[1]).config
