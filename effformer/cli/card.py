@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time as clock
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +78,7 @@ def _facts(source: str, timed: bool, threads: int | None) -> dict[str, Any]:
     if (place / "bundle.json").is_file():
         from ..export.run import Bundle
 
-        return _of_bundle(Bundle(place, threads), timed)
+        return _of_bundle(Bundle(place, threads), timed, threads)
     model = load(source)
     facts = _of_model(model, timed, threads)
     if place.is_dir():
@@ -148,7 +148,7 @@ def _training(place: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_bundle(bundle: Bundle, timed: bool) -> dict[str, Any]:
+def _of_bundle(bundle: Bundle, timed: bool, threads: int | None) -> dict[str, Any]:
     facts = bundle.facts
     forms = facts.get("forms") or {facts.get("quantization") or "float32": facts["graphs"]}
     made: dict[str, Any] = {
@@ -170,7 +170,7 @@ def _of_bundle(bundle: Bundle, timed: bool) -> dict[str, Any]:
         bundle.sample([0])
         made["latency"] = {
             "seconds of one sample": clock.perf_counter() - start, "steps": facts["sampler"]["steps"],
-            "threads": bundle.facts.get("session", {}).get("threads"), "machine": str(machine()),
+            "threads": threads or facts.get("session", {}).get("threads"), "machine": str(machine()),
         }  # fmt: skip
     return made
 
@@ -202,29 +202,24 @@ def _text(facts: Mapping[str, Any]) -> str:
     head = ["---", "library_name: effformer", f"tags: {json.dumps(tags)}"]
     if training.get("data", UNKNOWN) != UNKNOWN:
         head.append(f"datasets: {json.dumps([training['data']])}")
-    kind = (
-        f"A model with {facts['weights']} weights" if facts["kind"] == "model" else "An edge bundle"
-    )
+    weights = f"A model with {facts.get('weights')} weights"
+    kind = weights if facts["kind"] == "model" else "An edge bundle"
     body = [f"# {_cell(facts['name'])}", f"{kind}, of effformer {facts['effformer']}."]
     body += [words for words in (facts.get("summary"), _paper(facts)) if words]
     body += _section("Size", facts["size"])
     body += _section("Quality", facts.get("quality"), "Not measured; `effformer evaluate` does.")
     body += _section("Latency", facts.get("latency"), "Not measured; `--latency` does.")
     body += _section("Check on the machine where the card was written", facts.get("check"))
-    body += (
-        ["## Changes since it was built", *_listed(facts["transforms"])]
-        if facts.get("transforms")
-        else []
-    )
+    if changes := facts.get("transforms"):
+        body += ["## Changes since it was built", "\n".join(f"- {_cell(one)}" for one in changes)]
     body += _section("Training", training, "No record of the training lies beside the weights.")
     body += _section("Published weights of this configuration", published)
     body += ["## Configuration", _fenced(facts["config"])]
-    body += (
-        ["## What the weights were trained to predict", _fenced(facts["trained"])]
-        if facts.get("trained")
-        else []
-    )
-    body += ["## Options of the runtime", _fenced(facts["session"])] if facts.get("session") else []
+    for title, key in (
+        ("What the weights were trained to predict", "trained"),
+        ("Options of the runtime", "session"),
+    ):
+        body += [f"## {title}", _fenced(facts[key])] if facts.get(key) else []
     return "\n".join([*head, "---", ""]) + "\n\n".join([*body, f"<!-- {mark(CARD)} -->"]) + "\n"
 
 
@@ -249,10 +244,6 @@ def _cell(value: Any) -> str:
         words = value if isinstance(value, str) else json.dumps(value)
         return " ".join(words.replace("|", "\\|").split())
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _listed(records: Iterable[Mapping[str, Any]]) -> Sequence[str]:
-    return ["\n".join(f"- {_cell(record)}" for record in records)]
 
 
 def _fenced(value: Any) -> str:
