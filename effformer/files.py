@@ -48,6 +48,10 @@ class DiskError(FormatError, OSError):
     """A place cannot be written: the disk is full or broken, or the system forbids it."""
 
 
+CARD, README = "model card", "README.md"
+"""The kind of a file that tells of a model, and its name in the folder of one."""
+
+
 def mark(kind: str) -> str:
     """What a file of a kind carries near its beginning or its end, so that `check_file` knows it."""
     return f"effformer:{kind}"
@@ -381,7 +385,11 @@ def _resolved(path: Path) -> Path:
 
 
 def _own(path: Path, names: Collection[str]) -> bool:
-    """Whether an entry of a folder is what its kind puts there: no link, no other folder."""
+    """Whether an entry of a folder is what its kind puts there, or our card of it: no link, no other
+    folder.
+    """
+    if path.name == README and path.is_file() and not path.is_symlink():
+        return _carries(path, (CARD,))
     if path.is_symlink() or not any(fnmatch.fnmatch(path.name, name) for name in names):
         return False
     return path.name == "__pycache__" if path.is_dir() else path.is_file()

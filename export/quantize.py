@@ -108,7 +108,7 @@ def quantize_onnx(
     - "dynamic", "static": with weights in int8 if this machine's CPU has VNNI, else in uint8. CPUs
       without VNNI (AVX2 alone) add products of unsigned and signed bytes in 16 bits, which saturates
       unless weights are cut to 7 bits (``reduce_range``); products of unsigned bytes are widened first
-      and need no such care. With VNNI int8 is exact, and up to three times as fast as uint8.
+      and need no such care.
     - "matmul-nbits": weights in blocks of 4 or 8 bits (com.microsoft.MatMulNBits), activations in
       floating point. Smaller and, with many tokens, slower: DiT-B/2 took 1.6 times as long as in
       float32 on a CPU with AVX2, where dynamic-uint8 took 0.75 times as long.

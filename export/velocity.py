@@ -19,17 +19,16 @@ from effformer.flow.guidance import Guidance
 from effformer.flow.samplers import sample
 
 from .onnx import export_onnx
-from .quantize import QUANTIZED, QuantizeReport, quantize_onnx
-from .static import calibrate_onnx
+from .quantize import QuantizeReport
 from .verify import VerifyReport
-from .within import deviation, quantize_onnx_within
+from .within import quantize_form
 
 __all__ = [
-    "Carrying", "Decoder", "Graphs", "Velocity", "examples", "guidance_of", "quantize_form", "seen", "write_graph",
+    "Carrying", "Decoder", "Graphs", "Velocity", "examples", "guidance_of", "seen", "write_graph",
 ]  # fmt: skip
 
-_FEW = 4
-"""Calls on which the error of a quantized graph is measured."""
+_SEEN = 16
+"""Samples that are drawn to see what a velocity is asked."""
 
 
 class Velocity(nn.Module):
@@ -120,8 +119,8 @@ def seen(network: Velocity, facts: dict[str, Any]) -> list[Call]:
     """
     own, draws = facts["sampler"], torch.Generator().manual_seed(0)
     device = device_of(network)
-    noise = torch.randn(8, *facts["shape"], generator=draws).to(device)
-    labels = torch.arange(8, device=device) % facts["num_classes"]
+    noise = torch.randn(_SEEN, *facts["shape"], generator=draws).to(device)
+    labels = torch.arange(_SEEN, device=device) * facts["num_classes"] // _SEEN
     with recording(network) as calls:
         rule = guidance_of(own, facts["null_label"])
         sample(network, noise, sampler=own["name"], steps=own["steps"], guidance=rule, y=labels)
@@ -137,53 +136,6 @@ def write_graph(
         network, path, inputs, dynamic={n: {0: "batch"} for n in inputs}, verify=verify,
         output_names=names,
     ).parity  # fmt: skip
-
-
-def quantize_form(
-    path: Path,
-    out: Path,
-    name: str,
-    *,
-    data: Any = None,
-    max_error: float | None = None,
-    compared: tuple[nn.Module, dict[str, Tensor]] | None = None,
-    more: dict[str, Any] | None = None,
-    force: bool = False,
-) -> QuantizeReport:
-    """Quantize a graph as one of `QUANTIZED` says, and leave products as they are until the relative error
-    of the outputs keeps a limit.
-
-    Args:
-        path: the graph.
-        out: where the result goes.
-        name: the scheme.
-        data: what the graph is asked; for static schemes, and for ``max_error``.
-        max_error: the limit, None for none.
-        compared: see `quantize_onnx`.
-        more: further options of `quantize_onnx`.
-        force: replace any file.
-    """
-    options, keep = {**QUANTIZED[name], **(more or {})}, []
-    if options["scheme"].startswith("static"):
-        options["data"] = calibrate_onnx(path, data)
-    if max_error is not None:
-        ranges = options.pop("data", None)
-        some = _spread(data)
-        with workspace(out) as space:
-            found = quantize_onnx_within(
-                path, space / "kept.onnx", deviation(path, some), options, data=ranges,
-                max_drop=max_error, best="low",
-            )  # fmt: skip
-        keep = [one.name for one in found.back]
-        options["data"] = ranges
-    return quantize_onnx(path, out, **options, keep=keep, compared=compared, force=force)
-
-
-def _spread(data: Any) -> Any:
-    """A few calls of a list of them, over its whole length."""
-    if not isinstance(data, list) or len(data) <= _FEW:
-        return data
-    return [data[i * (len(data) - 1) // (_FEW - 1)] for i in range(_FEW)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,19 +9,24 @@ from typing import Any, Literal
 
 from effformer.compress.quant.control import ControlReport, Goal, control, number
 from effformer.compress.samples import Data
+from torch import nn
 
 from effformer.arguments import checked
+from effformer.calls import Inputs
 from effformer.checks import unknown
 from effformer.files import check_file, workspace
 from effformer.values import NonNegative
 
 from .graph import GRAPH
 from .products import products
-from .quantize import QUANTIZED, quantize_onnx
+from .quantize import QUANTIZED, QuantizeReport, quantize_onnx
 from .session import Session
 from .static import Calibration, calibrate_onnx, measured
 
-__all__ = ["deviation", "quantize_onnx_within"]
+__all__ = ["deviation", "quantize_form", "quantize_onnx_within"]
+
+_FEW = 4
+"""Calls on which the error of a quantized graph is measured."""
 
 Metric = Callable[[Session], Any]
 """A number for a graph that is ready to run."""
@@ -125,3 +130,50 @@ def deviation(path: str | Path, data: Data) -> Metric:
         return float(np.sqrt(lost / max(total, 1e-30)))
 
     return metric
+
+
+def quantize_form(
+    path: Path,
+    out: Path,
+    name: str,
+    *,
+    data: Any = None,
+    max_error: float | None = None,
+    compared: tuple[nn.Module, Inputs] | None = None,
+    more: dict[str, Any] | None = None,
+    force: bool = False,
+) -> QuantizeReport:
+    """Quantize a graph as one of `QUANTIZED` says, and leave products as they are until the relative error
+    of the outputs keeps a limit.
+
+    Args:
+        path: the graph.
+        out: where the result goes.
+        name: the scheme.
+        data: what the graph is asked; for static schemes, and for ``max_error``.
+        max_error: the limit, None for none.
+        compared: see `quantize_onnx`.
+        more: further options of `quantize_onnx`.
+        force: replace any file.
+    """
+    options, keep = {**QUANTIZED[name], **(more or {})}, []
+    if options["scheme"].startswith("static"):
+        options["data"] = calibrate_onnx(path, data)
+    if max_error is not None:
+        ranges = options.pop("data", None)
+        some = _spread(data)
+        with workspace(out) as space:
+            found = quantize_onnx_within(
+                path, space / "kept.onnx", deviation(path, some), options, data=ranges,
+                max_drop=max_error, best="low",
+            )  # fmt: skip
+        keep = [one.name for one in found.back]
+        options["data"] = ranges
+    return quantize_onnx(path, out, **options, keep=keep, compared=compared, force=force)
+
+
+def _spread(data: Any) -> Any:
+    """A few calls of a list of them, over its whole length."""
+    if not isinstance(data, list) or len(data) <= _FEW:
+        return data
+    return [data[i * (len(data) - 1) // (_FEW - 1)] for i in range(_FEW)]

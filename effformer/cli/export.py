@@ -275,7 +275,7 @@ def _onnx(
     model: Model, place: Path, how: dict[str, Any], options: dict[str, Any], batch: int, *, force: bool
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     from ..export import export_onnx
-    from ..export.velocity import quantize_form
+    from ..export.within import quantize_form
     from ..files import check_file, workspace
 
     inputs = model.example_inputs(batch)

@@ -14,6 +14,7 @@ from ..version import VERSION
 from . import (
     bench,
     build,
+    card,
     compress,
     convert,
     demo,
@@ -50,6 +51,7 @@ _VERBS: tuple[tuple[str, Callable[..., None], str | Callable[..., str]], ...] = 
     ("demo", demo.demo, "run the same command again: finished steps are kept"),
     ("list", list_parts.list_parts, _NOTHING),
     ("show", show.show, _NOTHING),
+    ("card", card.card, _OLD),
     ("build", build.build, _OLD),
     ("profile", profile.profile, _OLD),
     ("bench", bench.bench, _OLD),

@@ -90,7 +90,7 @@ def test_a_refused_quantization_leaves_the_older_graph(
     def refused(*_: object, **__: object) -> None:
         raise effformer.checks.FormatError("nothing was quantized")
 
-    monkeypatch.setattr("effformer.export.quantize_onnx", refused)
+    monkeypatch.setattr("effformer.export.within.quantize_onnx", refused)
     assert "nothing was quantized" in refusal(*words, "--quantize", "int8")
     assert place.read_bytes() == before
     monkeypatch.undo()

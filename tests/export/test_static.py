@@ -21,7 +21,7 @@ from effformer.export import (
     read_graph,
 )
 from effformer.export import quantize as module
-from effformer.export.velocity import quantize_form
+from effformer.export.within import quantize_form
 from torch import Tensor, nn
 
 

@@ -32,6 +32,8 @@ CALLS: dict[str, tuple[str, ...]] = {
     "demo": ("demo", "-o", "new"),
     "list": ("list", "models"),
     "show": ("show", "model"),
+    "card": ("card", "model", "-o", "new.md"),
+    "card of a bundle": ("card", "bundle", "--latency"),
     "build": ("build", "sit-nano", *TINY, "-o", "new"),
     "profile": ("profile", "model"),
     "bench": ("bench", "model", "--rounds", "1", "--runs", "1", "--warmup", "0", "--threads", "1"),
@@ -89,9 +91,10 @@ NEW = (
     "new.json",
     "new.html",
     "new.txt",
+    "new.md",
     "new.safetensors",
 )
-READ = {"weights", "data", "recipe"}
+READ = {"weights", "data", "recipe", "quality"}
 """Options that name what is read, as arguments do."""
 
 INNER = re.compile(
