@@ -177,6 +177,21 @@ def test_conditioning_of_every_token(name: str) -> None:
         block(x, Context(**given | {"cond": each[:, :3]}))
 
 
+@pytest.mark.parametrize("name", [b for b in ALONE if takes(b, "cond")])
+@torch.no_grad()
+def test_conditioning_of_every_token_that_is_streamed(name: str) -> None:
+    if ("streamed", name) in REFUSED:
+        return
+    block, x, cond = build(name, "cond", causal=True), draw(), 2 * draw(seed=8)
+    time = draw(1)[:, 0]
+    states, outputs = init_states(block, 2, like=x), []
+    for rows in (slice(0, 1), slice(1, 5), slice(5, N)):
+        stream = Stream(states)
+        outputs.append(block(x[:, rows], Context(cond=cond[:, rows], time=time, stream=stream)))
+        states = stream.after
+    same(torch.cat(outputs, dim=1), block(x, Context(cond=cond, time=time)))
+
+
 @torch.no_grad()
 def test_conditioning_of_every_token_on_a_grid_and_where_tokens_are_chosen() -> None:
     cond, time, x = 2 * draw(8, 3, seed=4), draw(1, 3)[:, 0], draw(8, 3)

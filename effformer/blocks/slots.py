@@ -96,7 +96,7 @@ class TokenPart(_SlotPart):
             branch: the branch; ``branch.part`` is a `Mixer` or an `FFN`.
             x: (B, N, D) the raw residual stream.
             ctx: the branch's own context.
-            mods: shift, scale and gate (B, 1, D) of a modulated branch.
+            mods: shift, scale and gate of a modulated branch, (B, 1, D), or (B, N, D) of every token.
 
         Returns:
             (B, N', D) the residual stream behind the branch.

@@ -120,9 +120,11 @@ _OFFICIAL = renamed(
 
 def turned(state: StateDict, config: Any, turn: Callable[[Tensor, int, int], Tensor]) -> StateDict:
     """A state dict of ours with its fused projections by `apart` or `together`."""
-    parts = {".part.qkv.": 3, ".part.kv.": 2}
-    found = {key: next((n for p, n in parts.items() if p in key), None) for key in state}
-    return {k: x if (n := found[k]) is None else turn(x, n, config.heads) for k, x in state.items()}
+    out: StateDict = {}
+    for key, value in state.items():
+        parts = 3 if ".part.qkv." in key else 2 if ".part.kv." in key else 0
+        out[key] = turn(value, parts, config.heads) if parts else value
+    return out
 
 
 def _to_official(state: StateDict, config: Any) -> StateDict:

@@ -156,6 +156,7 @@ def test_other_parts_in_the_blocks() -> None:
         effformer.build_model("triposg-two-nano", tokens="dynamic")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_holds_both_halves_and_conditions() -> None:
     model = awake("triposg-two-nano")
