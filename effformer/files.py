@@ -308,13 +308,28 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 @checked
+def check_finite(path: str | Path) -> None:
+    """Refuse what has no end, or answers never, before it is read.
+
+    Raises:
+        FormatError: a device, pipe or socket.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever reads it says why that cannot be
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise FormatError(f"{path}: is a device, pipe or socket; choose a file")
+
+
 def read_json(path: str | Path) -> Any:
     """Read JSON.
 
     Raises:
-        FormatError: the file is missing or is not JSON.
+        FormatError: the file is missing, no regular one, or not JSON.
     """
     path = Path(path)
+    check_finite(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from effformer.arguments import checked
 from effformer.checks import FormatError, need, reason, unknown
+from effformer.files import check_finite
 from effformer.values import plain
 
 from .steps import Step, read_step
@@ -72,6 +73,7 @@ class Recipe:
             TypeError: values of the wrong type.
         """
         yaml = need("yaml")
+        check_finite(path)
         try:
             given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,7 @@ def test_the_card_of_a_bundle_is_checked_here(tmp_path: Path) -> None:
     assert "is damaged" in refused("card", folder)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="devices and pipes of Linux")
 def test_quality_comes_from_what_evaluate_wrote(model: Any, tmp_path: Path) -> None:
     folder = effformer.save_pretrained(model, tmp_path / "m")
     found = Quality(model="m", data="digits", classes=("a", "b"), counts=((3, 1), (0, 4)), how="so")
@@ -102,6 +105,12 @@ def test_quality_comes_from_what_evaluate_wrote(model: Any, tmp_path: Path) -> N
     card = told(folder, "--quality", tmp_path / "q.json")
     assert "| accuracy | 0.875 |" in card
     assert "| how | so |" in card
+    for endless in ("/dev/zero", tmp_path / "pipe"):
+        if endless != "/dev/zero":
+            os.mkfifo(endless)
+        assert "is a device, pipe or socket" in refused("card", folder, "--quality", endless)
+        words = ("compress", folder, "--recipe", endless, "-o", tmp_path / "new")
+        assert "is a device, pipe or socket" in refused(*words)
     (tmp_path / "other.json").write_text("{}")
     assert "is not what `effformer evaluate" in refused(
         "card", folder, "--quality", tmp_path / "other.json"

@@ -203,6 +203,22 @@ def test_options_of_the_runtime_are_set(made: BundleReport, bundle: BundleReport
     assert (plain["threads"], plain["arena"]) == (2, True)
 
 
+def test_numbers_are_flushed_only_by_who_has_the_process(
+    made: BundleReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def session(path: str, options: Any, providers: list[str]) -> None:
+        found.append(options.get_session_config_entry("session.set_denormal_as_zero"))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    for alone in (False, True):
+        with pytest.raises(BundleError, match="cannot load it"):
+            Bundle(made.folder, form="float32", alone=alone)
+    assert found == ["0", "1"]
+
+
 def test_the_folder_alone_says_which(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(folder / "run.py"), "--which"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
