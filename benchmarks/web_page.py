@@ -5,6 +5,7 @@ until it has verified itself and drawn a first digit, and time of a digit beside
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -71,7 +72,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = effformer.build_model("sit-tiny", attn="flow", **DIGITS).eval()
     torch.nn.init.normal_(model.final.linear.weight, std=0.02)  # zero until it is trained
-    rows = []
+    rows, load = [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         sites = {}
         for name in ("float32", "int8", "nf4"):
@@ -100,6 +101,7 @@ def main() -> None:
         f"headless Chromium {version} with a fresh profile for every first digit, {used}, 1 thread, from "
         "`python -m http.server`'s handler on the same machine; the time includes loading and compiling 14 MB "
         "of WebAssembly, checksums, the self test and the picture",
+        f"load of the machine (processes that want a core) before the run: {load:.1f}",
         "sizes in millions of bytes; the ratio column holds megabytes or seconds",
     ]
     write("web_page", "The page in a browser", rows, machine(), notes)

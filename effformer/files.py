@@ -424,7 +424,7 @@ def _check_above(target: Path) -> None:
     Raises:
         NotADirectoryError: no folder can hold the place.
     """
-    if not next(path for path in target.parents if path.exists()).is_dir():
+    if not next((path for path in target.parents if path.exists()), target).is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
 

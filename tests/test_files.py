@@ -142,6 +142,11 @@ def test_places_below_a_file_are_refused_before_anything_is_made(tmp_path: Path)
             check_folder(place, marker="config.json")
 
 
+def test_the_root_is_a_folder_with_other_files() -> None:
+    with pytest.raises(FormatError, match=r"holds other files and no some\.json"):
+        check_folder(Path("/"), marker="some.json")
+
+
 def test_folders_of_others_with_the_same_names_stay(tmp_path: Path) -> None:
     """Other libraries save config.json and model.safetensors as well."""
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
