@@ -131,18 +131,18 @@ def bench(
     from ..profile import Sweep
 
     check_report(out, "comparison", force=force)
-    plan = _Plan(
+    plan = Plan(
         batch=batch, forms=_forms(forms), threads=_numbers(threads), rounds=rounds, runs=runs,
         warmup=warmup, device=device, dtype=dtype, quality=quality,
     )  # fmt: skip
     plan.check(models)
     specs = _with_mixers(models, attn)
     if sweep is None:
-        made, verdict = _measure(specs, plan)
+        made, verdict = measure(specs, plan)
         result: Comparison | Sweep = made
     else:
         key, values = _swept(sweep)
-        result = Sweep(key, {v: _measure(_at(specs, key, v), plan)[0] for v in values})
+        result = Sweep(key, {v: measure(at_value(specs, key, v), plan)[0] for v in values})
         verdict = f"next: effformer bench {next(iter(specs.values()))} --forms all"
     if out is not None:
         result.save(out, force=force)
@@ -150,8 +150,8 @@ def bench(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """How everything is measured."""
+class Plan:
+    """How everything is measured, see the options of `bench`."""
 
     batch: int
     forms: tuple[str, ...]
@@ -159,9 +159,9 @@ class _Plan:
     rounds: int
     runs: int
     warmup: int
-    device: str
-    dtype: str | None
-    quality: str | None
+    device: str = "cpu"
+    dtype: str | None = None
+    quality: str | None = None
 
     def check(self, models: list[str]) -> None:
         """Refuse a device or numbers that are not here, or that graphs do not have.
@@ -190,7 +190,7 @@ class _Plan:
             )
 
 
-def _measure(specs: Mapping[str, str], plan: _Plan) -> tuple[Comparison, str]:
+def measure(specs: Mapping[str, str], plan: Plan) -> tuple[Comparison, str]:
     """Models by their labels, and what is fastest and smallest."""
     from ..profile import benchmark
 
@@ -208,7 +208,7 @@ def _measure(specs: Mapping[str, str], plan: _Plan) -> tuple[Comparison, str]:
     return _comparison(rows, found), _verdict(rows, found)
 
 
-def _evaluate(sources: list[_Source], plan: _Plan, stage: Any) -> None:
+def _evaluate(sources: list[_Source], plan: Plan, stage: Any) -> None:
     from .evaluate import quality_of
 
     for source in sources if plan.quality is not None else ():
@@ -244,7 +244,8 @@ def _added(spec: str, change: str) -> str:
     return f"{spec}{',' if ':' in spec else ':'}{change}"
 
 
-def _at(specs: Mapping[str, str], key: str, value: float) -> dict[str, str]:
+def at_value(specs: Mapping[str, str], key: str, value: float) -> dict[str, str]:
+    """The models with one more option."""
     return {label: _added(spec, f"{key}={value}") for label, spec in specs.items()}
 
 
@@ -324,7 +325,7 @@ def _inputs(sources: list[_Source], batch: int) -> dict[str, Tensor]:
 
 def _rows(
     sources: list[_Source],
-    plan: _Plan,
+    plan: Plan,
     inputs: dict[str, Tensor],
     folder: Path,
     stage: Any,

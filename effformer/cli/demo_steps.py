@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from effformer.export import VerifyReport
     from effformer.models.base import Model
+    from effformer.profile import Comparison, Sweep
     from effformer.train import Classifier, Dataset
     from effformer.train.recipes import Recipe
 
@@ -32,6 +33,8 @@ ATTENTIONS, SCHEMES = ("softmax", "flow"), ("int8", "nf4")
 EDGE = "flow int8"
 """The form that becomes the bundle."""
 TORCH, RUNTIME = "torch", "onnxruntime"
+LONGER, SIDES = "dit-tiny", (64, 128)
+"""A model without training, and the sides of its images: patches of 2 make 1,024 and 4,096 tokens."""
 BATCH = 20
 """Samples of a timed forward: one of each class, with and without its label."""
 
@@ -48,7 +51,7 @@ class Form:
             it was not sampled.
         parameters: parameters of the dense model.
         macs: multiply-adds of one forward of one sample.
-        milliseconds: median time of one forward of `BATCH` samples.
+        milliseconds: number of threads -> median time of one forward of `BATCH` samples.
     """
 
     name: str
@@ -57,7 +60,7 @@ class Form:
     recognised: float | None = None
     parameters: int = 0
     macs: int = 0
-    milliseconds: float = 0.0
+    milliseconds: dict[int, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -88,7 +91,9 @@ class Demo:
         grids: pictures.
         losses: attention -> records of the training.
         parity: form -> comparison of its export with torch.
+        mixing: share of the multiply-adds of the softmax model in which its tokens meet.
         scaling: (tokens, MACs with softmax, MACs with flow) of a larger model.
+        longer: tokens -> `LONGER` with each of `ATTENTIONS`, measured.
         measured: how and on what the times were measured.
         seconds: step -> time.
         say: called with one line when a step is done.
@@ -105,7 +110,9 @@ class Demo:
     grids: list[Grid] = field(default_factory=list)
     losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     parity: dict[str, VerifyReport] = field(default_factory=dict)
+    mixing: float = 0.0
     scaling: list[tuple[int, int, int]] = field(default_factory=list)
+    longer: Sweep | None = None
     measured: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -189,6 +196,7 @@ def run_demo(
     files[EDGE] = _bundle(demo, models[EDGE])
     _time(demo, models, files)
     _count(demo)
+    _measure_longer(demo)
     return demo
 
 
@@ -302,12 +310,9 @@ def _bundle(demo: Demo, model: Model) -> Path:
 
 
 def _time(demo: Demo, models: dict[str, Model], files: dict[str, Path]) -> None:
-    """Time all forms, one per process."""
-    import torch
-
+    """Time all forms, one per process, on one thread and on all."""
     from ..profile import benchmark
 
-    threads = torch.get_num_threads()
     with demo.step("measure latency"), tempfile.TemporaryDirectory(prefix="effformer.") as folder:
         place = Path(folder) / "inputs.safetensors"
         keep_inputs(models[ATTENTIONS[0]].example_inputs(BATCH), place)
@@ -317,11 +322,36 @@ def _time(demo: Demo, models: dict[str, Model], files: dict[str, Path]) -> None:
                 *(candidate(name, "eager", path, place) for name, path in folders.items()),
                 *(candidate(f"{n}, {RUNTIME}", "onnx", file, place) for n, file in files.items()),
             ],
-            threads=(threads,), rounds=1, runs=21, warmup=3,
+            threads=_threads(), rounds=1, runs=21, warmup=3,
         )  # fmt: skip
     for form in demo.forms:
-        form.milliseconds = 1e3 * found.sides[threads].rows[form.label].median
+        form.milliseconds = {
+            n: 1e3 * side.rows[form.label].median for n, side in found.sides.items()
+        }
     demo.measured = found.how()
+
+
+def _threads() -> tuple[int, ...]:
+    """One, and all that torch may use."""
+    import torch
+
+    return tuple(sorted({1, torch.get_num_threads()}))
+
+
+def _measure_longer(demo: Demo) -> None:
+    """The same exchange where there is something to gain."""
+    from ..profile import Sweep
+    from .bench import Plan, at_value, measure
+
+    plan = Plan(batch=1, forms=("eager",), threads=_threads(), rounds=1, runs=5, warmup=1)
+    specs = {attn: f"{LONGER}:attn={attn}" for attn in ATTENTIONS}
+    with demo.step("measure longer inputs"):
+        found: dict[float, Comparison] = {
+            (side // 2) ** 2: measure(at_value(specs, "input_size", side), plan)[0]
+            for side in SIDES
+        }
+    demo.longer = Sweep("tokens", found)
+    demo.say("; ".join(demo.longer.verdicts()))
 
 
 def _count(demo: Demo) -> None:
@@ -335,6 +365,8 @@ def _count(demo: Demo) -> None:
         for attn in ATTENTIONS:
             model = _build(demo, attn)
             cost = profile(model, model.example_inputs(1), memory=False)
+            if attn == "softmax":
+                demo.mixing = cost.by_part["attn"] / cost.total
             for form in demo.forms:
                 if form.name.split()[0] == attn:
                     form.parameters, form.macs = cost.params, cost.total

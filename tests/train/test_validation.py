@@ -44,6 +44,18 @@ def test_it_is_the_mean_loss_of_the_held_out_samples() -> None:
     assert few == pytest.approx(own, rel=1e-5)
 
 
+def test_of_a_classifier_it_is_the_accuracy_as_well() -> None:
+    _, held_out = halves()
+    model = net().eval()
+    right = (model(held_out["x"]).argmax(1) == held_out["y"]).double().mean().item()
+    measured = Validation(data=held_out, objective=Classification(), batch=3)(model, 0)
+    assert measured["val_accuracy"] == pytest.approx(right)
+    few = Validation(data=held_out, objective=Classification(), most=1)(model, 0)["val_accuracy"]
+    assert few in (0.0, 1.0)
+    half = Validation(data=held_out, objective=Classification())(model.bfloat16(), 0)
+    assert set(half) == {"val_loss", "val_accuracy"}
+
+
 def test_it_sees_the_averaged_weights_and_changes_nothing(tmp_path: Path) -> None:
     data, held_out = halves()
     models = [net(), net()]
