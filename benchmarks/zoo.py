@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -39,9 +39,32 @@ RUNS, PATIENCE, LIMIT = 5, 5.0, 1500.0
 than so many milliseconds at a length is not measured at greater ones.
 """
 HYBRID = ("gated-delta", "softmax", 3)
+MIXES = ("flow", "sana", "retention", "gated-delta")
+"""Attentions that also stand in the table in turns with softmax, ``layers="1:1"``."""
+MASKS = ("none", "key", "full")
 SHOWN = ("softmax", "flow", "sana", "gated-delta", "gated-delta 3:1 softmax")
 RESULTS = Path(__file__).parent / "results"
+TABLE = RESULTS / "zoo.csv"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "attentions.svg"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Form:
+    """What a line of the table is about.
+
+    Attributes:
+        attn: what ``attn=`` takes.
+        layers: what ``layers=`` takes, empty where all layers are alike.
+        causal: the form that sees no later tokens.
+    """
+
+    attn: str
+    layers: str = ""
+    causal: bool = False
+
+    def __str__(self) -> str:
+        mixed = f" {self.layers} softmax" if self.layers else ""
+        return f"{self.attn}{mixed}{', causal' if self.causal else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +73,7 @@ class Line:
 
     Attributes:
         attn: what ``attn=`` takes.
+        layers: what ``layers=`` takes, empty where all layers are alike.
         causal: the form that sees no later tokens.
         tokens: length, a square grid where there is a grid.
         milliseconds: CPU time of one forward on one thread, median.
@@ -57,9 +81,11 @@ class Line:
         macs: multiply-adds, projections included.
         parameters: of the layer.
         state: bytes carried from token to token after so many, empty where it cannot stream.
+        vit_accuracy: what ``zoo_quality.py`` found of the form, as is what stands below.
     """
 
     attn: str
+    layers: str = ""
     causal: bool
     tokens: int
     milliseconds: float
@@ -75,6 +101,13 @@ class Line:
     packed: bool
     onnx: bool
     paper: str
+    vit_accuracy: str = ""
+    dit_distance: str = ""
+    recall: str = ""
+    onnx_nodes: str = ""
+
+
+QUALITY = tuple(field.name for field in fields(Line))[-4:]
 
 
 def forms(only: Sequence[str]) -> list[tuple[str, bool]]:
@@ -88,11 +121,11 @@ def forms(only: Sequence[str]) -> list[tuple[str, bool]]:
     return found
 
 
-def build(name: str, causal: bool, tokens: int) -> nn.Module:
-    needed = {"linformer": {"tokens": tokens}, "tdsm": {"tokens": tokens}}
-    config = with_causal(resolve("attention", {"name": name, **needed.get(name, {})}), causal)
+def build(name: str, causal: bool, tokens: int, *, dim: int = DIM, heads: int = HEADS) -> nn.Module:
+    asked = {"linformer": {"tokens": tokens}, "tdsm": {"tokens": tokens}}
+    config = with_causal(resolve("attention", {"name": name, **asked.get(name, {})}), causal)
     side = math.isqrt(tokens)
-    site = Site(dim=DIM, heads=HEADS, time_dim=DIM, grid=(side, side))
+    site = Site(dim=dim, heads=heads, time_dim=dim, grid=(side, side))
     made: nn.Module = config.build(site)
     return made.eval()
 
@@ -215,7 +248,8 @@ def main(*, small: bool = False, only: Sequence[str] = ()) -> None:
         mixed = {n: hybrid(n) for n in sizes}
     keep = not small and not only
     if keep:
-        _save(lines)
+        plain = [{k: str(v) for k, v in asdict(line).items()} for line in lines]
+        save(TABLE, plain + mixes(plain), needed(load(TABLE)))
         found = {
             name: {x.tokens: x.milliseconds for x in lines if x.attn == name and not x.causal}
             for name in SHOWN
@@ -224,14 +258,72 @@ def main(*, small: bool = False, only: Sequence[str] = ()) -> None:
     write("zoo", "One attention layer", rows(lines), here, _notes(mixed), keep=keep)
 
 
-def _save(lines: Sequence[Line]) -> None:
-    with (
-        atomic_path(RESULTS / "zoo.csv") as path,
-        path.open("w", newline="", encoding="utf-8") as file,
-    ):
+def load(path: Path) -> list[dict[str, str]]:
+    """Lines of a table, of which those of hybrids are made anew."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        lines = [{"layers": "", **line} for line in csv.DictReader(file)]
+    plain = [line for line in lines if not line["layers"]]
+    kept = {_key(line): line for line in lines}
+    return plain + [
+        {**line, **{name: kept[_key(line)][name] for name in QUALITY}}
+        if _key(line) in kept
+        else line
+        for line in mixes(plain)
+    ]
+
+
+def _key(line: Mapping[str, str]) -> tuple[str, ...]:
+    return line["attn"], line["layers"], str(line["causal"]), str(line["tokens"])
+
+
+def mixes(lines: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Hybrids of as many layers of softmax: a layer on average, what both can do."""
+    found = {_key(line): line for line in lines}
+    made = []
+    for (name, layers, *rest), line in found.items():
+        other = found.get(("softmax", layers, *rest))
+        if name not in MIXES or other is None:
+            continue
+        means = {
+            k: f"{(float(line[k]) + float(other[k])) / 2:.10g}"
+            for k in ("milliseconds", "macs", "parameters", "state")
+            if line[k] and other[k]
+        }
+        both = {
+            k: str(line[k] == other[k] == "True")
+            for k in ("rotary", "cross", "streaming", "packed", "onnx")
+        }
+        most = str(max(int(line["memory"]), int(other["memory"])))
+        masks = min(line["masks"], other["masks"], key=MASKS.index)
+        clear = dict.fromkeys(("state", *QUALITY), "")
+        made.append(
+            {**line, **clear, **means, **both, "layers": "1:1", "memory": most, "masks": masks, "cost": other["cost"]}
+        )  # fmt: skip
+    return made
+
+
+def needed(lines: Sequence[Mapping[str, str]]) -> dict[Form, dict[str, str]]:
+    """What is known of the quality of every form."""
+    return {
+        Form(attn=line["attn"], layers=line["layers"], causal=line["causal"] == "True"): {
+            name: line.get(name) or "" for name in QUALITY
+        }
+        for line in lines
+    }
+
+
+def save(
+    path: Path, lines: Sequence[Mapping[str, str]], found: Mapping[Form, Mapping[str, str]]
+) -> None:
+    """Write a table with what was found of its forms."""
+    with atomic_path(path) as place, place.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [f.name for f in fields(Line)], lineterminator="\n")
         table.writeheader()
-        table.writerows(asdict(line) for line in lines)
+        for line in lines:
+            form = Form(attn=line["attn"], layers=line["layers"], causal=line["causal"] == "True")
+            table.writerow({**line, **found.get(form, {})})
 
 
 def _notes(mixed: dict[int, float]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,6 +21,27 @@ def test_every_result_has_a_benchmark(name: str) -> None:
     assert name in SCRIPTS
     text = (FOLDER / "results" / f"{name}.md").read_text(encoding="utf-8")
     assert f"benchmarks/{name}.py" in text
+
+
+def test_lines_of_the_zoo_agree_with_each_other() -> None:
+    """A hybrid is the mean of its layers, and what a form learns does not hang on the length."""
+    with (FOLDER / "results" / "zoo.csv").open(encoding="utf-8") as file:
+        lines = {
+            (r["attn"], r["layers"], r["causal"], r["tokens"]): r for r in csv.DictReader(file)
+        }
+    quality: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for (attn, layers, causal, tokens), line in lines.items():
+        told = tuple(
+            line[name] for name in ("vit_accuracy", "dit_distance", "recall", "onnx_nodes")
+        )
+        quality.setdefault((attn, layers, causal), set()).add(told)
+        if layers:
+            both = [lines[name, "", causal, tokens] for name in (attn, "softmax")]
+            mean = sum(float(one["milliseconds"]) for one in both) / 2
+            assert float(line["milliseconds"]) == pytest.approx(mean, rel=1e-6)
+    assert {layers for _, layers, _, _ in lines} == {"", "1:1"}
+    assert all(len(found) == 1 for found in quality.values())
+    assert all(all(*quality[name, "", "False"]) for name in ("softmax", "flow", "gated-delta"))
 
 
 @pytest.mark.slow

@@ -14,24 +14,24 @@ from effformer.files import atomic_path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, PAGE = ROOT / "benchmarks" / "results" / "zoo.csv", ROOT / "docs" / "zoo.html"
-FACTS = ("masks", "rotary", "cross", "streaming", "packed", "cost", "paper")
+FACTS = ("attn", "layers", "masks", "rotary", "cross", "streaming", "packed", "cost", "paper")
+QUALITY = {"vit": "vit_accuracy", "dit": "dit_distance", "recall": "recall", "nodes": "onnx_nodes"}
+"""Names on the page -> columns, empty where a form has none."""
 
 
 def forms() -> list[dict[str, Any]]:
     """One entry a form, with its numbers by length."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
     with SOURCE.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            key = row["attn"], row["causal"]
-            facts = {name: row[name] for name in FACTS}
-            one = found.setdefault(
-                key,
-                {"attn": row["attn"], "causal": row["causal"] == "True", **facts, "at": {}},
-            )
+            key = row["attn"], row["layers"], row["causal"]
+            known = {name: float(row[column]) for name, column in QUALITY.items() if row[column]}
+            facts = {name: row[name] for name in FACTS} | known
+            one = found.setdefault(key, {**facts, "causal": row["causal"] == "True", "at": {}})
             one["at"][int(row["tokens"])] = {
                 "ms": float(row["milliseconds"]), "memory": int(row["memory"]),
-                "macs": int(row["macs"] or 0), "parameters": int(row["parameters"]),
-                "state": int(row["state"] or 0),
+                "macs": float(row["macs"] or 0), "parameters": float(row["parameters"]),
+                "state": float(row["state"] or 0),
             }  # fmt: skip
     return list(found.values())
 
