@@ -147,6 +147,8 @@ def main() -> None:
         "steps, beginning with the network of more steps",
         f"{sizes.judged:,} samples each; Frechet distance to the real digits, in features of a judge that is trained on "
         "real digits only; time is CPU time of one thread, in one process, taking turns",
+        "a part of this needs no training: the dense model recognises 100 % in 10 guided Euler steps, too "
+        "(compress_digits.md), a fifth of the work",
     ]
     write(
         "few_steps",

@@ -322,6 +322,7 @@ def check_finite(path: str | Path) -> None:
         raise FormatError(f"{path}: is a device, pipe or socket; choose a file")
 
 
+@checked
 def read_json(path: str | Path) -> Any:
     """Read JSON.
 

@@ -242,7 +242,13 @@ class FourierTime(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Map t (B,) to (B, D) of ``dtype`` (that of the weights); features are never half."""
+        """Map t (B,) to (B, D) of ``dtype`` (that of the weights); features are never half.
+
+        Raises:
+            TypeError: complex times.
+        """
+        if t.is_complex():
+            raise TypeError(f"times t must be real numbers, got {t.dtype}")
         angles = 2 * math.pi * widened(t)[:, None] * widened(self.frequencies)
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)
         out: Tensor = self.fc2(F.silu(self.fc1(waves)))

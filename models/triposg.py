@@ -62,7 +62,7 @@ class TripoSG(Model):
     CONVENTION: ClassVar[str | None] = "triposg"
     LAYOUTS: ClassVar[tuple[Layout, ...]] = (OFFICIAL,)
     ROLES: ClassVar[Mapping[str, str]] = {
-        "embed": "patch_embed", "skips": "other", "norm": "head", "head": "head",
+        "embed": "patch_embed", "skips": "skips", "norm": "head", "head": "head",
     }  # fmt: skip
 
     @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,6 +154,8 @@ def train(
     from ..train.recipes import RECIPES
     from .training import Watch, header
 
+    if validation is not None and not 0 <= validation < 1:
+        raise ValueError(f"--validation must lie in [0, 1), got {validation:g}")
     if recipe is not None:
         return train(context, **by_recipe(recipe, context))
     if model is None:
@@ -240,15 +242,9 @@ def left(
 def _split(
     source: str, size: int | tuple[int, int] | None, share: float, seed: int
 ) -> tuple[Dataset, Dataset | None]:
-    """What is learned, and what is held out.
-
-    Raises:
-        ValueError: a share that is none.
-    """
+    """What is learned, and what is held out."""
     from ..train import load_data
 
-    if not 0 <= share < 1:
-        raise ValueError(f"--validation must lie in [0, 1), got {share:g}")
     data = load_data(source, size=size)
     return data.split(share, seed=seed) if share else (data, None)
 
