@@ -238,9 +238,8 @@ def test_initial_kernels_are_small_and_the_scale_follows_the_multiplier() -> Non
     assert scales == [1.0, 30**-0.5, 0.3]
 
 
-@pytest.mark.parametrize(
-    "name", ["factorized-parallel", pytest.param("factorized-chained", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["factorized-parallel", "factorized-chained"])
 def test_works_in_dit_at_other_sizes_and_exports(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = effformer.build_model("dit-nano", attn=name, depth=1, input_size=8, num_classes=3)

@@ -93,6 +93,7 @@ def test_both_directions_are_two_nodes(
     whole(Layer(part), tmp_path / "m.onnx", nodes=2, rope=layer is RETENTION)
 
 
+@pytest.mark.slow
 def test_alternating_directions_are_one_node(tmp_path: Path) -> None:
     part = make("gated-delta", causal=False, direction="alternate", layer=1)
     whole(Layer(part), tmp_path / "m.onnx", nodes=1, rope=False)
@@ -137,6 +138,7 @@ def test_a_language_model_has_one_node_a_layer(tmp_path: Path) -> None:
         same(found, model(**given).detach(), 1e-5)
 
 
+@pytest.mark.slow
 def test_an_image_model_has_two_nodes_a_layer(tmp_path: Path) -> None:
     model = build_model("vit-nano", attn="gated-delta", depth=1).eval()
     report = export_onnx(model, tmp_path / "m.onnx")

@@ -140,6 +140,7 @@ def test_streaming_equals_the_whole() -> None:
     assert_close(torch.cat(outputs, 1), part(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_captured_graphs_run_the_masked_form(tmp_path: Path) -> None:
     part, x = make(), torch.randn(2, 6, DIM)

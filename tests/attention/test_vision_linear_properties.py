@@ -260,16 +260,14 @@ class _OnImages(nn.Module):
         return self.part(x, Context(grid=(height, width)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "knobs", "front"),
     [
-        pytest.param(MLLA, {}, 0, marks=pytest.mark.slow),
+        (MLLA, {}, 0),
         (RALA, {}, 0),
-        *(
-            pytest.param(kind, {"reduction": 2}, 0, marks=pytest.mark.slow)
-            for kind in (PolaFormer, Focused)
-        ),
-        pytest.param(Agent, {"agents": 9, "reduction": 2}, 1, marks=pytest.mark.slow),
+        *((kind, {"reduction": 2}, 0) for kind in (PolaFormer, Focused)),
+        (Agent, {"agents": 9, "reduction": 2}, 1),
     ],
 )
 def test_one_graph_serves_every_grid(

@@ -205,7 +205,8 @@ def test_gradients_reach_everything() -> None:
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("build", [pytest.param(vit, marks=pytest.mark.slow), dit])
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [vit, dit])
 def test_captured_graphs(build: Any, tmp_path: Path) -> None:
     options = {} if build is vit else {"positions": "learned"}
     model = build(tokens={"name": "tome", "r": 7}, depth=2, **options)

@@ -43,6 +43,7 @@ def test_the_share_is_that_of_the_gates(example: ModuleType) -> None:
     assert (example.learners_per_patch(model, data["x"][:2]) == 2).all()
 
 
+@pytest.mark.slow
 def test_a_quick_run_draws(example: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "new" / "acm.png"
     result = example.main(["--quick", "--out", str(out)])

@@ -59,6 +59,7 @@ def test_flows_begin_alike(example: ModuleType) -> None:
     assert not torch.equal(example.random_vorticity(4, seed=1), w)
 
 
+@pytest.mark.slow
 def test_the_network_learns_and_a_perfect_one_keeps_every_promise(
     example: ModuleType, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_fixed_lengths(tmp_path: Path) -> None:
     assert report.graph.inputs[0].shape == (1, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attn", ["softmax", pytest.param("flow", marks=SLOW)])
 def test_dit_with_any_grid(attn: str, tmp_path: Path) -> None:
     model = effformer.build_model("sit-nano", attn=attn, input_size=8, depth=1, num_classes=5)

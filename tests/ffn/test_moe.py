@@ -30,6 +30,7 @@ def make(**options: Any) -> MoE:
     return part
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_graphs_gather_the_tokens_of_each_expert(tmp_path: Path) -> None:
     """Weights of an expert that nobody chose are read by nobody."""

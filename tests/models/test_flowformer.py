@@ -173,6 +173,7 @@ def test_saves_and_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_exports_with_any_batch_and_length() -> None:
     model = build(depth=1)
     inputs = model.example_inputs(2)

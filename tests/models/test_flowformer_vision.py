@@ -79,6 +79,7 @@ def test_bad_input_and_configs() -> None:
         build(dims=(10, 24), heads=5)
 
 
+@pytest.mark.slow
 def test_exports_with_any_batch() -> None:
     model = build()
     dims = {"x": {0: torch.export.Dim("batch")}}

@@ -196,7 +196,8 @@ def test_saving_and_loading(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_exports_for_any_number_of_frames(name: str, tmp_path: Path) -> None:
     model = build(name, depth=1)
     report = export_onnx(model, tmp_path / "m.onnx")

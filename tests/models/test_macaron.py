@@ -222,6 +222,7 @@ def test_bad_input() -> None:
         model(ids(1, 3), ids(1, 2), torch.ones(1, 3))
 
 
+@pytest.mark.slow
 def test_exports_with_any_batch_and_lengths() -> None:
     model = build(depth=1)
     batch, n, m = (torch.export.Dim(name) for name in ("batch", "target", "source"))

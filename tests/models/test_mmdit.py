@@ -217,13 +217,8 @@ def test_published_weights_are_trained_on_in_their_convention() -> None:
         Generation.from_dict({"convention": "dit"})
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(SHORT, id="short"),
-        *(pytest.param(o, id=name, marks=[pytest.mark.slow]) for name, o in OPTIONS.items()),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SHORT, *OPTIONS.values()], ids=["short", *OPTIONS])
 def test_exported_graphs_serve_other_sizes_and_texts(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_taught_gate_gives_the_labels() -> None:
     assert right > 0.9
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_by_training() -> None:
     torch.manual_seed(0)
     data = load_data("digits")
