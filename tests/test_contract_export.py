@@ -21,7 +21,8 @@ FIXED = {"tdsm"}
 """Mixers whose graphs serve one number of tokens: permutations are constants."""
 
 
-@pytest.mark.parametrize("name", [PLAIN[0], pytest.param(PLAIN[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLAIN)
 def test_so_do_graphs_of_standard_operators(name: str, tmp_path: Path) -> None:
     serves_every_length(make_mixer(name, causal=True), tmp_path, target="onnx")
 

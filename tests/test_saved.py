@@ -49,6 +49,7 @@ def test_models(folder: Path) -> None:
     assert_close(*run(folder), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", MODELS, ids=[p.name for p in MODELS])
 def test_models_are_saved_again_as_they_are(folder: Path, tmp_path: Path) -> None:
     model = effformer.load_model(folder)

@@ -67,14 +67,9 @@ def exported(rule: str, path: Path, *, state: bool = True) -> ExportReport:
     return export_onnx(Scan(rule), path, inputs, dynamic=axes(inputs), output_names=("out", "last"))
 
 
-@pytest.mark.parametrize(
-    ("rule", "strict"),
-    [
-        ("simple-gla", False), ("kda", True),
-        pytest.param("simple-gla", True, marks=pytest.mark.slow),
-        pytest.param("kda", False, marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("rule", ["simple-gla", "kda"])
 def test_an_exported_program_serves_every_length(rule: str, strict: bool) -> None:
     scan, dynamic = Scan(rule), torch.export.Dim.DYNAMIC
     inputs = given(rule, 33)

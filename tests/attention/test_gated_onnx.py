@@ -75,7 +75,15 @@ def whole(module: nn.Module, path: Path, *, nodes: int, rope: bool) -> ExportRep
     return report
 
 
-@pytest.mark.parametrize("layer", [RETENTION, GROUPED, SSD], ids=itemgetter("name"))
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(RETENTION, marks=pytest.mark.slow),
+        GROUPED,
+        pytest.param(SSD, marks=pytest.mark.slow),
+    ],
+    ids=itemgetter("name"),
+)
 def test_a_causal_layer_is_one_node_for_any_length(layer: dict[str, Any], tmp_path: Path) -> None:
     part = make(**layer)
     report = whole(Layer(part), tmp_path / "m.onnx", nodes=1, rope=layer is RETENTION)

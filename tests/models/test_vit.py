@@ -71,7 +71,13 @@ def check(name: str, **options: Any) -> None:
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if i % 10 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        for i, name in enumerate(NAMES)
+    ],
+)
 def test_every_vit_of_timm_agrees(name: str) -> None:
     if name in REFUSED:
         with pytest.raises(CapabilityError, match=re.escape(REFUSED[name])):
