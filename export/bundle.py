@@ -185,24 +185,23 @@ def export_bundle(
         force: replace a bundle that others wrote as well.
 
     Raises:
-        ValueError: an unknown sampler, convention, quantization or option of the session, or guidance
-            without a null class.
+        ValueError: an unknown sampler, convention, quantization or option of the session, guidance
+            without a null class, or a model of ours that draws no pictures of classes.
         TypeError: shape or number of classes are neither given nor in the model's config, or neither
             the model nor ``convention`` says what the network predicts.
         ExportError: the model cannot be exported.
         VerificationError: the graph does not compute what the model computes.
         FormatError: the folder holds something else or cannot be written.
     """
-    if sampler not in run.SAMPLERS:
-        raise unknown("sampler", sampler, list(run.SAMPLERS), where="export_bundle")
     forms = _forms(quantize, max_error)
+    _check_draws(model, shape, num_classes)
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)
-    steps, guidance = _settings(record, steps, guidance)
+    steps, guidance = _settings(record, sampler, steps, guidance)
     policy = _policy(cache)
     facts: dict[str, Any] = {
-        "format": run.FORMAT,
+        "format": checks.FORMAT,
         "effformer": VERSION,
         "model": str(getattr(model, "name", type(model).__name__)),
         "shape": list(size),
@@ -295,19 +294,39 @@ def _session(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def _settings(record: Trained, steps: int | None, guidance: float | None) -> tuple[int, float]:
-    """Steps and guidance that a bundle records."""
+def _settings(
+    record: Trained, sampler: str, steps: int | None, guidance: float | None
+) -> tuple[int, float]:
+    """Steps and guidance that a bundle records beside its sampler."""
+    if sampler not in checks.SAMPLERS:
+        raise unknown("sampler", sampler, list(checks.SAMPLERS), where="export_bundle")
     steps, guidance = record.settings(steps, guidance)
-    if not 1 <= steps <= run.MOST or not -run.STRONGEST <= guidance <= run.STRONGEST:
+    if not 1 <= steps <= checks.MOST or not -checks.STRONGEST <= guidance <= checks.STRONGEST:
         raise ValueError(
-            f"export_bundle: steps must lie in 1..{run.MOST} and guidance in "
-            f"{-run.STRONGEST}..{run.STRONGEST}, got {steps} and {guidance}"
+            f"export_bundle: steps must lie in 1..{checks.MOST} and guidance in "
+            f"{-checks.STRONGEST}..{checks.STRONGEST}, got {steps} and {guidance}"
         )
     if guidance != 1.0 and not record.null:
         raise ValueError(
             f"export_bundle: guidance {guidance} needs a null class; give null_label or guidance=1"
         )
     return steps, guidance
+
+
+def _check_draws(model: nn.Module, shape: Sequence[int] | None, num_classes: int | None) -> None:
+    """Refuse a model of ours that does something else than a bundle.
+
+    Raises:
+        ValueError: its config has no size of pictures, or no number of classes.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, Config) or (shape is not None and num_classes is not None):
+        return
+    if not all(hasattr(config, name) for name in ("input_size", "channels", "num_classes")):
+        raise ValueError(
+            f"export_bundle: a bundle draws pictures of classes, which {getattr(model, 'name', 'the model')} "
+            "does not; export_onnx (-o NAME.onnx on the command line) writes its graph"
+        )
 
 
 def _record_of(model: nn.Module, convention: FlowConvention | str | None) -> Trained:

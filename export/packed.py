@@ -36,7 +36,7 @@ class KernelLinear(nn.Module):
     def __init__(self, weight: Kernel, layer: QuantLinear, accuracy_level: int) -> None:
         super().__init__()
         bias, self._layer = layer.bias, (layer,)  # no child: only what is used is traced
-        self.op, self.out_features = weight.op, weight.N
+        self.op, self.in_features, self.out_features = weight.op, layer.in_features, weight.N
         self.attributes = weight.attributes(accuracy_level)
         self.count = len(weight.inputs)
         for i, tensor in enumerate(weight.inputs):

@@ -27,46 +27,16 @@ import numpy as np
 if not __package__:  # in a bundle, from wherever it is started
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 if TYPE_CHECKING or __package__:
+    from . import facts as checks
     from .choice import Choice, choose, open_session, place_of
-    from .facts import (
-        CACHE,
-        FORMAT,
-        MOST,
-        MOST_NUMBERS,
-        SAMPLERS,
-        SEEDS,
-        STRONGEST,
-        check_cache,
-        check_facts,
-        check_file,
-        check_sampler,
-        number,
-        read_array,
-        read_facts,
-    )
     from .pictures import Array, BundleError, check_place, write_image, write_samples
 else:
+    import facts as checks
     from choice import Choice, choose, open_session, place_of
-    from facts import (
-        CACHE,
-        FORMAT,
-        MOST,
-        MOST_NUMBERS,
-        SAMPLERS,
-        SEEDS,
-        STRONGEST,
-        check_cache,
-        check_facts,
-        check_file,
-        check_sampler,
-        number,
-        read_array,
-        read_facts,
-    )
     from pictures import Array, BundleError, check_place, write_image, write_samples
 
 __all__ = [
-    "FORMAT", "MOST", "SAMPLERS", "STRONGEST", "Bundle", "BundleError", "check_place", "main", "parse_labels", "refusal",
+    "Bundle", "BundleError", "check_place", "main", "parse_labels", "refusal",
     "write_image", "write_samples",
 ]  # fmt: skip
 
@@ -97,12 +67,12 @@ class Bundle:
     def __init__(
         self, folder: str | Path, threads: int | None = None, *, form: str | None = None, alone: bool = False
     ) -> None:  # fmt: skip
-        given = {} if threads is None else {"threads": number(threads, 1, 1024, "threads")}
+        given = {} if threads is None else {"threads": checks.number(threads, 1, 1024, "threads")}
         self.folder, self._alone = Path(folder), alone
-        self.facts = read_facts(self.folder)
-        check_facts(self.facts, f"{self.folder / 'bundle.json'}: ")
+        self.facts = checks.read_facts(self.folder)
+        checks.check_facts(self.facts, f"{self.folder / 'bundle.json'}: ")
         for name, record in self.facts["files"].items():
-            check_file(self.folder, name, record)
+            checks.check_file(self.folder, name, record)
         self.shape: tuple[int, int, int] = tuple(self.facts["shape"])
         self._options: dict[str, Any] = (self.facts.get("session") or {}) | given
         self._forms: dict[str, Any] = self.facts.get("forms") or {}
@@ -199,7 +169,7 @@ class Bundle:
                 None.
             guidance: scale of classifier-free guidance, -1000..1000; 1 is the plain conditional
                 field.
-            sampler: one of `SAMPLERS`.
+            sampler: one of `facts.SAMPLERS`.
             seed: of the noise, 0..2**63 - 1.
             noise: standard normal noise to start from instead.
             cache: at which evaluations blocks are skipped: ``{"every": n, "warm": w, "order": m}``,
@@ -213,7 +183,7 @@ class Bundle:
         count = own["steps"] if steps is None else steps
         scale = own["guidance"] if guidance is None else guidance
         name = own["name"] if sampler is None else sampler
-        check_sampler({"steps": count, "guidance": scale, "name": name})
+        checks.check_sampler({"steps": count, "guidance": scale, "name": name})
         if scale != 1.0 and self.facts["null_label"] is None:
             raise BundleError(
                 f"guidance {scale} needs a null class, which this model has not; use --guidance 1"
@@ -239,8 +209,8 @@ class Bundle:
                 f"{self.folder}: was exported without a cache; export it with cache='newton'"
             )
         asked = cache if isinstance(cache, dict) else own or {}
-        check_cache(asked, "")
-        return Carried(**{name: asked[name] for name in CACHE if name in asked})
+        checks.check_cache(asked, "")
+        return Carried(**{name: asked[name] for name in checks.CACHE if name in asked})
 
     def images(self, samples: Array) -> Array:
         """Pixels (B, H, W, c) uint8 of samples, through the decoder if the bundle has one.
@@ -278,7 +248,7 @@ class Bundle:
         return max(error, self._differs(actual, expected, allowed, "sample"))
 
     def _recorded(self, test: dict[str, Any]) -> Array:
-        return read_array(self.folder / test["file"], (len(test["labels"]), *self.shape))
+        return checks.read_array(self.folder / test["file"], (len(test["labels"]), *self.shape))
 
     def _differs(self, actual: Array, expected: Array, allowed: float, what: str) -> float:
         if actual.shape != expected.shape:
@@ -327,22 +297,22 @@ class Bundle:
         return [str(name) for name in names] if isinstance(names, list) else []
 
     def _labels(self, labels: Sequence[int]) -> Array:
-        if not 1 <= len(labels) <= MOST:
-            say = f"at most {MOST} pictures at once" if len(labels) else "no labels given"
+        if not 1 <= len(labels) <= checks.MOST:
+            say = f"at most {checks.MOST} pictures at once" if len(labels) else "no labels given"
             raise BundleError(f"{say}; use for instance --labels 0,1,2")
-        if len(labels) * math.prod(self.shape) > MOST_NUMBERS:
+        if len(labels) * math.prod(self.shape) > checks.MOST_NUMBERS:
             what = f"{len(labels)} samples of shape {self.shape}"
             raise BundleError(f"{what} do not fit into the memory; draw fewer at once")
         classes = self.facts["num_classes"]
         for label in labels:
-            if not 0 <= number(label, -SEEDS, SEEDS, "a label") < classes:
+            if not 0 <= checks.number(label, -checks.SEEDS, checks.SEEDS, "a label") < classes:
                 known = f"the classes 0..{classes - 1} of this bundle"
                 raise BundleError(f"label {label} is not one of {known}")
         return np.asarray(labels, dtype=np.int64)
 
     def _start(self, count: int, seed: int, noise: Array | None) -> Array:
         shape = (count, *self.shape)
-        number(seed, 0, SEEDS, "seed")
+        checks.number(seed, 0, checks.SEEDS, "seed")
         if noise is None:
             return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
         if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
@@ -395,7 +365,7 @@ def refusal(error: Exception) -> str:
 def _step(
     field: Callable[[Array, float], Array], x: Array, t: float, dt: float, name: str
 ) -> Array:
-    rows, weights, times = SAMPLERS[name]
+    rows, weights, times = checks.SAMPLERS[name]
     stages = [field(x, t)]
     for row, c in zip(rows, times, strict=True):
         stages.append(field(_combine(x, stages, row, dt), t + c * dt))
@@ -433,8 +403,10 @@ def parse_labels(text: str, classes: Sequence[str] = ()) -> list[int]:
             named = f", or names: {reprlib.repr(list(classes))}" if classes else ""
             raise BundleError(f"--labels {shown}: expected class ids such as 0,1,2 or 0-9{named}")
         first, last = (int(digits[-18:]) for digits in (found[1], found[2] or found[1]))
-        if len(labels) + last - first >= MOST or max(map(len, found.groups(""))) > 18:
-            raise BundleError(f"--labels {reprlib.repr(text)}: at most {MOST} pictures at once")
+        if len(labels) + last - first >= checks.MOST or max(map(len, found.groups(""))) > 18:
+            raise BundleError(
+                f"--labels {reprlib.repr(text)}: at most {checks.MOST} pictures at once"
+            )
         labels += range(first, last + 1)
     if not labels:
         raise BundleError(f"--labels {reprlib.repr(text)}: the range is empty")
@@ -459,7 +431,7 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
     add("--out", type=Path, default=Path("samples.png"), help="samples.png or samples.npy")
     add("--steps", type=int, help="number of steps")
     add("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
-    add("--sampler", help=", ".join(SAMPLERS))
+    add("--sampler", help=", ".join(checks.SAMPLERS))
     add("--no-cache", action="store_true", help="compute all blocks at every step")
     add("--seed", type=int, default=0, help="of the noise")
     add("--threads", type=int, help="threads of onnxruntime")

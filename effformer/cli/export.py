@@ -223,11 +223,6 @@ def _web(
     from ..export.web import check_site, find_runtime
     from ..files import workspace
 
-    if not all(hasattr(model.config, name) for name in ("input_size", "channels", "num_classes")):
-        raise ValueError(
-            f"export: --target web draws pictures of classes, which {model.name} does not; leave --target "
-            f"out and export a graph, -o {place}.onnx"
-        )
     package, force = find_runtime(runtime), options["force"]
     check_site(place, force=force)
     with workspace(place) as folder:

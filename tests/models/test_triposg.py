@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.compress import quantize
 from effformer.export import export_onnx
 from effformer.models import TripoSG
 from torch import Tensor
@@ -181,6 +182,16 @@ def test_exports_for_other_numbers_of_latents(name: str, tmp_path: Path) -> None
     assert report.parity is not None
     assert report.parity.passed
     assert len({c.shapes["x"][1] for c in report.parity.cases}) > 1
+
+
+def test_it_is_exported_with_packed_weights(tmp_path: Path) -> None:
+    """The token of the time asks its layer for a width, whatever stands in its place."""
+    model = awake()
+    small, _ = quantize(model, "int8", data=inputs(model))
+    report = export_onnx(small, tmp_path / "m.onnx")
+    assert "com.microsoft::MatMulNBits" in report.graph.operators
+    assert report.parity is not None
+    assert report.parity.passed
 
 
 @pytest.mark.parametrize(
