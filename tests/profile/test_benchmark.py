@@ -50,8 +50,9 @@ def test_candidates_run_alone_with_their_threads() -> None:
     assert stages == [(1, 2), (2, 2)]
     assert list(found.sides) == [2]
     for count, side in found.sides.items():
-        assert side.ratios["short"] == 1.0
-        assert side.ratios["long"] > 1.5
+        short, long = side.rows["short"], side.rows["long"]
+        assert (short.median >= 0.002, long.median >= 0.02) == (True, True)  # as long as they sleep
+        assert side.ratios == {"short": 1.0, "long": pytest.approx(long.median / short.median)}
         assert {row.threads for row in side.rows.values()} == {count}
         assert all(row.machine.threads == count for row in side.rows.values())
         assert [row.runs for row in side.rows.values()] == [3, 3]

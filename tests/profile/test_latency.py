@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import time
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,20 +32,22 @@ def test_threads_are_restored_after_an_error() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_candidates_take_turns() -> None:
-    order: list[str] = []
-    side = interleave(
-        {
-            "short": lambda: (order.append("s"), time.sleep(0.002)),
-            "long": lambda: (order.append("l"), time.sleep(0.008)),
-        },
-        warmup=1,
-        runs=3,
-    )
+def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], list[str]()
+    monkeypatch.setattr(sys.modules[latency.__module__], "perf_counter", lambda: clock[0])
+
+    def taking(seconds: float, name: str) -> Callable[[], None]:
+        def call() -> None:
+            order.append(name)
+            clock[0] += seconds
+
+        return call
+
+    side = interleave({"short": taking(2.0, "s"), "long": taking(8.0, "l")}, warmup=1, runs=3)
     assert "".join(order) == "sl" + "slslsl"
-    assert side.ratios["short"] == 1.0
-    assert side.ratios["long"] > 1.5
-    assert "x  long" in str(side)
+    assert side.ratios == {"short": 1.0, "long": 4.0}
+    assert [row.median for row in side.rows.values()] == [2.0, 8.0]
+    assert "4.000x  long" in str(side)
 
 
 @pytest.mark.parametrize(

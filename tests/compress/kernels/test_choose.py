@@ -156,11 +156,27 @@ def test_bfloat16() -> None:
 def test_real_times_are_remembered(tmp_path: Path) -> None:
     model = effformer.build_model("vit-nano", depth=1).eval()
     forms = [name for name in available() if name == "int8-fbgemm"]
-    ready, report = choose_kernels(model, model.example_inputs(2), forms=forms, cache=tmp_path)
+    _, report = choose_kernels(model, model.example_inputs(2), forms=forms, cache=tmp_path)
     assert report.ratio <= 1.02
     assert all(seconds > 0 for layer in report.layers for seconds in layer.seconds.values())
     _, second = choose_kernels(model, model.example_inputs(2), forms=forms, cache=tmp_path)
     assert [a.seconds for a in second.layers] == [a.seconds for a in report.layers]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "exact", "changed"),
+    [([0.6], 0.5, True), ([1.0], 1.5, True), ([1.3, 1.1], 0.5, False)],
+    ids=["another form", "prepacked", "nothing was changed"],
+)
+def test_only_a_plain_copy_is_saved(
+    staged: Any, tmp_path: Path, ratios: list[float], exact: float, changed: bool
+) -> None:
+    staged(ratios, exact=exact, wrong=2.0, large=2.0)
+    model = effformer.build_model("vit-nano", depth=1).eval()
+    ready, _ = choose_kernels(model, model.example_inputs(2), cache=tmp_path)
+    if not changed:
+        effformer.save_pretrained(ready, tmp_path / "model")
+        return
     with pytest.raises(ValueError, match="save the original"):
         effformer.save_pretrained(ready, tmp_path / "model")
 
