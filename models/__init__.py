@@ -17,6 +17,7 @@ from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
 from .flux import Flux
+from .gencompositor import GenCompositor
 from .lightningdit import LightningDiT
 from .lmu_sequence import LMUSequence
 from .lmuformer import LMUFormer, SpikingLMUFormer
@@ -48,6 +49,7 @@ __all__ = [
     "FlowformerSeries",
     "FlowformerVision",
     "Flux",
+    "GenCompositor",
     "IFactFormer",
     "JointDiT",
     "LMUFormer",

@@ -7,6 +7,7 @@ from effformer.site import Layer, Needs
 from .adaln import AdaLNSingle, AdaLNZero
 from .base import Block, Branch, init_states
 from .dynamic import DynamicTokens, DynamicWidth
+from .expert import ExpertAdaLN
 from .flowtransformer import FlowTransformerDecoder, FlowTransformerEncoder
 from .gated import Gated
 from .iterate import Iterate
@@ -36,6 +37,7 @@ __all__ = [
     "Branch",
     "DynamicTokens",
     "DynamicWidth",
+    "ExpertAdaLN",
     "FlowTransformerDecoder",
     "FlowTransformerEncoder",
     "Gated",

@@ -131,20 +131,27 @@ class TwoStreams(nn.Module):
         return int(self.block.macs(n - self.FIRST, self.FIRST))
 
     @property
+    def holders(self) -> list[Any]:
+        """What holds the slots: its streams, or the block that reads both as one row."""
+        return [self.block.x, self.block.y] if hasattr(self.block, "x") else [self.block]
+
+    @property
     def width(self) -> Any:
-        return self.block.x.width
+        return self.holders[0].width
 
     @width.setter
     def width(self, part: None) -> None:
-        self.block.x.width = self.block.y.width = part
+        for holder in self.holders:
+            holder.width = part
 
     @property
     def tokens(self) -> Any:
-        return self.block.x.tokens
+        return self.holders[0].tokens
 
     @tokens.setter
     def tokens(self, part: None) -> None:
-        self.block.x.tokens = self.block.y.tokens = part
+        for holder in self.holders:
+            holder.tokens = part
 
 
 def tokens(n: int = 11, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

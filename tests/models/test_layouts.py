@@ -34,6 +34,7 @@ TINY: dict[str, dict[str, Any]] = {
     "flowformer-vision": {
         "dims": (24, 48), "depths": (1, 1), "heads": 2, "input_size": 16, "num_classes": 3,
     },
+    "gencompositor-tiny": {"depth": 1, "branch_depth": 1},
     "ifactformer-tiny": {"dim": 24, "heads": 2, "grid": (4, 6)},
     "lmuformer-tiny": {"dim": 24},
     "spiking-lmuformer-tiny": {"dim": 24, "attn": {"memory": 8}},
