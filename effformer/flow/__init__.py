@@ -53,6 +53,7 @@ from .losses import loss_weight as loss_weight
 from .metrics import frechet_distance as frechet_distance
 from .metrics import straightness as straightness
 from .multistep import DPMSolver2M as DPMSolver2M
+from .multistep import UniPC as UniPC
 from .paths import DDPM as DDPM
 from .paths import GVP as GVP
 from .paths import VP as VP

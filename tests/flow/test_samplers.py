@@ -31,7 +31,7 @@ def gaussian(mean: float, std: float) -> Any:
     return velocity
 
 
-@pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "rk4", "dpm++2m"])
+@pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "rk4", "dpm++2m", "unipc"])
 def test_equals_the_reference_forward_and_backward(name: str) -> None:
     layer = torch.nn.Linear(3, 3).double()
 
@@ -70,22 +70,44 @@ def test_gaussian_map(name: str) -> None:
     assert math.log2(error(64) / error(128)) > order - 0.25  # midpoint: 3 on this field
 
 
-def test_two_data_make_a_second_order() -> None:
+@pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
+def test_two_data_make_a_second_order(name: str) -> None:
     """In front of the data, where a last step would take one of them alone."""
     z0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     exact = 0.9 * 1.5 + math.sqrt(0.1**2 + (0.9 * 0.5) ** 2) * z0
 
     def error(steps: int) -> float:
         grid = TimeGrid.uniform(steps, 0.0, 0.9)
-        out = sample(gaussian(1.5, 0.5), z0, sampler="dpm++2m", grid=grid)
+        out = sample(gaussian(1.5, 0.5), z0, sampler=name, grid=grid)
         assert out.nfe == steps
         return float((out.x - exact).abs().max())
 
     assert math.log2(error(64) / error(128)) > 1.75
     with pytest.raises(ValueError, match=r"within \[0, 1\]"):
-        sample(swirl, z0, sampler="dpm++2m", grid=TimeGrid.rectified_flow(3))
+        sample(swirl, z0, sampler=name, grid=TimeGrid.rectified_flow(3))
     with pytest.raises(ValueError, match="from noise to data only"):
-        sample(swirl, z0, sampler="dpm++2m", reverse=True)
+        sample(swirl, z0, sampler=name, reverse=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_unipc_is_that_of_diffusers(steps: int) -> None:
+    """At the times of Wan: 0.999 of the noise at first, shifted."""
+    diffusers = pytest.importorskip("diffusers")
+    grid = TimeGrid.uniform(steps, 0.001).shifted(5.0)
+    theirs = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    theirs.set_timesteps(steps)
+    theirs.sigmas = torch.tensor([1 - t for t in grid.points], dtype=torch.float64)
+    x0 = torch.randn(4, 3, dtype=torch.float64)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(3 * x) * (0.5 + t[:, None]) - x
+
+    x = x0
+    for label, t in zip(theirs.timesteps, grid.points, strict=False):
+        x = theirs.step(-velocity(x, torch.full((4,), t).double()), label, x).prev_sample
+    torch.testing.assert_close(sample(velocity, x0, sampler="unipc", grid=grid).x, x)
 
 
 @pytest.mark.parametrize("name", ODE)
