@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import effformer
 from effformer.checks import CapabilityError, FormatError
+from effformer.context import Ledger, Tap
 from effformer.flow import Guidance, adapt, sample
 from effformer.profile import profile
 
@@ -220,6 +221,25 @@ def test_guided_videos_of_a_text() -> None:
     out = sample(field, x, steps=2, guidance=Guidance(5.0, {"text": 0}), **cond).x
     assert out.shape == x.shape
     assert effformer.registry.model.get("wan-14b").facts["sampling"]["shift"] == 5.0
+
+
+@torch.no_grad()
+def test_gates_choose_channels_by_the_time_and_tokens_one_by_one() -> None:
+    """DyDiT's gates in a factorized video transformer."""
+    over = {"name": "dynamic", "over": "ffn"}
+    model = awake(axes="st", width=over, tokens="dynamic")
+    for path, p in model.named_parameters():
+        if ".gates." in path:  # some open, some closed
+            p.copy_(torch.randn_like(p))
+    given, ledger = inputs(model), Ledger()
+    out = model(**given, ledger=ledger)
+    torch.testing.assert_close(out, model(**given, tap=Tap()), rtol=1e-4, atol=1e-5)
+    shares = {path: s.fraction for path, s in ledger.shares.items()}
+    assert set(shares) == {"blocks.0.ffn", "blocks.1.ffn"}
+    assert all(0 < float(s.min()) < 1 for s in shares.values())
+    assert not torch.allclose(out, model(**given, complete=True))
+    with pytest.raises(CapabilityError, match="heads share a norm"):
+        awake(width="dynamic")
 
 
 def test_profiles_add_up() -> None:
