@@ -37,10 +37,12 @@ __all__ = ["PRESETS", "BackgroundBranch", "GenCompositor"]
 
 
 class GenCompositor(Model):
-    """Video transformer with three kinds of tokens in one attention: a text, the video that is made, and
-    a foreground that is not aligned with it, whose rotary positions go on below those of the video
-    (ERoPE). A light branch of a few blocks reads the background, and what it makes is added to the tokens
-    of the video where the mask leaves the background as it is.
+    """Video transformer that puts a moving foreground into a video: text, video and foreground meet in
+    one attention, and a light branch keeps the background.
+
+    The foreground is not aligned with the video: its rotary positions go on below those of the video
+    (ERoPE). The branch, a few blocks, reads the background, and what it makes is added to the tokens of
+    the video where the mask leaves the background as it is.
 
     ``forward(x, t, text, background, foreground, mask)`` returns the CogVideoX "v" (B, T, C, H, W) for
     steps t of its diffusion, 0..999; no `FlowConvention` says its schedule, whose last step is noise
@@ -353,6 +355,7 @@ PRESETS = {
         licence=_LICENCE,
         sampling={"steps": 20},
         aliases=("GenCompositor",),
+        summary="GenCompositor: a moving foreground put into a video of 480 x 720.",
     ),
     "gencompositor-tiny": Preset(
         config=GenCompositor.Config(

@@ -154,7 +154,7 @@ def test_diffusers_computes_the_same(name: str, tmp_path: Path) -> None:
     ("name", "billions"),
     [
         ("wan-1.3b", 1.4),
-        ("wan2.2-5b", 5.0),
+        pytest.param("wan2.2-5b", 5.0, marks=pytest.mark.slow),
         pytest.param("wan-14b", 14.3, marks=pytest.mark.slow),
         pytest.param("wan2.2-14b", 14.3, marks=pytest.mark.slow),
         pytest.param("wan2.2-14b-i2v", 14.3, marks=pytest.mark.slow),
@@ -243,18 +243,15 @@ def test_gates_choose_channels_by_the_time_and_tokens_one_by_one() -> None:
 
 
 def test_profiles_add_up() -> None:
-    for options in ({}, {"axes": "st"}):
-        model = awake(**options)
-        found = profile(model, inputs(model, 1))
-        grid = (3, 2, 3)
-        assert not found.uncounted
-        expected = sum(block.macs(18, 6, grid=grid) for block in model.blocks)
-        assert found.by_module["blocks"] == expected
+    model = awake(axes="st")
+    found = profile(model, inputs(model, 1))
+    assert not found.uncounted
+    expected = sum(block.macs(18, 6, grid=(3, 2, 3)) for block in model.blocks)
+    assert found.by_module["blocks"] == expected
 
 
-@pytest.mark.parametrize("name", ["image", "others"])
-def test_saved_models_come_back(name: str, tmp_path: Path) -> None:
-    model = awake(**OPTIONS[name])
+def test_saved_models_come_back(tmp_path: Path) -> None:
+    model = awake(**OPTIONS["others"], condition_channels=5)
     effformer.save_pretrained(model, tmp_path / "m")
     again = effformer.load_model(tmp_path / "m").eval()
     assert again.config == model.config
