@@ -122,6 +122,7 @@ REFUSED = {
     ("streamed", "flowtransformer-decoder"): "takes neither a memory nor a stream",
     ("masked", "spiking-lmu"): "cannot honour mask",
     ("packed", "spiking-lmu"): "cannot honour packing",
+    ("packed", "expert-adaln"): "cannot honour packed=True",  # tests/blocks/test_expert.py
 }
 """By mode and extra, or mode and block."""
 ALONE = [b for b in BLOCKS if b not in JOINT]

@@ -42,6 +42,7 @@ class ExpertAdaLN(Block):
         ffn: config of the position-wise network, None for none.
 
     Raises:
+        ValueError: at call, a context without the conditioning.
         CapabilityError: at call, a context field that the mixer cannot honour, or that two streams
             cannot.
 
@@ -69,10 +70,14 @@ class ExpertAdaLN(Block):
         counts = [y.shape[1], x.shape[1]]
         row, mods = self._row((y, x), (y_ctx, ctx)), None
         if self.site.cond_dim is not None:
-            own, cond = self.modulations(ctx), ctx.cond if y_ctx.cond is None else y_ctx.cond
+            own = self.modulations(ctx)
+            if y_ctx.cond is None:
+                raise ValueError(
+                    f"{self.site.path or 'block'}: y_ctx.cond is None, but the block is modulated"
+                )
             mods = tuple(
                 torch.cat([m.expand(-1, n, -1) for m, n in zip(pair, counts, strict=True)], dim=1)
-                for pair in zip(self.y_modulation(cond), own, strict=True)
+                for pair in zip(self.y_modulation(y_ctx.cond), own, strict=True)
             )
         y, x = self.walk(torch.cat([y, x], dim=1), row, mods).split(counts, dim=1)
         return x, y

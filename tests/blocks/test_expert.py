@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 import effformer
 from effformer.blocks import ExpertAdaLN, PreNorm
-from effformer.context import Context
+from effformer.checks import CapabilityError
+from effformer.context import Context, Packing, Stream
 from effformer.nn.rope import GridRope
 from effformer.site import Site
 
@@ -56,3 +60,16 @@ def test_each_stream_has_vectors_masks_and_places_of_its_own() -> None:
     closed = block(x, y, video, wording)
     assert torch.equal(closed[1], y)
     assert not torch.allclose(closed[0], x)
+
+
+def test_what_two_streams_cannot_honour_is_refused() -> None:
+    block, x = build(cond_dim=5), torch.randn(2, 4, 24)
+    ctx, mask = Context(cond=torch.randn(2, 5)), torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"y_ctx\.cond is None"):
+        block(x, x, ctx)
+    with pytest.raises(CapabilityError, match=r"packed=True; choices that can: joint"):
+        block(x, x, ctx, replace(ctx, packing=Packing.from_mask(mask)))
+    with pytest.raises(CapabilityError, match=r"key mask \(B, N\)"):
+        block(x, x, replace(ctx, mask=mask[:, None]), ctx)
+    with pytest.raises(CapabilityError, match=r"do not take ctx\.stream"):
+        block(x, x, replace(ctx, stream=Stream({})), ctx)
