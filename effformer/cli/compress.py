@@ -244,10 +244,12 @@ def named_tensors(data: str, samples: int, verb: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     from ..checks import FormatError, reason
+    from ..files import check_finite
     from ..train import load_data
 
     if not data.endswith(".safetensors"):
         return {name: x[:samples] for name, x in load_data(data).tensors.items()}
+    check_finite(data)
     try:
         tensors = load_file(data)
     except (OSError, SafetensorError) as error:
