@@ -35,6 +35,7 @@ from .triposg import TripoSG
 from .triposg_vae import TripoSGVAE
 from .twostream import JointDiT
 from .vit import ViT
+from .wan import Wan
 
 __all__ = [
     "SANA",
@@ -67,5 +68,6 @@ __all__ = [
     "TripoSG",
     "TripoSGVAE",
     "ViT",
+    "Wan",
     "vit_config_from_timm",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -102,7 +103,7 @@ class FinalLayer(nn.Module):
     def __init__(
         self,
         site: Site,
-        patch: int,
+        patch: int | tuple[int, ...],
         channels: int,
         *,
         by: type[Modulation] | type[SharedModulation] = Modulation,
@@ -111,10 +112,11 @@ class FinalLayer(nn.Module):
         assert site.cond_dim is not None
         self.norm = branch_norm(site)
         self.modulation = by(site.cond_dim, site.dim, 2)
-        self.linear = nn.Linear(site.dim, patch * patch * channels)
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        self.linear = nn.Linear(site.dim, prod(sides) * channels)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, p p C)."""
+        """(B, N, D) -> (B, N, p p C), of patches in three dimensions (B, N, p q r C)."""
         shift, scale = self.modulation(cond)
         return self.linear(modulate(self.norm(x), shift, scale))
 

@@ -1,4 +1,4 @@
-"""Conditioned blocks: that of DiT, and that of PixArt and SANA."""
+"""Conditioned blocks: that of DiT, and that of PixArt, SANA and Wan."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from effformer.attention import Mixer
 from effformer.config import Config as BaseConfig
 from effformer.context import Context
-from effformer.nn.norms import SharedModulation
+from effformer.ffn import FFN
+from effformer.nn.norms import SharedModulation, make_norm
 from effformer.registry import Caps, block
 from effformer.site import Site
 
@@ -58,7 +60,16 @@ class AdaLNZero(PreNorm):
 
 
 class _Plain(Branch):
-    """``x + part(x)``: no norm, and no modulation in a block whose other branches have one."""
+    """``x + part(x)``, or ``x + part(norm(x))``: no modulation in a block whose other branches have one,
+    so that a norm has factors of its own.
+    """
+
+    def __init__(
+        self, part: Mixer | FFN, site: Site, *, normed: bool, memory: tuple[int, int] = (0, 1)
+    ) -> None:
+        super().__init__(part, site, normed=False, memory=memory)
+        if normed:
+            self.norm = make_norm(site)
 
     def enter(self, x: Tensor, mods: tuple[Tensor, ...] | None = None) -> Tensor:
         return super().enter(x)
@@ -73,11 +84,12 @@ class _Plain(Branch):
     paper="2310.00426",
 )
 class AdaLNSingle(Block):
-    """Block of PixArt and SANA: token mixer and FFN are shifted, scaled and gated by vectors that the
+    """Block of PixArt, SANA and Wan: token mixer and FFN are shifted, scaled and gated by vectors that the
     model makes once for all blocks, plus a table of the block's own (adaLN-single).
 
-    ``x + gate * attn(norm(x) * (1 + scale) + shift)``, then ``x + cross(x, memory)`` without norm and
-    modulation, then as the first with the FFN; the vectors are ``table + cond``.
+    ``x + gate * attn(norm(x) * (1 + scale) + shift)``, then ``x + cross(x, memory)`` without modulation
+    (Wan: ``x + cross(norm(x), memory)``), then as the first with the FFN; the vectors are ``table +
+    cond``.
 
     Args:
         config: the knobs.
@@ -89,12 +101,19 @@ class AdaLNSingle(Block):
         cross: config of the mixer that attends to a memory, None for no such branch.
 
     Reference: PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image
-    Synthesis, 2023, arXiv 2310.00426.
+    Synthesis, 2023, arXiv 2310.00426; Wan: Open and Advanced Large-Scale Video Generative Models, 2025,
+    arXiv 2503.20314 (``cross_norm``).
     """
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(BaseConfig):
-        """`AdaLNSingle` has no knobs of its own."""
+        """Knobs of `AdaLNSingle`.
+
+        Attributes:
+            cross_norm: a norm stands before the branch over the memory.
+        """
+
+        cross_norm: bool = False
 
     def __init__(
         self,
@@ -106,7 +125,7 @@ class AdaLNSingle(Block):
         cross: BaseConfig | None = None,
     ) -> None:
         branches = mixer_branches(attn, None, site)
-        branches |= cross_branches(cross, site, kind=_Plain, normed=False)
+        branches |= cross_branches(cross, site, kind=_Plain, normed=config.cross_norm)
         super().__init__(branches | ffn_branches(ffn, site), site)
 
     def modulate_by(self, cond_dim: int, branches: int) -> SharedModulation:

@@ -1,4 +1,4 @@
-"""Images to tokens and back."""
+"""Images and videos to tokens and back."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["PatchEmbed", "patchify", "unpatchify"]
+__all__ = ["PatchEmbed", "patchify", "unpatchify", "unpatchify_video"]
 
 
 class PatchEmbed(nn.Module):
-    """Convolution with kernel = stride = patch, flattened row-major: (B, C, H, W) -> (B, N, D).
+    """Convolution with kernel = stride = patch, flattened row-major: (B, C, H, W) -> (B, N, D), or of
+    patches in three dimensions (B, C, T, H, W) -> (B, N, D).
 
     Args:
         channels: input channels.
         dim: token width.
-        patch: patch side in pixels.
+        patch: patch side in pixels; or frames, rows and columns of a patch.
         bias: the convolution has a bias.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {"": "patch_embed"}
 
-    def __init__(self, channels: int, dim: int, patch: int, *, bias: bool = True) -> None:
+    def __init__(
+        self, channels: int, dim: int, patch: int | tuple[int, int, int], *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias)
+        self.proj: nn.Conv2d | nn.Conv3d
+        if isinstance(patch, int):
+            self.proj = nn.Conv2d(channels, dim, patch, stride=patch, bias=bias)
+        else:
+            self.proj = nn.Conv3d(channels, dim, patch, stride=patch, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, H/p * W/p, D)."""
+        """Tokens (B, N, D), a patch each."""
         # tokens in memory order: a transposed stream would be copied by every norm behind it
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
@@ -71,3 +78,19 @@ def unpatchify(
     else:
         x = x.unflatten(3, (patch, patch, -1)).permute(0, 5, 1, 3, 2, 4)
     return x.flatten(4, 5).flatten(2, 3)
+
+
+def unpatchify_video(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """Tokens of patches to a video.
+
+    Args:
+        x: (B, T * H * W, p * q * r * C), the channel last inside a token.
+        grid: frames T, rows H and columns W of tokens.
+        patch: frames p, rows q and columns r of a patch.
+
+    Returns:
+        (B, C, T * p, H * q, W * r).
+    """
+    x = x.unflatten(2, (*patch, -1)).unflatten(1, grid)
+    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -48,6 +48,7 @@ TINY: dict[str, dict[str, Any]] = {
     "tarflow-tiny": {"flows": (2, 2), "input_size": 4},
     "triposg-two-nano": {"depth": 3},
     "triposg-vae-tiny": {},
+    "wan-tiny": {"depth": 1},
 }  # fmt: skip
 """Small models of all families that have published layouts."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from effformer.nn.patch import PatchEmbed, unpatchify
+from effformer.nn.patch import PatchEmbed, unpatchify, unpatchify_video
 
 
 def test_unpatchify_has_the_channel_fastest() -> None:
@@ -33,3 +33,12 @@ def test_patch_embed_is_row_major() -> None:
     image = torch.arange(24.0).view(1, 1, 4, 6)
     means = image.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)).flatten()
     torch.testing.assert_close(embed(image).flatten(), means)
+
+
+def test_patches_of_a_video_come_back() -> None:
+    embed, x = PatchEmbed(2, 12, (1, 2, 3), bias=False), torch.randn(2, 2, 3, 4, 6)
+    with torch.no_grad():
+        embed.proj.weight.copy_(torch.eye(12).view(12, 2, 1, 2, 3))  # channel first
+    tokens = embed(x).unflatten(2, (2, 6)).mT.flatten(2)  # channel last
+    torch.testing.assert_close(tokens[0, 4 + 3, :2], x[0, :, 1, 2, 3])
+    assert torch.equal(unpatchify_video(tokens, (3, 2, 2), (1, 2, 3)), x)
