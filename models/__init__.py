@@ -16,6 +16,7 @@ from .factformer import FactFormer, IFactFormer
 from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
+from .flowsep import FlowSep
 from .flux import Flux
 from .lightningdit import LightningDiT
 from .lmu_sequence import LMUSequence
@@ -43,6 +44,7 @@ __all__ = [
     "DiTDH",
     "DyDiT",
     "FactFormer",
+    "FlowSep",
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",
