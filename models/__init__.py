@@ -32,6 +32,7 @@ from .sit import SiT
 from .starflow import STARFlow
 from .tarflow import TarFlow
 from .timm import vit_config_from_timm
+from .triflow import TriFlow
 from .triposg import TripoSG
 from .triposg_vae import TripoSGVAE
 from .twostream import JointDiT
@@ -66,6 +67,7 @@ __all__ = [
     "SiT",
     "SpikingLMUFormer",
     "TarFlow",
+    "TriFlow",
     "TripoSG",
     "TripoSGVAE",
     "ViT",
