@@ -27,6 +27,7 @@ from effformer.values import Positive
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
+from .boxes import name_by_module
 from .conditions import Held, ends_of, holds, where_it_holds, without
 from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
 from .guards import guard, guard_ids
@@ -350,9 +351,10 @@ def _name(
 
 
 def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> None:
-    """Say where the graph comes from; drop the tracer's notes, which hold stack traces and local
-    paths.
+    """Say where the graph comes from, and in the names of its nodes from which modules; drop the tracer's
+    notes, which hold stack traces and local paths.
     """
+    name_by_module(graph, model)
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None

@@ -319,6 +319,9 @@ OWN: dict[str, dict[str, Make]] = {
         "names": given(["a", "b"]),
         "time": given(False),
     },
+    "breakdown": {"models": lambda folder: [dense(folder), dense(folder)], "names": given(["a", "b"])},
+    "Breakdown.cells": {"path": given("0")},
+    "Breakdown.save": {"path": new("new.json")},
     "interleave": {"candidates": lambda folder: {"a": dense(folder), "b": dense(folder)}},
     "dequantize": {"model": lambda folder: compress.quantize(dense(folder), "int8")[0]},
     "peak_rss": {"call": given(gc.collect)},
@@ -333,7 +336,8 @@ OWN: dict[str, dict[str, Make]] = {
     "read_metrics": {"source": run},
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
-    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
+    "graph_breakdown": {"path": graph},
+    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["0/node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
     "calibrate_onnx": {"path": graph, "data": of_graph},
     "deviation": {"path": graph, "data": of_graph},
     "Calibration": {"ranges": given({"x": (0.0, 1.0)}), "rule": given("minmax"), "batches": given(1)},
@@ -431,6 +435,7 @@ rounds.
 
 
 INSTANCES: dict[str, Make] = {
+    "Breakdown": lambda folder: profile.breakdown([dense(folder)], x(folder), runs=1),
     "Classifier": lambda folder: train.Classifier(_flat(), 1.0),
     "Caps": given(registry.Caps()),
     "Comparison": lambda folder: profile.compare([dense(folder)], x(folder), time=False),
