@@ -262,7 +262,14 @@ OWN: dict[str, dict[str, Make]] = {
     "prepare_widths": {"model": model("dydit-nano"), "times": lambda folder: torch.linspace(0, 900, 3)},
     "sort_by_magnitude": {"model": model("sit-nano")},
     "optimize": {"rows": given(2)},
-    "acmize": {"model": model("sit-nano"), "scheme": given(compress.AdaptiveScheme())},
+    "acmize": {
+        "model": model("sit-nano"), "scheme": given({"steps": [1, 1, 1], "batch": 2}), "data": data,
+        "objective": given(train.Generation()), "progress": given(False),
+    },
+    "dynamize": {
+        "model": model("sit-nano"), "scheme": given({"steps": 1, "batch": 2}), "data": data,
+        "objective": given(train.Generation()), "progress": given(False),
+    },
     "quantize": {"where": given("*"), "skip": given(("2",)), "data": samples},
     "quantize_": {"where": given(["0", "2"]), "data": samples},
     "MixedScheme": {"schemes": given({"0": "int4", "*": "int8"})},
