@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from effformer.arguments import checked
+from effformer.blocks import BackboneConfig
 from effformer.blocks.dynamic import DynamicTokens, DynamicWidth
 from effformer.calls import check_parts
 from effformer.checks import CapabilityError
@@ -25,6 +26,7 @@ from effformer.train import Objective, TrainConfig
 from effformer.values import Count, Fraction, Natural, NonNegative, Portion, Positive, Seed
 from effformer.wrapped import unwrapping
 
+from ..adapt import LoRA, adapt
 from ..distill import Distillation
 from ..rebuild import simplified
 from ..samples import Data
@@ -61,6 +63,9 @@ class DynamicScheme(Config):
         target: share of the work of the dynamic parts.
         course: part of the training in which the share sinks to the target.
         weight: of the loss on the work; 1 in the paper.
+        lora: options of a `LoRA`: its changes of attentions and FFNs are trained with the gates, and
+            nothing else; {"kind": "td"} lets them follow the time. They stay beside the weights until
+            `merge`. None: everything is trained.
         complete: first steps that train the complete model as well; 30,000 for XL in the paper.
         steps: optimizer steps.
         lr: peak learning rate.
@@ -74,6 +79,7 @@ class DynamicScheme(Config):
     target: Portion = 0.5
     course: Fraction = 0.33
     weight: NonNegative = 10.0
+    lora: Mapping[str, Any] | None = None
     complete: Natural = 0
     steps: Count = 1000
     lr: Positive = 1e-3
@@ -83,6 +89,8 @@ class DynamicScheme(Config):
     def check(self) -> None:
         if self.width is None and self.tokens is None:
             raise ValueError("dynamize: nothing becomes dynamic; set width or tokens")
+        if self.lora is not None:
+            LoRA.from_dict(self.lora, where="dynamize: lora")
 
     def training(self) -> TrainConfig:
         """How the model is fine-tuned."""
@@ -186,6 +194,11 @@ def dynamize(
     places = tuple(n for n, _ in student.named_modules() if n.rpartition(".")[0].endswith(slots))
     sizes = [sum(p.numel() for p in one.parameters()) for one in (model, student)]
     report = DynamicReport(places=places, params_before=sizes[0], params_after=sizes[1])
+    if scheme.lora is not None:
+        blocks = [p for p in (f"blocks.{i}" for i in range(config.depth)) if covers(where, p)]
+        parts = [f"{path}.*{slot}.part" for path in blocks for slot in ("attn", "ffn")]
+        lora = LoRA.from_dict({"also": ("*.gates",), **scheme.lora})
+        student, _ = adapt(student, lora, parts)
     if data is None:
         return student, report
     training = Training(
@@ -206,7 +219,7 @@ def dynamize(
     )  # fmt: skip
 
 
-def _dynamic_config(model: nn.Module, scheme: DynamicScheme, where: Where) -> Config:
+def _dynamic_config(model: nn.Module, scheme: DynamicScheme, where: Where) -> BackboneConfig:
     """The config with gates in the blocks that are covered."""
     config, name = described(model, "dynamize"), getattr(model, "name", type(model).__name__)
     able = [f"blocks.{i}" for i in range(config.depth)]
@@ -223,4 +236,4 @@ def _dynamic_config(model: nn.Module, scheme: DynamicScheme, where: Where) -> Co
                     "or other blocks with where="
                 )
             config = config.put(f"{path}.{slot}", new)
-    return cast(Config, simplified(config))
+    return cast(BackboneConfig, simplified(config))

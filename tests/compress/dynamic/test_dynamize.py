@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
-from effformer.compress import DynamicScheme, dynamize, quantize
+from effformer.compress import DynamicScheme, dynamize, merge, quantize
 
 import effformer
 from effformer.checks import CapabilityError
@@ -87,6 +87,24 @@ def test_without_an_objective_the_old_model_is_followed(tmp_path: Path) -> None:
         model.head.linear.bias.add_(1)
     with pytest.raises(ValueError, match=str(tmp_path)):
         dynamize(model, scheme, "blocks.1", **given)
+
+
+def test_gates_and_changes_that_follow_the_time_learn_alone() -> None:
+    model = sit()
+    scheme = {"steps": 3, "batch": 4, "lora": {"kind": "td", "rank": 2}, "sort": False}
+    dynamic, report = dynamize(
+        model, scheme, data=digits(16), objective=Generation(), progress=False
+    )
+    assert report.executed is not None
+    old = dict(model.named_parameters())
+    moved = {n for n, p in dynamic.named_parameters() if n not in old or not torch.equal(p, old[n])}
+    assert moved
+    assert all("lora_" in n or ".gates." in n for n in moved)
+    at_half = merge(dynamic, time=0.5)
+    inputs = model.example_inputs(2) | {"t": torch.full((2,), 0.5)}
+    with torch.no_grad():
+        assert_close(at_half(**inputs), dynamic(**inputs), rtol=1e-4, atol=1e-5)
+    assert at_half.config == dynamic.config
 
 
 def test_refusals() -> None:
