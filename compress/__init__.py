@@ -40,6 +40,7 @@ from .recipe import Recipe, RecipeReport, run_recipe
 from .report import KeptLayer, PackedLayer, Report
 from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
+from .upcycle import ExpertScheme, UpcycleReport, upcycle
 
 __all__ = [
     "SENSITIVE",
@@ -51,6 +52,7 @@ __all__ = [
     "DynamicReport",
     "DynamicScheme",
     "Expected",
+    "ExpertScheme",
     "Exploration",
     "Frugal",
     "GatePretraining",
@@ -79,6 +81,7 @@ __all__ = [
     "SensitivityRow",
     "SparseScheme",
     "Tried",
+    "UpcycleReport",
     "WorkTarget",
     "acmize",
     "adapt",
@@ -109,4 +112,5 @@ __all__ = [
     "sort_by_magnitude",
     "sparsify",
     "unadapt",
+    "upcycle",
 ]

@@ -334,6 +334,10 @@ class _LayerFit:
                 hooks.callback(mixer.register_forward_hook(note, with_kwargs=True).remove)
             asking = Asking(task=self.task, verb="linearize")
             asking(self.teacher, batch, generator, Ledger())
+        if unseen := [path for path in self.places if path not in seen]:
+            raise CapabilityError(
+                f"linearize: the objective never ran {unseen[0]} of its model, which could be watched"
+            )
         return {path: _error(bare(model).get_submodule(path), *seen[path]) for path in self.places}
 
     def errors(self, model: nn.Module, batch: Any) -> dict[str, float]:

@@ -210,7 +210,7 @@ def dynamize(
     course = WorkTarget(share=scheme.target, warmup=round(scheme.course * scheme.steps), hold=0)
     frugal = Frugal(task=task, target=course, weight=scheme.weight, complete=scheme.complete)
     known = Stage(task=frugal, scheme=scheme, source=fingerprint(model), places=places)
-    training.run(student, known, scheme.training(), "gates")
+    training.run(student, known, scheme.training(), "dynamic")
     asking, shown = Asking(task=objective, verb="dynamize"), first(model, training.data)
     return student, DynamicReport(
         places=places, params_before=sizes[0], params_after=sizes[1],

@@ -180,7 +180,10 @@ def _watched(
             hooks.callback(place.teacher.register_forward_hook(place.watch).remove)
         task(teacher, batch, generator, Ledger())
     for place in places:
-        assert place.seen is not None
+        if place.seen is None:
+            raise CapabilityError(
+                "acm: the objective never called its model, which could be watched"
+            )
         yield place.learners, *place.seen
 
 

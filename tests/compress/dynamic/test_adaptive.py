@@ -293,6 +293,8 @@ def test_bad_input() -> None:
         acmize(quantize(dense, "int8")[0])
     with pytest.raises(ValueError, match=r"where='blocks\.9' matches no module"):
         acmize(dense, where="blocks.9")
+    with pytest.raises(CapabilityError, match="never called its model"):
+        acmize(dense, data=batch(dense), objective=lambda *_: torch.zeros(()), progress=False)
     with pytest.raises(ValueError, match="nothing to replace"):
         AdaptiveScheme(ffn=False, projections=False)
     with pytest.raises(ValueError, match="learners must be at least 1"):
