@@ -34,7 +34,7 @@ def prune(
     keep: Annotated[float | None, typer.Option(help="Share of the units that stays.")] = None,
     units: Annotated[
         list[str] | None,
-        typer.Option(help="What may go: heads, channels, blocks, width. May be repeated."),
+        typer.Option(help="What may go: heads, channels, experts, blocks, width. May be repeated."),
     ] = None,
     scope: Annotated[
         Literal["uniform", "global"], typer.Option(help="The same share of every part, or of all.")

@@ -262,7 +262,15 @@ OWN: dict[str, dict[str, Make]] = {
     "prepare_widths": {"model": model("dydit-nano"), "times": lambda folder: torch.linspace(0, 900, 3)},
     "sort_by_magnitude": {"model": model("sit-nano")},
     "optimize": {"rows": given(2)},
-    "acmize": {"model": model("sit-nano"), "scheme": given(compress.AdaptiveScheme())},
+    "acmize": {
+        "model": model("sit-nano"), "scheme": given({"seed": 0, "steps": [1, 1, 1], "batch": 2}), "data": given(None),
+        "objective": given(train.Generation()), "progress": given(False),
+    },
+    "dynamize": {
+        "model": model("sit-nano"), "scheme": given({"course": 0.5, "steps": 1, "batch": 2}), "data": given(None),
+        "objective": given(train.Generation()), "progress": given(False),
+    },
+    "upcycle": {"model": model("sit-nano"), "scheme": given({"experts": 3}), "where": given("*")},
     "quantize": {"where": given("*"), "skip": given(("2",)), "data": samples},
     "quantize_": {"where": given(["0", "2"]), "data": samples},
     "MixedScheme": {"schemes": given({"0": "int4", "*": "int8"})},
