@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.compress import Budgeted, Recipe, run_recipe
+from effformer.compress import Budgeted, Recipe, quantize, run_recipe
 from effformer.compress.recipe import steps as verbs
 from torch import nn
 from typer.testing import CliRunner
@@ -296,3 +296,15 @@ def test_other_parts_are_put_in_one_after_the_other_and_go_on_after_a_stop(tmp_p
     again, report = run_recipe(generator(), given, tmp_path / "out")
     assert report.resumed == 2
     assert all(torch.equal(v, small.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_first_step_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    packed, _ = quantize(effformer.build_model("vit-nano", depth=1), "int8")
+    steps = {"steps": [{"prune": {"macs": 0.6}}]}
+    with pytest.raises(ValueError, match="prune first, then quantize"):
+        run_recipe(packed, steps, tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    twice = {"steps": [{"quantize": {"scheme": "int8"}}] * 2}
+    with pytest.raises(ValueError, match="already quantized"):
+        run_recipe(effformer.build_model("vit-nano", depth=1), twice, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.json", "1-quantize"}
