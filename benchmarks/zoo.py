@@ -99,7 +99,6 @@ class Line:
     cross: bool
     streaming: bool
     packed: bool
-    onnx: bool
     paper: str
     vit_accuracy: str = ""
     dit_distance: str = ""
@@ -185,7 +184,7 @@ def measure(name: str, causal: bool, tokens: int) -> Line:
         memory=peak_memory(lambda: mixer(x, ctx), [x, *mixer.parameters()]), macs=macs,
         parameters=count_parameters(mixer), state=state_of(mixer, x) if streams else "",
         cost=caps.cost, masks=caps.mask, rotary=caps.rope, cross=caps.cross,
-        streaming=caps.streaming, packed=caps.packed, onnx=caps.onnx,
+        streaming=caps.streaming, packed=caps.packed,
         paper=registry.attention.get(name).paper,
     )  # fmt: skip
 
@@ -293,7 +292,7 @@ def mixes(lines: Sequence[dict[str, str]]) -> list[dict[str, str]]:
         }
         both = {
             k: str(line[k] == other[k] == "True")
-            for k in ("rotary", "cross", "streaming", "packed", "onnx")
+            for k in ("rotary", "cross", "streaming", "packed")
         }
         most = str(max(int(line["memory"]), int(other["memory"])))
         masks = min(line["masks"], other["masks"], key=MASKS.index)

@@ -13,12 +13,15 @@ from .dynamic import (
     AdaptiveReport,
     AdaptiveScheme,
     Budgeted,
+    DynamicReport,
+    DynamicScheme,
     Frugal,
     GatePretraining,
     GateTable,
     LearnerDistillation,
     WorkTarget,
     acmize,
+    dynamize,
     gate_tables,
     prepare_widths,
     sort_by_magnitude,
@@ -37,6 +40,7 @@ from .recipe import Recipe, RecipeReport, run_recipe
 from .report import KeptLayer, PackedLayer, Report
 from .sensitivity import Expected, Sensitivity, SensitivityRow, sensitivity
 from .transforms import replay, restore
+from .upcycle import ExpertScheme, UpcycleReport, upcycle
 
 __all__ = [
     "SENSITIVE",
@@ -45,7 +49,10 @@ __all__ = [
     "Budgeted",
     "ControlReport",
     "Distillation",
+    "DynamicReport",
+    "DynamicScheme",
     "Expected",
+    "ExpertScheme",
     "Exploration",
     "Frugal",
     "GatePretraining",
@@ -74,6 +81,7 @@ __all__ = [
     "SensitivityRow",
     "SparseScheme",
     "Tried",
+    "UpcycleReport",
     "WorkTarget",
     "acmize",
     "adapt",
@@ -81,6 +89,7 @@ __all__ = [
     "choose_kernels",
     "cut",
     "dequantize",
+    "dynamize",
     "explore",
     "gate_tables",
     "importance",
@@ -103,4 +112,5 @@ __all__ = [
     "sort_by_magnitude",
     "sparsify",
     "unadapt",
+    "upcycle",
 ]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,27 +17,36 @@ from effformer import registry
 from effformer.arguments import checked
 from effformer.attention import Mixer
 from effformer.blocks import BackboneConfig
-from effformer.calls import check_parts, evaluating, match, outputs
+from effformer.calls import check_parts, evaluating
 from effformer.checks import CapabilityError
 from effformer.config import Config, resolve
 from effformer.context import EMPTY, Context, Ledger
 from effformer.notebook import Shown
 from effformer.profile.profiler import count_parameters, profile
-from effformer.train import Dataset, Objective, TrainConfig, train
+from effformer.train import Objective, TrainConfig
 from effformer.values import Count, Natural, NonNegative, Positive, Seed
 from effformer.wrapped import bare, unwrapping
 
 from .distill import Distillation
 from .rebuild import simplified
-from .report import relative_error
-from .samples import Data, calls, listed
+from .samples import Data
+from .stages import (
+    Asking,
+    Training,
+    described,
+    fingerprint,
+    first,
+    gathered,
+    output_error,
+    trainable,
+    transferred,
+)
 from .where import Where, check, covers
 
 __all__ = ["LinearizeReport", "LinearizeScheme", "LinearizedLayer", "linearize"]
 
 M = TypeVar("M", bound=nn.Module)
 _QUADRATIC = "n^2"
-_SHOWN = 64  # samples on which errors are measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,22 +199,27 @@ def linearize(
     if chosen.task and objective is None:
         raise ValueError(f"linearize: task={chosen.task:g} weighs an objective, and none was given")
     student, places = _replaced(model, chosen, where)
-    found = _dataset(model, data, objective)
-    fit = _LayerFit(
-        teacher=model, scheme=chosen, source=_fingerprint(model), places=places, task=objective
+    asking = Asking(task=objective, verb="linearize")
+    training = Training(
+        data=gathered(model, data, objective, "linearize"),
+        out=None if out is None else Path(out),
+        progress=progress,
     )
-    errors = [fit.errors(student, _first(found))]
-    folder = None if out is None else Path(out)
-    with _trainable(student, places):
-        _trained(student, found, fit, chosen.training(whole=False), folder, "layers", progress)
-    errors.append(fit.errors(student, _first(found)))
-    distances = [_distance(model, student, _first(found), objective)]
+    shown = first(model, training.data)
+    fit = _LayerFit(
+        teacher=model, scheme=chosen, source=fingerprint(model), places=places, task=objective
+    )
+    errors = [fit.errors(student, shown)]
+    with trainable(student, lambda name: any(name.startswith(f"{path}.") for path in places)):
+        training.run(student, fit, chosen.training(whole=False), "layers")
+    errors.append(fit.errors(student, shown))
+    distances = [output_error(model, student, shown, asking)]
     if chosen.whole:
         follow = Distillation(
             teacher=model, losses=chosen.losses, task=objective, weight=chosen.task
         )
-        _trained(student, found, follow, chosen.training(whole=True), folder, "whole", progress)
-    distances.append(_distance(model, student, _first(found), objective))
+        training.run(student, follow, chosen.training(whole=True), "whole")
+    distances.append(output_error(model, student, shown, asking))
     layers = tuple(
         LinearizedLayer(
             name=path, before=_title(model, path), after=_title(student, path),
@@ -220,7 +233,7 @@ def linearize(
         params_before=count_parameters(model), params_after=count_parameters(student),
         fitted_error=distances[0], output_error=distances[1],
     )  # fmt: skip
-    return student.train(model.training), report
+    return student, report
 
 
 def _scheme(given: str | Mapping[str, Any] | LinearizeScheme) -> LinearizeScheme:
@@ -242,15 +255,7 @@ def _scheme(given: str | Mapping[str, Any] | LinearizeScheme) -> LinearizeScheme
 
 def _replaced(model: Any, scheme: LinearizeScheme, where: Where) -> tuple[Any, tuple[str, ...]]:
     """The model with new mixers, which have the projections of the old ones, and their paths."""
-    name = getattr(model, "name", type(model).__name__)
-    config: Any = getattr(model, "config", None)
-    if not isinstance(config, BackboneConfig):
-        raise CapabilityError(
-            f"linearize: {name} is not a stack of equally wide blocks; such are the families vit, "
-            "dit, sit and bert"
-        )
-    if getattr(model, "transforms", ()):
-        raise CapabilityError(f"linearize: {name} was changed before; linearize first")
+    name, config = getattr(model, "name", type(model).__name__), described(model, "linearize")
     able = {path: block for path, block in _mixers(model) if _place(config, block) is not None}
     if not able:
         raise CapabilityError(f"linearize: {name} has no softmax attention in its blocks")
@@ -260,15 +265,7 @@ def _replaced(model: Any, scheme: LinearizeScheme, where: Where) -> tuple[Any, t
     )  # fmt: skip
     for block in sorted({able[path] for path in able if covers(where, path)}):
         config = config.put(str(_place(config, block)), scheme.attn)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(scheme.seed)
-        # what `Model` promises: its class, config and name rebuild it
-        student = type(model)(simplified(config), model.name)
-    state, own = model.state_dict(), student.state_dict()
-    kept = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    student.load_state_dict(kept, strict=False)
-    student.to(next(model.parameters()))
-    student.trained = model.trained
+    student, _ = transferred(model, simplified(config), scheme.seed)
     return student, tuple(path for path in able if covers(where, path))
 
 
@@ -294,39 +291,6 @@ def _place(config: BackboneConfig, block: int) -> str | None:
 def _title(model: nn.Module, path: str) -> str:
     mixer: Any = model.get_submodule(path)
     return str(mixer.config.title)
-
-
-# -- the data
-
-
-def _dataset(model: nn.Module, data: Data, objective: Objective | None) -> Dataset:
-    """Everything that there is to learn from, named as the objective or the model names it."""
-    if isinstance(data, Dataset):
-        return data
-    where = "linearize: data"
-    if objective is None:
-        found: list[Any] = [call.tensors for call in calls(model, data, where=where)]
-    else:
-        found = listed(data, where=where)
-    for batch in found:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"{where}: an objective needs named tensors, got {type(batch).__name__}"
-            )
-        if _shapes(batch) != _shapes(found[0]):
-            raise ValueError(
-                f"{where}: expected batches of the same tensors, got {_shapes(found[0])} and "
-                f"{_shapes(batch)} for a sample; pad them to one length and give the model its mask"
-            )
-    return Dataset("data", {name: torch.cat([b[name] for b in found]) for name in found[0]})
-
-
-def _shapes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape[1:]) for name, x in batch.items() if isinstance(x, Tensor)}
-
-
-def _first(data: Dataset) -> dict[str, Tensor]:
-    return data.rows(torch.arange(min(len(data), _SHOWN)))
 
 
 # -- fitting
@@ -368,13 +332,18 @@ class _LayerFit:
                 mixer = self.teacher.get_submodule(path)
                 note = _note(seen, path)
                 hooks.callback(mixer.register_forward_hook(note, with_kwargs=True).remove)
-            _asked(self.teacher, batch, self.task, generator)
+            asking = Asking(task=self.task, verb="linearize")
+            asking(self.teacher, batch, generator, Ledger())
+        if unseen := [path for path in self.places if path not in seen]:
+            raise CapabilityError(
+                f"linearize: the objective never ran {unseen[0]} of its model, which could be watched"
+            )
         return {path: _error(bare(model).get_submodule(path), *seen[path]) for path in self.places}
 
     def errors(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """Relative errors of the outputs of the new mixers."""
         with torch.no_grad():
-            squares = self.squares(model, _placed(model, batch), torch.Generator().manual_seed(0))
+            squares = self.squares(model, batch, torch.Generator().manual_seed(0))
         return {path: float(square) ** 0.5 for path, square in squares.items()}
 
 
@@ -394,65 +363,3 @@ def _error(mixer: nn.Module, x: Tensor, ctx: Context, target: Tensor) -> Tensor:
     if ctx.mask is not None and ctx.mask.shape == square.shape:
         square, size = (torch.where(ctx.mask, value, 0.0) for value in (square, size))
     return square.sum() / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
-
-
-def _asked(
-    model: nn.Module, batch: Any, task: Objective | None, generator: torch.Generator
-) -> None:
-    """Call a model as training does."""
-    if task is not None:
-        task(model, batch, generator, Ledger())
-    else:
-        match(model, batch, where="linearize: data")(model)
-
-
-def _placed(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: x.to(device) for name, x in batch.items()}
-
-
-def _distance(model: nn.Module, student: nn.Module, batch: Any, task: Objective | None) -> float:
-    """Relative error of the first output on a batch."""
-    answers = []
-    for one in (student, model):
-        seen: list[Tensor] = []
-        hook = one.register_forward_hook(
-            lambda _, args, out, seen=seen: seen.append(outputs(out)[0])
-        )
-        with torch.no_grad(), evaluating(one):
-            _asked(one, _placed(one, batch), task, torch.Generator().manual_seed(0))
-        hook.remove()
-        answers.append(seen)
-    return relative_error(*answers)
-
-
-@contextmanager
-def _trainable(model: nn.Module, places: tuple[str, ...]) -> Iterator[None]:
-    """Nothing but these modules is trained inside the block."""
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        inside = any(name.startswith(f"{path}.") for path in places)
-        parameter.requires_grad_(inside and wanted[name])
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
-
-
-def _trained(
-    model: nn.Module, data: Dataset, objective: Any, config: TrainConfig, folder: Path | None,
-    stage: str, progress: bool | None,
-) -> None:  # fmt: skip
-    out = None if folder is None else folder / stage
-    train(model, data, objective, config, out=out, resume=out is not None, progress=progress)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        flat = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(flat.numpy().tobytes())
-    return digest.hexdigest()

@@ -24,8 +24,10 @@ from .where import Where, check, covers
 
 __all__ = ["Group", "Member", "Plan", "plan"]
 
-Kind = Literal["heads", "channels", "blocks", "width"]
-KINDS: tuple[Kind, ...] = ("heads", "channels", "blocks", "width")
+Kind = Literal["heads", "channels", "experts", "blocks", "width"]
+KINDS: tuple[Kind, ...] = ("heads", "channels", "experts", "blocks", "width")
+PARTS = ("heads", "channels", "experts")
+"""Kinds of units inside of a part, which its ``select`` takes out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,8 +70,9 @@ class Group:
 
     Attributes:
         path: the module that is cut; "" for the model.
-        kind: "heads", "channels" of an FFN, "blocks", or the "width" of the residual stream.
+        kind: "heads", "channels" or "experts" of an FFN, "blocks", or the "width" of the residual stream.
         units: how many there are.
+        least: how many of them stay, whatever is asked.
         bundle: heads of a unit: those that share a key.
         fixed: units that stay.
         members: the slices that go with units; none for whole blocks.
@@ -78,6 +81,7 @@ class Group:
     path: str
     kind: Kind
     units: int
+    least: int = 1
     bundle: int = 1
     fixed: tuple[int, ...] = ()
     members: tuple[Member, ...] = ()
@@ -146,7 +150,7 @@ def plan(model: nn.Module, where: Where = "*", kinds: tuple[Kind, ...] = KINDS) 
     """
     groups, kept = [], dict[str, str]()
     for path, part in _parts(model):
-        kind: Kind = "channels" if isinstance(part, FFN) else "heads"
+        kind: Kind = part.UNITS if isinstance(part, FFN) else "heads"
         if kind not in kinds:
             continue
         try:
@@ -207,7 +211,21 @@ def _group(path: str, part: Any, kind: Kind) -> Group:
     group = Group(path=path, kind=kind, units=part.units // bundle, bundle=bundle)
     if kind == "heads" and not first.config.caps().width:
         raise CapabilityError(f"the heads of {first.config.title!r} see each other")
+    if kind == "experts":  # every token goes on running as many
+        return replace(group, least=part.top_k, members=tuple(_experts(path, part)))
     return replace(group, members=tuple(_members(path, part, group)))
+
+
+def _experts(path: str, part: Any) -> Iterator[Member]:
+    """A row of the router goes with an expert, and the whole of it; its last layer reads it."""
+    yield Member(module=f"{path}.router", name="weight", axis=0, owner=torch.arange(part.units))
+    for number, expert in enumerate(part.experts):
+        for name, tensor in expert.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            axis = int(name == "fc2.weight")
+            owner = torch.full((tensor.shape[axis],), number)
+            where = f"{path}.experts.{number}.{module}"
+            yield Member(module=where, name=leaf, axis=axis, owner=owner)
 
 
 def _members(path: str, part: Any, group: Group) -> Iterator[Member]:

@@ -257,7 +257,7 @@ def resized(model: Any, sizes: Mapping[str, tuple[str, int, int]]) -> Any:
 
     Args:
         model: the cut model, with the config that it had before.
-        sizes: path of a part -> "heads" or "channels", and its units before and after.
+        sizes: path of a part -> the kind of its units, and how many there were and are.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(config, BackboneConfig) or model.transforms:
@@ -297,6 +297,8 @@ def _options(config: Any, path: str, kind: str, before: int, after: int) -> dict
         # a block may give its FFN a share of the width that the config says (Macaron's halves)
         whole = config.at(f"{here}.ffn").width(config.dim)
         return {f"{here}.ffn.hidden": round(whole * after / before)}
+    if kind == "experts":
+        return {f"{here}.ffn.experts": after}
     out = {f"{here}.attn.heads": after}
     for name in ("kv_heads", "qk_heads"):
         if (shared := config.at(f"{here}.attn.{name}")) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effformer.calls import Call, Inputs, bind, match
-from effformer.checks import check_values
+from effformer.checks import check_values, shown
 from effformer.train.datasets import Dataset
 
 __all__ = ["Data", "batches", "calls", "check_tensors", "listed"]
@@ -59,7 +59,7 @@ def _cut(data: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
     if len(lengths) > 1:
         shapes = {k: tuple(x.shape) for k, x in tensors.items()}
         raise ValueError(
-            f"{where}: expected tensors with one row for every sample, got lengths {shapes}"
+            f"{where}: expected tensors with one row for every sample, got lengths {shown(shapes)}"
         )
     count = lengths.pop()
     for start in range(0, count, _CHUNK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import dis
 import importlib
+import itertools
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -118,13 +119,23 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message, cut where it is long; of things without a text of one line, the class."""
+    kind, value = type(value), _beginning(value)
     try:
         text = repr(value)
     except ValueError:  # a number of more digits than Python writes
-        return f"a {type(value).__name__} of many digits"
-    if "\n" in text or type(value).__dict__.get("__repr__", object.__repr__) == object.__repr__:
-        return type(value).__name__
+        return f"a {kind.__name__} of many digits"
+    if "\n" in text or kind.__dict__.get("__repr__", object.__repr__) == object.__repr__:
+        return kind.__name__
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _beginning(value: object) -> object:
+    """What a message can show of a long list or dict: state dicts hold a thousand tensors, whose texts take
+    seconds.
+    """
+    if isinstance(value, dict):
+        return value if len(value) <= 40 else dict(itertools.islice(value.items(), 40))
+    return value[:40] if type(value) in (list, tuple) else value  # type: ignore[index]
 
 
 def unknown(

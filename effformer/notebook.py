@@ -15,7 +15,9 @@ from .checks import need
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["RULES", "Shown", "fragment", "html_table", "model_tree", "picture_grid", "tables"]
+__all__ = [
+    "RULES", "Shown", "branch", "fragment", "html_table", "model_tree", "picture_grid", "tables",
+]  # fmt: skip
 
 LIGHT = """--ink: #1d2129; --soft: #667080; --line: #e1e4ea; --bar: #0072b2; --card: #fff; --page: #f6f7f9;"""
 DARK = """--ink: #e6e8ec; --soft: #9aa3b2; --line: #343a46; --bar: #56b4e9; --card: #1c2028; --page: #14171d;"""
@@ -56,6 +58,19 @@ td.wrap { white-space: normal; }
 .tree summary, .tree div { padding: .12rem 0; }
 .tree em { font-style: normal; color: var(--soft); font-variant-numeric: tabular-nums;
   margin-left: .6rem; }
+.box { display: inline-grid; width: calc(100% - 1.2em); gap: 0 .6rem; vertical-align: top;
+  grid-template-columns: minmax(8rem, 1fr) repeat(4, 9.5rem); }
+.box b { font-weight: 400; overflow-wrap: anywhere; } .box b i { color: var(--soft); font-style: normal; }
+.box span { text-align: right; font-variant-numeric: tabular-nums; }
+.tree div > .box { margin-left: 1.2em; }
+.tree summary:has(> .box), .tree div:has(> .box) { border-bottom: 1px solid var(--line); }
+.head .box span, .box span::before { color: var(--soft); }
+@media (max-width: 48rem) {
+  .box { display: inline-flex; flex-wrap: wrap; gap: 0 .8rem; } .box b { flex-basis: 100%; }
+  .box span { white-space: nowrap; } .box span::before { content: attr(title) " "; }
+  .head .box span { display: none; }
+  .tree details, .tree div { margin-left: .5rem; }
+}
 .plot { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem;
   margin-top: 1rem; }
 .plot svg { width: 100%; height: auto; display: block; }
@@ -168,9 +183,14 @@ def _module(label: str, module: nn.Module, count: int, level: int) -> str:
     inside = "".join(
         _module(name, child, number, level + 1) for name, child, number in _children(module)
     )
+    return branch(line, inside, opened=level < 1)
+
+
+def branch(line: str, inside: str, *, opened: bool) -> str:
+    """A line of a tree, which opens and closes what is inside."""
     if not inside:
         return f"<div>{line}</div>"
-    return f"<details{' open' if level < 1 else ''}><summary>{line}</summary>{inside}</details>"
+    return f"<details{' open' if opened else ''}><summary>{line}</summary>{inside}</details>"
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

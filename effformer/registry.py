@@ -59,7 +59,6 @@ class Caps:
         joint: a block of two streams that meet in one attention.
         dynamic: executes a part of its work that depends on the input, and reports it to
             ``ctx.ledger``.
-        onnx: exports to ONNX.
         cost: growth with the number of tokens, "n", "n log n", "n^1.5" (a square grid) or "n^2".
     """
 
@@ -81,7 +80,6 @@ class Caps:
     multihead: bool = False
     joint: bool = False
     dynamic: bool = False
-    onnx: bool = True
     cost: str = "n"
 
     def satisfies(self, **wanted: object) -> bool:

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .boxes import graph_breakdown as graph_breakdown
     from .bundle import BundleReport as BundleReport
     from .bundle import export_bundle as export_bundle
     from .graph import GraphFacts as GraphFacts
@@ -43,6 +44,7 @@ _HOME = {
     "Target": "targets", "VerificationError": "verify", "VerifyReport": "verify",
     "verify_onnx": "verify", "quantize_onnx_within": "within", "Calibration": "static",
     "calibrate_onnx": "static", "deviation": "within", "WebReport": "web", "export_web": "web",
+    "graph_breakdown": "boxes",
 }  # fmt: skip
 
 __all__ = [*_HOME]

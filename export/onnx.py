@@ -17,18 +17,17 @@ import torch
 from torch import nn
 
 from effformer.arguments import checked
-from effformer.build import list_attention
 from effformer.calls import Call, Inputs, check_parts, evaluating
 from effformer.checks import CapabilityError, need
 from effformer.files import check_file
 from effformer.flow.conventions import trained_of
 from effformer.nn.onnx_nodes import capturing_for
 from effformer.notebook import Shown
-from effformer.registry import KINDS, Caps
 from effformer.values import Positive
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
+from .boxes import name_by_module
 from .conditions import Held, ends_of, holds, where_it_holds, without
 from .graph import GRAPH, PRODUCER, GraphFacts, read_graph, write_graph
 from .guards import guard, guard_ids
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
 
-_ANY = Caps()
 _CONSTANT = re.compile(
     r"marked L\['(\w+)'\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a "
     r"constant \((\d+)\)"
@@ -138,7 +136,6 @@ def export_onnx(
         force: replace any file.
 
     Raises:
-        CapabilityError: a registered part of the module has no ONNX form; parts that do are named.
         ExportError: the module cannot be traced or translated.
         VerificationError: the graph does not compute what the module computes.
         ValueError: ``dynamic`` does not fit the inputs, the graph does not fit the target, or an
@@ -162,7 +159,6 @@ def export_onnx(
         )
     check_file(path, GRAPH, force=force)
     check_parts(model, where="export_onnx")
-    _check_parts(model)
     call = graph_call(model, inputs, where="export_onnx")
     axes = resolve_axes(model, call, dynamic, where="export_onnx")
     call = traceable(call, axes)
@@ -200,22 +196,6 @@ def export_onnx(
         path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds, ranges=ranges,
         conditions=conditions,
     )  # fmt: skip
-
-
-def _check_parts(model: nn.Module) -> None:
-    """Refuse registered parts that declare no ONNX form before anything is traced."""
-    for path, module in model.named_modules():
-        if getattr(type(module), "caps", _ANY).onnx:
-            continue
-        for kind in KINDS.values():
-            for entry in kind:
-                if entry.build is type(module):
-                    mixes = entry.kind in ("attention", "core")  # `attn=` takes either
-                    able = ", ".join((list_attention if mixes else kind.names)(onnx=True))
-                    raise CapabilityError(
-                        f"export_onnx: {path}: {entry.kind} {entry.name!r} has no ONNX form; "
-                        f"choices: {able}"
-                    )
 
 
 def _trace_anew(
@@ -371,9 +351,10 @@ def _name(
 
 
 def _stamp(graph: onnx_ir.Model, model: nn.Module, call: Call, axes: Axes) -> None:
-    """Say where the graph comes from; drop the tracer's notes, which hold stack traces and local
-    paths.
+    """Say where the graph comes from, and in the names of its nodes from which modules; drop the tracer's
+    notes, which hold stack traces and local paths.
     """
+    name_by_module(graph, model)
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None

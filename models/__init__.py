@@ -16,6 +16,7 @@ from .factformer import FactFormer, IFactFormer
 from .flowformer import FlowformerGPT
 from .flowformer_series import FlowformerSeries
 from .flowformer_vision import FlowformerVision
+from .flowsep import FlowSep
 from .flux import Flux
 from .gencompositor import GenCompositor
 from .lightningdit import LightningDiT
@@ -32,6 +33,7 @@ from .sit import SiT
 from .starflow import STARFlow
 from .tarflow import TarFlow
 from .timm import vit_config_from_timm
+from .triflow import TriFlow
 from .triposg import TripoSG
 from .triposg_vae import TripoSGVAE
 from .twostream import JointDiT
@@ -45,6 +47,7 @@ __all__ = [
     "DiTDH",
     "DyDiT",
     "FactFormer",
+    "FlowSep",
     "FlowformerGPT",
     "FlowformerSeries",
     "FlowformerVision",
@@ -67,6 +70,7 @@ __all__ = [
     "SiT",
     "SpikingLMUFormer",
     "TarFlow",
+    "TriFlow",
     "TripoSG",
     "TripoSGVAE",
     "ViT",

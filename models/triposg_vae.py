@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from effformer.arguments import checked
 from effformer.attention import Attention
-from effformer.blocks import BackboneConfig, Block, Needs, build_stack
-from effformer.blocks.admission import check_cross
-from effformer.blocks.base import cross_branches, ffn_branches
+from effformer.blocks import BackboneConfig, Needs, build_stack
 from effformer.checks import check_shape
 from effformer.config import Config as BaseConfig
 from effformer.config import part
@@ -34,6 +32,7 @@ from effformer.values import Count, Depth, Natural
 
 from .base import Model, Preset, register_presets
 from .layouts.triposg_vae import OFFICIAL
+from .reading import Reading
 
 __all__ = ["PRESETS", "TripoSGVAE"]
 
@@ -107,13 +106,13 @@ class TripoSGVAE(Model):
         first = config.encoder_depth
         sites = [there] * first + [here] * (config.depth - first)
         self.embed = nn.Linear(features + 3, config.encoder_dim)
-        self.gather = Reading(config, there, "gather")
+        self.gather = _reading(config, there, "gather")
         self.blocks = build_stack(config, sites, Needs(), name=self.name)
         self.encoder_norm = make_norm(there)
         self.to_latents = nn.Linear(config.encoder_dim, 2 * config.channels)
         self.from_latents = nn.Linear(config.channels, config.dim)
         self.embed_points = nn.Linear(features, config.dim)
-        self.ask = Reading(config, here, "ask")
+        self.ask = _reading(config, here, "ask")
         self.norm = make_norm(here)
         self.head = nn.Linear(config.dim, 1)
         xavier_linears(self)
@@ -251,29 +250,10 @@ class TripoSGVAE(Model):
         }
 
 
-class Reading(Block):
-    """``x + cross(norm(x), norm(memory))``, then ``x + ffn(norm(x))``: tokens that do not see each
-    other.
-
-    Args:
-        config: gives the parts.
-        site: gives the width, which the memory has, too.
-        path: name of the block in the model.
-
-    Raises:
-        CapabilityError: the mixer over the memory cannot, or lets queries compete for it.
-    """
-
-    def __init__(self, config: TripoSGVAE.Config, site: Site, path: str) -> None:
-        site = replace(site, path=path, memory_dim=site.dim)
-        check_cross(config.cross, (Needs(), site), path, one_by_one=True)
-        super().__init__(cross_branches(config.cross, site) | ffn_branches(config.ffn, site), site)
-        self.memory_norm = make_norm(site)
-
-    def forward(self, x: Tensor, ctx: Context = EMPTY) -> Tensor:
-        memory = ctx.remembered
-        assert memory is not None
-        return super().forward(x, replace(ctx, memory=self.memory_norm(memory)))
+def _reading(config: TripoSGVAE.Config, site: Site, path: str) -> Reading:
+    """A block that looks at a memory as wide as its tokens."""
+    place = replace(site, path=path, memory_dim=site.dim)
+    return Reading(config.cross, config.ffn, place, Needs())
 
 
 _TINY = TripoSGVAE.Config(

@@ -25,7 +25,7 @@ from effformer.site import Layer, Needs, Site
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = (Site, Context, Caps, Needs, Layer)
-FIELDS = 62
+FIELDS = 61
 REGISTRIES = 13
 FILES_OF_A_BLOCK = 8
 MOVES_OF_A_NAME = 55

@@ -19,7 +19,7 @@ from effformer.registry import Caps
 from effformer.testing.pairs import FIELDS, PAIRS, able, causal_rope, draw, part_of, rope_streaming
 
 FACTS = {
-    "cond", "dynamic", "cost", "front", "joint", "mixer_only", "multihead", "onnx", "order_free",
+    "cond", "dynamic", "cost", "front", "joint", "mixer_only", "multihead", "order_free",
     "sequential", "time",
 }  # fmt: skip
 """Of blocks and slots, or about the part as such: no field of a mixer's context."""

@@ -66,6 +66,7 @@ def shown() -> dict[str, Any]:
     return {
         "profile": profile.profile(network(), X),
         "comparison": one,
+        "breakdown": profile.breakdown([network(), network()], X, names=["a<b", "c"], runs=1),
         "sweep": profile.Sweep("size", {1.0: one, 2.0: one}),
         "latency": profile.latency(network(), X, runs=1, warmup=0),
         "side by side": profile.interleave({"a": network()}, X, runs=1, warmup=0),

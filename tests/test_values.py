@@ -19,6 +19,7 @@ import torch
 
 import effformer
 from effformer import registry
+from effformer.checks import shown
 from effformer.config import Config
 from effformer.context import Context
 from effformer.ffn import MLP
@@ -206,6 +207,23 @@ def test_what_was_tried_in_vain_keeps_nothing_alive() -> None:
         assert call()() is None
     finally:
         gc.enable()
+
+
+def test_of_a_long_dict_only_the_beginning_is_written_down() -> None:
+    """A state dict is no path; finding that out takes no text of a thousand tensors."""
+    written = 0
+
+    class Slow:
+        def __repr__(self) -> str:
+            nonlocal written
+            written += 1
+            return "slow"
+
+    many = {str(i): Slow() for i in range(1000)}
+    assert checker(str | int | dict[str, Any])(many, "x") is many
+    assert written <= 100
+    assert shown(dict.fromkeys(range(50))) == f"{str(dict.fromkeys(range(50)))[:77]}..."
+    assert shown([None] * 50) == f"{str([None] * 50)[:77]}..."
 
 
 def test_parts_that_are_named_in_python_are_resolved() -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import difflib
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import compatibility
 import torch
 
-from effformer.registry import KINDS, Caps, Entry, Registry
+from effformer.registry import KINDS, Entry, Registry
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = """# Parts
@@ -51,11 +50,6 @@ TITLES = {
 }
 
 
-def able(caps: Caps) -> str:
-    """Capabilities in words; what a part cannot do is left out."""
-    return str(replace(caps, onnx=False))
-
-
 def paper(entry: Entry) -> str:
     """A link if the paper is an arXiv id."""
     if len(parts := entry.paper.split(".")) == 2 and all(p.isdigit() for p in parts):
@@ -70,7 +64,7 @@ def row(entry: Entry, columns: list[str]) -> str:
         "name": f"`{entry.name}`",
         "also": ", ".join(f"`{alias}`" for alias in entry.aliases),
         "summary": entry.summary.removesuffix("."),
-        "can": able(entry.caps),
+        "can": str(entry.caps),
         "parameters": "" if params is None else f"{params:,}",
         "paper": paper(entry),
     }

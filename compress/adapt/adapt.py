@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from effformer import registry
 from effformer.arguments import checked
+from effformer.blocks import Block
 from effformer.calls import check_parts
 from effformer.checks import CapabilityError, FormatError
 from effformer.config import Config
 from effformer.notebook import Shown
-from effformer.values import Chance, Count, Positive, checker
+from effformer.values import Chance, Count, Positive, Real, checker
 from effformer.wrapped import unwrapping
 
 from ..quant import QuantLinear
@@ -25,6 +27,7 @@ from ..quant.swap import irreplaceable, swap, tampered
 from ..transforms import forget, record
 from ..where import Where, check, covers
 from .layers import KINDS, Adapted, adapted, plain
+from .timed import Moment, TimedLoRALinear, timed, unwatched
 
 __all__ = ["AdaptReport", "LoRA", "adapt", "adapter_scale", "merge", "unadapt"]
 
@@ -38,20 +41,29 @@ class LoRA(Config):
     Attributes:
         rank: r, of A (r, in) and B (out, r).
         alpha: s = alpha / r; None: alpha = r.
-        kind: "lora"; "rs", s = alpha / sqrt(r); "dora", with trained lengths of the rows.
+        kind: "lora"; "rs", s = alpha / sqrt(r); "dora", with trained lengths of the rows; "td" (TD-LoRA),
+            B a mixture of ``experts`` that follows the time of a diffusion transformer.
+        experts: matrices B of kind "td".
         dropout: of the inputs of A, in training.
         ranks: path or name of a layer (a glob) -> its own rank; alpha stays.
         alphas: path or name of a layer (a glob) -> its own alpha.
+        also: glob patterns of modules that are trained as a whole beside the changes.
 
-    Reference: LoRA, 2021, arXiv 2106.09685; rsLoRA, 2023, arXiv 2312.03732; DoRA, 2024, arXiv 2402.09353.
+    Differs from the paper: that does not say what experts of TD-LoRA share; here A is shared, and all B
+    start at zero.
+
+    Reference: LoRA, 2021, arXiv 2106.09685; rsLoRA, 2023, arXiv 2312.03732; DoRA, 2024, arXiv 2402.09353;
+    DyDiT++, 2025, arXiv 2504.06803.
     """
 
     rank: Count = 8
     alpha: Positive | None = None
-    kind: Literal["lora", "rs", "dora"] = "lora"
+    kind: Literal["lora", "rs", "dora", "td"] = "lora"
+    experts: Count = 4
     dropout: Chance = 0.0
     ranks: Mapping[str, Any] | None = None
     alphas: Mapping[str, Any] | None = None
+    also: tuple[str, ...] = ()
 
     def check(self) -> None:
         for name, kind in (("ranks", Count), ("alphas", Positive)):
@@ -142,11 +154,14 @@ def adapt(
     if not able:
         raise ValueError(f"adapt: {type(model).__name__} has no linear layer below it")
     check(where, modules, able=able, what="linear layer", where="adapt: where")
+    for pattern in chosen.also:
+        check(pattern, modules, able=modules, what="module", where="adapt: also")
     layers = {path: chosen.of(path) for path in able if covers(where, path)}
     _adapt(changed, layers, chosen)
     facts: dict[str, Any] = {"layers": list(layers), "ranks": [r for r, _ in layers.values()]}
     facts |= {"scales": [s for _, s in layers.values()], "dora": chosen.kind == "dora"}
-    record(changed, "lora", facts | {"dropout": chosen.dropout})
+    facts |= {"dropout": chosen.dropout, "also": list(chosen.also)}
+    record(changed, "lora", facts | ({"experts": chosen.experts} if chosen.kind == "td" else {}))
     return changed, AdaptReport(
         layers={path: rank for path, (rank, _) in layers.items()},
         trainable=sum(p.numel() for p in changed.parameters() if p.requires_grad),
@@ -161,12 +176,39 @@ def _free(layer: nn.Module) -> bool:
 
 
 def _adapt(model: nn.Module, layers: Mapping[str, tuple[int, float]], scheme: LoRA) -> None:
-    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        kept = parameter.requires_grad and covers(scheme.also, name)
+        parameter.requires_grad_(kept)
+    moments: dict[str, Moment] = {}
     for path, (rank, scale) in layers.items():
         layer = model.get_submodule(path)
         dora = scheme.kind == "dora"
         made = adapted(layer, rank, scale, dora=dora, dropout=scheme.dropout, where=path)
+        if scheme.kind == "td":
+            block, time_dim = _block_of(model, path, layer)
+            if block not in moments:
+                moments[block] = Moment()
+                moments[block].watch(model.get_submodule(block))
+            made = timed(made, moments[block], time_dim, scheme.experts)
         swap(model, {layer: made})
+
+
+def _block_of(model: nn.Module, path: str, layer: nn.Module) -> tuple[str, int]:
+    """Path of the block around a layer, and the width of its time embedding.
+
+    Raises:
+        CapabilityError: there is no such block, or no dense linear layer.
+    """
+    parents = [path[:i] for i, letter in enumerate(path) if letter == "."]
+    for parent in parents:
+        module = model.get_submodule(parent)
+        wide = module.site.time_dim if isinstance(module, Block) else None
+        if wide is not None and type(layer) is nn.Linear:
+            return parent, wide
+    raise CapabilityError(
+        f"adapt: {path}: kind 'td' changes dense linear layers in blocks that are told the time (the DiT "
+        "family); kind 'lora' would do"
+    )
 
 
 def adapted_layers(model: nn.Module, verb: str) -> dict[str, Adapted]:
@@ -183,14 +225,32 @@ def adapted_layers(model: nn.Module, verb: str) -> dict[str, Adapted]:
 
 @checked
 @unwrapping
-def merge(model: M) -> M:
+def merge(model: M, time: Real | None = None) -> M:
     """A copy with the changes inside the weights: an ordinary model again, trainable as a whole.
 
+    Args:
+        model: an adapted model.
+        time: of changes that follow the time, the one for which the copy is meant, as the model counts it.
+
     Raises:
-        ValueError: nothing in the model is adapted.
-        CapabilityError: a changed weight is packed; dequantize first.
+        ValueError: nothing in the model is adapted; a time, and no change follows it.
+        CapabilityError: a changed weight is packed; dequantize first. Changes follow the time, and none is
+            given.
     """
-    return _without(model, "merge", keep=True)
+    layers = adapted_layers(model, "merge")
+    follow = {path: m for path, m in layers.items() if isinstance(m, TimedLoRALinear)}
+    changes: dict[str, Tensor | None] = dict.fromkeys(layers)
+    if time is not None:
+        if not follow:
+            raise ValueError(f"merge: time={time:g}, but no change of this model follows the time")
+        weight = next(model.parameters())
+        embed: Any = model.time_embed
+        moment = embed(torch.tensor([time], device=weight.device), weight.dtype)
+        changes |= {path: m.at(m.shares_of(moment)[0]) for path, m in follow.items()}
+    return _without(
+        model, "merge",
+        {path: layers[path].change() if one is None else one for path, one in changes.items()},
+    )  # fmt: skip
 
 
 @checked
@@ -201,13 +261,15 @@ def unadapt(model: M) -> M:
     Raises:
         ValueError: nothing in the model is adapted.
     """
-    return _without(model, "unadapt", keep=False)
+    return _without(model, "unadapt", {})
 
 
-def _without(model: M, verb: str, *, keep: bool) -> M:
+def _without(model: M, verb: str, changes: Mapping[str, Tensor]) -> M:
+    """A copy whose layers have these changes in their weights, and no others."""
     changed = copy.deepcopy(model)
     layers = adapted_layers(changed, verb)
-    swap(changed, {layer: plain(layer, keep=keep) for layer in layers.values()})
+    swap(changed, {layer: plain(layer, changes.get(path)) for path, layer in layers.items()})
+    unwatched(changed)
     forget(changed, "lora")
     return changed.requires_grad_()
 
@@ -239,8 +301,10 @@ def _replay(model: M, facts: Mapping[str, Any]) -> M:
         if type(modules.get(path)) not in KINDS:
             raise FormatError(f"transform 'lora': {path!r} is no linear layer of this model")
     try:
-        kind = "dora" if facts.get("dora") else "lora"
-        scheme = LoRA.from_dict({"kind": kind, "dropout": facts.get("dropout", 0.0)})
+        experts = facts.get("experts")
+        kind = "td" if experts else "dora" if facts.get("dora") else "lora"
+        more = {"dropout": facts.get("dropout", 0.0), "also": facts.get("also", ())}
+        scheme = LoRA.from_dict({"kind": kind, **more} | ({"experts": experts} if experts else {}))
         sizes = dict(zip(layers, zip(ranks, scales, strict=True), strict=True))
         _adapt(model, sizes, scheme)
     except (TypeError, ValueError) as error:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from effformer.arguments import checked
-from effformer.checks import FormatError
+from effformer.checks import CapabilityError, FormatError
 from effformer.files import atomic_folder, read_json, write_json
 from effformer.wrapped import unwrapping
 
 from .adapt import LoRA, adapt, adapted_layers
 from .layers import Adapted
+from .timed import TimedLoRALinear
 
 __all__ = ["fuse_adapters", "load_adapter", "save_adapter", "split_adapter"]
 
@@ -39,11 +40,17 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -
 
     Raises:
         ValueError: nothing in the model is adapted.
+        CapabilityError: the changes follow the time, which peft has no layout for.
         FormatError: the folder holds something else, or cannot be written.
     """
     from safetensors.torch import save_file
 
     layers = adapted_layers(model, "save_adapter")
+    if any(isinstance(layer, TimedLoRALinear) for layer in layers.values()):
+        raise CapabilityError(
+            "save_adapter: peft has no layout for changes that follow the time; save_pretrained writes the "
+            "whole model, merge(model, time=...) makes an ordinary one"
+        )
     tensors = {f"{_PREFIX}{key}": x.contiguous() for key, x in adapter_state(layers).items()}
     facts = _config(layers)
     with atomic_folder(folder, marker=_CONFIG, own=(_WEIGHTS,), force=force) as temporary:

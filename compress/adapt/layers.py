@@ -141,28 +141,28 @@ def adapted(
     return new
 
 
-def plain(layer: Adapted, *, keep: bool) -> nn.Module:
-    """The layer with its change inside its weight, or (``keep`` False) without it.
+def plain(layer: Adapted, change: Tensor | None) -> nn.Module:
+    """The layer with its change inside its weight, or (None) without it.
 
     Raises:
         CapabilityError: a packed weight cannot take the change up.
     """
-    if isinstance(layer, QuantLinear) and keep:
+    if isinstance(layer, QuantLinear) and change is not None:
         raise CapabilityError(
             "merge: a packed weight cannot take a change up without rounding it again; "
             "merge(dequantize(model)) gives dense layers, which quantize packs again"
         )
     new: Any = twin(layer)
-    new.__class__ = next(base for base, kind in KINDS.items() if kind is type(layer))
-    for name in ("lora_A", "lora_B", "lora_drop"):
+    new.__class__ = next(base for base in type(layer).__mro__ if base in KINDS)
+    for name in [name for name in new._modules if name.startswith("lora_")]:
         del new._modules[name]
     magnitude = new._parameters.pop("lora_magnitude_vector", None)
-    if keep:
+    if change is not None:
         weight = cast(nn.Parameter, layer.weight)
         with torch.no_grad():
             # added in float32 at least, rounded once
             wide = torch.promote_types(weight.dtype, torch.float32)
-            total = weight.to(wide) + layer.change().to(wide)
+            total = weight.to(wide) + change.to(wide)
             if magnitude is not None:
                 total = total * (magnitude.to(wide) / total.norm(dim=1))[:, None]
         new.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)

@@ -1,12 +1,4 @@
-"""From a trained dense model to adaptive computation modules, in four phases.
-
-1. `acmize` puts learners and gates in place of FFNs and projections; everything else is copied.
-2. `LearnerDistillation`: every module learns to imitate the one it stands for, alone, on the
-   teacher's activations.
-3. `GatePretraining`: every gate learns how many learners a token needs for that.
-4. `Budgeted`: the whole model is trained on the task under a budget.
-
-The last three are objectives for `effformer.train.train`.
+"""From a trained dense model to adaptive computation modules: converted, and trained in three stages.
 
 Reference: Adaptive Computation Modules: Granular Conditional Computation For Efficient Inference,
 2023, arXiv 2312.10193.
@@ -14,43 +6,53 @@ Reference: Adaptive Computation Modules: Granular Conditional Computation For Ef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from effformer.arguments import checked
-from effformer.attention import AdaptiveProjections, Attention
-from effformer.blocks import BackboneConfig
-from effformer.calls import evaluating
+from effformer.attention import AdaptiveProjections
+from effformer.calls import check_parts
 from effformer.checks import CapabilityError
 from effformer.config import Config
-from effformer.context import Ledger
 from effformer.ffn import ACM, FFNConfig
 from effformer.nn.learners import Gate, Learners
 from effformer.notebook import Shown
-from effformer.values import Count, NonNegative, Portion, Positive, checker
-from effformer.wrapped import unwrapped, unwrapping
+from effformer.train import Objective, TrainConfig
+from effformer.values import Count, Natural, NonNegative, Portion, Positive, Seed
+from effformer.wrapped import unwrapping
 
-from .adaptive_losses import acm_losses, distillation_loss, gate_labels, gate_loss
+from ..distill import Distillation
+from ..rebuild import simplified
+from ..samples import Data
+from ..stages import (
+    Asking,
+    Stage,
+    Training,
+    described,
+    fingerprint,
+    first,
+    gathered,
+    output_error,
+    trainable,
+    transferred,
+)
+from ..where import Where, check, covers
+from .adaptive_losses import used_budget
+from .phases import Budgeted, GatePretraining, LearnerDistillation, learner_errors
 
-if TYPE_CHECKING:
-    from effformer.train import Objective
-
-__all__ = [
-    "AdaptiveReport", "AdaptiveScheme", "Budgeted", "GatePretraining", "LearnerDistillation", "acmize",
-]  # fmt: skip
+__all__ = ["AdaptiveReport", "AdaptiveScheme", "acmize"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptiveScheme(Config):
-    """What `acmize` replaces, and by what.
+    """What `acmize` replaces, by what, and how long that is trained.
 
     Attributes:
         ffn: the FFNs.
@@ -58,6 +60,14 @@ class AdaptiveScheme(Config):
         learners: K of each.
         size: parameters of all learners of a module, relative to those that they replace.
         gate: knobs of the gates.
+        target: share of the learners' work that the last stage aims at.
+        steps: optimizer steps of the three stages: learners follow the modules that they stand for,
+            gates learn how many of them a token needs, the whole model learns its task under the
+            budget. A stage of 0 steps is left out.
+        lr: peak learning rate of each stage, as published.
+        batch: samples per step.
+        budget: weight of the loss on the work; 0.1 in the paper, over a hundred times as many steps.
+        seed: of the learners, and of the training.
     """
 
     ffn: bool = True
@@ -65,10 +75,24 @@ class AdaptiveScheme(Config):
     learners: Count = 4
     size: Positive = 1.0
     gate: Gate.Config = Gate.Config()
+    target: Portion = 0.5
+    steps: tuple[Natural, Natural, Natural] = (300, 100, 600)
+    lr: tuple[Positive, Positive, Positive] = (1e-3, 1e-2, 1e-4)
+    batch: Count = 64
+    budget: NonNegative = 1.0
+    seed: Seed = 0
 
     def check(self) -> None:
         if not self.ffn and not self.projections:
             raise ValueError("acmize: nothing to replace; set ffn or projections")
+
+    def training(self, stage: int) -> TrainConfig:
+        """How a stage is trained."""
+        steps = self.steps[stage]
+        return TrainConfig(
+            steps=steps, batch=self.batch, lr=self.lr[stage], warmup=steps // 10, ema=None,
+            seed=self.seed,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,29 +104,76 @@ class AdaptiveReport(Shown):
         copied: number of tensors that were copied.
         params_before: number of parameters.
         params_after: number of parameters.
+        errors: relative error of all learners of each place after the first stage, on what the old
+            model shows them; empty without data.
+        output_error: relative error of the model's output after the last stage, None without data.
+        executed: share of the learners' work that is done then, None without data.
     """
 
     places: tuple[str, ...]
     copied: int
     params_before: int
     params_after: int
+    errors: tuple[float, ...] = ()
+    output_error: float | None = None
+    executed: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.places)} modules are sums of learners now, {self.copied} tensors were copied",
+            f"parameters: {self.params_before:,} -> {self.params_after:,}",
+        ]
+        if self.output_error is None or self.executed is None:
+            lines.append("learners and gates are untrained; data= trains them")
+        else:
+            worst = max(self.errors)
+            lines.append(f"relative error of all learners of a module: at most {worst:.2%}")
+            lines.append(
+                f"relative output error: {self.output_error:.2%}, with {self.executed:.1%} of the "
+                "learners' work"
+            )
+        return "\n".join(lines)
 
 
 @checked
 @unwrapping
-def acmize(model: M, scheme: AdaptiveScheme | None = None) -> tuple[M, AdaptiveReport]:
+def acmize(
+    model: M,
+    scheme: AdaptiveScheme | Mapping[str, Any] | None = None,
+    where: Where = "*",
+    *,
+    data: Data | None = None,
+    objective: Objective | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> tuple[M, AdaptiveReport]:
     """A copy of a model with adaptive computation modules in place of FFNs and projections.
 
-    The learners start at random; distil them from the original before anything else.
+    With data, trained in the three stages of the paper (`LearnerDistillation`, `GatePretraining`,
+    `Budgeted`); without, the learners start at random, and those objectives train them.
 
     Args:
-        model: a model whose config is a `effformer.blocks.BackboneConfig`.
-        scheme: what to replace; None means everything, by four learners.
+        model: a model whose config is a `effformer.blocks.BackboneConfig`; it stays as it is.
+        scheme: what to replace, and how it is trained; None means everything, by four learners.
+        where: glob patterns of module paths to replace ("blocks.0", "blocks.*.ffn").
+        data: a data set, named tensors whose first axis counts samples, or batches of them.
+        objective: the loss that the last stage minimises beside its budget, which also calls the model
+            in the others: (model, batch, generator, ledger) -> loss. None: the batches are the
+            arguments of the model, whose output follows that of the old one.
+        out: a folder that keeps checkpoints: the same call goes on with what was interrupted. None
+            keeps everything in memory.
+        progress: as in `effformer.train.train`.
 
     Returns:
         The new model, in the mode of the old one, and what was done.
 
     Raises:
+        ValueError: a pattern covers nothing to replace; data that are empty or not finite; ``out``
+            holds another run.
         CapabilityError: the model's blocks are not described by one FFN and one attention, its
             attention has no projections, it was quantized, or it is adaptive already.
 
@@ -112,232 +183,97 @@ def acmize(model: M, scheme: AdaptiveScheme | None = None) -> tuple[M, AdaptiveR
         >>> report.places
         ('blocks.0.ffn.part.learners', 'blocks.1.ffn.part.learners')
     """
-    scheme = AdaptiveScheme() if scheme is None else scheme
-    config = _adaptive_config(model, scheme)
-    # what `Model` promises: its class, config and name rebuild it
-    student: Any = type(model)(config, name=model.name)
-    state, own = model.state_dict(), student.state_dict()
-    kept = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    learners = {n: m for n, m in student.named_modules() if isinstance(m, Learners)}
-    for module in learners.values():
-        module.reset_parameters()
-    student.load_state_dict(kept, strict=False)
-    student.to(next(model.parameters())).train(model.training)
-    student.trained = getattr(model, "trained", None)
+    check_parts(model, where="acmize")
+    if not isinstance(scheme, AdaptiveScheme):
+        scheme = AdaptiveScheme.from_dict(scheme or {}, where="acmize: scheme")
+    config = _adaptive_config(model, scheme, where)
+    student, copied = transferred(model, config, scheme.seed)
+    places = tuple(n for n, m in student.named_modules() if isinstance(m, Learners))
     report = AdaptiveReport(
-        places=tuple(learners),
-        copied=len(kept),
+        places=places,
+        copied=copied,
         params_before=sum(p.numel() for p in model.parameters()),
         params_after=sum(p.numel() for p in student.parameters()),
     )
-    return student, report
+    if data is None:
+        return student, report
+    training = Training(
+        data=gathered(model, data, objective, "acmize"),
+        out=None if out is None else Path(out),
+        progress=progress,
+    )
+    return student, _trained(model, student, scheme, objective, training, report)
 
 
-def _adaptive_config(model: nn.Module, scheme: AdaptiveScheme) -> Config:
-    config, name = getattr(model, "config", None), getattr(model, "name", type(model).__name__)
-    if not isinstance(config, BackboneConfig):
+def _trained(
+    model: Any, student: Any, scheme: AdaptiveScheme, objective: Objective | None,
+    training: Training, report: AdaptiveReport,
+) -> AdaptiveReport:  # fmt: skip
+    """Train the student in place, and say what it came to."""
+    asking = Asking(task=objective, verb="acmize")
+    shown, places = first(model, training.data), report.places
+    source = fingerprint(model)
+
+    def run(stage: int, task: Any, name: str) -> None:
+        if scheme.steps[stage]:
+            known = Stage(task=task, scheme=scheme, source=source, places=places)
+            training.run(student, known, scheme.training(stage), name)
+
+    def learning(name: str, *, gates: bool) -> bool:
+        inside = any(name.startswith(f"{place}.") for place in places)
+        return inside and (".gate." in name) is gates
+
+    with trainable(student, lambda name: learning(name, gates=False)):
+        run(0, LearnerDistillation(teacher=model, task=asking), "learners")
+    errors = learner_errors(model, student, asking, shown)
+    with trainable(student, lambda name: learning(name, gates=True)):
+        run(1, GatePretraining(teacher=model, task=asking), "gates")
+    task = Distillation(teacher=model, losses="output") if objective is None else objective
+    run(2, Budgeted(task=task, target=scheme.target, budget=scheme.budget), "whole")
+    executed = float(used_budget(asking.still(student, shown).choices))
+    error = output_error(model, student, shown, asking)
+    return replace(report, errors=errors, output_error=error, executed=executed)
+
+
+# -- the new config
+
+
+def _adaptive_config(model: nn.Module, scheme: AdaptiveScheme, where: Where) -> Config:
+    """The config with adaptive modules at the places that are covered."""
+    config, name = described(model, "acmize"), getattr(model, "name", type(model).__name__)
+    slots = [slot for slot, on in (("ffn", scheme.ffn), ("attn", scheme.projections)) if on]
+    able = [f"blocks.{i}.{slot}" for i in range(config.depth) for slot in slots]
+    paths = [*able, *(path for path, _ in model.named_modules())]
+    check(where, paths, able=able, what="FFN or attention", where="acmize: where")
+    made = config
+    for path in able:
+        if covers(where, path):
+            old, own = config.at(path), f"{name}: {path}"
+            wide = path.endswith(".attn")
+            new = _projected(old, scheme, own) if wide else _summed(old, config.dim, scheme, own)
+            made = made.put(path, new)
+    return cast(Config, simplified(made))
+
+
+def _projected(attn: Any, scheme: AdaptiveScheme, where: str) -> Config:
+    """An attention with learners for projections."""
+    if not attn.caps().multihead or attn.at("projections") is not None:
         raise CapabilityError(
-            f"acmize: {name} is not a stack of equally wide blocks; such are the families vit, dit, "
-            "sit and bert"
+            f"acmize: {where}: this attention has no plain projections; give projections=False"
         )
-    if getattr(model, "transforms", ()):
-        raise CapabilityError(f"acmize: {name} was changed before; acmize first, then quantize")
-    changed = [k for k, v in config.layers.items() if v.keys() & {"attn", "ffn"}]
-    if changed:
-        raise CapabilityError(
-            f"acmize: {name} has blocks of its own kind, layers {changed}; build those adaptive: "
-            "layers={'0:4': {'ffn': 'acm'}}"
-        )
-    changes: dict[str, Any] = {}
-    if scheme.ffn:
-        changes["ffn"] = _adaptive_ffn(config, scheme, name)
-    if scheme.projections:
-        attn = config.attn
-        if not attn.caps().multihead or attn.at("projections") is not None:
-            raise CapabilityError(
-                f"acmize: {name}: this attention has no plain projections; give projections=False"
-            )
-        projections = AdaptiveProjections(
-            learners=scheme.learners, size=scheme.size, gate=scheme.gate,
-            least=min(1, scheme.learners - 1),
-        )  # fmt: skip
-        changes["attn"] = attn.replace(projections=projections)
-    return config.replace(where=name, **changes)
+    projections = AdaptiveProjections(
+        learners=scheme.learners, size=scheme.size, gate=scheme.gate,
+        least=min(1, scheme.learners - 1),
+    )  # fmt: skip
+    return cast(Config, attn.replace(projections=projections))
 
 
-def _adaptive_ffn(config: BackboneConfig, scheme: AdaptiveScheme, name: str) -> ACM.Config:
-    old = config.ffn
+def _summed(old: Any, dim: int, scheme: AdaptiveScheme, where: str) -> Config:
+    """Learners for an FFN."""
     if not isinstance(old, FFNConfig) or old.entry.name == "acm":
         found = None if old is None else old.to_dict().get("name")
-        raise CapabilityError(f"acmize: {name}: {found!r} is not a plain FFN; give ffn=False")
-    width = max(1, round(scheme.size * old.width(config.dim) / scheme.learners))
+        raise CapabilityError(f"acmize: {where}: {found!r} is not a plain FFN; give ffn=False")
+    width = max(1, round(scheme.size * old.width(dim) / scheme.learners))
     return ACM.Config(
         hidden=width * scheme.learners, act=old.act, learners=scheme.learners, gate=scheme.gate
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class LearnerDistillation:
-    """Objective of the second phase: mean over modules of `distillation_loss`.
-
-    The teacher runs once; what each of its modules received and returned trains the learners in its
-    place. So the modules do not depend on each other, nor on the rest of the student.
-
-    Attributes:
-        teacher: the dense model.
-        task: an objective that calls its model as training does; it runs the teacher, and its value
-            is not used.
-        detach: learner k fits only what the learners before it left over.
-    """
-
-    teacher: nn.Module
-    task: Objective
-    detach: bool = True
-
-    def __post_init__(self) -> None:
-        checker(nn.Module)(self.teacher, "LearnerDistillation.teacher")
-        checker(Callable[..., Any])(self.task, "LearnerDistillation.task")
-        checker(bool)(self.detach, "LearnerDistillation.detach")
-
-    def __call__(
-        self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger
-    ) -> Tensor:
-        losses = [
-            distillation_loss(learners, x, y, detach=self.detach)
-            for learners, x, y in _watched(self.teacher, model, self.task, batch, generator)
-        ]
-        return torch.stack(losses).mean()
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class GatePretraining:
-    """Objective of the third phase: mean over modules of the gates' likelihood loss.
-
-    The label of a token is the number of learners after which the distance to the teacher's output
-    stops shrinking, see `gate_labels`. The learners get no gradient.
-
-    Attributes:
-        teacher: the dense model.
-        task: as in `LearnerDistillation`.
-        threshold: an improvement by less than this ratio is none.
-
-    Differs from the paper: the loss takes the log-softmax of the gate's logits instead of the
-    logarithm of a sampled one-hot vector.
-    """
-
-    teacher: nn.Module
-    task: Objective
-    threshold: float = 1.2
-
-    def __post_init__(self) -> None:
-        checker(nn.Module)(self.teacher, "GatePretraining.teacher")
-        checker(Callable[..., Any])(self.task, "GatePretraining.task")
-        checker(Positive)(self.threshold, "GatePretraining.threshold")
-
-    def __call__(
-        self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger
-    ) -> Tensor:
-        losses = []
-        for learners, x, y in _watched(self.teacher, model, self.task, batch, generator):
-            with torch.no_grad():
-                errors = (learners.every(x) - y.unsqueeze(-2)).norm(dim=-1)
-            gate = learners.gate
-            labels = gate_labels(errors, self.threshold).clamp_min(gate.least) - gate.least
-            losses.append(gate_loss(F.log_softmax(gate.logits(x), dim=-1), labels))
-        return torch.stack(losses).mean()
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Budgeted:
-    """Objective of the last phase: a task and the three auxiliary losses of `acm_losses`.
-
-    Attributes:
-        task: the objective; it must hand the ledger to the model.
-        target: wanted share of the learners' work, in (0, 1].
-        budget: weight of `budget_loss`.
-        entropy: weight of `entropy_loss`.
-        diversity: weight of `diversity_loss`.
-    """
-
-    task: Objective
-    target: float
-    budget: float = 0.1
-    entropy: float = 0.05
-    diversity: float = 0.05
-
-    def __post_init__(self) -> None:
-        checker(Callable[..., Any])(self.task, "Budgeted.task")
-        checker(Portion)(self.target, "Budgeted.target")
-        for name in ("budget", "entropy", "diversity"):
-            checker(NonNegative)(getattr(self, name), f"Budgeted.{name}")
-
-    def __call__(
-        self, model: nn.Module, batch: Any, generator: torch.Generator, ledger: Ledger
-    ) -> Tensor:
-        value = self.task(model, batch, generator, ledger)
-        if not ledger.choices:
-            raise CapabilityError(
-                "acm: no gate reported to the ledger, so that there is nothing to budget; build the "
-                "model with ffn='acm' or attn={'projections': {}}, without fixed="
-            )
-        acm_losses(
-            ledger, self.target, budget=self.budget, entropy=self.entropy, diversity=self.diversity
-        )
-        return value
-
-
-@dataclass(slots=True)
-class _Place:
-    """Learners, the teacher's module that they stand for, and which of its outputs."""
-
-    learners: Learners
-    teacher: nn.Module
-    part: int = 0
-    sizes: tuple[int, ...] = ()
-    seen: tuple[Tensor, Tensor] | None = None
-
-    def watch(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        y = out.split(self.sizes, dim=-1)[self.part] if self.sizes else out
-        self.seen = (args[0].detach(), y.detach())
-
-
-def _watched(
-    teacher: nn.Module, student: nn.Module, task: Objective, batch: Any, generator: torch.Generator
-) -> Iterator[tuple[Learners, Tensor, Tensor]]:
-    """Learners of the student with the teacher's inputs and outputs at their place."""
-    with ExitStack() as hooks, unwrapped(teacher) as teacher, torch.no_grad():
-        places = list(_places(teacher, student))
-        if not places:
-            raise CapabilityError("acm: the student has no learners; make it by acmize(teacher)")
-        hooks.enter_context(evaluating(teacher))
-        for place in places:
-            hooks.callback(place.teacher.register_forward_hook(place.watch).remove)
-        task(teacher, batch, generator, Ledger())
-    for place in places:
-        assert place.seen is not None
-        yield place.learners, *place.seen
-
-
-def _places(teacher: nn.Module, student: nn.Module) -> Iterator[_Place]:
-    dense = dict(teacher.named_modules())
-    with unwrapped(student) as plain:
-        adaptive = dict(plain.named_modules())
-    for path, module in adaptive.items():
-        if isinstance(module, ACM) and not isinstance(dense[path], ACM):
-            yield _Place(module.learners, dense[path])
-        if isinstance(module, Attention) and module.config.projections is not None:
-            old: Any = dense[path]
-            if old.config.projections is None:
-                yield from _projections(module, old)
-
-
-def _projections(new: Any, old: Any) -> Iterator[_Place]:
-    sizes = (new.q.out_dim, new.k.out_dim, new.v.out_dim)
-    if old.cross:
-        yield _Place(new.q, old.q)
-        for i, learners in enumerate((new.k, new.v)):
-            yield _Place(learners, old.kv, i, sizes[1:])
-    else:
-        for i, learners in enumerate((new.q, new.k, new.v)):
-            yield _Place(learners, old.qkv, i, sizes)
-    yield _Place(new.proj, old.proj)

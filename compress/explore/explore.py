@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from effformer.calls import check_parts, evaluating
 from effformer.checks import CapabilityError, FormatError, reason
 from effformer.files import atomic_path, check_folder, mark, write_json
 from effformer.io import load_model, save_pretrained
-from effformer.profile import Benchmark, Candidate, benchmark, profile
+from effformer.profile import Benchmark, Candidate, benchmark, breakdown, profile
 from effformer.train import Dataset, load_data
 from effformer.values import Natural, NonNegative, Portion, Threads, Times
 from effformer.wrapped import unwrapping
@@ -123,9 +124,14 @@ def explore(
         target=target, share=share, quality=quality, goal=goal, rows=rows, refused=refused,
         how=times.how(),
     )  # fmt: skip
+    chosen = found.chosen
+    if chosen is not None:
+        both = [model, forms[chosen.name]]
+        found = dataclasses.replace(
+            found, boxes=breakdown(both, names=["before", chosen.name], runs=rounds)
+        )
     for name in ("report.json", "report.html"):
         found.save(folder / name, force=True)
-    chosen = found.chosen
     if chosen is None:
         raise ValueError(f"explore: {found.verdict()}; all candidates: {folder / 'report.html'}")
     save_pretrained(forms[chosen.name], folder / "model", by="explore", force=True)  # type: ignore[arg-type]

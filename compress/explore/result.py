@@ -10,7 +10,8 @@ from typing import Any
 
 from effformer.arguments import checked
 from effformer.notebook import html_table
-from effformer.profile.html import page
+from effformer.profile import Breakdown
+from effformer.profile.html import breakdown_section, page
 from effformer.profile.plots import Pareto
 from effformer.profile.save import Saved
 from effformer.profile.tables import table
@@ -59,6 +60,7 @@ class Exploration(Saved):
         rows: the dense model and the candidates.
         refused: candidates that could not be made, and why.
         how: the times were measured.
+        boxes: the dense model and the chosen one, module by module; None: none is chosen.
     """
 
     KIND = EXPLORATION
@@ -70,6 +72,7 @@ class Exploration(Saved):
     rows: tuple[Tried, ...]
     refused: Mapping[str, str]
     how: str
+    boxes: Breakdown | None = None
 
     @checked
     def cost(self, row: Tried) -> float:
@@ -145,7 +148,9 @@ class Exploration(Saved):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite are None."""
-        data = dataclasses.asdict(self) | {
+        plain = dataclasses.replace(self, boxes=None)
+        data = dataclasses.asdict(plain) | {
+            "boxes": None if self.boxes is None else self.boxes.to_dict(),
             "front": [row.name for row in self.front],
             "chosen": None if self.chosen is None else self.chosen.name,
             "verdict": self.verdict(),
@@ -167,4 +172,6 @@ class Exploration(Saved):
             if row.steps
         )
         body = [f"<h1>{escape(title)}</h1>", self._body()]
+        if self.boxes is not None:
+            body.append(breakdown_section(self.boxes))
         return page(title, "\n".join([*body, f"<h2>Recipes</h2><ul>{steps}</ul>"]), EXPLORATION)

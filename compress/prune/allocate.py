@@ -18,7 +18,7 @@ from .recover import Recovery
 
 __all__ = ["PruneScheme", "allocate", "budgeted"]
 
-_LEAST = {"heads": 1, "channels": 8, "blocks": 1, "width": 8}
+_LEAST = {"heads": 1, "channels": 8, "experts": 1, "blocks": 1, "width": 8}
 """Units that stay of every group."""
 _CLOSE, _ROUNDS = 0.02, 4
 """How close to a budget is close enough, and how often a large last step is left out to get there."""
@@ -32,8 +32,8 @@ class PruneScheme(Config):
 
     Attributes:
         importance: how units are compared, see `importance`.
-        units: kinds of units that may go: "heads", "channels" of FFNs, "blocks", and the "width" of the
-            residual stream. Heads, channels and blocks of no importance go without any change of the
+        units: kinds of units that may go: "heads", "channels" of FFNs, "experts" (parameters go, and
+            hardly any work), "blocks", and the "width" of the residual stream. Heads, channels and blocks of no importance go without any change of the
             outputs; narrower norms always change them.
         scope: "uniform" takes the same share out of every part; "global" compares units of one kind in
             the whole model, each score divided by the mean of its part and by its cost in weights.
@@ -245,7 +245,7 @@ def _order(score: Tensor, group: Group) -> Tensor:
 
 
 def _floor(group: Group, scheme: PruneScheme) -> int:
-    least = _LEAST[group.kind]
+    least = max(_LEAST[group.kind], group.least)
     if group.kind in ("channels", "width"):
         least = max(least, scheme.round_to) if scheme.round_to > 1 else least
     return min(group.units, max(least, len(group.fixed)))

@@ -18,7 +18,7 @@ from effformer.checks import CapabilityError, FormatError
 from effformer.nn.cut import Forms
 from effformer.wrapped import unwrapping
 
-from ..plan import Group, cuttable, plan
+from ..plan import PARTS, Group, cuttable, plan
 from ..rebuild import fewer_blocks, narrowed, resized
 from ..transforms import record
 
@@ -83,7 +83,7 @@ def cut_groups(
     small: Any = model
     if "width" in fewer:
         small = narrowed(small, fewer["width"])
-    parts = {p: u for p, u in fewer.items() if groups[p].kind in ("heads", "channels")}
+    parts = {p: u for p, u in fewer.items() if groups[p].kind in PARTS}
     if "blocks" in fewer:
         blocks = fewer["blocks"].tolist()
         small = fewer_blocks(small, blocks)
@@ -137,8 +137,11 @@ def _replace(model: nn.Module, path: str, units: Tensor) -> None:
 
 def _own(part: nn.Module, small: nn.Module) -> None:
     """Give a cut part weights of its own."""
+    present = {path for path, _ in small.named_modules()}
     for name, before in part.named_parameters():
         module, _, leaf = name.rpartition(".")
+        if module not in present:  # an expert that went
+            continue
         owner, value = small.get_submodule(module), attrgetter(name)(small)
         owner.__dict__.pop(leaf, None)
         fresh = nn.Parameter(value.detach().clone(), requires_grad=before.requires_grad)

@@ -137,11 +137,15 @@ def _activation(
 ) -> dict[str, Tensor]:
     readers = {g.path or g.kind: list(_readers(model, g)) for g in groups}
     paths = {m.module for members in readers.values() for m in members}
-    seen = observed(model, found, paths, where=where, objective=objective)
+    # no token of the data may go to an expert
+    rare = {m.module for g in groups if g.kind == "experts" for m in g.members}
+    seen = observed(model, found, paths, where=where, objective=objective, rare=rare)
     state, out = model.state_dict(), {}
     for group in groups:
         total = torch.zeros(group.units, dtype=torch.float64)
         for member in readers[group.path or group.kind]:
+            if member.module not in seen:
+                continue
             weight = state[member.path].double().square().sum(dim=0)
             total += member.gathered(weight * seen[member.module].norms.square(), group.units).cpu()
         out[group.path or group.kind] = total.sqrt()

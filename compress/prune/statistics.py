@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Statistics:
 def observed(
     model: nn.Module, found: list[Any], paths: Iterable[str], *, gram: bool = False, where: str,
     also: Callable[[str, nn.Module], Callable[..., None] | None] | None = None,
-    objective: Objective | None = None,
+    objective: Objective | None = None, rare: Collection[str] = (),
 ) -> dict[str, Statistics]:  # fmt: skip
     """Run the batches and sum up what linear layers read.
 
@@ -70,6 +70,7 @@ def observed(
         where: the public entry point, for messages.
         also: further forward hooks, by path and module.
         objective: what calls the model; None: batches are its arguments.
+        rare: paths that the data need not reach; those that it does not are left out.
     """
     modules = dict(model.named_modules())
     sums = {path: Statistics(gram) for path in paths}
@@ -84,7 +85,7 @@ def observed(
             objective(model, batch, generator, Ledger())  # type: ignore[misc]
         for call in calls(model, found, where=where) if not objective else ():
             call(model)
-    unseen = [path for path, one in sums.items() if not one.count]
+    unseen = [path for path, one in sums.items() if not one.count and path not in rare]
     if unseen:
         raise ValueError(f"{where}: the data never reaches {unseen[0]}; leave it out of where=")
-    return sums
+    return {path: one for path, one in sums.items() if one.count}

@@ -17,6 +17,8 @@ from .steps import Step, read_step
 __all__ = ["Recipe"]
 
 _KEYS = ("data", "samples", "steps")
+_REBUILD = ("linearize", "acmize", "dynamize")
+_UNDONE = {"adapt": "merge"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +114,14 @@ def _check_order(steps: Sequence[Step], where: str) -> None:
     verbs = [step.verb for step in steps]
     for i, step in enumerate(steps):
         before = verbs[:i]
+        late = [
+            v for v in ("quantize", "adapt") if before.count(v) > before.count(_UNDONE.get(v, ""))
+        ]
+        if step.verb in _REBUILD and late:
+            raise ValueError(
+                f"{where}: steps[{i}]: {step.verb} changes what the model is built of; put it before "
+                f"{late[0]}"
+            )
         if step.trains and "sparsify" in before:
             raise ValueError(
                 f"{where}: steps[{i}]: {step.verb} after sparsify would fill its zeros; put it before"

@@ -7,7 +7,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,19 +139,31 @@ def run_recipe(
     folder = Path(out)
     given = _given(read, data)
     identity = {"recipe": read.to_dict(), "model": _digest(model), "data": _digest(given)}
-    finished = _begin(folder, identity, force)
+    with _begun(folder, identity, force) as finished:
+        return _run(model, read, folder, given, identity, finished, told)
+
+
+def _run(
+    model: nn.Module,
+    recipe: Recipe,
+    folder: Path,
+    data: Any,
+    identity: Mapping[str, Any],
+    finished: list[dict[str, Any]],
+    told: Told | None,
+) -> tuple[nn.Module, RecipeReport]:
+    """The steps behind the finished ones."""
     key = hashlib.blake2b(json.dumps(plain(identity)).encode(), digest_size=4).hexdigest()
-    first, samples = first_samples(given, read.samples), trainable(given)
+    first, samples = first_samples(data, recipe.samples), trainable(data)
     calibration = calibration_of(model, first)
-    before = file_bytes(model.state_dict())
     now: Any = copy.deepcopy(model)
     done = list(finished)
     if finished:
         now = load_model(folder / finished[-1]["folder"])
-    for index in range(len(finished), len(read.steps)):
-        step = read.steps[index]
+    for index in range(len(finished), len(recipe.steps)):
+        step = recipe.steps[index]
         if told is not None:
-            told(f"step {index + 1} of {len(read.steps)}: {step}")
+            told(f"step {index + 1} of {len(recipe.steps)}: {step}")
         name, start = f"{index + 1}-{step.verb}", time.perf_counter()
         run = folder / f"{name}-{key}"  # a training that was killed; of this identity
         now, report = step.run(now, Place(model, calibration, first, samples, run))
@@ -168,8 +181,8 @@ def run_recipe(
             told(str(report))
     save_pretrained(now, folder / MODEL, by="recipe", force=True)
     return now, RecipeReport(
-        steps=tuple(done), bytes_before=before, bytes_after=file_bytes(now.state_dict()),
-        resumed=len(finished), saved=folder / MODEL,
+        steps=tuple(done), bytes_before=file_bytes(model.state_dict()),
+        bytes_after=file_bytes(now.state_dict()), resumed=len(finished), saved=folder / MODEL,
     )  # fmt: skip
 
 
@@ -241,6 +254,29 @@ def _digest(value: Any) -> str | None:
     if isinstance(value, nn.Module):
         made.update(repr(getattr(value, "transforms", ())).encode())
     return made.hexdigest()
+
+
+@contextmanager
+def _begun(
+    folder: Path, identity: Mapping[str, Any], force: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """The finished steps of an earlier run of the same; of a first one that fails before it has any,
+    nothing stays.
+    """
+    new, made = (
+        not (folder / FACTS).exists(),
+        [p for p in (folder, *folder.parents) if not p.exists()],
+    )
+    finished = _begin(folder, identity, force)
+    try:
+        yield finished
+    except BaseException:
+        if new and [p.name for p in folder.iterdir()] == [FACTS]:
+            (folder / FACTS).unlink()
+            with suppress(OSError):  # others may have put something there
+                for one in made:
+                    one.rmdir()
+        raise
 
 
 def _begin(folder: Path, identity: Mapping[str, Any], force: bool) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,8 @@ from effformer.values import NonNegative, Positive
 
 from ..adapt import LoRA, adapt, merge
 from ..distill import Distillation
+from ..dynamic import AdaptiveScheme, DynamicScheme, acmize, dynamize
+from ..linearize import LinearizeScheme, linearize
 from ..prune import PruneScheme, SparseScheme, prune, sparsify
 from ..quant.mixed import MixedScheme
 from ..quant.quantize import quantize
@@ -175,6 +177,51 @@ class Merge(Step):
         return merge(model), None
 
 
+class Converting(Step):
+    """Other parts in the place of those of the model, trained in stages of their own."""
+
+    scheme: ClassVar[type[Config]]
+    change: ClassVar[Callable[..., tuple[Any, Any]]]
+    trains = True
+
+    def read(self, options: dict[str, Any]) -> None:
+        self.paths: Where = options.pop("where", "*")
+        self.chosen = self.scheme.from_dict(options, where=self.where)
+
+    def run(self, model: nn.Module, place: Place) -> tuple[Any, Any]:
+        return type(self).change(
+            model, self.chosen, self.paths, data=_samples(place, self.verb),
+            objective=_task(model, place), out=place.folder, progress=False,
+        )  # fmt: skip
+
+
+class Linearize(Converting):
+    """Linear attention."""
+
+    verb = "linearize"
+    does = "softmax becomes an attention whose work grows with the tokens, fitted mixer by mixer, then whole"
+    scheme = LinearizeScheme
+    change = staticmethod(linearize)
+
+
+class Acmize(Converting):
+    """Adaptive computation modules."""
+
+    verb = "acmize"
+    does = "FFNs and projections become sums of learners, of which easy tokens run few: trained in three stages"
+    scheme = AdaptiveScheme
+    change = staticmethod(acmize)
+
+
+class Dynamize(Converting):
+    """Gates over time and tokens."""
+
+    verb = "dynamize"
+    does = "gates over the time and over tokens switch heads, channels and FFNs off: fine-tuned to a share of the work"
+    scheme = DynamicScheme
+    change = staticmethod(dynamize)
+
+
 class Distill(Step):
     """Training that follows the dense model."""
 
@@ -203,21 +250,13 @@ class Distill(Step):
         Distillation(teacher=nn.Identity(), losses=self.own.losses or "logits")
 
     def run(self, model: nn.Module, place: Place) -> tuple[Any, Any]:
-        if place.train is None:
-            raise ValueError(f"recipe: {self.verb}: there are no samples to train on; give data=")
-        task = _task(model, place)
+        data, task = _samples(place, self.verb), _task(model, place)
         losses = self.own.losses or ("logits" if _classifies(model) else "output")
         objective = Distillation(
             teacher=place.dense, losses=losses, task=task, weight=self.own.weight
         )
         done = train(
-            model,
-            place.train,
-            objective,
-            self.config,
-            out=place.folder,
-            resume=True,
-            progress=False,
+            model, data, objective, self.config, out=place.folder, resume=True, progress=False
         )
         return model, Trained(steps=done.steps, seconds=done.seconds, loss=done.loss)
 
@@ -286,6 +325,13 @@ class Quantize(Step):
         )  # fmt: skip
 
 
+def _samples(place: Place, verb: str) -> Dataset:
+    """What a step trains on."""
+    if place.train is None:
+        raise ValueError(f"recipe: {verb}: there are no samples to train on; give data=")
+    return place.train
+
+
 def _classifies(model: nn.Module) -> bool:
     return getattr(model, "CONVENTION", None) is None
 
@@ -299,7 +345,8 @@ def _task(model: nn.Module, place: Place) -> Any:
 
 
 STEPS: dict[str, type[Step]] = {
-    step.verb: step for step in (Prune, Distill, Quantize, Sparsify, Adapt, Merge)
+    step.verb: step
+    for step in (Linearize, Acmize, Dynamize, Prune, Distill, Quantize, Sparsify, Adapt, Merge)
 }
 """Steps by the verbs that a recipe names."""
 

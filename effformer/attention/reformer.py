@@ -23,7 +23,7 @@ from .slices import chunk_count, known_length, over_sequences, padded, token_sli
 
 __all__ = ["Reformer"]
 
-_CAPS = Caps(causal="optional", mask="key", rope=True, packed=True, onnx=False, cost="n log n")
+_CAPS = Caps(causal="optional", mask="key", rope=True, packed=True, cost="n log n")
 
 
 @attention.register("reformer", caps=_CAPS, paper="2001.04451")
@@ -155,10 +155,16 @@ class Reformer(Mixer):
         n, chunk = q.shape[2], self.config.chunk
         turned = q if rope is None else rope.query(q)
         known = known_length(q)
+        if torch.compiler.is_exporting() and not known and self.config.compat != "none":
+            raise CapabilityError(
+                f"{self.site.path or 'reformer'}: compat={self.config.compat!r} rounds as the published "
+                "code does at every number of tokens, which no graph for all of them has; fix it, or "
+                "take compat='none'"
+            )
         if known and n <= chunk and not self.strict:
             return self._plain(turned, v, mask)
         # where chunks wrap around, the first would see one more than is needed
-        chunks = chunk_count(q, chunk) if self.config.compat == "none" else -(-n // chunk)
+        chunks = chunk_count(q, chunk) if self.config.compat == "none" else (n + chunk - 1) // chunk
         pad = chunks * chunk - n
         if not known or pad:
             mask = q.new_ones(q.shape[0], n, dtype=torch.bool) if mask is None else mask
@@ -170,6 +176,8 @@ class Reformer(Mixer):
             hashes = hashes.flatten(2)[:, :, None]
         place = torch.arange(hashes.shape[-1], device=q.device)
         order = (hashes * hashes.shape[-1] + place).argsort(dim=-1)
+        if not (known or self.strict or self.config.across):  # few tokens all meet, as in `_plain`
+            hashes = hashes * (place[:1] + n > chunk)
         out, normaliser = self._chunks(turned, v, hashes, order, mask)
         back = torch.zeros_like(order).scatter(3, order, place.expand_as(order))
         lists = torch.arange(back.shape[2], device=q.device)[:, None] * back.shape[3]
@@ -219,7 +227,9 @@ class Reformer(Mixer):
         Returns:
             Outputs (B, H, lists, T, V) and log-normalisers (B, H, lists, T).
         """
-        place, chunk = order % q.shape[2], self.config.chunk
+        chunk, tokens = self.config.chunk, torch.arange(q.shape[2], device=q.device)
+        # all rounds may be one list; an index, since ONNX takes no remainder of an open length
+        place = tokens.repeat(self.config.rounds)[order]
 
         def sort(x: Tensor) -> Tensor:
             return _rows(x, place.flatten(2)).unflatten(2, (*place.shape[2:3], -1, chunk))
@@ -285,7 +295,8 @@ class Reformer(Mixer):
         """Chunks behind the ones before them: (B, H, lists, C, c, ...) -> (..., C, 2 c, ...)."""
         last = x[:, :, :, -1:]
         first = torch.full_like(last, empty) if self.config.compat == "none" else last
-        return torch.cat([torch.cat([first, x[:, :, :, :-1]], dim=3), x], dim=4)
+        # cut behind: of two chunks, all but the last are one, which tracers take for a constant
+        return torch.cat([torch.cat([first, x], dim=3)[:, :, :, :-1], x], dim=4)
 
     def _meetings(self, order: Tensor, hashes: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
         """How often, over all rounds, each pair of tokens meets in a chunk and its predecessor."""
@@ -303,7 +314,8 @@ class Reformer(Mixer):
                 for at in (mine, theirs)
             )
             behind = others[0] + 1
-            behind = behind if self.config.compat == "none" else behind % total
+            if self.config.compat != "none":
+                behind = behind.where(behind < total, 0)
             met = (ours[0][..., None] == others[0][..., None, :]).to(count.dtype)
             met = met + (ours[0][..., None] == behind[..., None, :])
             if not self.config.across:

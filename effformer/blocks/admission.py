@@ -29,16 +29,18 @@ _NO_TIME = "reads the time embedding, which this model has not"
 
 
 def check_layer(
-    layer: Layer, asked: Asked, where: str, beside: Sequence[Asked], *, scheduled: bool = False
-) -> None:
+    layer: Layer, asked: Asked, where: str, beside: Sequence[Asked], *, scheduled: bool = False,
+    bare: bool = False,
+) -> None:  # fmt: skip
     """Compare the parts of a block with what the model needs.
 
     Args:
         layer: the parts.
         asked: what the model asks of them, and where the block stands.
         where: words that name the block, for messages.
-        beside: what other stacks of the model ask of the same parts; choices serve them, too.
+        beside: what other blocks and stacks of the model ask of the same parts; choices serve them, too.
         scheduled: the mixer was put into a view by a schedule of axes.
+        bare: a block of this arrangement has no FFN.
 
     Raises:
         CapabilityError: a part cannot do it; parts that can are named.
@@ -55,7 +57,7 @@ def check_layer(
         check_cross(layer.cross, asked, f"{where}.cross", slots, one_by_one=needs.causal)
 
     def block_reason(caps: Caps, needs: Needs, site: Site) -> str | None:
-        return _block_reason(caps, layer, needs, site)
+        return _block_reason(caps, replace(layer, ffn=None) if bare else layer, needs, site)
 
     # a block of one stream never serves two: models of both kinds have a slot for each
     alike = [one for one in every if one[0].joint == needs.joint]

@@ -177,8 +177,8 @@ def build_stack(
             different widths).
         needs: what the model asks of the parts, of those of each block if blocks differ.
         name: the model's name, for messages.
-        cross: config of a further mixer in every block that attends to a memory of width
-            ``site.memory_dim`` (decoders), None for none.
+        cross: config of a further mixer in every block whose site has a memory, which attends to that
+            (decoders), None for none.
         beside: what other stacks of the model ask of the same parts, and where; choices in messages
             serve them, too.
 
@@ -191,16 +191,21 @@ def build_stack(
         site = [site] * config.depth
     each = [needs] * len(site) if isinstance(needs, Needs) else needs
     asked = list(zip(each, site, strict=True))
-    plain = resolve_layers(config, len(site), cross=cross, name=name)
+    crosses = [None if one.memory_dim is None else cross for one in site]
+    plain = resolve_layers(config, len(site), cross=crosses, name=name)
     layers = plain
     if config.axes:
         views = along_axes([layer.attn for layer in plain], config.axes, site[0].axes, name)
         layers = [replace(layer, attn=view) for layer, view in zip(plain, views, strict=True)]
     for start, end in _runs(list(zip(layers, each, strict=True))):
-        others = [one for one in dict.fromkeys(asked) if one[0] != each[start]]
+        layer, (own, here) = layers[start], asked[start]
+        others = [
+            (n, s) for n, s in dict.fromkeys(asked) if (n, s.memory_dim) != (own, here.memory_dim)
+        ]
         check_layer(
-            layers[start], asked[start], f"{name} blocks[{start}:{end}]", (*others, *beside),
-            scheduled=layers[start].attn is not plain[start].attn,
+            layer, asked[start], f"{name} blocks[{start}:{end}]", (*others, *beside),
+            scheduled=layer.attn is not plain[start].attn,
+            bare=any(other.ffn is None for other in layers if other.block == layer.block),
         )  # fmt: skip
     blocks = nn.ModuleList()
     for i, (layer, (own, place)) in enumerate(zip(layers, asked, strict=True)):
@@ -248,20 +253,21 @@ def with_causal(attn: Config, causal: bool) -> Config:
 
 
 def resolve_layers(
-    config: StackConfig, depth: int, *, cross: Config | None = None, name: str
+    config: StackConfig, depth: int, *, cross: Sequence[Config | None] = (), name: str
 ) -> list[Layer]:
     """The parts of every block: the config's, with the changes of ``config.layers``.
 
     Args:
         config: the model's config.
         depth: number of blocks.
-        cross: mixer over a memory in every block, None for none.
+        cross: mixer over a memory of every block, None for a block without; empty for none at all.
         name: the model's name, for messages.
 
     Raises:
         ValueError: a bad slice or part in ``config.layers``.
     """
-    layers = [replace(config.plain_layer(i), cross=cross) for i in range(depth)]
+    far = cross or [None] * depth
+    layers = [replace(config.plain_layer(i), cross=far[i]) for i in range(depth)]
     for key, changes in config.layers.items():
         where = f"{name} layers[{key!r}]"
         chosen = range(depth)[_slice(key, where)]

@@ -97,10 +97,15 @@ class Stack:
         self.start, self.stop = taken.start, taken.stop
         for i, j in getattr(model, "long_skips", ()):
             if i in taken and j >= self.stop:
+                inside = j < len(found)
+                where = f"block {j}" if inside else "what follows all blocks"
+                able = (
+                    f"a range that ends at {len(found)}" if inside else f"a range without block {i}"
+                )
                 raise CapabilityError(
-                    f"cached: what leaves block {i} of {self.name} enters block {j}, too, and of blocks "
-                    f"{self.start}:{self.stop} only what leaves the last one is kept; choices: a range "
-                    f"that ends at {len(found)}, or over='attention'"
+                    f"cached: what leaves block {i} of {self.name} enters {where}, too, and of blocks "
+                    f"{self.start}:{self.stop} only what leaves the last one is kept; choices: {able}, or "
+                    "over='attention'"
                 )
         self.changed = self._twin(found)
 

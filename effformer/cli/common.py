@@ -442,7 +442,7 @@ def save_to(out: Path | None, verb: str) -> Path:
     return out
 
 
-def check_report(out: Path | None, kind: str, *, force: bool) -> None:
+def check_report(out: Path | None, kind: str, *, force: bool, option: str = "--out") -> None:
     """Refuse the place of a report before anything is measured.
 
     Raises:
@@ -454,5 +454,7 @@ def check_report(out: Path | None, kind: str, *, force: bool) -> None:
     if out is None:
         return
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"--out {out}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise ValueError(
+            f"{option} {out}: must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        )
     check_file(out, kind, force=force)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .common import Force, Json, Out, Set, emit, load, named, note, overrides, save_to
+from .report import Report, check_place, write_report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,7 @@ def compress(
         int, typer.Option(help="With --for: steps of distillation.", min=0, max=10**6)
     ] = 200,
     pairs: Set = None,
+    report: Report = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
@@ -93,7 +95,8 @@ def compress(
     """
     given = {"--scheme": scheme, "--where": where, "--skip": skip, "--set": pairs}
     if wanted is not None:
-        others = [name for name, value in {**given, "--recipe": recipe}.items() if value]
+        named_too = {**given, "--recipe": recipe, "--report": report}
+        others = [name for name, value in named_too.items() if value]
         how = {
             "quality": quality,
             "max_drop": max_drop,
@@ -103,10 +106,10 @@ def compress(
         }
         _explore(model, wanted, others, data, how, out, as_json)
         return
+    check_place(report, force=force)
     if recipe is not None:
-        _by_recipe(
-            model, recipe, [n for n, v in given.items() if v], data, explain, out, force, as_json
-        )
+        others = [name for name, value in given.items() if value]
+        _by_recipe(model, recipe, others, data, explain, report, out, force, as_json)
         return
     if explain:
         raise ValueError("compress: --explain tells what a --recipe does; give one")
@@ -123,13 +126,14 @@ def compress(
     check_folder(target, **model_folder("compressed", by="compress", force=force))
     asked, dense = named(scheme or "int8"), load(str(model))
     chosen = {"name": asked} if isinstance(asked, str) else asked
-    small, report = quantize(
+    small, found = quantize(
         dense, chosen | overrides(pairs=pairs), where or "*", skip=skip or (),
         backend=backend, data=None if data is None else calibration(dense, data, samples, "compress"),
         inputs=dense.example_inputs() if data is None else None,
     )  # fmt: skip
     save_pretrained(small, target, by="compress", force=force)
-    emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)
+    said = [str(found), f"saved in {target}", *write_report(report, dense, small, force=force)]
+    emit(found.to_dict() | {"saved": str(target)}, "\n".join(said), as_json)
 
 
 def left(*, recipe: Path | None, wanted: str | None, **_: Any) -> str:
@@ -193,6 +197,7 @@ def _by_recipe(
     others: list[str],
     data: str | None,
     explain: bool,
+    report: Path | None,
     out: Path | None,
     force: bool,
     as_json: bool,
@@ -211,10 +216,11 @@ def _by_recipe(
         raise ValueError(f"compress: --out {target} is the model itself; choose another folder")
     dense = load(str(model))
     given = _source(dense, data or read.data, read.samples)
-    _, report = run_recipe(
+    small, found = run_recipe(
         dense, read, target, data=given, told=None if as_json else note, force=force
     )
-    emit(report.to_dict(), str(report), as_json)
+    said = [str(found), *write_report(report, dense, small, force=force)]  # type: ignore[arg-type]
+    emit(found.to_dict(), "\n".join(said), as_json)
 
 
 def calibration(model: Model, data: str, samples: int, verb: str) -> Any:
@@ -244,10 +250,12 @@ def named_tensors(data: str, samples: int, verb: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     from ..checks import FormatError, reason
+    from ..files import check_finite
     from ..train import load_data
 
     if not data.endswith(".safetensors"):
         return {name: x[:samples] for name, x in load_data(data).tensors.items()}
+    check_finite(data)
     try:
         tensors = load_file(data)
     except (OSError, SafetensorError) as error:

@@ -25,9 +25,11 @@ from .common import (
     stages,
 )
 from .compress import Samples, calibration
+from .report import Report, check_place
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
+    from effformer.profile import Breakdown
 
 
 def export(
@@ -108,6 +110,7 @@ def export(
     ffn: FFN = None,
     block: Block = None,
     pairs: Set = None,
+    report: Report = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
@@ -137,6 +140,7 @@ def export(
         raise ValueError(
             f"export: {', '.join(given)} means nothing to --format {form}; leave it out{other}"
         )
+    check_place(report, force=force)
     _check_forms(quantize or ["float32"], max_error)
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
@@ -158,8 +162,19 @@ def export(
             }
             how = _how(network, quantize or ["float32"], max_error, data, samples)
             found, size = _onnx(network, place, how, options, batch, force=force)
+        if report is not None:
+            stage("measuring modules")
+            cost = _boxes(network, place, form, batch, cached=cache is not None)
+            cost.save(report, force=force)
+    lines = _lines(place, "site" if site else form, found, size)
+    lines += [] if report is None else [f"module by module: {report}"]
+    emit(found, "\n".join(lines), as_json)
+
+
+def _lines(place: Path, kind: str, found: dict[str, Any], size: int) -> list[str]:
+    """What was written, in words."""
     parity = found["parity"]
-    lines = [f"{place}: {'site' if site else form}, {size / 1e6:.2f} MB"]
+    lines = [f"{place}: {kind}, {size / 1e6:.2f} MB"]
     lines.append(_verified(parity) if parity else "not verified")
     lines += _held(found if "ranges" in found else parity or {})
     if packed := found.get("quantized"):
@@ -171,14 +186,11 @@ def export(
     lines += [
         f"also {form}: differs by {error:.1e}" for form, error in found.get("forms", {}).items()
     ]
-    if site:
-        lines.append(
-            f"{found['runtime']} and graphs of {found['graphs'] / 1e6:.2f} MB; to see it: "
-        )
-        lines[-1] += (
-            f"python -m http.server -d {shlex.quote(str(place))}, then http://localhost:8000"
-        )
-    emit(found, "\n".join(lines), as_json)
+    if kind == "site":
+        serve = f"python -m http.server -d {shlex.quote(str(place))}, then http://localhost:8000"
+        graphs = found["graphs"] / 1e6
+        lines.append(f"{found['runtime']} and graphs of {graphs:.2f} MB; to see it: {serve}")
+    return lines
 
 
 def _check_forms(forms: list[str], max_error: float | None) -> None:
@@ -233,6 +245,23 @@ def _web(
         if data[name] is not None:
             data[name]["path"] = str(place / "velocity.onnx")
     return data | report.to_dict(), report.bytes
+
+
+def _boxes(model: Model, place: Path, form: str, batch: int, *, cached: bool) -> Breakdown:
+    """A model and its graph, module by module; that of a bundle is a velocity."""
+    from ..export import graph_breakdown
+    from ..export.velocity import Carrying, Velocity
+    from ..flow import trained_of
+
+    inputs, record = model.example_inputs(batch), trained_of(model)
+    if form == "onnx" or record is None:
+        return graph_breakdown(place, model, inputs)
+    drawn = (
+        Carrying(model, record.convention, given=False)
+        if cached
+        else Velocity(model, record.convention)
+    )
+    return graph_breakdown(place / "velocity.onnx", drawn, inputs)
 
 
 def _how(

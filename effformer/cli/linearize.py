@@ -24,6 +24,7 @@ from .common import (
 )
 from .compress import named_tensors
 from .prune import objective_of
+from .report import Report, check_place, write_report
 
 __all__ = ["left", "linearize"]
 
@@ -58,6 +59,7 @@ def linearize(
     seed: Seed = 0,
     threads: Threads = None,
     pairs: Set = None,
+    report: Report = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
@@ -79,20 +81,19 @@ def linearize(
             "another folder"
         )
     check_folder(target, **model_folder("trained", by="linearize", force=force))
+    check_place(report, force=force)
     set_threads(threads)
     old = load(str(model))
     scheme: dict[str, Any] = {"steps": steps, "whole": whole, "batch": batch, "seed": seed}
     tensors = named_tensors(data, samples, "linearize")
-    new, report = run_it(
+    new, found = run_it(
         old, {**scheme, **overrides(attn=attn, pairs=pairs)}, where or "*", data=tensors,
         objective=objective_of(old) if "y" in tensors else None, out=run,
     )  # fmt: skip
     save_pretrained(new, target, by="linearize", force=force)
-    emit(
-        report.to_dict() | {"saved": str(target)},
-        f"{report}\nsaved in {target}\nnext: effformer bench {model} {target}",
-        as_json,
-    )
+    said = [str(found), f"saved in {target}", *write_report(report, old, new, force=force)]
+    said.append(f"next: effformer bench {model} {target}")
+    emit(found.to_dict() | {"saved": str(target)}, "\n".join(said), as_json)
 
 
 def left(run: Path | None = None, **_: Any) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from .common import Force, Json, Out, Set, emit, load, overrides, save_to
 from .compress import named_tensors
+from .report import Report, check_place, write_report
 
 if TYPE_CHECKING:
     from effformer.models.base import Model
@@ -33,7 +34,7 @@ def prune(
     keep: Annotated[float | None, typer.Option(help="Share of the units that stays.")] = None,
     units: Annotated[
         list[str] | None,
-        typer.Option(help="What may go: heads, channels, blocks, width. May be repeated."),
+        typer.Option(help="What may go: heads, channels, experts, blocks, width. May be repeated."),
     ] = None,
     scope: Annotated[
         Literal["uniform", "global"], typer.Option(help="The same share of every part, or of all.")
@@ -50,6 +51,7 @@ def prune(
     ] = None,
     samples: Annotated[int, typer.Option(help="How many of them.", min=1, max=10**6)] = 512,
     pairs: Set = None,
+    report: Report = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
@@ -71,18 +73,20 @@ def prune(
             "folder"
         )
     check_folder(target, **model_folder("trained", by="prune", force=force))
+    check_place(report, force=force)
     if macs is params is keep is None:
         macs = 0.5
     whole = load(str(model))
     given = {"macs": macs, "params": params, "keep": keep, "units": units}
     chosen = {name: value for name, value in given.items() if value is not None}
     measured = {} if data is None else _measured(whole, data, samples)
-    small, report = run(
+    small, found = run(
         whole, {"importance": scheme, "scope": scope, **chosen, **overrides(pairs=pairs)},
         where or "*", **measured,
     )  # fmt: skip
     save_pretrained(small, target, by="prune", force=force)
-    emit(report.to_dict() | {"saved": str(target)}, f"{report}\nsaved in {target}", as_json)
+    said = [str(found), f"saved in {target}", *write_report(report, whole, small, force=force)]
+    emit(found.to_dict() | {"saved": str(target)}, "\n".join(said), as_json)
 
 
 def _measured(model: Model, source: str, samples: int) -> dict[str, Any]:

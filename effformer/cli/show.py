@@ -231,7 +231,7 @@ def _promises(caps: dict[str, Any]) -> str:
     grid = f"needs a grid with the axes {caps['axes']!r}" if caps["axes"] else "needs no grid"
     rotary = "takes rotary tables" if caps["rope"] else "no rotary tables"
     causal = {"never": "never causal", "optional": "causal or not", "always": "always causal"}
-    able = {"cross": "a memory", "packed": "packed rows", "streaming": "streaming", "onnx": "ONNX"}
+    able = {"cross": "a memory", "packed": "packed rows", "streaming": "streaming"}
     rest = [words if caps[key] else f"no {words}" for key, words in able.items()]
     return "; ".join((masks[caps["mask"]], rotary, grid, causal[caps["causal"]], *rest))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -67,9 +67,11 @@ class FFN(Callee, ABC):
 
     Attributes:
         ROLES: child -> part of a transformer, for the profiler; ``""``: everything else in it.
+        UNITS: what its `units` are.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {"": "mlp", "router": "gates"}
+    UNITS: ClassVar[Literal["channels", "experts"]] = "channels"
 
     def __init__(self, config: InnerConfig, site: Site) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class FFN(Callee, ABC):
 
     @property
     def units(self) -> int:
-        """Number of hidden channels."""
+        """Number of hidden channels, or of what else can be taken out."""
         return self.hidden
 
     def check_width(self, ctx: Context) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from effformer.context import EMPTY, Context
 from effformer.nn.activations import Activation
+from effformer.nn.cut import cut_linear, twin
 from effformer.nn.gates import values_known
 from effformer.nn.onnx_nodes import gathers
 from effformer.registry import Caps, ffn
@@ -70,6 +71,8 @@ class MoE(FFN):
                 raise ValueError(
                     f"moe: needs top_k <= experts, got top_k={self.top_k}, experts={self.experts}"
                 )
+
+    UNITS = "experts"
 
     def __init__(self, config: MoE.Config, site: Site) -> None:
         super().__init__(config, site)
@@ -145,6 +148,19 @@ class MoE(FFN):
             weighted = torch.cat(outputs) * weights.flatten()[order, None]
             out = out.index_add(0, tokens, weighted)
         return out.view_as(x)
+
+    @property
+    def units(self) -> int:
+        """Number of experts among which the router chooses."""
+        return len(self.experts)
+
+    def select(self, units: Tensor) -> MoE:
+        """The network with some of its experts; a token runs no more than there are."""
+        small = twin(self)
+        small.top_k = min(self.top_k, len(units))
+        small.router = cut_linear(self.router, rows=units)
+        small.experts = nn.ModuleList(self.experts[int(e)] for e in units)
+        return small
 
     def macs(self, n: int) -> int:
         per_expert = 2 * self.site.dim * self.hidden

@@ -28,7 +28,7 @@ from ..wrapped import bare
 from .paths import DDPM, Clock, Linear, Path, Point, Prediction, Times, get_path
 
 __all__ = [
-    "CONVENTIONS", "DIT", "EFFFORMER", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "LIGHTNINGDIT", "MDT_DIST",
+    "CONVENTIONS", "DIT", "EFFFORMER", "FLOWSEP", "FLOW_MATCHING", "FLUX", "INSTAFLOW", "LIGHTNINGDIT", "MDT_DIST",
     "RECTIFIED_DIFFUSION", "RECTIFIED_FLOW", "RFPP", "SD3", "SIT", "SIT_PAPER", "SLIMFLOW",
     "SLIMFLOW_PAPER", "TORCHCFM", "TRELLIS", "TRIPOSG", "FlowConvention", "Remembering", "Trained", "Velocity", "VelocityField",
     "adapt", "answered", "as_velocity", "batch_times", "flip", "get_convention", "recorded",
@@ -145,6 +145,7 @@ TRELLIS = MDT_DIST
 SD3 = FlowConvention(data_at=0, label_scale=1000.0)
 FLUX = FlowConvention(data_at=0)
 TRIPOSG = FlowConvention(data_at=0, label_scale=1000.0, sign=-1)
+FLOWSEP = FlowConvention(data_at=1, path=Linear(sigma_min=1e-4))
 TORCHCFM = EFFFORMER
 FLOW_MATCHING = EFFFORMER
 SIT = EFFFORMER
@@ -159,7 +160,7 @@ CONVENTIONS: dict[str, FlowConvention] = {
     "effformer": EFFFORMER, "rectified-flow": RECTIFIED_FLOW, "slimflow": SLIMFLOW,
     "slimflow-paper": SLIMFLOW_PAPER, "rfpp": RFPP, "instaflow": INSTAFLOW,
     "rectified-diffusion": RECTIFIED_DIFFUSION, "mdt-dist": MDT_DIST, "trellis": TRELLIS,
-    "sd3": SD3, "flux": FLUX, "triposg": TRIPOSG, "torchcfm": TORCHCFM,
+    "sd3": SD3, "flux": FLUX, "triposg": TRIPOSG, "flowsep": FLOWSEP, "torchcfm": TORCHCFM,
     "flow-matching": FLOW_MATCHING, "sit": SIT, "lightningdit": LIGHTNINGDIT, "sit-paper": SIT_PAPER, "dit": DIT,
 }  # fmt: skip
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from .benchmark import Benchmark, Candidate, benchmark
+from .breakdown import Box, Breakdown, breakdown
 from .compare import Comparison, ComparisonRow, compare
 from .counter import Counter
 from .latency import Latency, SideBySide, interleave, latency
@@ -22,6 +23,8 @@ from .sweep import Sweep
 __all__ = [
     "SUFFIXES",
     "Benchmark",
+    "Box",
+    "Breakdown",
     "Candidate",
     "Comparison",
     "ComparisonRow",
@@ -35,6 +38,7 @@ __all__ = [
     "SideBySide",
     "Sweep",
     "benchmark",
+    "breakdown",
     "compare",
     "count_parameters",
     "interleave",

@@ -8,7 +8,7 @@ from .counter import Counter
 from .operators import Kind
 from .parts import PART_LABELS, Parts, block_of
 
-__all__ = ["Costs"]
+__all__ = ["Costs", "ancestors"]
 
 
 class Costs:
@@ -42,7 +42,7 @@ class Costs:
         """Path -> MACs, children included, for every module that ran."""
         sums = dict.fromkeys(self._counter.paths, 0)
         for (path, _), count in self.own.items():
-            for ancestor in _ancestors(path):
+            for ancestor in ancestors(path):
                 sums[ancestor] = sums.get(ancestor, 0) + count
         return sums
 
@@ -81,20 +81,20 @@ class Costs:
         """
         total = 0.0
         for (path, _), count in self.own.items():
-            nearest = next((a for a in _ancestors(path) if a in fractions), None)
+            nearest = next((a for a in ancestors(path) if a in fractions), None)
             total += count * (1.0 if nearest is None else fractions[nearest])
         return round(total)
 
     def _formula(self, path: str) -> int | None:
         """Dense MACs of a part by its formula, or of the topmost parts inside that have one."""
         formulas = self._counter.formulas
-        inside = {p for p in formulas if path in _ancestors(p)}
-        topmost = [p for p in inside if inside.isdisjoint(_ancestors(p)[1:])]
+        inside = {p for p in formulas if path in ancestors(p)}
+        topmost = [p for p in inside if inside.isdisjoint(ancestors(p)[1:])]
         calls = [call for p in topmost for call in formulas[p]]
         return sum(batch * formula() for batch, formula in calls) if calls else None
 
 
-def _ancestors(path: str) -> list[str]:
+def ancestors(path: str) -> list[str]:
     """The path itself, its parents, the root."""
     names = path.split(".") if path else []
     return [".".join(names[:i]) for i in range(len(names), -1, -1)]

@@ -23,7 +23,7 @@ from .result import Profile
 from .save import COMPARISON, Saved
 from .tables import amount, size, table
 
-__all__ = ["METRICS", "Comparison", "ComparisonRow", "Metric", "compare"]
+__all__ = ["METRICS", "Comparison", "ComparisonRow", "Metric", "compare", "labels"]
 
 Metric = Literal["latency", "macs", "executed", "params", "memory", "bytes", "errors"]
 METRICS: dict[Metric, str] = {
@@ -232,22 +232,22 @@ def compare(
     if not models:
         raise ValueError("compare: no models given")
     built = [_build(m, meta=not time) if isinstance(m, str) else m for m in models]
-    labels = _labels(built, names)
+    called = labels(built, names, where="compare")
     profiles = []
-    for label, model in zip(labels, built, strict=True):
+    for label, model in zip(called, built, strict=True):
         if progress is not None:
             progress(f"counting {label}")
         profiles.append(profile(model, inputs))
     if not time:
-        return Comparison(tuple(map(ComparisonRow, labels, profiles)))
+        return Comparison(tuple(map(ComparisonRow, called, profiles)))
     if progress is not None:
         progress("measuring latency")
     side = interleave(
-        dict(zip(labels, built, strict=True)), inputs, warmup=warmup, runs=runs, threads=threads
+        dict(zip(called, built, strict=True)), inputs, warmup=warmup, runs=runs, threads=threads
     )
     rows = (
         ComparisonRow(label, p, ((side.rows[label], side.ratios[label]),))
-        for label, p in zip(labels, profiles, strict=True)
+        for label, p in zip(called, profiles, strict=True)
     )
     first = next(iter(side.rows.values()))
     how = f"{first.runs} runs each in turns after {first.warmup}, in one process; {first.machine}"
@@ -261,11 +261,16 @@ def _build(name: str, *, meta: bool) -> nn.Module:
     return model
 
 
-def _labels(models: Sequence[nn.Module], names: Sequence[str] | None) -> list[str]:
+def labels(models: Sequence[nn.Module], names: Sequence[str] | None, *, where: str) -> list[str]:
+    """Names of models as given, or their own, numbered where they repeat.
+
+    Raises:
+        ValueError: as many names as there are not models, or equal ones.
+    """
     if names is not None:
         if len(names) != len(models) or len(set(names)) != len(names):
             raise ValueError(
-                f"compare: {len(models)} models need as many different names, got {list(names)}"
+                f"{where}: {len(models)} models need as many different names, got {list(names)}"
             )
         return list(names)
     own = [str(getattr(m, "name", type(m).__name__)) for m in models]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effformer.files import mark
-from effformer.notebook import DARK, LIGHT, RULES, html_table
+from effformer.notebook import DARK, LIGHT, RULES, branch, html_table
 
 from .parts import PART_LABELS
 from .save import COMPARISON, PROFILE
@@ -17,11 +17,13 @@ from .tables import amount, size
 from .tree import Node, module_tree
 
 if TYPE_CHECKING:
+    from .breakdown import Breakdown
     from .compare import Comparison
     from .crosscheck import Row
     from .result import Profile
 
 __all__ = [
+    "breakdown_section",
     "comparison_section",
     "gallery",
     "page",
@@ -102,6 +104,32 @@ def comparison_section(comparison: Comparison, title: str = "Side by side") -> s
     return "\n".join(pieces) + "</section>"
 
 
+def breakdown_section(found: Breakdown, title: str = "Module by module") -> str:
+    """Models side by side as one tree that opens and closes."""
+    inside: dict[str, list[str]] = {}
+    for path in found.boxes:
+        if path:
+            inside.setdefault(path.rpartition(".")[0], []).append(path)
+
+    def row(path: str, level: int) -> str:
+        kinds = dict.fromkeys(box.kind for box in found.boxes[path] if box is not None)
+        line = _box(path.rpartition(".")[2] or "model", " → ".join(kinds), found.cells(path))
+        below = "".join(row(child, level + 1) for child in inside.get(path, []))
+        return branch(line, below, opened=level < 2)
+
+    head = _box(" → ".join(found.names), "", {column: column for column in found.cells("")})
+    said = f"<p>{escape(found.how)}</p>" if found.how else ""
+    tree = f'<div class="tree"><div class="head">{head}</div>{row("", 0)}</div>'
+    return f"<section><h2>{escape(title)}</h2>{tree}{said}</section>"
+
+
+def _box(name: str, kind: str, cells: Mapping[str, str]) -> str:
+    numbers = "".join(
+        f'<span title="{escape(column)}">{escape(words)}</span>' for column, words in cells.items()
+    )
+    return f'<span class="box"><b>{escape(name)} <i>{escape(kind)}</i></b>{numbers}</span>'
+
+
 def _tiles(p: Profile) -> str:
     shown = [(amount(p.total), "MACs")]
     if p.executed is not None and p.executed != p.total:
@@ -159,10 +187,8 @@ def _tree(node: Node, total: int, times: int, level: int) -> str:
     each = f" ({node.count} x {amount(node.each)})" if node.count > 1 else ""
     count = node.macs * times
     line = f"{escape(node.label)}{each}<em>{amount(count)} &middot; {_share(count, total)}</em>"
-    if not node.children:
-        return f"<div>{line}</div>"
     inside = "".join(_tree(child, total, times * node.count, level + 1) for child in node.children)
-    return f"<details{' open' if level < 1 else ''}><summary>{line}</summary>{inside}</details>"
+    return branch(line, inside, opened=level < 1)
 
 
 def _cross_check(rows: Sequence[Row]) -> str:

@@ -24,6 +24,7 @@ PART_LABELS = {
     "proj": "output projection",
     "projections": "attention projections",
     "mlp": "FFN",
+    "convs": "convolutions",
     "skips": "long skips",
     "adaln_final": "modulation (final)",
     "final_linear": "final linear",

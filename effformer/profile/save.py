@@ -16,10 +16,11 @@ from effformer.notebook import Shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COMPARISON", "PROFILE", "QUALITY", "SUFFIXES", "Saved", "save_figure"]
+__all__ = ["BREAKDOWN", "COMPARISON", "PROFILE", "QUALITY", "SUFFIXES", "Saved", "save_figure"]
 
 SUFFIXES = (".json", ".html", ".txt")
-PROFILE, COMPARISON, FIGURE, QUALITY = "profile", "comparison", "figure", "quality"
+BREAKDOWN, PROFILE, COMPARISON = "breakdown", "profile", "comparison"
+FIGURE, QUALITY = "figure", "quality"
 
 
 class Saved(Shown):

@@ -214,8 +214,8 @@ CHECKS: tuple[Check, ...] = (
         half_precision_is_near_float64,
         lambda s: s.cond or s.kind != "block" or s.caps.cond == "never",
     ),
-    Check(one_graph_serves_every_length, lambda s: s.caps.onnx and s.kind == "attention"),
-    Check(its_graph_agrees, lambda s: s.caps.onnx and s.kind != "attention"),
+    Check(one_graph_serves_every_length, lambda s: s.kind == "attention"),
+    Check(its_graph_agrees, lambda s: s.kind != "attention"),
     Check(what_does_not_fit_is_refused_in_a_sentence, lambda s: not s.caps.joint),
 )
 """What is checked beside `effformer.testing.contract`, and whom it concerns."""

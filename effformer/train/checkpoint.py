@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from effformer.arguments import checked
 
 from ..checks import FormatError, reason
-from ..files import atomic_path, disk_errors, sweep, write_json
+from ..files import atomic_path, check_finite, disk_errors, sweep, write_json
 from ..loading import tell_not_finite, unlike
 from ..retired import rename
 from ..weights import unshared
@@ -219,6 +219,7 @@ def _identity(run: Path) -> dict[str, Any] | None:
     file = run / _RUN
     if not file.exists():
         return None
+    check_finite(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         version = int(found["format"])
@@ -254,6 +255,7 @@ def read_metrics(source: str | os.PathLike[str]) -> list[dict[str, float]]:
     """
     path = Path(source)
     path = path / _METRICS if path.is_dir() else path
+    check_finite(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ from effformer.arguments import Shape, checked
 from effformer.notebook import Shown, picture_grid, tables
 from effformer.values import Checked, Fraction, Range, Seed
 
-from ..checks import check_ids, need, unknown
+from ..checks import check_ids, need, shown, unknown
 from .readers import Size, cut_away, find_idx, read_folder, read_idx, resize
 
 __all__ = ["Dataset", "half_of", "load_data", "placed"]
@@ -97,7 +97,8 @@ class Dataset(Shown, Checked):
         shapes = {name: tuple(x.shape) for name, x in self.tensors.items()}
         if not shapes or not all(shapes.values()) or len({s[0] for s in shapes.values()}) != 1:
             raise ValueError(
-                f"{where}: expected named tensors with one row for every sample, got {shapes}"
+                f"{where}: expected named tensors with one row for every sample, got "
+                f"{shown(shapes)}"
             )
         if len(self) == 0:
             raise ValueError(f"{where}: there are no samples")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from closeness import assert_close
 from definitions import HEADS, SITE, WIDTH
+from effformer.export import ExportError
 from torch._dynamo.utils import counters
 
 import effformer
@@ -14,6 +18,7 @@ from effformer.attention.reference_efficient import reformer_reference
 from effformer.checks import CapabilityError
 from effformer.context import Context, Packing, Tap
 from effformer.site import Site
+from effformer.testing.work import exports, serves_every_length
 
 
 def _part(**options: object) -> Reformer:
@@ -122,3 +127,19 @@ def test_one_compiled_graph_serves_every_length() -> None:
         x = torch.randn(2, n, SITE.dim, requires_grad=True)
         assert_close(compiled(x), part(x), rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"across": False}, {"once": True}], ids=str)
+def test_one_graph_of_its_options_serves_every_length(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    serves_every_length(_part(chunk=8, **options).float(), tmp_path)
+
+
+@pytest.mark.slow
+def test_published_rounding_has_no_graph_for_every_length(tmp_path: Path) -> None:
+    part = _part(compat="transformers").float()
+    with pytest.raises(ExportError, match=r"compat='transformers' rounds as .* compat='none'"):
+        serves_every_length(part, tmp_path)
+    exports(part, tmp_path, fixed=True)

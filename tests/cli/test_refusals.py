@@ -18,7 +18,9 @@ import torch
 from typer.testing import CliRunner
 
 import effformer
+from effformer.checks import FormatError
 from effformer.cli import main
+from effformer.train.checkpoint import read_metrics
 
 from .running import SMALL, answer, invoke, refusal, started
 
@@ -67,6 +69,24 @@ def test_damaged_models(
     out = ["-o", str(tmp_path / "out.png")] if writes else []
     assert message in refusal(verb, str(folder), *out)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes of Linux")
+def test_what_never_answers_is_not_read(saved: Path, tmp_path: Path) -> None:
+    pipe, out = tmp_path / "pipe.safetensors", str(tmp_path / "new")
+    os.mkfifo(pipe)
+    (tmp_path / "run").mkdir()
+    for name in ("run.json", "metrics.jsonl"):
+        os.mkfifo(tmp_path / "run" / name)
+    for words in (
+        ("linearize", str(saved), "--data", str(pipe), "-o", out),
+        ("compress", str(saved), "--scheme", "awq", "--data", str(pipe), "-o", out),
+        ("train", "sit-nano", "-o", str(tmp_path / "run")),
+        ("train", "--resume", str(tmp_path / "run")),
+    ):
+        assert "is a device, pipe or socket" in refusal(*words)
+    with pytest.raises(FormatError, match="is a device, pipe or socket"):
+        read_metrics(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -162,14 +182,6 @@ def test_models_of_other_inputs_are_not_compared() -> None:
     message = refusal("bench", "sit-nano", "bert-tiny", "--runs", "1")
     assert "bench: bert-tiny takes tokens (1, " in message
     assert "sit-nano takes x (1, 4, 32, 32), t (1,), y (1,); compare models of equal" in message
-
-
-@pytest.mark.parametrize("form", ["file.onnx", "bundle"])
-def test_parts_without_an_onnx_form(form: str, tmp_path: Path) -> None:
-    words = ["sit-nano", "--attn", "reformer", "--set", "input_size=16"]
-    message = refusal("export", *words, "-o", str(tmp_path / form))
-    assert "'reformer' has no ONNX form; choices: " in message
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_of_another_form(saved: Path, tmp_path: Path) -> None:

@@ -181,7 +181,10 @@ def test_forms_of_a_model(tmp_path: Path) -> None:
     model = effformer.build_model("sit-nano", input_size=8)
     torch.nn.init.normal_(model.final.linear.weight)  # zero until it is trained
     effformer.save_pretrained(model, saved)
-    invoke("export", str(saved), "-o", str(graph))
+    page = tmp_path / "graph.json"
+    invoke("export", str(saved), "-o", str(graph), "--report", str(page))
+    boxes = {row["module"]: row for row in json.loads(page.read_text())["boxes"]}
+    assert boxes["blocks.0.ffn.part.fc1"]["onnx"]["bytes"] > 0
     few = ["--runs", "2", "--warmup", "1", "--rounds", "1"]
     data = answer("bench", str(saved), "--forms", "all", "--threads", "1,2", *few, "-o", str(page))
     rows = {row["name"].rpartition(" ")[2]: row for row in data["rows"]}
@@ -447,9 +450,15 @@ def test_train_refuses(
 
 
 def test_compress(saved: Path, tmp_path: Path) -> None:
-    small = tmp_path / "nf4"
-    data = answer("compress", str(saved), "--scheme", "nf4", "-o", str(small))
+    small, page = tmp_path / "nf4", tmp_path / "report.html"
+    words = ("compress", str(saved), "--scheme", "nf4", "--report", str(page))
+    data = answer(*words, "-o", str(small))
     assert data["ratio"] < 1
+    assert "<b>qkv <i>Linear → QuantLinear</i></b>" in page.read_text(encoding="utf-8")
+    page.write_text("<p>mine</p>")
+    assert "did not write as breakdown" in refusal(*words, "-o", str(tmp_path / "other"))
+    assert "--report x.png: must end in" in refusal(*words[:-1], "x.png", "-o", "x")
+    assert "--report does not go with --for" in refusal(*words[:2], *words[4:], "--for", "size=0.5")
     assert effformer.load_model(small).transforms
     again = refusal("compress", str(small), "-o", str(tmp_path / "twice"))
     assert "already quantized" in again

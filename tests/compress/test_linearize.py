@@ -142,6 +142,8 @@ def test_refusals(vit: Any) -> None:
         linearize(quantize(vit, "int8")[0], "flow", data=data)
     with pytest.raises(CapabilityError, match="not a stack of equally wide blocks"):
         linearize(torch.nn.Linear(2, 2), "flow", data=data)
+    with pytest.raises(CapabilityError, match="never ran blocks"):
+        linearize(vit, "flow", data=data, objective=lambda *_: torch.zeros(()))
     with pytest.raises(CapabilityError, match="has no softmax attention"):
         linearize(effformer.build_model("vit-nano", attn="flow"), "flow", data=data)
     for wrong in ({"x": data["x"] * torch.nan}, []):

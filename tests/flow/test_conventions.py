@@ -25,6 +25,7 @@ TABLE: dict[str, tuple[int, Any, Any, Any]] = {
     "sd3": (0, lambda u: (1 - u, u), (-1, 1), lambda u: 1000 * u),
     "flux": (0, lambda u: (1 - u, u), (-1, 1), lambda u: u),
     "triposg": (0, lambda u: (1 - u, u), (1, -1), lambda u: 1000 * u),
+    "flowsep": (1, lambda u: (u, 1 - (1 - 1e-4) * u), (1, -(1 - 1e-4)), lambda u: u),
     "torchcfm": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
     "flow-matching": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),
     "sit": (1, lambda u: (u, 1 - u), (1, -1), lambda u: u),

@@ -22,6 +22,9 @@ from effformer.config import Config
 from effformer.layout import TRAINING, Layout
 
 TINY: dict[str, dict[str, Any]] = {
+    "flowsep-tiny": {
+        "dim": 32, "groups": 32, "multipliers": (1, 1), "head_dim": 16, "residuals": 1, "input_size": (4, 4),
+    },
     "flux-tiny": {},
     "bert-tiny": {"dim": 24, "heads": 2, "vocab": 31, "context": 20},
     "dit-nano": {"input_size": 8, "num_classes": 10},

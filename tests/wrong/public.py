@@ -262,7 +262,15 @@ OWN: dict[str, dict[str, Make]] = {
     "prepare_widths": {"model": model("dydit-nano"), "times": lambda folder: torch.linspace(0, 900, 3)},
     "sort_by_magnitude": {"model": model("sit-nano")},
     "optimize": {"rows": given(2)},
-    "acmize": {"model": model("sit-nano"), "scheme": given(compress.AdaptiveScheme())},
+    "acmize": {
+        "model": model("sit-nano"), "scheme": given({"seed": 0, "steps": [1, 1, 1], "batch": 2}), "data": given(None),
+        "objective": given(train.Generation()), "progress": given(False),
+    },
+    "dynamize": {
+        "model": model("sit-nano"), "scheme": given({"course": 0.5, "steps": 1, "batch": 2}), "data": given(None),
+        "objective": given(train.Generation()), "progress": given(False),
+    },
+    "upcycle": {"model": model("sit-nano"), "scheme": given({"experts": 3}), "where": given("*")},
     "quantize": {"where": given("*"), "skip": given(("2",)), "data": samples},
     "quantize_": {"where": given(["0", "2"]), "data": samples},
     "MixedScheme": {"schemes": given({"0": "int4", "*": "int8"})},
@@ -319,6 +327,9 @@ OWN: dict[str, dict[str, Make]] = {
         "names": given(["a", "b"]),
         "time": given(False),
     },
+    "breakdown": {"models": lambda folder: [dense(folder), dense(folder)], "names": given(["a", "b"])},
+    "Breakdown.cells": {"path": given("0")},
+    "Breakdown.save": {"path": new("new.json")},
     "interleave": {"candidates": lambda folder: {"a": dense(folder), "b": dense(folder)}},
     "dequantize": {"model": lambda folder: compress.quantize(dense(folder), "int8")[0]},
     "peak_rss": {"call": given(gc.collect)},
@@ -333,7 +344,8 @@ OWN: dict[str, dict[str, Make]] = {
     "read_metrics": {"source": run},
     "read_graph": {"path": graph},
     "verify_onnx": {"path": graph},
-    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
+    "graph_breakdown": {"path": graph},
+    "quantize_onnx": {"path": graph, "out": new("out.onnx"), "scheme": given("matmul-nbits"), "keep": given(["0/node_linear_MatMul"]), "compared": lambda folder: (dense(folder), x(folder))},
     "calibrate_onnx": {"path": graph, "data": of_graph},
     "deviation": {"path": graph, "data": of_graph},
     "Calibration": {"ranges": given({"x": (0.0, 1.0)}), "rule": given("minmax"), "batches": given(1)},
@@ -431,6 +443,7 @@ rounds.
 
 
 INSTANCES: dict[str, Make] = {
+    "Breakdown": lambda folder: profile.breakdown([dense(folder)], x(folder), runs=1),
     "Classifier": lambda folder: train.Classifier(_flat(), 1.0),
     "Caps": given(registry.Caps()),
     "Comparison": lambda folder: profile.compare([dense(folder)], x(folder), time=False),

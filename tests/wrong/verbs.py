@@ -94,6 +94,8 @@ NEW = (
     "new.md",
     "new.safetensors",
 )
+PATIENT = {("minutes", "1.5"), ("train_pairs", "steps=100000")}
+"""Right words that take as long as they say."""
 READ = {"weights", "data", "recipe", "quality"}
 """Options that name what is read, as arguments do."""
 
@@ -215,4 +217,5 @@ def trials(call: str, things: list[str]) -> Iterator[Trial]:
         if name in ("pairs", "train_pairs"):
             values += SETTINGS
         for value in dict.fromkeys(values):
-            yield Trial((*words, f"{spelled}={value}"), f"{spelled}={value[:40]!r}")
+            if (name, value) not in PATIENT:
+                yield Trial((*words, f"{spelled}={value}"), f"{spelled}={value[:40]!r}")

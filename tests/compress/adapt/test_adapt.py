@@ -143,3 +143,80 @@ def test_refusals(vit: Any, tmp_path: Path) -> None:
         load_adapter(vit, tmp_path / "nothing")
     with pytest.raises(ValueError, match="all or nothing"):
         adapter_scale(adapt(vit, LoRA(kind="dora"))[0], 0.5)
+
+
+def moved_in_time(name: str = "sit-nano", **options: Any) -> tuple[Any, Any]:
+    """A generator that is awake, and the same with changes that follow the time."""
+    torch.manual_seed(0)
+    model: Any = effformer.build_model(name, **options).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    adapted, _ = adapt(
+        model, {"rank": 2, "kind": "td", "experts": 3}, ("*attn.part*", "*ffn.part*")
+    )
+    with torch.no_grad():
+        for key, p in adapted.named_parameters():
+            if "lora_router" in key:
+                p.normal_(std=2.0)
+    return model, moved(adapted)
+
+
+@pytest.mark.parametrize("name", ["sit-nano", "mmdit-nano"])
+def test_changes_follow_the_time_and_merge_for_one(name: str, tmp_path: Path) -> None:
+    model, adapted = moved_in_time(name)
+    inputs = model.example_inputs(3)
+    inputs["t"] = torch.tensor([0.2, 0.2, 0.9])
+    layer = adapted.get_submodule(next(iter(adapted.transforms[0]["layers"])))
+    with torch.no_grad():
+        out = adapted(**inputs)
+        singles = torch.cat(
+            [adapted(**{k: v[i : i + 1] for k, v in inputs.items()}) for i in range(3)]
+        )
+    assert_close(singles, out, rtol=1e-4, atol=1e-5)  # each alone, merged in the call
+    assert layer.moment.ctx is None
+    for i, time in ((0, 0.2), (2, 0.9)):
+        merged = merge(adapted, time=time)
+        assert merged.transforms == ()
+        assert not any(m._forward_pre_hooks for m in merged.modules())
+        one = {k: v[i : i + 1] for k, v in inputs.items()}
+        with torch.no_grad():
+            assert_close(merged(**one), out[i : i + 1], rtol=1e-4, atol=1e-5)
+            assert (merged(**one) - model(**one)).abs().max() > 1e-3
+    with torch.no_grad():
+        assert_close(unadapt(adapted)(**inputs), model(**inputs), rtol=0, atol=1e-6)
+        again: Any = effformer.load_model(effformer.save_pretrained(adapted, tmp_path / "m"))
+        assert_close(again.eval()(**inputs), out, rtol=0, atol=1e-6)
+
+
+def test_changes_that_follow_the_time_learn_with_their_routers_and_what_is_named() -> None:
+    torch.manual_seed(0)
+    model: Any = effformer.build_model("sit-nano", width="dynamic", tokens="dynamic")
+    scheme = {"rank": 2, "kind": "td", "also": ["*.gates"]}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    adapted, _ = adapt(model, scheme, "*.ffn.part")
+    learns = {n for n, p in adapted.named_parameters() if p.requires_grad}
+    assert learns == {n for n, _ in adapted.named_parameters() if "lora_" in n or ".gates." in n}
+    inputs = model.example_inputs(2)
+    with torch.no_grad():
+        assert_close(adapted.eval()(**inputs), model.eval()(**inputs), rtol=0, atol=1e-6)
+    moved(adapted).train()(**{**inputs, "t": torch.tensor([0.1, 0.7])}).square().sum().backward()
+    assert adapted.blocks[0].ffn.part.fc1.lora_router.weight.grad.abs().max() > 0
+
+
+def test_wrong_times_of_changes_are_refused(vit: Any, tmp_path: Path) -> None:
+    with pytest.raises(CapabilityError, match="blocks that are told the time"):
+        adapt(vit, {"kind": "td"})
+    model, adapted = moved_in_time()
+    with pytest.raises(CapabilityError, match=r"say which: merge\(model, time=0.5\)"):
+        merge(adapted)
+    with pytest.raises(ValueError, match="no change of this model follows the time"):
+        merge(adapt(model, {"rank": 2})[0], time=0.5)
+    with pytest.raises(CapabilityError, match="peft has no layout"):
+        save_adapter(adapted, tmp_path / "a")
+    with pytest.raises(ValueError, match="reaches a layer with its block alone"):
+        adapted.blocks[0].attn.part.qkv(torch.zeros(1, 2, 48))
+    with pytest.raises(ValueError, match="adapt: also"):
+        adapt(model, {"also": ["gates"]})

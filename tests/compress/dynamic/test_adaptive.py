@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +76,22 @@ def test_sizes_follow_the_scheme() -> None:
     assert isinstance(small.blocks[0].attn.part.qkv, nn.Linear)
 
 
+def test_blocks_of_their_own_kind_and_those_that_where_covers() -> None:
+    dense = teacher(layers={"0": {"ffn": {"name": "mlp", "hidden": 64}}})
+    student, report = acmize(dense, {"projections": False})
+    assert [student.config.at(f"blocks.{i}.ffn.hidden") for i in (0, 1)] == [64, 4 * 48]
+    other, report = acmize(dense, where=("blocks.0.attn", "blocks.1.ffn"))
+    assert {place.rpartition(".")[0] for place in report.places} == {
+        "blocks.0.attn.part",
+        "blocks.1.ffn.part",
+    }
+    again, _ = acmize(other, {"projections": False}, "blocks.0")  # one after the other
+    assert again.config.at("blocks.0.attn.projections") == other.config.at(
+        "blocks.0.attn.projections"
+    )
+    assert again(dense.example_inputs()["x"]).isfinite().all()
+
+
 def test_a_student_cut_from_the_teacher_has_nothing_left_to_learn() -> None:
     dense = teacher()
     student, _ = acmize(dense, AdaptiveScheme(projections=False))
@@ -126,6 +143,93 @@ def test_distillation_is_module_by_module_on_the_teachers_activations(
         weight = learners.fc1[0].weight
         expected = distillation_loss(learners, x, y, detach=detach) / len(report.places)
         torch.testing.assert_close(torch.autograd.grad(expected, weight)[0], weight.grad)
+
+
+@pytest.mark.parametrize("name", ["vit-nano", "sit-nano"])
+def test_three_stages_in_one_call_are_those_by_hand(name: str, tmp_path: Path) -> None:
+    size = "image_size" if name == "vit-nano" else "input_size"
+    dense = teacher(name, depth=1, channels=1, patch=4, num_classes=10, **{size: 8})
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    scheme = {
+        "projections": name == "sit-nano",
+        "steps": [3, 2, 3],
+        "lr": [1e-2, 1e-2, 3e-3],
+        "batch": 8,
+    }
+    task: Any = Classification() if name == "vit-nano" else Generation()
+    data = load_data("digits").subset(torch.arange(32))
+    student, report = acmize(dense, scheme, data=data, objective=task, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+    hand, nothing = acmize(dense, scheme)
+    assert nothing.executed is None
+    assert "data= trains them" in str(nothing)
+    objectives = (
+        LearnerDistillation(teacher=dense, task=task), GatePretraining(teacher=dense, task=task),
+        Budgeted(task=task, target=0.5, budget=1.0),
+    )  # fmt: skip
+    wanted = {key: p.requires_grad for key, p in hand.named_parameters()}
+    for stage, objective in enumerate(objectives):
+        for key, p in hand.named_parameters():
+            inside = any(key.startswith(f"{place}.") for place in report.places)
+            learns = stage == 2 or (inside and (".gate." in key) == (stage == 1))
+            p.requires_grad_(wanted[key] and learns)
+        config = AdaptiveScheme.from_dict(scheme).training(stage)
+        train(hand, data, objective, config, progress=False)
+    for mine, theirs in zip(student.parameters(), hand.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.requires_grad == theirs.requires_grad
+    assert not student.training
+    assert len(report.errors) == len(report.places)
+    assert report.executed is not None
+    again: Any = effformer.load_model(effformer.save_pretrained(student, tmp_path / "m"))
+    inputs = dense.example_inputs(2)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs), student(**inputs))
+
+
+@pytest.mark.slow
+def test_the_budget_is_reached_and_learners_stand_for_what_they_replaced() -> None:
+    dense = teacher(depth=1, channels=1, image_size=8, patch=4, num_classes=10)
+    data = load_data("digits")
+    train(dense, data, Classification(), TrainConfig(steps=200, batch=32, ema=None), progress=False)
+    scheme = {
+        "projections": False, "steps": [300, 100, 300], "lr": [3e-3, 1e-2, 1e-3], "batch": 32,
+        "budget": 5.0,
+    }  # fmt: skip
+    for task in (Classification(), None):
+        _, report = acmize(dense, scheme, data=data, objective=task, progress=False)
+        assert max(report.errors) < 0.5
+        assert report.executed == pytest.approx(0.5, abs=0.25)
+
+
+def test_a_stage_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    dense = teacher(depth=1, channels=1, image_size=8, patch=4, num_classes=10)
+
+    class Stopping(Classification):
+        calls = 0
+
+        def __call__(self, *args: Any) -> Tensor:
+            Stopping.calls += 1
+            if Stopping.calls == 14:  # one for each step of the first two stages, and in the third
+                raise KeyboardInterrupt
+            return super().__call__(*args)
+
+    Stopping.__qualname__ = "Classification"  # the same run
+    scheme = {"steps": [4, 4, 4], "batch": 8, "projections": False}
+    given: dict[str, Any] = {
+        "data": load_data("digits").subset(torch.arange(32)),
+        "progress": False,
+    }
+    whole, _ = acmize(dense, scheme, objective=Classification(), **given)
+    with pytest.raises(KeyboardInterrupt):
+        acmize(dense, scheme, objective=Stopping(), out=tmp_path, **given)
+    assert {p.name for p in tmp_path.iterdir()} >= {"learners", "gates"}
+    resumed, _ = acmize(dense, scheme, objective=Classification(), out=tmp_path, **given)
+    assert all(
+        torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True)
+    )
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        acmize(dense, scheme | {"target": 0.3}, objective=Classification(), out=tmp_path, **given)
 
 
 def test_gates_alone_learn_from_the_labels() -> None:
@@ -187,8 +291,10 @@ def test_bad_input() -> None:
         acmize(nn.Linear(3, 3))
     with pytest.raises(CapabilityError, match="acmize first, then quantize"):
         acmize(quantize(dense, "int8")[0])
-    with pytest.raises(CapabilityError, match=r"layers \['0'\]; build those adaptive"):
-        acmize(teacher(layers={"0": {"ffn": "swiglu"}}))
+    with pytest.raises(ValueError, match=r"where='blocks\.9' matches no module"):
+        acmize(dense, where="blocks.9")
+    with pytest.raises(CapabilityError, match="never called its model"):
+        acmize(dense, data=batch(dense), objective=lambda *_: torch.zeros(()), progress=False)
     with pytest.raises(ValueError, match="nothing to replace"):
         AdaptiveScheme(ffn=False, projections=False)
     with pytest.raises(ValueError, match="learners must be at least 1"):

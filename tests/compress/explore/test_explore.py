@@ -120,6 +120,9 @@ def test_a_model_is_made_smaller_and_saved_with_a_report(tmp_path: Path) -> None
     assert found.rows[0].name == "dense"
     assert found.rows[0].drop == 0
     assert {p.name for p in out.iterdir()} >= {"report.html", "report.json", "model", "candidates"}
+    assert found.boxes is not None
+    assert found.boxes.names == ("before", found.chosen.name)
+    assert '<span class="box">' in (out / "report.html").read_text(encoding="utf-8")
     again = effformer.load_model(out / "model").eval()
     x = dense.example_inputs(2)
     with torch.no_grad():

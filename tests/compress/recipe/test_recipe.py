@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.compress import Recipe, run_recipe
+from effformer.compress import Budgeted, Recipe, quantize, run_recipe
 from effformer.compress.recipe import steps as verbs
 from torch import nn
 from typer.testing import CliRunner
@@ -198,6 +198,10 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
         ({"steps": [{"merge": {"a": 1}}]}, "unknown option 'a'"),
         ({"steps": [{"quantize": {}}, {"prune": {}}]}, "needs dense weights"),
         ({"steps": [{"sparsify": {}}, {"distill": {}}]}, "would fill its zeros"),
+        ({"steps": [{"linearize": {}}]}, "'attn' is missing|missing .*attn"),
+        ({"steps": [{"acmize": {"steps": [1, 2]}}]}, "steps"),
+        ({"steps": [{"dynamize": {"width": "dynamo"}}]}, "did you mean 'dynamic'"),
+        ({"steps": ["adapt", {"acmize": {}}]}, "put it before adapt"),
         ({"steps": [{"quantize": {}}], "samples": 0}, "samples must be"),
         ({"steps": [{"quantize": {}}], "data": 3}, "data: expected the name"),
     ],
@@ -258,3 +262,49 @@ def test_the_command(tmp_path: Path) -> None:
     assert "is the model itself" in said("-o", str(tmp_path / "model"), code=2)
     done = CliRunner().invoke(app, [*words[:2], "--explain", *out])
     assert "give one" in done.output
+
+
+def test_other_parts_are_put_in_one_after_the_other_and_go_on_after_a_stop(tmp_path: Path) -> None:
+    few = {"batch": 4}
+    given: dict[str, Any] = {
+        "data": "digits",
+        "steps": [
+            {"linearize": {"attn": "flow", "steps": 2, "whole": 2, **few}},
+            {"dynamize": {"steps": 2, "tokens": None, "width": {"name": "dynamic", "over": "ffn"}, **few}},
+            {"acmize": {"ffn": False, "steps": [2, 1, 4], **few}},
+            {"quantize": {"where": "blocks.*.ffn"}},
+        ],
+    }  # fmt: skip
+    small, report = run_recipe(generator(), given, tmp_path / "whole")
+    verbs_done = [step["step"] for step in report.steps]
+    assert verbs_done == ["linearize", "dynamize", "acmize", "quantize"]
+    assert small.config.attn.core.entry.name == "flow"
+    assert small.config.attn.projections is not None
+    assert small.config.width.over == "ffn"
+    assert report.steps[1]["report"]["executed"] > 0
+    json.dumps(report.to_dict(), allow_nan=False)
+    loaded = effformer.load_model(tmp_path / "whole/model")
+    inputs = generator().example_inputs(2)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs), small.eval()(**inputs))
+    # killed in the third stage of the third step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Budgeted, "__call__", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(generator(), given, tmp_path / "out")
+    assert not (tmp_path / "out/3-acmize").exists()
+    again, report = run_recipe(generator(), given, tmp_path / "out")
+    assert report.resumed == 2
+    assert all(torch.equal(v, small.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_first_step_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    packed, _ = quantize(effformer.build_model("vit-nano", depth=1), "int8")
+    steps = {"steps": [{"prune": {"macs": 0.6}}]}
+    with pytest.raises(ValueError, match="prune first, then quantize"):
+        run_recipe(packed, steps, tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    twice = {"steps": [{"quantize": {"scheme": "int8"}}] * 2}
+    with pytest.raises(ValueError, match="already quantized"):
+        run_recipe(effformer.build_model("vit-nano", depth=1), twice, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.json", "1-quantize"}
