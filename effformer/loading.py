@@ -27,9 +27,11 @@ from .wrapped import unwrapping
 
 __all__ = [
     "LoadReport",
+    "Matched",
     "by_name",
     "fill",
     "load_weights",
+    "matched",
     "model_name",
     "tell_not_finite",
     "unlike",
@@ -104,8 +106,43 @@ def load_weights(
             fit, or its model computes something else.
         ValueError: unknown layout, or ``keep`` names nothing.
     """
+    file = open_weights(source, weights, config, _own(model), lazy=True)
+    found = matched(model, file, layout, strict=strict, keep=keep)
+    fill(model, found.state, where=file.where)
+    if found.trained:
+        model.trained = found.trained
+    return found.report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matched:
+    """Weights that fit a model.
+
+    Attributes:
+        state: its keys to tensors of its shapes.
+        trained: what they were trained to predict, empty if nobody says so.
+        chosen: the published layout that they came in, None for ours.
+        report: what was found.
+    """
+
+    state: StateDict
+    trained: Any
+    chosen: Layout | None
+    report: LoadReport
+
+
+def matched(
+    model: nn.Module,
+    file: WeightFile,
+    layout: str | Layout,
+    *,
+    strict: bool,
+    keep: str | Sequence[str],
+) -> Matched:
+    """The weights of a file by the names of a model, which stays as it is and may be on the meta device; see
+    `load_weights`.
+    """
     own = _own(model)
-    file = open_weights(source, weights, config, own)
     new = retired.rename(file.tensors, own.keys())
     state = {new.get(key, key): value for key, value in file.tensors.items()}
     state = _without_prefix(state, own)
@@ -136,15 +173,16 @@ def load_weights(
         raise FormatError(
             f"{file.where} does not fit {model_name(model)}: {'; '.join(parts)}{_advice(differs, wrong)}"
         )
-    fill(model, {k: state[k] for k in state.keys() & own.keys()}, where=file.where)
     published: Any = {} if chosen is None else getattr(model, "assumed", dict)()
-    if trained := file.trained or published:
-        model.trained = trained  # type: ignore[assignment]
-    return LoadReport(
+    report = LoadReport(
         layout="effformer" if chosen is None else chosen.name, weights=file.weights,
         averaged=file.averaged, missing=tuple(missing), unexpected=tuple(unexpected),
         ignored=tuple(ignored), kept=tuple(sorted(kept)), reshaped=tuple(sorted(reshaped)),
         confirmed=tuple(confirmed), differs=tuple(differs),
+    )  # fmt: skip
+    return Matched(
+        state={key: state[key] for key in state.keys() & own.keys()},
+        trained=file.trained or published, chosen=chosen, report=report,
     )  # fmt: skip
 
 
@@ -432,7 +470,7 @@ def fill(model: nn.Module, state: StateDict, *, where: str) -> None:
                 f"{where}: {other} and {key} differ, but are one tensor in this model"
             )
     _check_empty(model, state.keys(), where)
-    before = {key: value.detach().clone() for key, value in own.items() if not value.is_meta}
+    before = {key: own[key].detach().clone() for key in state if not own[key].is_meta}
     _materialise(model)
     try:
         model.load_state_dict(state, strict=False)
