@@ -87,17 +87,26 @@ def lazy_file(path: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         file = _File(path)
         header, begin = file.header()
-        about, end = header.pop("__metadata__", {}), 0
+        about, end = dict(header.pop("__metadata__", {})), 0
         found: StateDict = {}
         for name, entry in header.items():
             like, (first, last) = _like(name, entry), entry["data_offsets"]
-            if first < 0 or last - first != _bytes(like):
+            whole = type(first) is type(last) is int
+            if not whole or first < 0 or last - first != _bytes(like):
                 raise ValueError(f"{name} has {last - first} bytes")
             found[name] = LazyTensor(like, functools.partial(file.read, begin + first, like))
             end = max(end, last)
         if begin + end != (size := path.stat().st_size):
             raise ValueError(f"{size:,} bytes instead of {begin + end:,}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
         raise FormatError(
             f"{path}: is truncated or not a safetensors file ({reason(error)})"
         ) from error

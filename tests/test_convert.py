@@ -194,6 +194,9 @@ def test_shards_that_are_missing_or_torn(cut: int, tmp_path: Path) -> None:
         ({"shape": [2, 3]}, "x has 8 bytes"),
         ({"shape": None}, "is truncated or not"),
         ({"data_offsets": [8, 16]}, "bytes instead of"),
+        ({"data_offsets": [0.0, 8.0]}, "x has 8.0 bytes"),
+        ({"shape": [-2]}, "is truncated or not"),
+        ({"shape": [2**80]}, "is truncated or not"),
     ],
 )
 def test_damaged_headers(change: dict[str, Any], message: str, tmp_path: Path) -> None:

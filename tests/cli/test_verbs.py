@@ -587,6 +587,11 @@ def test_convert_writes_and_reads_shards(tmp_path: Path) -> None:
     assert answer("convert", str(folder), *words, "-o", str(there))["to"] == "official"
     shards = sorted(tmp_path.glob("w-*.safetensors"))
     assert len(shards) > 2
+    (shown,) = answer("show", str(there))
+    size = sum(p.numel() for p in effformer.build_model("dit-nano").parameters())
+    assert (shown["kind"], shown["parameters"]) == ("weights", size)
+    assert shown["numbers"] == {"float32": size}
+    assert "dit (official)" in shown["may be"]
     assert answer("convert", str(there), "-m", "dit-nano", "-o", str(back))["from"] == "official"
     expected = effformer.load_model(folder).state_dict()
     found = effformer.io.read_weights(back)
@@ -594,5 +599,6 @@ def test_convert_writes_and_reads_shards(tmp_path: Path) -> None:
     needs = refusal("convert", str(folder), *words, "-o", str(tmp_path / "x.safetensors"))
     assert "shards have an index; name it x.safetensors.index.json" in needs
     shards[0].unlink()
-    said = refusal("convert", str(there), "-m", "dit-nano", "-o", str(back), "--force")
-    assert "which is missing; copy all shards beside it" in said
+    for words in (("show",), ("convert", "-m", "dit-nano", "-o", str(back), "--force")):
+        said = refusal(words[0], str(there), *words[1:])
+        assert "which is missing; copy all shards beside it" in said
