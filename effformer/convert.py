@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from .arguments import checked
 from .files import atomic_path, check_file, mark
 from .io import WEIGHTS, metadata_of, translated
 from .layout import Layout, StateDict
-from .loading import LoadReport, by_name, matched
+from .loading import LoadReport, by_name, matched, tensors_of
 from .shards import INDEX, shards_of, write_shards, write_tensors
 from .values import Count
 from .weights import open_weights
@@ -66,10 +64,11 @@ def convert_weights(
 
     Example:
         >>> with torch.device("meta"):
-        ...     model = effformer.build_model("sd3-medium")
-        >>> convert_weights(model, "sd3/model.safetensors.index.json", "sd3.safetensors", "official")  # doctest: +SKIP
+        ...     model = effformer.build_model("mmdit-nano")  # or "sd3-medium"
+        >>> index = "sd3/diffusion_pytorch_model.safetensors.index.json"
+        >>> convert_weights(model, index, "sd3.safetensors", "official")  # doctest: +SKIP
     """
-    path, own = Path(path), _tensors(model)
+    path, own = Path(path), tensors_of(model)
     if shard is not None and not path.name.endswith(f".safetensors{INDEX}"):
         raise ValueError(
             f"{path}: shards have an index; name it {path.stem}.safetensors{INDEX}, or leave shard out"
@@ -78,16 +77,12 @@ def convert_weights(
     file = open_weights(source, weights, config, own, lazy=True)
     found = matched(model, file, source_layout, strict=strict, keep=())
     state = _whole(found.state, own, file.where)
-    model.trained = found.trained or model.trained
-    chosen = (
-        None
-        if layout == "effformer"
-        else by_name(model, layout)
-        if isinstance(layout, str)
-        else layout
-    )
-    out = _once(state, own) if chosen is None else translated(model, chosen, state)
-    facts = metadata_of(model) | {"generator": mark(WEIGHTS[-1])}
+    if layout == "effformer":
+        out = _once(state, own)
+    else:
+        chosen = layout if isinstance(layout, Layout) else by_name(model, layout)
+        out = translated(model, chosen, state)
+    facts = metadata_of(model, found.trained) | {"generator": mark(WEIGHTS[-1])}
     if shard is None:
         with atomic_path(path, *WEIGHTS, force=force) as temporary:
             write_tensors(temporary, out, facts)
@@ -100,11 +95,6 @@ def convert_weights(
     with atomic_path(path, *WEIGHTS, force=force) as temporary:
         write_shards(temporary, names, shards, facts)
     return found.report
-
-
-def _tensors(model: nn.Module) -> StateDict:
-    state = model.state_dict(keep_vars=True)
-    return {key: x for key, x in state.items() if isinstance(x, Tensor)}
 
 
 def _whole(state: StateDict, own: StateDict, where: str) -> StateDict:

@@ -298,9 +298,11 @@ def save_weights(
     return Path(path)
 
 
-def metadata_of(model: nn.Module) -> dict[str, str]:
-    """What a file of weights says beside its tensors."""
-    trained = getattr(model, "trained", None)
+def metadata_of(model: nn.Module, trained: Any = None) -> dict[str, str]:
+    """What a file of weights says beside its tensors; what they were trained to predict says the model where
+    nobody else does.
+    """
+    trained = trained or getattr(model, "trained", None)
     done = list(getattr(model, "transforms", ()))
     facts = {"format": "pt"} | ({TRANSFORMS: json.dumps(done)} if done else {})
     return facts | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})

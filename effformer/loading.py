@@ -34,6 +34,7 @@ __all__ = [
     "matched",
     "model_name",
     "tell_not_finite",
+    "tensors_of",
     "unlike",
 ]
 
@@ -106,7 +107,7 @@ def load_weights(
             fit, or its model computes something else.
         ValueError: unknown layout, or ``keep`` names nothing.
     """
-    file = open_weights(source, weights, config, _own(model), lazy=True)
+    file = open_weights(source, weights, config, tensors_of(model), lazy=True)
     found = matched(model, file, layout, strict=strict, keep=keep)
     fill(model, found.state, where=file.where)
     if found.trained:
@@ -121,13 +122,11 @@ class Matched:
     Attributes:
         state: its keys to tensors of its shapes.
         trained: what they were trained to predict, empty if nobody says so.
-        chosen: the published layout that they came in, None for ours.
         report: what was found.
     """
 
     state: StateDict
     trained: Any
-    chosen: Layout | None
     report: LoadReport
 
 
@@ -142,7 +141,7 @@ def matched(
     """The weights of a file by the names of a model, which stays as it is and may be on the meta device; see
     `load_weights`.
     """
-    own = _own(model)
+    own = tensors_of(model)
     new = retired.rename(file.tensors, own.keys())
     state = {new.get(key, key): value for key, value in file.tensors.items()}
     state = _without_prefix(state, own)
@@ -182,7 +181,7 @@ def matched(
     )  # fmt: skip
     return Matched(
         state={key: state[key] for key in state.keys() & own.keys()},
-        trained=file.trained or published, chosen=chosen, report=report,
+        trained=file.trained or published, report=report,
     )  # fmt: skip
 
 
@@ -194,7 +193,7 @@ def _advice(differs: Collection[str], wrong: Collection[str]) -> str:
     return ""
 
 
-def _own(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of a model by name."""
     state = model.state_dict(keep_vars=True)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -346,7 +345,7 @@ def _kind(x: Tensor) -> str:
 
 def tell_not_finite(model: nn.Module, given: StateDict, *, where: str) -> None:
     """Warn of values that are not finite, in what was just written into a model."""
-    own = _own(model)
+    own = tensors_of(model)
     bad = [
         f"{key} (beyond {own[key].dtype})".replace("torch.", "") if _finite(given[key]) else key
         for key in sorted(given.keys() & own.keys())
@@ -420,7 +419,7 @@ def _choose_layout(
         return None
     if layout != "auto":
         return by_name(model, layout)
-    own = _own(model).keys()
+    own = tensors_of(model).keys()
     if 2 * len(own & state.keys()) >= len(own):
         return None
     found = [candidate for candidate in _layouts(model) if candidate.recognise(state)]
@@ -461,7 +460,7 @@ def fill(model: nn.Module, state: StateDict, *, where: str) -> None:
         FormatError: two names of one tensor have different values, a tensor cannot be written, or
             something on the meta device would stay empty.
     """
-    own = _own(model)
+    own = tensors_of(model)
     first: dict[int, str] = {}
     for key in state:
         other = first.setdefault(id(own[key]), key)

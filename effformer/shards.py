@@ -40,20 +40,24 @@ _PIECE = 1 << 30  # bytes that the system reads at a time
 class _File:
     """An open file, whose tensors are read one by one; the last one is kept, since layouts cut it into several.
     Should another file take its place meanwhile, it is still the one that was opened.
+
+    Args:
+        path: the file.
+        last: where the last tensor is kept, of all files that share this.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, last: dict[tuple[Path, int], Tensor]) -> None:
+        self.path, self.last = path, last
         self.raw = io.FileIO(path)
-        self.last: tuple[int, Tensor] | None = None
         weakref.finalize(self, self.raw.close)
 
     def read(self, start: int, like: Tensor) -> Tensor:
         """The tensor of this shape and type that begins at a byte."""
-        if self.last is None or self.last[0] != start:
-            self.last = None
-            self.last = start, self._read(start, like)
-        return self.last[1].view(like.shape)
+        place = self.path, start
+        if place not in self.last:
+            self.last.clear()
+            self.last[place] = self._read(start, like)
+        return self.last[place].view(like.shape)
 
     def _read(self, start: int, like: Tensor) -> Tensor:
         data = torch.empty(_bytes(like), dtype=torch.uint8)
@@ -78,24 +82,30 @@ class _File:
         return json.loads(self.raw.read(length)), 8 + length
 
 
-def lazy_file(path: Path) -> tuple[StateDict, dict[str, str]]:
+def lazy_file(
+    path: Path, last: dict[tuple[Path, int], Tensor] | None = None
+) -> tuple[StateDict, dict[str, str]]:
     """The tensors of a safetensors file, whose values are read on demand, and its metadata.
+
+    Args:
+        path: the file.
+        last: a dict that it shares with other shards, so that one tensor of all is kept.
 
     Raises:
         FormatError: the file is missing, truncated, or none.
     """
     try:
-        file = _File(path)
+        file = _File(path, {} if last is None else last)
         header, begin = file.header()
         about, end = dict(header.pop("__metadata__", {})), 0
         found: StateDict = {}
         for name, entry in header.items():
-            like, (first, last) = _like(name, entry), entry["data_offsets"]
-            whole = type(first) is type(last) is int
-            if not whole or first < 0 or last - first != _bytes(like):
-                raise ValueError(f"{name} has {last - first} bytes")
+            like, (first, stop) = _like(name, entry), entry["data_offsets"]
+            whole = type(first) is type(stop) is int
+            if not whole or first < 0 or stop - first != _bytes(like):
+                raise ValueError(f"{name} has {stop - first} bytes")
             found[name] = LazyTensor(like, functools.partial(file.read, begin + first, like))
-            end = max(end, last)
+            end = max(end, stop)
         if begin + end != (size := path.stat().st_size):
             raise ValueError(f"{size:,} bytes instead of {begin + end:,}")
     except (

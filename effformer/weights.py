@@ -185,6 +185,7 @@ def _read_shards(index: Path) -> StateDict:
         raise FormatError(f"{index}: is not an index of shards; it has no weight_map")
     found: StateDict = {}
     said: Any = None
+    last: dict[Any, Tensor] = {}
     for name in sorted(set(places.values())):
         shard = inside(index.parent, name)
         if shard is None or shard.name.endswith(INDEX):
@@ -194,7 +195,7 @@ def _read_shards(index: Path) -> StateDict:
             )
         if not shard.is_file():
             raise FormatError(f"{index}: names {name}, which is missing; copy all shards beside it")
-        read = _read_file(shard)
+        read = _read_file(shard, last)
         said = said or _trained_in(read, ())
         found |= {key: x for key, x in read.items() if places.get(key) == name}
     if lost := sorted(places.keys() - found.keys()):
@@ -202,14 +203,14 @@ def _read_shards(index: Path) -> StateDict:
     return with_trained(found, said)
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
+def _read_file(path: Path, last: dict[Any, Tensor] | None = None) -> Mapping[str, Any]:
     """What a file holds; tensors of safetensors files are lazy."""
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     if path.name.endswith(INDEX):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        tensors, about = lazy_file(path)
+        tensors, about = lazy_file(path, last)
         return with_trained(tensors, _json(about.get(TRAINED, "null"), path))
     found = read_pickled(path)
     if not isinstance(found, Mapping):

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from effformer.arguments import checked
 from effformer.calls import check_parts
 from effformer.config import Spec
 from effformer.layout import Layout, StateDict
 from effformer.lazy import values
-from effformer.loading import fill, matched
+from effformer.loading import fill, matched, tensors_of
 from effformer.weights import open_weights
 from effformer.wrapped import unwrapping
 
@@ -69,7 +69,7 @@ def load_quantized(
 
     Example:
         >>> with torch.device("meta"):
-        ...     model = effformer.build_model("flux-dev")
+        ...     model = effformer.build_model("flux-tiny")  # or "flux-dev"
         >>> load_quantized(model, "flux/model.safetensors.index.json", "nf4")  # doctest: +SKIP
     """
     check_parts(model, where="load_quantized")
@@ -78,8 +78,7 @@ def load_quantized(
         model, patterns(where), patterns(skip), rules, named, verb="load_quantized"
     )
     _check_wants(chosen, rules)
-    own = {k: x for k, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
-    file = open_weights(source, weights, config, own, lazy=True)
+    file = open_weights(source, weights, config, tensors_of(model), lazy=True)
     found = matched(model, file, layout, strict=True, keep=())
     before = file_bytes(model.state_dict())
     packed: dict[str, Packed] = {}

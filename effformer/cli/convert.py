@@ -62,6 +62,7 @@ def convert(
     from ..convert import convert_weights
     from ..files import check_file
     from ..io import WEIGHTS, save_weights
+    from ..weights import open_weights
 
     size = None if shard is None else max(1, round(shard * 1e9))
 
@@ -85,7 +86,7 @@ def convert(
             built, weights, place, target, source_layout=source, strict=strict == "yes", weights=use,
             shard=size, force=force,
         )  # fmt: skip
-        layout = report.layout
+        layout, built.trained = report.layout, open_weights(place, lazy=True).trained
         if report.differs or report.missing or report.weights:
             note(f"convert: {weights}: {loaded(report)}")
     if weights.is_dir() and size is None:
