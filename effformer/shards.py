@@ -108,15 +108,7 @@ def lazy_file(
             end = max(end, stop)
         if begin + end != (size := path.stat().st_size):
             raise ValueError(f"{size:,} bytes instead of {begin + end:,}")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(
             f"{path}: is truncated or not a safetensors file ({reason(error)})"
         ) from error
