@@ -33,6 +33,7 @@ from .plan import Plan, plan
 from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
 from .quant.control import ControlReport
+from .quant.load import load_quantized
 from .quant.mixed import MixedScheme
 from .quant.quantize import SENSITIVE, dequantize, quantize, quantize_
 from .quant.within import quantize_within
@@ -95,6 +96,7 @@ __all__ = [
     "importance",
     "linearize",
     "load_adapter",
+    "load_quantized",
     "merge",
     "optimize",
     "plan",

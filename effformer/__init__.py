@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .context import Packing as Packing
     from .context import Rope as Rope
     from .context import Tap as Tap
+    from .convert import convert_weights as convert_weights
     from .io import load_model as load_model
     from .io import load_weights as load_weights
     from .io import save_pretrained as save_pretrained
@@ -67,6 +68,7 @@ _NAMES = {
         "Rope",
         "Tap",
     ),
+    "convert": ("convert_weights",),
     "compress": (
         "gate_tables",
         "optimize",

@@ -22,7 +22,7 @@ from .files import atomic_folder, atomic_path, mark, read_json, read_whole, writ
 from .layout import Layout, StateDict
 from .loading import LoadReport, by_name, load_weights, model_name
 from .version import VERSION
-from .weights import TRAINED, once, open_weights, unshared, with_trained
+from .weights import TRAINED, once, open_weights, same, unshared, with_trained
 from .wrapped import unwrapping
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def save_pretrained(model: Model, folder: str | Path, *, by: str = "", force: bo
     state = unshared(once(_tensors(model)))
     kind = model_folder(facts["weights"], by=by, force=force)
     with atomic_folder(folder, **kind) as temporary:
-        save_file(state, temporary / _WEIGHTS, metadata=_metadata(model))
+        save_file(state, temporary / _WEIGHTS, metadata=metadata_of(model))
         write_json(temporary / _CONFIG, facts)
     return Path(folder)
 
@@ -146,7 +146,7 @@ def _load_model(folder: Path) -> Model:
             f"this is effformer {VERSION} (format {FORMAT}); pip install -U effformer"
         )
     model = rebuilt(facts, folder / _CONFIG)
-    file = open_weights(folder / _WEIGHTS, config={})
+    file = open_weights(folder / _WEIGHTS, config={}, lazy=True)
     load_weights(_typed(model, file.tensors), file, layout="effformer")
     model.trained = facts.get("trained")
     return model.eval()
@@ -233,7 +233,9 @@ def replay(model: M, record: Mapping[str, Any]) -> M:
 
 
 @checked
-def read_weights(source: str | Path | Mapping[str, Any], weights: str = "auto") -> StateDict:
+def read_weights(
+    source: str | Path | Mapping[str, Any], weights: str = "auto", *, lazy: bool = False
+) -> StateDict:
     """Read a state dict from safetensors, or from a torch file with ``weights_only=True``.
 
     Training checkpoints are unwrapped, and the names that compiling and wrapping put into keys
@@ -243,6 +245,8 @@ def read_weights(source: str | Path | Mapping[str, Any], weights: str = "auto") 
         source: the file, or what it would hold.
         weights: "auto" takes averaged weights where there are some, "ema" asks for them, "raw" for
             those that the optimizer holds; or the name of an entry of the file.
+        lazy: tensors of safetensors files know their shape and type, whatever the size of the file;
+            `effformer.lazy.values` reads their numbers, and so does copying them into another tensor.
 
     What the weights were trained to predict comes along where the source says it (files and state
     dicts of our models do). Weights in a published layout that say nothing are taken for published
@@ -252,7 +256,7 @@ def read_weights(source: str | Path | Mapping[str, Any], weights: str = "auto") 
         FormatError: missing, truncated or foreign file, one that would run code when unpickled, or
             one without such weights.
     """
-    file = open_weights(source, weights)
+    file = open_weights(source, weights, lazy=lazy)
     return with_trained(file.tensors, file.trained)
 
 
@@ -286,17 +290,19 @@ def save_weights(
         state = once(_tensors(model))
     else:
         chosen = layout if isinstance(layout, Layout) else by_name(model, layout)
-        state = _translated(model, chosen, _tensors(model))
+        state = translated(model, chosen, _tensors(model))
     kinds = WEIGHTS[: _WORTH.index(_worth(model)) + 1]
     with atomic_path(path, *kinds, force=force) as temporary:
-        facts = _metadata(model) | {"generator": mark(kinds[-1])}
+        facts = metadata_of(model) | {"generator": mark(kinds[-1])}
         save_file(unshared(state), temporary, metadata=facts)
     return Path(path)
 
 
-def _metadata(model: nn.Module) -> dict[str, str]:
-    """What a file of weights says beside its tensors."""
-    trained = getattr(model, "trained", None)
+def metadata_of(model: nn.Module, trained: Any = None) -> dict[str, str]:
+    """What a file of weights says beside its tensors; what they were trained to predict says the model where
+    nobody else does.
+    """
+    trained = trained or getattr(model, "trained", None)
     done = list(getattr(model, "transforms", ()))
     facts = {"format": "pt"} | ({TRANSFORMS: json.dumps(done)} if done else {})
     return facts | ({TRAINED: json.dumps(trained)} if isinstance(trained, dict) else {})
@@ -307,7 +313,7 @@ def _tensors(model: nn.Module) -> StateDict:
     return {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
 
 
-def _translated(model: nn.Module, layout: Layout, state: StateDict) -> StateDict:
+def translated(model: nn.Module, layout: Layout, state: StateDict) -> StateDict:
     """The tensors in a published layout, which gives them back as they are.
 
     Raises:
@@ -329,16 +335,8 @@ def _translated(model: nn.Module, layout: Layout, state: StateDict) -> StateDict
             )
     out = layout.from_ours(dict(state), config)
     back = layout.to_ours(dict(out), config)
-    lost = [k for k in state if k not in back or not _same(back[k], state[k])]
+    lost = [k for k in state if k not in back or not same(back[k], state[k])]
     if lost or len(back) > len(state):
         lost += sorted(back.keys() - state.keys())
         raise FormatError(f"{where} cannot hold {', '.join(lost[:3])} of this model; {instead}")
     return out
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal tensors, also where they hold no numbers."""
-    if a.shape != b.shape:
-        return False
-    a = a.to(b)
-    return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -27,11 +27,14 @@ from .wrapped import unwrapping
 
 __all__ = [
     "LoadReport",
+    "Matched",
     "by_name",
     "fill",
     "load_weights",
+    "matched",
     "model_name",
     "tell_not_finite",
+    "tensors_of",
     "unlike",
 ]
 
@@ -104,8 +107,41 @@ def load_weights(
             fit, or its model computes something else.
         ValueError: unknown layout, or ``keep`` names nothing.
     """
-    own = _own(model)
-    file = open_weights(source, weights, config, own)
+    file = open_weights(source, weights, config, tensors_of(model), lazy=True)
+    found = matched(model, file, layout, strict=strict, keep=keep)
+    fill(model, found.state, where=file.where)
+    if found.trained:
+        model.trained = found.trained
+    return found.report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matched:
+    """Weights that fit a model.
+
+    Attributes:
+        state: its keys to tensors of its shapes.
+        trained: what they were trained to predict, empty if nobody says so.
+        report: what was found.
+    """
+
+    state: StateDict
+    trained: Any
+    report: LoadReport
+
+
+def matched(
+    model: nn.Module,
+    file: WeightFile,
+    layout: str | Layout,
+    *,
+    strict: bool,
+    keep: str | Sequence[str],
+) -> Matched:
+    """The weights of a file by the names of a model, which stays as it is and may be on the meta device; see
+    `load_weights`.
+    """
+    own = tensors_of(model)
     new = retired.rename(file.tensors, own.keys())
     state = {new.get(key, key): value for key, value in file.tensors.items()}
     state = _without_prefix(state, own)
@@ -136,15 +172,16 @@ def load_weights(
         raise FormatError(
             f"{file.where} does not fit {model_name(model)}: {'; '.join(parts)}{_advice(differs, wrong)}"
         )
-    fill(model, {k: state[k] for k in state.keys() & own.keys()}, where=file.where)
     published: Any = {} if chosen is None else getattr(model, "assumed", dict)()
-    if trained := file.trained or published:
-        model.trained = trained  # type: ignore[assignment]
-    return LoadReport(
+    report = LoadReport(
         layout="effformer" if chosen is None else chosen.name, weights=file.weights,
         averaged=file.averaged, missing=tuple(missing), unexpected=tuple(unexpected),
         ignored=tuple(ignored), kept=tuple(sorted(kept)), reshaped=tuple(sorted(reshaped)),
         confirmed=tuple(confirmed), differs=tuple(differs),
+    )  # fmt: skip
+    return Matched(
+        state={key: state[key] for key in state.keys() & own.keys()},
+        trained=file.trained or published, report=report,
     )  # fmt: skip
 
 
@@ -156,7 +193,7 @@ def _advice(differs: Collection[str], wrong: Collection[str]) -> str:
     return ""
 
 
-def _own(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of a model by name."""
     state = model.state_dict(keep_vars=True)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -308,7 +345,7 @@ def _kind(x: Tensor) -> str:
 
 def tell_not_finite(model: nn.Module, given: StateDict, *, where: str) -> None:
     """Warn of values that are not finite, in what was just written into a model."""
-    own = _own(model)
+    own = tensors_of(model)
     bad = [
         f"{key} (beyond {own[key].dtype})".replace("torch.", "") if _finite(given[key]) else key
         for key in sorted(given.keys() & own.keys())
@@ -382,7 +419,7 @@ def _choose_layout(
         return None
     if layout != "auto":
         return by_name(model, layout)
-    own = _own(model).keys()
+    own = tensors_of(model).keys()
     if 2 * len(own & state.keys()) >= len(own):
         return None
     found = [candidate for candidate in _layouts(model) if candidate.recognise(state)]
@@ -423,7 +460,7 @@ def fill(model: nn.Module, state: StateDict, *, where: str) -> None:
         FormatError: two names of one tensor have different values, a tensor cannot be written, or
             something on the meta device would stay empty.
     """
-    own = _own(model)
+    own = tensors_of(model)
     first: dict[int, str] = {}
     for key in state:
         other = first.setdefault(id(own[key]), key)
@@ -432,7 +469,7 @@ def fill(model: nn.Module, state: StateDict, *, where: str) -> None:
                 f"{where}: {other} and {key} differ, but are one tensor in this model"
             )
     _check_empty(model, state.keys(), where)
-    before = {key: value.detach().clone() for key, value in own.items() if not value.is_meta}
+    before = {key: own[key].detach().clone() for key in state if not own[key].is_meta}
     _materialise(model)
     try:
         model.load_state_dict(state, strict=False)

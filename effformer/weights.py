@@ -14,13 +14,15 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from .checks import FormatError, check_values, reason
+from .checks import FormatError, check_values
 from .files import inside, read_json
 from .layout import StateDict
+from .lazy import LazyTensor, values
 from .pickled import read_pickled
+from .shards import INDEX, lazy_file
 from .wrapped import COUNT, plain_keys
 
-__all__ = ["TRAINED", "WeightFile", "once", "open_weights", "unshared", "with_trained"]
+__all__ = ["TRAINED", "WeightFile", "once", "open_weights", "same", "unshared", "with_trained"]
 
 TRAINED = "effformer.trained"
 """Key of the metadata of a safetensors file that says what the weights were trained to predict."""
@@ -37,7 +39,6 @@ _FILES = (
     "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin",
 )  # fmt: skip
 """What transformers and diffusers call their files of weights."""
-_INDEX = ".index.json"
 _NAMES = ("arch", "architecture", "model_name", "model")
 _FOREIGN = ("model_type", "_class_name", "architecture", "architectures", "effformer")
 
@@ -68,6 +69,8 @@ def open_weights(
     weights: str = "auto",
     config: Any = None,
     own: Collection[str] = (),
+    *,
+    lazy: bool = False,
 ) -> WeightFile:
     """Read weights from safetensors, from a torch file with ``weights_only=True``, or from a state
     dict that is in memory.
@@ -81,6 +84,8 @@ def open_weights(
             or an object with ``to_dict()``.
         own: keys of the model that the weights are for, which tell its own names from those that
             wrappers put into keys.
+        lazy: tensors of safetensors files stay lazy (`effformer.lazy`): their values are read when they are
+            asked for.
 
     Raises:
         FormatError: missing, truncated or foreign file, one that would run code when unpickled, or
@@ -100,7 +105,7 @@ def open_weights(
     averaged = any(_AVERAGED.fullmatch(name) for name in path)
     names = plain_keys(tensors, own)
     averaged |= COUNT in tensors.keys() - names  # torch's AveragedModel
-    tensors = {new: tensors[key] for key, new in names.items()}
+    tensors = {new: tensors[key] if lazy else values(tensors[key]) for key, new in names.items()}
     facts = dict(_facts(entries, source)) if config is None else dict(_flat(_told(config)))
     return WeightFile(
         where=where, tensors=tensors, weights=".".join(path), averaged=averaged, facts=facts,
@@ -151,11 +156,22 @@ def unshared(tensors: Mapping[str, Tensor]) -> StateDict:
     return out
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal tensors, also where they hold no numbers; of lazy ones only the shapes are looked at."""
+    if a.shape != b.shape:
+        return False
+    if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
+        return True
+    a, b = values(a), values(b)
+    a = a.to(b)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def _in_folder(path: Path) -> Path:
     """The file of weights in a folder; a file is itself."""
     if not path.is_dir():
         return path
-    for name in (*_FILES, *(f"{name}{_INDEX}" for name in _FILES)):
+    for name in (*_FILES, *(f"{name}{INDEX}" for name in _FILES)):
         if (path / name).is_file():
             return path / name
     raise FormatError(f"{path}: a folder without weights ({', '.join(_FILES)}); name the file")
@@ -168,40 +184,50 @@ def _read_shards(index: Path) -> StateDict:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise FormatError(f"{index}: is not an index of shards; it has no weight_map")
     found: StateDict = {}
+    said: Any = None
+    last: dict[Any, Tensor] = {}
     for name in sorted(set(places.values())):
         shard = inside(index.parent, name)
-        if shard is None or shard.name.endswith(_INDEX):
+        if shard is None or shard.name.endswith(INDEX):
             raise FormatError(
                 f"{index}: names {name!r}, which is no file of weights in its folder, symbolic links "
                 "followed; copy the files into one folder"
             )
-        found |= {key: x for key, x in _read_file(shard).items() if places.get(key) == name}
+        if not shard.is_file():
+            raise FormatError(f"{index}: names {name}, which is missing; copy all shards beside it")
+        read = _read_file(shard, last)
+        said = said or _trained_in(read, ())
+        found |= {key: x for key, x in read.items() if places.get(key) == name}
     if lost := sorted(places.keys() - found.keys()):
         raise FormatError(f"{index}: {lost[0]} and {len(lost) - 1} more are not in their files")
-    return found
+    return with_trained(found, said)
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
+def _read_file(path: Path, last: dict[Any, Tensor] | None = None) -> Mapping[str, Any]:
+    """What a file holds; tensors of safetensors files are lazy."""
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                said = (file.metadata() or {}).get(TRAINED, "null")
-            return with_trained(load_file(path), json.loads(said))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise FormatError(
-                f"{path}: is truncated or not a safetensors file ({reason(error)})"
-            ) from error
+        tensors, about = lazy_file(path, last)
+        return with_trained(tensors, _json(about.get(TRAINED, "null"), path))
     found = read_pickled(path)
     if not isinstance(found, Mapping):
         raise FormatError(f"{path}: holds a {type(found).__name__}, expected a state dict")
     return found
+
+
+def _json(text: str, path: Path) -> Any:
+    """What the metadata of a file say.
+
+    Raises:
+        FormatError: they are no JSON.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{path}: its metadata are damaged ({error})") from error
 
 
 # -- which weights -----------------------------------------------------------------------------------

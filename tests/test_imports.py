@@ -18,8 +18,8 @@ BASE = {
     "arguments", "registry", "config", "context", "calls", "checks", "files", "layout", "ledger", "notebook", "places", "retired", "site", "values", "version",
     "wrapped",
 }  # fmt: skip
-READ = {"loading", "pickled", "weights"}  # files of weights
-TOP = BASE | READ | {"io", "build"}
+READ = {"lazy", "loading", "pickled", "shards", "weights"}  # files of weights
+TOP = BASE | READ | {"io", "build", "convert"}
 PARTS = {"nn", "attention", "ffn", "blocks"}
 # what the modules of a group may import beside their own group, deferred imports included
 ALLOWED: dict[str, set[str]] = {
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": BASE,
     **{name: BASE | READ for name in READ},
     "io": BASE | READ,
+    "convert": BASE | READ | {"io"},
     "nn": BASE,
     "attention": BASE | {"nn"},
     "ffn": BASE | {"nn"},

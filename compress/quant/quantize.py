@@ -33,7 +33,7 @@ from .schemes import Scheme, make_scheme
 from .swap import irreplaceable, swap
 
 __all__ = [
-    "SENSITIVE", "Done", "choose", "dequantize", "first_call", "float_outputs", "keep_record", "put_in", "quantize",
+    "SENSITIVE", "Done", "choose", "dequantize", "describe", "first_call", "float_outputs", "keep_record", "put_in", "quantize",
     "quantize_",
 ]  # fmt: skip
 
@@ -154,7 +154,7 @@ class Done:
 
     def report(self, before: int, after: int, error: float | None) -> Report:
         """The report for these sizes of the file."""
-        layers = [_describe(name, self.plan[name], layer) for name, layer in self.packed.items()]
+        layers = [describe(name, self.plan[name], layer) for name, layer in self.packed.items()]
         return Report(
             layers=tuple(layers), kept=tuple(self.kept), output_error=error,
             bytes_before=before, bytes_after=after,
@@ -319,7 +319,8 @@ def _kept(
     return out
 
 
-def _describe(name: str, one: Planned, packed: Packed) -> PackedLayer:
+def describe(name: str, one: Planned, packed: Packed) -> PackedLayer:
+    """What became of a layer."""
     weight = one.weight
     return PackedLayer(
         name=name,

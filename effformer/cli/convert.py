@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,18 +41,30 @@ def convert(
     strict: Strict = "yes",
     use: Averaged = "auto",
     pairs: Set = None,
+    shard: Annotated[
+        float | None,
+        typer.Option(help="Largest size of a file in GB; writes shards and their index.", min=1e-9),
+    ] = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Convert weights between effformer's and published layouts (official, diffusers, timm).
 
-    `effformer show NAME` names the layouts of a model. Foreign files are read as data, not as code.
+    `effformer show NAME` names the layouts of a model. Foreign files are read as data, not as code. Files of
+    safetensors, alone or in shards with an index, may be larger than the memory: a tensor is read and written at
+    a time.
 
-    Examples: `effformer convert SiT-XL-2-256.pt -m sit-xl --use ema --to official -o sit.safetensors`
+    Examples: `effformer convert SiT-XL-2-256.pt -m sit-xl --use ema --to official -o sit.safetensors`,
+    `effformer convert sd3/diffusion_pytorch_model.safetensors.index.json -m sd3-medium --to official
+    --shard 2 -o sd3.safetensors.index.json`
     """
+    from ..convert import convert_weights
     from ..files import check_file
-    from ..io import WEIGHTS, load_weights, save_weights
+    from ..io import WEIGHTS, save_weights
+    from ..weights import open_weights
+
+    size = None if shard is None else max(1, round(shard * 1e9))
 
     place = save_to(out, "convert")
     if weights.is_dir():
@@ -69,16 +81,32 @@ def convert(
         raise ValueError("convert: a file does not say what model it belongs to; add --model NAME")
     else:
         check_file(place, *WEIGHTS, force=force)
-        built = load(model, overrides(pairs=pairs))
-        report = load_weights(built, weights, source, strict=strict == "yes", weights=use)
-        layout = report.layout
+        built = _empty(model, overrides(pairs=pairs), strict=strict == "yes")
+        report = convert_weights(
+            built, weights, place, target, source_layout=source, strict=strict == "yes", weights=use,
+            shard=size, force=force,
+        )  # fmt: skip
+        layout, built.trained = report.layout, open_weights(place, lazy=True).trained
         if report.differs or report.missing or report.weights:
             note(f"convert: {weights}: {loaded(report)}")
-    save_weights(built, place, layout=target, force=force)
+    if weights.is_dir() and size is None:
+        save_weights(built, place, layout=target, force=force)
+    elif weights.is_dir():
+        convert_weights(built, built.state_dict(), place, target, shard=size, force=force)
     if target != "effformer":
         _note_convention(built, target)
     data = {"model": built.name, "from": layout, "to": target, "saved": str(place)}
     emit(data, f"{built.name}: {layout} -> {target}, saved in {place}", as_json)
+
+
+def _empty(name: str, changes: dict[str, Any], *, strict: bool) -> Model:
+    """A model by name without values, unless some of them may be needed."""
+    import torch
+
+    with torch.device("meta"):
+        model = load(name, changes)
+    starts = any(getattr(module, "neutral_start", False) for module in model.modules())
+    return load(name, changes) if starts or not strict else model
 
 
 def _note_convention(model: Model, target: str) -> None:

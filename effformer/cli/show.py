@@ -1,4 +1,4 @@
-"""`effformer show`: everything about one name, one saved model, run, bundle or graph."""
+"""`effformer show`: everything about one name, one saved model, run, bundle, graph or file of weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def show(
     name: Annotated[
         str,
         typer.Argument(
-            help="A registered name, the folder of a saved model, a training run or a bundle, or an "
-            ".onnx file."
+            help="A registered name, the folder of a saved model, a training run or a bundle, an "
+            ".onnx file, or safetensors (of shards the .index.json)."
         ),
     ],
     compat: Annotated[
@@ -35,20 +35,18 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show the config, capabilities, paper, size and key layouts of a part or model; of a part also what
-    each of its options means.
+    each of its options means; of a file of weights, whatever its size, what it holds and whose they may be.
 
     Examples: `effformer show flow`, `effformer show flow --compat`, `effformer show DiT-B/2`, `effformer show runs/digits`,
-    `effformer show model.onnx`
+    `effformer show model.onnx`, `effformer show sd3/model.safetensors.index.json`
     """
     place = Path(name)
-    if compat and (place.is_dir() or place.suffix == ".onnx"):
+    file = place.suffix == ".onnx" or place.name.endswith((".safetensors", ".index.json"))
+    if compat and (place.is_dir() or file):
         raise ValueError(
             f"show {name} --compat: wants the name of a part; effformer list attention"
         )
-    if place.is_dir() or place.suffix == ".onnx":
-        found = [_place(place)]
-    else:
-        found = [_entry(e, compat) for e in _find(name)]
+    found = [_place(place)] if place.is_dir() or file else [_entry(e, compat) for e in _find(name)]
     emit(found, "\n\n".join(_text(facts) for facts in found), as_json)
 
 
@@ -120,6 +118,8 @@ def _place(place: Path) -> dict[str, Any]:
     """What lies at a place."""
     if place.suffix == ".onnx" and not place.is_dir():
         return {"kind": "graph", "name": place.stem, "file": str(place), **_graph(place)}
+    if not place.is_dir():
+        return _weights(place)
     if (place / "bundle.json").is_file():
         return _bundle(place)
     return _run(place) if is_run(place) else _saved(place)
@@ -139,6 +139,35 @@ def _graph(file: Path) -> dict[str, Any]:
         key: facts.to_dict()[key] for key in ("weights", "bytes", "opset", "domains", "operators")
     }
     return {**values, **more, **told}
+
+
+def _weights(file: Path) -> dict[str, Any]:
+    """What a file of weights, or all shards of an index, hold; none of the values is read."""
+    from ..registry import model
+    from ..weights import open_weights
+
+    found = open_weights(file, lazy=True)
+    state, kinds = found.tensors, dict[str, int]()
+    for x in state.values():
+        kind = str(x.dtype).removeprefix("torch.")
+        kinds[kind] = kinds.get(kind, 0) + x.numel()
+    families = {entry.facts["family"]: entry.build for entry in model}
+    return {
+        "kind": "weights",
+        "name": file.name,
+        "entry": found.weights,
+        "parameters": sum(kinds.values()),
+        "bytes": sum(x.numel() * x.element_size() for x in state.values()),
+        "tensors": len(state),
+        "numbers": kinds,
+        "may be": [
+            f"{family} ({layout.name})"
+            for family, build in families.items()
+            for layout in build.LAYOUTS  # type: ignore[attr-defined]
+            if layout.recognise(state)
+        ],
+        "trained": found.trained,
+    }
 
 
 def _bundle(folder: Path) -> dict[str, Any]:

@@ -586,3 +586,28 @@ def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_overrides(pairs: list[str], made: dict[str, Any]) -> None:
     assert common.overrides(pairs=pairs) == made
+
+
+def test_convert_writes_and_reads_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "dit"
+    invoke("build", "dit-nano", "-o", str(folder))
+    there, back = tmp_path / "w.safetensors.index.json", tmp_path / "ours.safetensors"
+    words = ("--to", "official", "--shard", "0.0002")
+    assert answer("convert", str(folder), *words, "-o", str(there))["to"] == "official"
+    shards = sorted(tmp_path.glob("w-*.safetensors"))
+    assert len(shards) > 2
+    (shown,) = answer("show", str(there))
+    size = sum(p.numel() for p in effformer.build_model("dit-nano").parameters())
+    assert (shown["kind"], shown["parameters"]) == ("weights", size)
+    assert shown["numbers"] == {"float32": size}
+    assert "dit (official)" in shown["may be"]
+    assert answer("convert", str(there), "-m", "dit-nano", "-o", str(back))["from"] == "official"
+    expected = effformer.load_model(folder).state_dict()
+    found = effformer.io.read_weights(back)
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+    needs = refusal("convert", str(folder), *words, "-o", str(tmp_path / "x.safetensors"))
+    assert "shards have an index; name it x.safetensors.index.json" in needs
+    shards[0].unlink()
+    for words in (("show",), ("convert", "-m", "dit-nano", "-o", str(back), "--force")):
+        said = refusal(words[0], str(there), *words[1:])
+        assert "which is missing; copy all shards beside it" in said

@@ -249,6 +249,10 @@ OWN: dict[str, dict[str, Make]] = {
     "list_attention": {"like": given("f*"), "causal": given(True), "mask": given("key")},
     "load_model": {"folder": saved},
     "load_weights": {"model": model("sit-nano"), "source": weights, "keep": given("final"), "config": given({"hidden_size": 16})},
+    "convert_weights": {"model": model("sit-nano"), "source": weights, "path": new("new.safetensors")},
+    "load_quantized": {
+        "model": model("sit-nano"), "source": weights, "where": given("*"), "skip": given(("final",)), "scheme": given("int8"),
+    },
     "save_pretrained": {"model": model("sit-nano")},
     "save_weights": {"path": new("new.safetensors")},
     "read_weights": {"source": weights},
