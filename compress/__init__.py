@@ -30,7 +30,19 @@ from .explore import Exploration, Tried, explore
 from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
 from .linearize import LinearizedLayer, LinearizeReport, LinearizeScheme, linearize
 from .plan import Plan, plan
-from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
+from .prune import (
+    ApproximateReport,
+    ApproximateScheme,
+    Masks,
+    PruneReport,
+    PruneScheme,
+    SparseScheme,
+    approximate,
+    cut,
+    importance,
+    prune,
+    sparsify,
+)
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
 from .quant.control import ControlReport
 from .quant.mixed import MixedScheme
@@ -46,6 +58,8 @@ __all__ = [
     "SENSITIVE",
     "AdaptiveReport",
     "AdaptiveScheme",
+    "ApproximateReport",
+    "ApproximateScheme",
     "Budgeted",
     "ControlReport",
     "Distillation",
@@ -86,6 +100,7 @@ __all__ = [
     "acmize",
     "adapt",
     "adapter_scale",
+    "approximate",
     "choose_kernels",
     "cut",
     "dequantize",

@@ -154,6 +154,7 @@ def test_another_run_in_the_folder_is_refused_or_replaced(tmp_path: Path) -> Non
 
 def test_other_verbs_and_metrics(tmp_path: Path) -> None:
     steps: list[Any] = [
+        {"approximate": {"keys": [4], "most": 1, "where": "blocks.*.attn"}},
         {"adapt": {"rank": 2, "where": "blocks"}},
         {"distill": {"steps": 2, "batch": 4, "losses": ["logits", "hidden"], "weight": 0.5}},
         "merge",
@@ -163,6 +164,7 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
     data = load_data("digits")
     small, report = run_recipe(classifier(), {"steps": steps, "samples": 64}, tmp_path, data=data)
     assert [step["step"] for step in report.steps] == [
+        "approximate",
         "adapt",
         "distill",
         "merge",
@@ -170,7 +172,7 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
         "quantize",
     ]
     assert report.steps[-1]["report"]["drop"] <= 0.02
-    assert set(report.steps[3]["report"]) == {"blocks.0.ffn.part.fc1", "blocks.0.ffn.part.fc2"}
+    assert set(report.steps[4]["report"]) == {"blocks.0.ffn.part.fc1", "blocks.0.ffn.part.fc2"}
     assert {r["kind"] for r in small.transforms} <= {"quantize"}
     for metric in ("accuracy", "error"):
         last = {"steps": [{"quantize": {"metric": metric, "max_drop": 0.5}}]}
@@ -201,6 +203,7 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
         ({"steps": [{"linearize": {}}]}, "'attn' is missing|missing .*attn"),
         ({"steps": [{"acmize": {"steps": [1, 2]}}]}, "steps"),
         ({"steps": [{"dynamize": {"width": "dynamo"}}]}, "did you mean 'dynamic'"),
+        ({"steps": ["approximate", {"acmize": {}}]}, "put it before approximate"),
         ({"steps": ["adapt", {"acmize": {}}]}, "put it before adapt"),
         ({"steps": [{"quantize": {}}], "samples": 0}, "samples must be"),
         ({"steps": [{"quantize": {}}], "data": 3}, "data: expected the name"),
