@@ -48,6 +48,7 @@ def trained() -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_what_does_harm_goes_and_what_is_needed_stays(trained: Any, tmp_path: Path) -> None:
     data = digits(128)
     scheme = {"group": 32, "threshold": 0.02, "keys": [8, 2]}
@@ -76,7 +77,14 @@ def test_what_does_harm_goes_and_what_is_needed_stays(trained: Any, tmp_path: Pa
     assert "in " in str(report)
 
 
-@pytest.mark.parametrize("name", ["vit-nano", "bert-tiny", "sit-nano"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit-nano",
+        pytest.param("bert-tiny", marks=pytest.mark.slow),
+        pytest.param("sit-nano", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_of_element_is_cut_as_it_was_searched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
