@@ -30,7 +30,19 @@ from .explore import Exploration, Tried, explore
 from .kernels import KernelReport, LayerKernel, choose_kernels, optimize
 from .linearize import LinearizedLayer, LinearizeReport, LinearizeScheme, linearize
 from .plan import Plan, plan
-from .prune import Masks, PruneReport, PruneScheme, SparseScheme, cut, importance, prune, sparsify
+from .prune import (
+    ApproximateReport,
+    ApproximateScheme,
+    Masks,
+    PruneReport,
+    PruneScheme,
+    SparseScheme,
+    approximate,
+    cut,
+    importance,
+    prune,
+    sparsify,
+)
 from .quant import MatMulNBits, QuantEmbedding, QuantLinear, recording
 from .quant.control import ControlReport
 from .quant.load import load_quantized
@@ -47,6 +59,8 @@ __all__ = [
     "SENSITIVE",
     "AdaptiveReport",
     "AdaptiveScheme",
+    "ApproximateReport",
+    "ApproximateScheme",
     "Budgeted",
     "ControlReport",
     "Distillation",
@@ -87,6 +101,7 @@ __all__ = [
     "acmize",
     "adapt",
     "adapter_scale",
+    "approximate",
     "choose_kernels",
     "cut",
     "dequantize",

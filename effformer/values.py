@@ -21,8 +21,28 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from .checks import shown, unknown
 
 __all__ = [
-    "Chance", "Check", "Checked", "Count", "Depth", "Even", "Fraction", "Natural", "NonNegative", "Odd", "Portion",
-    "Positive", "Range", "Real", "Seed", "Threads", "Times", "Warmup", "checker", "held", "plain",
+    "QUIET",
+    "Chance",
+    "Check",
+    "Checked",
+    "Count",
+    "Depth",
+    "Even",
+    "Fraction",
+    "Natural",
+    "NonNegative",
+    "Odd",
+    "Portion",
+    "Positive",
+    "Range",
+    "Real",
+    "Seed",
+    "Threads",
+    "Times",
+    "Warmup",
+    "checker",
+    "held",
+    "plain",
 ]  # fmt: skip
 
 Check = Callable[[Any, str], Any]
@@ -78,6 +98,10 @@ Times = Annotated[int, Range(1, 10**6)]  # a mistyped number would never end
 Warmup = Annotated[int, Range(0, 10**6)]
 Odd = Annotated[int, Range(1, step=2)]
 Even = Annotated[int, Range(2, step=2)]
+QUIET: Mapping[str, str] = types.MappingProxyType(
+    {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+)
+"""Environment in which threads that have nothing to do sleep; torch reads it when it is imported."""
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
 Real = Annotated[float, Range()]
 NonNegative = Annotated[float, Range(0)]

@@ -244,7 +244,11 @@ def merge(model: M, time: Real | None = None) -> M:
         if not follow:
             raise ValueError(f"merge: time={time:g}, but no change of this model follows the time")
         weight = next(model.parameters())
-        embed: Any = model.time_embed
+        embed: Any = getattr(model, "time_embed", None)
+        if embed is None:
+            raise CapabilityError(
+                f"merge: {type(model).__name__} has no time_embed, which would say what a time means to it"
+            )
         moment = embed(torch.tensor([time], device=weight.device), weight.dtype)
         changes |= {path: m.at(m.shares_of(moment)[0]) for path, m in follow.items()}
     return _without(

@@ -99,7 +99,7 @@ class TimedLoRALinear(nn.Linear, Adapted):
         )
 
     def _shares(self) -> Tensor:
-        """(B, n) of the samples, or (1, T, n) of the tokens of a packed row, see `_beside`."""
+        """(B, n) of the samples of the block that runs."""
         ctx = self.moment.ctx
         if ctx is None or ctx.time is None:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .allocate import PruneScheme
+from .approximate import ApproximateReport, ApproximateScheme, approximate
 from .cut import cut
 from .importance import importance
 from .masks import Masks, SparseScheme, sparsify
@@ -10,6 +11,6 @@ from .prune import prune
 from .report import PrunedPart, PruneReport
 
 __all__ = [
-    "Masks", "PruneReport", "PruneScheme", "PrunedPart", "SparseScheme", "cut", "importance", "prune",
-    "sparsify",
+    "ApproximateReport", "ApproximateScheme", "Masks", "PruneReport", "PruneScheme", "PrunedPart", "SparseScheme",
+    "approximate", "cut", "importance", "prune", "sparsify",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from .linear import PackedWeight, QuantEmbedding, QuantLinear
 from .mixed import Rule, decide, read_rules
 from .plan import Packed, Planned, make_plan, pack
 from .schemes import Scheme, make_scheme
+from .smooth import Smoothed
 from .swap import irreplaceable, swap
 
 __all__ = [
@@ -100,8 +102,27 @@ def quantize(
     """
     check_parts(model, where="quantize")
     options: dict[str, Any] = {"skip": skip, "sensitive": sensitive, "backend": backend}
-    changed = copy.deepcopy(model)
-    return changed, quantize_(changed, scheme, where, **options, data=data, inputs=inputs)
+    with _copied(model, scheme) as changed:
+        report = quantize_(changed, scheme, where, **options, data=data, inputs=inputs)
+    return changed, report
+
+
+@contextmanager
+def _copied(model: M, spec: Spec) -> Iterator[M]:
+    """A copy to work on in the block, which until then reads the weights that may be packed from the model
+    itself: most are never copied. Schemes that divide weights in front of a layer work on a whole copy.
+    """
+    rules, _ = read_rules(spec, sensitive=None, careful=(), backend="torch")
+    folds = any(isinstance(rule.scheme, Smoothed) and rule.scheme.config.fold for rule in rules)
+    dense = [m.weight for m in model.modules() if type(m) in _KINDS and not folds]
+    lent: dict[int, Any] = {id(weight): weight for weight in dense}
+    changed = copy.deepcopy(model, dict(lent))
+    yield changed
+    own: dict[int, Any] = {}
+    for module in changed.modules():
+        for name, value in module._parameters.items():
+            if id(value) in lent:
+                module._parameters[name] = copy.deepcopy(value, own)
 
 
 @checked

@@ -17,7 +17,7 @@ from .steps import Step, read_step
 __all__ = ["Recipe"]
 
 _KEYS = ("data", "samples", "steps")
-_REBUILD = ("linearize", "acmize", "dynamize")
+_REBUILD = ("linearize", "acmize", "dynamize", "approximate")
 _UNDONE = {"adapt": "merge"}
 
 
@@ -115,7 +115,9 @@ def _check_order(steps: Sequence[Step], where: str) -> None:
     for i, step in enumerate(steps):
         before = verbs[:i]
         late = [
-            v for v in ("quantize", "adapt") if before.count(v) > before.count(_UNDONE.get(v, ""))
+            v
+            for v in ("quantize", "adapt", "approximate")
+            if before.count(v) > before.count(_UNDONE.get(v, ""))
         ]
         if step.verb in _REBUILD and late:
             raise ValueError(

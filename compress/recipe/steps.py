@@ -21,7 +21,14 @@ from ..adapt import LoRA, adapt, merge
 from ..distill import Distillation
 from ..dynamic import AdaptiveScheme, DynamicScheme, acmize, dynamize
 from ..linearize import LinearizeScheme, linearize
-from ..prune import PruneScheme, SparseScheme, prune, sparsify
+from ..prune import (
+    ApproximateScheme,
+    PruneScheme,
+    SparseScheme,
+    approximate,
+    prune,
+    sparsify,
+)
 from ..quant.mixed import MixedScheme
 from ..quant.quantize import quantize
 from ..quant.schemes import make_scheme
@@ -132,6 +139,26 @@ class Prune(Step):
             return prune(model, self.scheme, self.paths, data=place.data)
         task = _task(model, place)
         return prune(model, self.scheme, self.paths, data=place.samples, objective=task)
+
+
+class Approximate(Step):
+    """What the loss does not miss goes."""
+
+    verb = "approximate"
+    does = (
+        "attentions, FFNs, heads and channels go that the loss on labelled samples does not miss, and queries "
+        "attend to fewer keys: one pass for each"
+    )
+
+    def read(self, options: dict[str, Any]) -> None:
+        self.paths: Where = options.pop("where", "*")
+        self.scheme = ApproximateScheme.from_dict(options, where=self.where)
+
+    def run(self, model: nn.Module, place: Place) -> tuple[Any, Any]:
+        task = _task(model, place)
+        if task is None:
+            raise ValueError(f"recipe: {self.verb}: the loss needs data with labels y")
+        return approximate(model, self.scheme, self.paths, data=place.samples, objective=task)
 
 
 class Sparsify(Step):
@@ -344,10 +371,10 @@ def _task(model: nn.Module, place: Place) -> Any:
     return Classification() if labelled else None
 
 
-STEPS: dict[str, type[Step]] = {
-    step.verb: step
-    for step in (Linearize, Acmize, Dynamize, Prune, Distill, Quantize, Sparsify, Adapt, Merge)
-}
+_EVERY: tuple[type[Step], ...] = (
+    Linearize, Acmize, Dynamize, Approximate, Prune, Distill, Quantize, Sparsify, Adapt, Merge,
+)  # fmt: skip
+STEPS: dict[str, type[Step]] = {step.verb: step for step in _EVERY}
 """Steps by the verbs that a recipe names."""
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..values import QUIET
 from ..version import VERSION
 from . import (
     bench,
@@ -91,7 +92,9 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, whose threads sleep when they wait: other programs run beside it."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started the program

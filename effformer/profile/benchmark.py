@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effformer.arguments import checked
 from effformer.notebook import Shown
-from effformer.values import Threads, Times, Warmup
+from effformer.values import QUIET, Threads, Times, Warmup
 
 from .latency import Latency, SideBySide, percentiles
 from .machine import Machine
@@ -28,9 +28,6 @@ __all__ = ["BUSY", "Benchmark", "Candidate", "benchmark"]
 
 BUSY = 0.1
 """Share of the time for which threads waited for a processor, from which a machine counts as busy."""
-
-_QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
-"""Environment in which threads that have nothing to do sleep."""
 
 Progress = Callable[[int, int], None]
 """(processes done, processes in all)."""
@@ -200,7 +197,7 @@ def _run(candidate: Candidate, job: dict[str, Any]) -> dict[str, Any]:
     load = candidate.load
     words = {"load": f"{load.__module__}:{load.__qualname__}", "options": dict(candidate.options)}
     count = str(job["threads"])
-    place = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **_QUIET}
+    place = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **QUIET}
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-m", "effformer.profile.worker"],

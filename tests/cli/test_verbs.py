@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from web_package import package
 import effformer
 from effformer.cli import common, main
 from effformer.cli.forms import FORMS
+from effformer.values import QUIET
 
 from .running import SMALL, answer, invoke, refusal
 
@@ -546,6 +549,40 @@ def test_doctor() -> None:
     assert set(data["self_test"].values()) == {"ok"}
     assert data["softmax_backends"][:2] == ["sdpa", "reference"]
     assert "torch" in invoke("doctor").stdout
+
+
+def test_doctor_says_when_spinning_hurts(monkeypatch: pytest.MonkeyPatch) -> None:
+    verb = importlib.import_module("effformer.cli.doctor")
+    asked: list[tuple[str, dict[str, str]]] = []
+    seconds = {"spin": "0.5"}
+
+    def answered(command: list[str], environment: dict[str, str]) -> str:
+        asked.append((command[-1], environment))
+        sleeps = environment.get("OMP_WAIT_POLICY") == "PASSIVE"
+        return "0.02" if sleeps else "0.03" if command[-1] == "1" else seconds["spin"]
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(verb, "_answer", answered)
+    place = verb._beside_another(2)
+    assert place == {"one": 0.03, "spin": 0.5, "sleep": 0.02}
+    assert [count for count, _ in asked] == ["1", "2", "2"]
+    assert "OMP_WAIT_POLICY" not in asked[1][1]  # as a program that says nothing
+    assert "spinning hurts here" in " ".join(verb._told(place))
+    assert "does not hurt" in " ".join(verb._told(place | {"spin": 0.02}))
+    assert "one thread" in " ".join(verb._told(None))
+
+
+def test_threads_of_the_command_line_sleep_when_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = importlib.import_module("effformer.cli.main")
+    seen: list[str | None] = []
+    monkeypatch.setattr(entry, "app", lambda: seen.append(os.environ.get("OMP_WAIT_POLICY")))
+    for name in QUIET:
+        monkeypatch.setenv(name, "")  # what is there is put back afterwards
+        monkeypatch.delenv(name)
+    entry.main()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # who says otherwise is heard
+    entry.main()
+    assert seen == ["PASSIVE", "ACTIVE"]
 
 
 def test_interruptions_say_what_is_intact(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:

@@ -23,8 +23,9 @@ def awake(name: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["vit-nano", "triposg-nano", "mmdit-nano"])
-@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("name", "shared"), [("vit-nano", 0), ("triposg-nano", 1), ("mmdit-nano", 2)]
+)
 def test_the_function_stays(name: str, shared: int, tmp_path: Path) -> None:
     model = awake(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}

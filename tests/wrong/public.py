@@ -301,6 +301,10 @@ OWN: dict[str, dict[str, Make]] = {
     "plan": {"model": model("sit-nano"), "where": given("*")},
     "prune": {"model": model("sit-nano"), "scheme": given({"keep": 0.5}), "data": given(None), "objective": given(None)},
     "cut": {"model": model("sit-nano"), "kept": given({"blocks.0.attn.part": [1]})},
+    "approximate": {
+        "model": model("sit-nano"), "scheme": given({"batch": 4, "most": 2}), "where": given("*"), "data": data,
+        "objective": given(train.Generation()),
+    },
     "importance": {"model": model("sit-nano"), "where": given("*"), "data": given(None), "objective": given(None)},
     "sparsify": {"where": given("*"), "scheme": given({"kind": "magnitude"}), "data": samples},
     "linearize": {

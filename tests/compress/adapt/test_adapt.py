@@ -162,7 +162,7 @@ def moved_in_time(name: str = "sit-nano", **options: Any) -> tuple[Any, Any]:
     return model, moved(adapted)
 
 
-@pytest.mark.parametrize("name", ["sit-nano", "mmdit-nano"])
+@pytest.mark.parametrize("name", ["sit-nano", pytest.param("mmdit-nano", marks=pytest.mark.slow)])
 def test_changes_follow_the_time_and_merge_for_one(name: str, tmp_path: Path) -> None:
     model, adapted = moved_in_time(name)
     inputs = model.example_inputs(3)

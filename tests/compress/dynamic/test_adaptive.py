@@ -145,7 +145,7 @@ def test_distillation_is_module_by_module_on_the_teachers_activations(
         torch.testing.assert_close(torch.autograd.grad(expected, weight)[0], weight.grad)
 
 
-@pytest.mark.parametrize("name", ["vit-nano", "sit-nano"])
+@pytest.mark.parametrize("name", [pytest.param("vit-nano", marks=pytest.mark.slow), "sit-nano"])
 def test_three_stages_in_one_call_are_those_by_hand(name: str, tmp_path: Path) -> None:
     size = "image_size" if name == "vit-nano" else "input_size"
     dense = teacher(name, depth=1, channels=1, patch=4, num_classes=10, **{size: 8})

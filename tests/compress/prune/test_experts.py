@@ -30,7 +30,7 @@ def test_the_plan_knows_whole_experts() -> None:
     assert owned.tolist() == [expert + model.config.dim] * 4
 
 
-@pytest.mark.parametrize("name", ["vit-nano", "triposg-nano"])
+@pytest.mark.parametrize("name", ["vit-nano", pytest.param("triposg-nano", marks=pytest.mark.slow)])
 def test_an_expert_that_no_token_reaches_goes_without_a_change(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     alone = MOE | {"top_k": 1, "renormalise": True}
@@ -55,7 +55,14 @@ def test_an_expert_that_no_token_reaches_goes_without_a_change(name: str, tmp_pa
         assert torch.equal(again.eval()(**inputs), small(**inputs))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "activation", "taylor", "gradient", "sides"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "activation",
+        "gradient",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("magnitude", "taylor", "sides")),
+    ],
+)
 def test_half_of_the_experts_go_by_every_measure(method: Any) -> None:
     model = mixture(depth=1)
     batch = model.example_inputs(8) | {"y": torch.arange(8)}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import effformer
 from effformer.checks import FormatError
+from effformer.profile import peak_rss
 
 SCHEMES = ["int8", "int4", "nf4", "fp4", "int8-dynamic", "llm-int8"]
 
@@ -268,3 +269,41 @@ def test_models_without_numbers_to_compare_are_refused() -> None:
     assert isinstance(model.net[0], nn.Linear)
     with pytest.raises(TypeError, match=r"quantize: inputs do not fit _Answer.forward\(tokens"):
         quantize(model, "nf4", inputs={"x": torch.randn(3, 64)})
+
+
+@pytest.mark.parametrize("scheme", ["int8", "gptq", "smoothquant"])
+def test_the_copy_has_nothing_of_the_model(scheme: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    small, _ = quantize(net, scheme, "1", data={"input": torch.randn(8, 32)})
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    theirs = {p.data_ptr() for p in net.parameters()}
+    assert not theirs & {p.data_ptr() for p in small.parameters()}
+    with pytest.raises(ValueError, match="matches no module"):
+        quantize(net, scheme, "9", data={"input": torch.randn(8, 32)})
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_tied_weights_that_stay_are_tied_in_the_copy() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 64))
+    net[1].weight = net[0].weight
+    small, _ = quantize(net, "int8", "2")
+    assert small[0].weight is small[1].weight
+    assert small[0].weight is not net[0].weight
+
+
+def _built(scheme: str | None) -> None:
+    """Called in a fresh process, which measures its memory."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(48)))
+    if scheme is not None:
+        quantize(net, scheme)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "hqq"])
+def test_memory_of_a_large_model(scheme: str) -> None:
+    """At most 2.5 times the bytes of the model, the model included (benchmarks/compress_large.py)."""
+    size = 48 * 1025 * 1024 * 4
+    assert peak_rss(_built, scheme) <= 2.5 * size

@@ -154,6 +154,7 @@ def test_another_run_in_the_folder_is_refused_or_replaced(tmp_path: Path) -> Non
 
 def test_other_verbs_and_metrics(tmp_path: Path) -> None:
     steps: list[Any] = [
+        {"approximate": {"keys": [4], "most": 1, "where": "blocks.*.attn"}},
         {"adapt": {"rank": 2, "where": "blocks"}},
         {"distill": {"steps": 2, "batch": 4, "losses": ["logits", "hidden"], "weight": 0.5}},
         "merge",
@@ -163,6 +164,7 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
     data = load_data("digits")
     small, report = run_recipe(classifier(), {"steps": steps, "samples": 64}, tmp_path, data=data)
     assert [step["step"] for step in report.steps] == [
+        "approximate",
         "adapt",
         "distill",
         "merge",
@@ -170,7 +172,7 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
         "quantize",
     ]
     assert report.steps[-1]["report"]["drop"] <= 0.02
-    assert set(report.steps[3]["report"]) == {"blocks.0.ffn.part.fc1", "blocks.0.ffn.part.fc2"}
+    assert set(report.steps[4]["report"]) == {"blocks.0.ffn.part.fc1", "blocks.0.ffn.part.fc2"}
     assert {r["kind"] for r in small.transforms} <= {"quantize"}
     for metric in ("accuracy", "error"):
         last = {"steps": [{"quantize": {"metric": metric, "max_drop": 0.5}}]}
@@ -201,6 +203,7 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
         ({"steps": [{"linearize": {}}]}, "'attn' is missing|missing .*attn"),
         ({"steps": [{"acmize": {"steps": [1, 2]}}]}, "steps"),
         ({"steps": [{"dynamize": {"width": "dynamo"}}]}, "did you mean 'dynamic'"),
+        ({"steps": ["approximate", {"acmize": {}}]}, "put it before approximate"),
         ({"steps": ["adapt", {"acmize": {}}]}, "put it before adapt"),
         ({"steps": [{"quantize": {}}], "samples": 0}, "samples must be"),
         ({"steps": [{"quantize": {}}], "data": 3}, "data: expected the name"),
@@ -264,37 +267,39 @@ def test_the_command(tmp_path: Path) -> None:
     assert "give one" in done.output
 
 
-def test_other_parts_are_put_in_one_after_the_other_and_go_on_after_a_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_other_parts_are_put_in_one_after_the_other_and_go_on_after_a_stop(
+    more: bool, tmp_path: Path
+) -> None:
     few = {"batch": 4}
-    given: dict[str, Any] = {
-        "data": "digits",
-        "steps": [
-            {"linearize": {"attn": "flow", "steps": 2, "whole": 2, **few}},
-            {"dynamize": {"steps": 2, "tokens": None, "width": {"name": "dynamic", "over": "ffn"}, **few}},
-            {"acmize": {"ffn": False, "steps": [2, 1, 4], **few}},
-            {"quantize": {"where": "blocks.*.ffn"}},
-        ],
-    }  # fmt: skip
+    gates = {"steps": 2, "tokens": None, "width": {"name": "dynamic", "over": "ffn"}, **few}
+    steps: list[Any] = [
+        {"linearize": {"attn": "flow", "steps": 2, "whole": 2, **few}},
+        *([{"dynamize": gates}] if more else []),
+        {"acmize": {"ffn": False, "steps": [2, 1, 4], **few}},
+        *([{"quantize": {"where": "blocks.*.ffn"}}] if more else []),
+    ]
+    given = {"data": "digits", "steps": steps}
     small, report = run_recipe(generator(), given, tmp_path / "whole")
-    verbs_done = [step["step"] for step in report.steps]
-    assert verbs_done == ["linearize", "dynamize", "acmize", "quantize"]
+    assert [step["step"] for step in report.steps] == [next(iter(step)) for step in steps]
     assert small.config.attn.core.entry.name == "flow"
     assert small.config.attn.projections is not None
-    assert small.config.width.over == "ffn"
-    assert report.steps[1]["report"]["executed"] > 0
+    if more:
+        assert small.config.width.over == "ffn"
+        assert report.steps[1]["report"]["executed"] > 0
     json.dumps(report.to_dict(), allow_nan=False)
     loaded = effformer.load_model(tmp_path / "whole/model")
     inputs = generator().example_inputs(2)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**inputs), small.eval()(**inputs))
-    # killed in the third stage of the third step
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:  # killed in the third stage of acmize
         patch.setattr(Budgeted, "__call__", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(generator(), given, tmp_path / "out")
-    assert not (tmp_path / "out/3-acmize").exists()
+    done = 2 if more else 1
+    assert not (tmp_path / f"out/{done + 1}-acmize").exists()
     again, report = run_recipe(generator(), given, tmp_path / "out")
-    assert report.resumed == 2
+    assert report.resumed == done
     assert all(torch.equal(v, small.state_dict()[k]) for k, v in again.state_dict().items())
 
 

@@ -1,10 +1,12 @@
-"""Selective hard attention: values, probabilities, gradients, masks, layers of a BERT."""
+"""Selective hard attention: values, probabilities, gradients, masks, layers of a BERT; and the search."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from effformer.compress.prune.greedy import greedy
 from harness import Golden
 from torch import Tensor, nn
 
@@ -29,6 +31,27 @@ def check(golden: Golden) -> None:
     }
     _check_bert(golden, layers, "out.bert.hard")
     _check_bert(golden, layers, "out.bert.pruned_and_hard", removed=golden.config["removed"])
+    _check_search(golden.meta["greedy_contract_example"])
+
+
+def _check_search(given: dict[str, Any]) -> None:
+    """Visits, losses and decisions on a loss that is a table."""
+
+    def measure(removed: Sequence[str], keys: Mapping[str, int]) -> float:
+        alone = sum(given["element_cost"][name] for name in removed)
+        pairs = [cost for a, b, cost in given["pair_cost"] if a in removed and b in removed]
+        return float(given["base_loss"] + alone + sum(pairs))
+
+    found = greedy(
+        given["block_order"], given["children"], {}, measure, threshold=given["fine_threshold"]
+    )
+    seen = [(v.element, v.accepted) for v in found.visits]
+    assert seen == [(name, accepted) for name, _, accepted in given["expected_visits"]]
+    losses = torch.tensor([v.loss for v in found.visits])
+    expected = torch.tensor([loss for _, loss, _ in given["expected_visits"]])
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
+    assert found.removed == given["expected_removed_in_order"]
+    assert abs(found.best - given["expected_final_loss"]) < 1e-6
 
 
 def _check_core(golden: Golden, core: TopK, case: str) -> None:
