@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .bundle import export_bundle as export_bundle
     from .graph import GraphFacts as GraphFacts
     from .graph import read_graph as read_graph
+    from .kinds import open_bundle as open_bundle
     from .onnx import ExportError as ExportError
     from .onnx import ExportReport as ExportReport
     from .onnx import export_onnx as export_onnx
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
     from .session import Session as Session
     from .static import Calibration as Calibration
     from .static import calibrate_onnx as calibrate_onnx
+    from .stream_bundle import StreamBundleReport as StreamBundleReport
+    from .stream_bundle import export_stream_bundle as export_stream_bundle
     from .targets import Target as Target
+    from .text_bundle import TextBundleReport as TextBundleReport
+    from .text_bundle import export_text_bundle as export_text_bundle
     from .verify import VerificationError as VerificationError
     from .verify import VerifyReport as VerifyReport
     from .verify import verify_onnx as verify_onnx
@@ -44,7 +49,8 @@ _HOME = {
     "Target": "targets", "VerificationError": "verify", "VerifyReport": "verify",
     "verify_onnx": "verify", "quantize_onnx_within": "within", "Calibration": "static",
     "calibrate_onnx": "static", "deviation": "within", "WebReport": "web", "export_web": "web",
-    "graph_breakdown": "boxes",
+    "open_bundle": "kinds", "StreamBundleReport": "stream_bundle", "export_stream_bundle": "stream_bundle",
+    "graph_breakdown": "boxes", "TextBundleReport": "text_bundle", "export_text_bundle": "text_bundle",
 }  # fmt: skip
 
 __all__ = [*_HOME]

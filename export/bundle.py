@@ -35,7 +35,7 @@ from effformer.values import Count, Natural, NonNegative, Real
 from effformer.version import VERSION
 from effformer.wrapped import unwrapping
 
-from . import choice, pictures, run
+from . import choice, opened, pictures, run
 from . import facts as checks
 from .quantize import FORMS, QuantizeReport
 from .record import record_forms, record_graphs
@@ -51,7 +51,7 @@ from .velocity import (
 from .verify import VerifyReport
 from .work import multiply_adds
 
-__all__ = ["FOLDER", "BundleReport", "export_bundle"]
+__all__ = ["FOLDER", "BundleReport", "export_bundle", "session_options"]
 
 SESSION = {"threads": None, "spinning": False, "denormals_to_zero": True, "arena": True}
 """How the graphs of a bundle run where nothing else is said."""
@@ -72,12 +72,17 @@ FOLDER: Any = {
     "own": (
         "run.py",
         "facts.py",
+        "opened.py",
         "choice.py",
         "choice.json",
         "pictures.py",
+        "encoder.onnx*",
         "light.*onnx*",
+        "step.onnx*",
+        "vocab.txt",
+        "wordpiece.py",
+        "self_test_*.npy",
         "self_test.npy",
-        "self_test_sample.npy",
         "velocity.*onnx*",
         "decoder.onnx*",
         "__pycache__",
@@ -201,7 +206,7 @@ def export_bundle(
     steps, guidance = _settings(record, sampler, steps, guidance)
     policy = _policy(cache)
     facts: dict[str, Any] = {
-        "format": checks.FORMAT,
+        "format": 1,  # that of pictures, which earlier runners read, too
         "effformer": VERSION,
         "model": str(getattr(model, "name", type(model).__name__)),
         "shape": list(size),
@@ -217,7 +222,7 @@ def export_bundle(
         "network_convention": record.convention.to_dict(),
         "trained": record.to_dict(),
         "quantization": None if forms[0] == "float32" else forms[0],
-        "session": _session(session),
+        "session": session_options(session),
     }  # fmt: skip
     with atomic_folder(folder, **FOLDER, force=force) as temporary, evaluating(model):
         network = Velocity(model, record.convention)
@@ -238,7 +243,7 @@ def export_bundle(
             write_graph(Decoder(decoder), temporary / "decoder.onnx", example, verify=verify)
             facts["graphs"]["decoder"] = "decoder.onnx"
             facts["macs"]["decoder"] = multiply_adds(decoder, inputs["x"])
-        for source in (run, pictures, checks, choice):
+        for source in (run, opened, pictures, checks, choice):
             shutil.copyfile(str(source.__file__), temporary / Path(str(source.__file__)).name)
         drawn: VelocityField = network
         if policy is not None:
@@ -277,7 +282,7 @@ def _forms(quantize: str | Sequence[str] | None, max_error: float | None) -> lis
     return forms
 
 
-def _session(given: Mapping[str, Any] | None) -> dict[str, Any]:
+def session_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Options of the runtime, all of them.
 
     Raises:
@@ -325,7 +330,8 @@ def _check_draws(model: nn.Module, shape: Sequence[int] | None, num_classes: int
     if not all(hasattr(config, name) for name in ("input_size", "channels", "num_classes")):
         raise ValueError(
             f"export_bundle: a bundle draws pictures of classes, which {getattr(model, 'name', 'the model')} "
-            "does not; export_onnx (-o NAME.onnx on the command line) writes its graph"
+            "does not; export_text_bundle and export_stream_bundle write those of text encoders and streaming "
+            "models, export_onnx (-o NAME.onnx on the command line) the graph of any"
         )
 
 

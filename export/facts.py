@@ -23,10 +23,11 @@ else:  # in a bundle, whose runner has made its folder known
 
 __all__ = [
     "CACHE", "FORMAT", "MOST", "MOST_NUMBERS", "SAMPLERS", "SEEDS", "STRONGEST", "check_cache", "check_facts",
-    "check_file", "check_sampler", "number", "read_array", "read_facts",
+    "check_file", "check_files", "check_listed", "check_sampler", "check_session", "fields", "number",
+    "read_array", "read_facts",
 ]  # fmt: skip
 
-FORMAT = 1
+FORMAT = 2  # 1: of pictures alone
 MOST = 10_000  # pictures at once, and steps: a mistyped number must not fill the memory or the day
 STRONGEST = 1000  # scale of the guidance
 MOST_NUMBERS = 2**28  # of all samples together, 1 GiB
@@ -83,26 +84,23 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def check_facts(facts: dict[str, Any], at: str) -> None:
-    """Every field that is used, before anything is opened or allocated."""
-    _fields(facts, at, files=dict, graphs=dict, sampler=dict, self_test=dict)
-    _fields(facts, at, shape=list, value_range=list, num_classes=int, null_label=int | None)
-    for name, record in facts["files"].items():
-        if not name.strip(".") or re.search(r"[/\\:\0]", name):
-            raise BundleError(f"{at}files: {name!r} is not the name of a file inside the bundle")
-        _fields(facts["files"], f"{at}files.", **{name: dict})
-        _fields(record, f"{at}files.{name}.", bytes=int, sha256=str)
+    """Every field of a bundle of pictures that is used, before anything is opened or allocated."""
+    check_files(facts, at)
+    fields(facts, at, graphs=dict, sampler=dict, self_test=dict)
+    fields(facts, at, shape=list, value_range=list, num_classes=int, null_label=int | None)
     graphs, test, own = facts["graphs"], facts["self_test"], facts["sampler"]
     decoder = [] if graphs.get("decoder") is None else [graphs["decoder"]]
     drawn = [] if test.get("sample") is None else [test["sample"]]
     if drawn:
-        _fields(test, f"{at}self_test.", sample=dict)
+        fields(test, f"{at}self_test.", sample=dict)
     files = [record.get("file") for record in (test, *drawn)]
     light = [] if graphs.get("light") is None else [graphs["light"]]
     for path in (graphs.get("velocity"), *light, *decoder, *files):
-        _check_listed(path, facts, at)
-    _check_session(facts, at)
+        check_listed(path, facts, at)
+    check_session(facts, at)
+    _check_forms(facts, at)
     if "macs" in facts:
-        _fields(facts, at, macs=dict)
+        fields(facts, at, macs=dict)
         for name, count in facts["macs"].items():
             number(count, 0, 2**62, f"{at}macs.{name}")
     if len(facts["shape"]) != 3 or len(facts["value_range"]) != 2:
@@ -116,7 +114,7 @@ def check_facts(facts: dict[str, Any], at: str) -> None:
     number(0 if null is None else null, 0, 2**31, f"{at}null_label")
     check_sampler(own, at)
     if own.get("cache") is not None:
-        _fields(own, f"{at}sampler.", cache=dict)
+        fields(own, f"{at}sampler.", cache=dict)
         check_cache(own["cache"], f"{at}sampler.")
     guided = own.get("guidance_channels")
     number(1 if guided is None else guided, 1, facts["shape"][0], f"{at}guidance_channels")
@@ -130,33 +128,47 @@ def check_facts(facts: dict[str, Any], at: str) -> None:
 def _check_test(record: dict[str, Any], at: str, last: int, numbers: int) -> None:
     number(record.get("seed"), 0, SEEDS, f"{at}self_test.seed")
     number(record.get("tolerance"), 0, 1, f"{at}self_test.tolerance", real=True)
-    _fields(record, f"{at}self_test.", labels=list)
+    fields(record, f"{at}self_test.", labels=list)
     for label in record["labels"]:
         number(label, 0, last, f"{at}each of self_test.labels")
     if not 1 <= len(record["labels"]) <= MOST_NUMBERS // numbers:
         raise BundleError(f"{at}shape and self_test.labels do not fit into the memory")
 
 
-def _check_session(facts: dict[str, Any], at: str) -> None:
-    """Options of the runtime, and the forms in which the graphs are there."""
+def check_files(facts: dict[str, Any], at: str) -> None:
+    """What is recorded of the files of any bundle."""
+    fields(facts, at, files=dict)
+    for name, record in facts["files"].items():
+        if not name.strip(".") or re.search(r"[/\\:\0]", name):
+            raise BundleError(f"{at}files: {name!r} is not the name of a file inside the bundle")
+        fields(facts["files"], f"{at}files.", **{name: dict})
+        fields(record, f"{at}files.{name}.", bytes=int, sha256=str)
+
+
+def check_session(facts: dict[str, Any], at: str) -> None:
+    """Options of the runtime."""
     if "session" in facts:
-        _fields(facts, at, session=dict)
+        fields(facts, at, session=dict)
         _check_names(facts["session"], SESSION, f"{at}session.")
         for option in SESSION[1:]:
             if not isinstance(facts["session"].get(option), bool):
                 raise BundleError(f"{at}session.{option} is no truth value; copy the folder again")
-        _fields(facts["session"], f"{at}session.", threads=int | None)
+        fields(facts["session"], f"{at}session.", threads=int | None)
         threads = facts["session"]["threads"]
         number(1 if threads is None else threads, 1, 1024, f"{at}session.threads")
+
+
+def _check_forms(facts: dict[str, Any], at: str) -> None:
+    """The forms in which the graphs are there."""
     if "forms" not in facts:  # of an earlier bundle, or there is one only
         return
-    _fields(facts, at, forms=dict)
+    fields(facts, at, forms=dict)
     number(len(facts["forms"]), 2, FORMS, f"{at}the number of forms")
     light = facts["graphs"].get("light") is not None
     for name, own in facts["forms"].items():
         if not re.fullmatch(r"[a-z0-9-]{1,40}", name):
             raise BundleError(f"{at}forms: {reprlib.repr(name)} is no name of a form")
-        _fields(facts["forms"], f"{at}forms.", **{name: dict})
+        fields(facts["forms"], f"{at}forms.", **{name: dict})
         here = f"{at}forms.{name}."
         _check_names(own, FORM, here)
         for kind in ("tolerance", "sample_tolerance"):
@@ -164,7 +176,7 @@ def _check_session(facts: dict[str, Any], at: str) -> None:
         if not isinstance(own.get("narrow"), bool):
             raise BundleError(f"{here}narrow is no truth value; copy the folder again")
         for graph in ["velocity", "light"][: 1 + light]:
-            _check_listed(own.get(graph), facts, here)
+            check_listed(own.get(graph), facts, here)
 
 
 def _check_names(given: dict[str, Any], known: Collection[str], at: str) -> None:
@@ -172,12 +184,14 @@ def _check_names(given: dict[str, Any], known: Collection[str], at: str) -> None
         raise BundleError(f"{at}{reprlib.repr(strange[0])} is unknown; choices: {', '.join(known)}")
 
 
-def _check_listed(path: Any, facts: dict[str, Any], at: str) -> None:
+def check_listed(path: Any, facts: dict[str, Any], at: str) -> None:
+    """Refuse what is not the name of a file of the bundle."""
     if not isinstance(path, str) or path not in facts["files"]:
         raise BundleError(f"{at}{reprlib.repr(path)} is not one of the files of the bundle")
 
 
-def _fields(facts: dict[str, Any], at: str, **kinds: Any) -> None:
+def fields(facts: dict[str, Any], at: str, **kinds: Any) -> None:
+    """Refuse fields that are missing or of another kind."""
     for name, kind in kinds.items():
         value = facts.get(name)
         if name not in facts or isinstance(value, bool) or not isinstance(value, kind):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BEYOND", "guard", "guard_ids"]
 
 REFUSED = "refused: "
-"""What the name of a node begins with; `run.refusal` looks for it."""
+"""What the name of a node begins with; `opened.refusal` looks for it."""
 
 BEYOND = 2**31 - 1
 """An id that no table has, in the place of those below 0."""

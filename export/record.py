@@ -20,7 +20,7 @@ from .packed import step_of
 from .velocity import Graphs, Velocity, guidance_of
 from .verify import VerificationError
 
-__all__ = ["finish", "record_forms", "record_graphs"]
+__all__ = ["ROUNDED", "error_of", "finish", "record_forms", "record_graphs"]
 
 _log = logging.getLogger(__name__)
 ROUNDED = 5e-2
@@ -89,12 +89,12 @@ def record_forms(
         bundle = run.Bundle(folder, form=form)
         labels, expected = np.asarray(test["labels"]), np.load(folder / test["file"])
         noise = np.random.default_rng(0).standard_normal(expected.shape, dtype=np.float32)
-        found[form] = _error(bundle.velocity(noise, test["t"], labels), expected)
+        found[form] = error_of(bundle.velocity(noise, test["t"], labels), expected)
         own["tolerance"] = min(1.0, found[form] + ROUNDED)
         if drawn:
             made = bundle.sample(drawn["labels"], steps=drawn["steps"], seed=drawn["seed"])
             own["sample_tolerance"] = min(
-                1.0, _error(made, np.load(folder / drawn["file"])) + ROUNDED
+                1.0, error_of(made, np.load(folder / drawn["file"])) + ROUNDED
             )
         if not found[form] < 1.0:
             raise VerificationError(
@@ -104,7 +104,7 @@ def record_forms(
     return found
 
 
-def _error(actual: Any, expected: Any) -> float:
+def error_of(actual: Any, expected: Any) -> float:
     """Largest difference by the largest value."""
     return float(abs(actual - expected).max()) / max(float(abs(expected).max()), 1e-12)
 
@@ -132,7 +132,7 @@ def _drawn(
         y=torch.tensor(labels, device=device),
     ).x.cpu().numpy()  # fmt: skip
     actual = bundle.sample(labels, steps=steps, noise=noise)
-    error = _error(actual, expected)
+    error = error_of(actual, expected)
     exact = facts["quantization"] is None
     if exact and not error <= tolerance:
         raise VerificationError(

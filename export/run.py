@@ -12,7 +12,6 @@ classifier-free guidance ``v_null + g (v_cond - v_null)``.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import os
 import re
@@ -28,20 +27,22 @@ if not __package__:  # in a bundle, from wherever it is started
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 if TYPE_CHECKING or __package__:
     from . import facts as checks
-    from .choice import Choice, choose, open_session, place_of
+    from .choice import Choice, choose, place_of
+    from .opened import Opened, served
     from .pictures import Array, BundleError, check_place, write_image, write_samples
 else:
     import facts as checks
-    from choice import Choice, choose, open_session, place_of
+    from choice import Choice, choose, place_of
+    from opened import Opened, served
     from pictures import Array, BundleError, check_place, write_image, write_samples
 
 __all__ = [
-    "Bundle", "BundleError", "check_place", "main", "parse_labels", "refusal",
+    "Bundle", "BundleError", "check_place", "main", "parse_labels",
     "write_image", "write_samples",
 ]  # fmt: skip
 
 
-class Bundle:
+class Bundle(Opened):
     """An opened bundle.
 
     Args:
@@ -64,17 +65,13 @@ class Bundle:
             threads outside 1..1024; no such form.
     """
 
+    KIND = "pictures"
+
     def __init__(
         self, folder: str | Path, threads: int | None = None, *, form: str | None = None, alone: bool = False
     ) -> None:  # fmt: skip
-        given = {} if threads is None else {"threads": checks.number(threads, 1, 1024, "threads")}
-        self.folder, self._alone = Path(folder), alone
-        self.facts = checks.read_facts(self.folder)
-        checks.check_facts(self.facts, f"{self.folder / 'bundle.json'}: ")
-        for name, record in self.facts["files"].items():
-            checks.check_file(self.folder, name, record)
+        super().__init__(folder, threads, alone=alone)
         self.shape: tuple[int, int, int] = tuple(self.facts["shape"])
-        self._options: dict[str, Any] = (self.facts.get("session") or {}) | given
         self._forms: dict[str, Any] = self.facts.get("forms") or {}
         if form is not None and form not in self._forms:
             known = (
@@ -250,38 +247,12 @@ class Bundle:
     def _recorded(self, test: dict[str, Any]) -> Array:
         return checks.read_array(self.folder / test["file"], (len(test["labels"]), *self.shape))
 
-    def _differs(self, actual: Array, expected: Array, allowed: float, what: str) -> float:
-        if actual.shape != expected.shape:
-            raise BundleError(f"{self.folder}: the graph gives {actual.shape} for {expected.shape}")
-        error = float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
-        if not error <= allowed:
-            raise BundleError(
-                f"{self.folder}: this machine's {what} differs by {error:.1e} from the recorded "
-                f"one (allowed {allowed:.0e})"
-            )
-        return error
+    def _check(self, at: str) -> None:
+        checks.check_facts(self.facts, at)
 
-    def _open(self, name: str, inputs: list[str], form: dict[str, Any] | None = None) -> Any:
-        narrow = (form or {}).get("narrow", False)
-        path = self.folder / name
-        session = open_session(path, self._options, narrow=narrow, alone=self._alone)
-        if (found := sorted(i.name for i in session.get_inputs())) != inputs:
-            raise BundleError(f"{path}: takes {found}, expected {inputs}")
-        return session
-
-    def _run(self, session: Any, feed: dict[str, Array], count: int = 1) -> list[Array]:
-        """The first outputs of a graph."""
-        names = [output.name for output in session.get_outputs()][:count]
-        try:
-            out = session.run(names, feed)
-        except Exception as error:
-            why = refusal(error) or f"onnxruntime cannot run it ({error})"
-            raise BundleError(f"{self.folder}: {why}") from error
-        if len(out) < count or not all(
-            isinstance(x, np.ndarray) and x.dtype.kind == "f" for x in out
-        ):
-            raise BundleError(f"{self.folder}: the graph gives no tensor of real numbers")
-        return list(out)
+    def example(self) -> Array:
+        """A sample."""
+        return self.sample([0])
 
     def which(self) -> str:
         """Which form runs, and why."""
@@ -354,12 +325,6 @@ class Carried:
         """Take what an evaluation computed."""
         kept = [(time, value) for time, value in self._points if time != t]
         self._points = [*kept, (t, change)][-self.order - 1 :]
-
-
-def refusal(error: Exception) -> str:
-    """What a graph itself says when it refuses (`effformer.export.guards`), or nothing."""
-    found = re.search(r"Name:'refused: ([^']+?)( #[0-9]+)?(_quant)?'", str(error))
-    return found[1] if found else ""
 
 
 def _step(
@@ -440,35 +405,25 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
     add("--self-test", action="store_true", help="compare with the recorded velocity and stop")
     add("--force", action="store_true", help="replace whatever file is at --out")
     given = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters of a path
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        if not given.self_test and not given.which:
-            if given.out.suffix not in (".npy", ".png"):
-                raise BundleError(f"{given.out}: samples are written as .png or .npy")
-            check_place(given.out, force=given.force)
-        bundle = Bundle(given.folder, given.threads, form=given.form, alone=alone)
-        if given.which:
-            print(f"{given.folder}: {bundle.which()}")
-            return 0
-        if given.self_test:
-            print(f"{given.folder}: agrees within {bundle.self_test():.1e}")
-            return 0
-        labels = parse_labels(given.labels, bundle.classes) if given.labels else []
-        options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
-        options["cache"] = False if given.no_cache else None
-        _save(given.out, bundle, bundle.sample(labels, **options), force=given.force)
-    except BundleError as error:
-        said = " ".join(str(error).split())
-        said = said if len(said) < 1200 else f"{said[:500]} ... {said[-500:]}"
-        print(f"error: {said}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(given.out)
-    return 0
+    return served(lambda: _serve(given, alone))
+
+
+def _serve(given: argparse.Namespace, alone: bool) -> list[object]:
+    """Do what the words ask for, and say what there is to say."""
+    if not given.self_test and not given.which:
+        if given.out.suffix not in (".npy", ".png"):
+            raise BundleError(f"{given.out}: samples are written as .png or .npy")
+        check_place(given.out, force=given.force)
+    bundle = Bundle(given.folder, given.threads, form=given.form, alone=alone)
+    if given.which:
+        return [f"{given.folder}: {bundle.which()}"]
+    if given.self_test:
+        return [f"{given.folder}: agrees within {bundle.self_test():.1e}"]
+    labels = parse_labels(given.labels, bundle.classes) if given.labels else []
+    options = {key: getattr(given, key) for key in ("steps", "guidance", "sampler", "seed")}
+    options["cache"] = False if given.no_cache else None
+    _save(given.out, bundle, bundle.sample(labels, **options), force=given.force)
+    return [given.out]
 
 
 if __name__ == "__main__":

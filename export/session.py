@@ -11,7 +11,7 @@ from effformer.arguments import checked
 from effformer.checks import FormatError, RunError, check_values, need, shown
 from effformer.values import Threads
 
-from .run import refusal
+from .opened import refusal
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close
+from effformer.export import open_bundle
 from effformer.export.run import Bundle
 from safetensors.torch import load_file
 from torch import Tensor
@@ -102,3 +103,8 @@ def test_a_bundle_samples() -> None:
     bundle = Bundle(SAVED / "bundle")
     bundle.self_test()
     assert bundle.sample([0, 1], seed=0).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["texts", "streams"])
+def test_bundles_of_other_kinds(kind: str) -> None:
+    assert open_bundle(SAVED / kind).self_test() < 1e-4

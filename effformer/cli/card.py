@@ -16,7 +16,8 @@ from ..version import VERSION
 from .common import Force, Json, Out, Threads, emit, is_run, load, set_threads, stages
 
 if TYPE_CHECKING:
-    from ..export.run import Bundle
+    from effformer.export.opened import Opened
+
     from ..models.base import Model
 
 LICENCES = {
@@ -24,6 +25,11 @@ LICENCES = {
 }
 """Data that come with this package."""
 UNKNOWN = "not recorded"
+_CONFIG = (
+    "shape", "num_classes", "null_label", "value_range", "sampler", "pooling", "normalise", "longest",
+    "width", "channels", "vocabulary", "inputs", "outputs",
+)  # fmt: skip
+"""What a bundle says of itself, as far as its kind has it."""
 
 
 def card(
@@ -76,9 +82,9 @@ def card(
 def _facts(source: str, timed: bool, threads: int | None) -> dict[str, Any]:
     place = Path(source)
     if (place / "bundle.json").is_file():
-        from ..export.run import Bundle
+        from ..export import open_bundle
 
-        return _of_bundle(Bundle(place, threads), timed, threads)
+        return _of_bundle(open_bundle(place, threads), timed, threads)
     model = load(source)
     facts = _of_model(model, timed, threads)
     if place.is_dir():
@@ -148,16 +154,16 @@ def _training(place: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_bundle(bundle: Bundle, timed: bool, threads: int | None) -> dict[str, Any]:
+def _of_bundle(bundle: Opened, timed: bool, threads: int | None) -> dict[str, Any]:
     facts = bundle.facts
     forms = facts.get("forms") or {facts.get("quantization") or "float32": facts["graphs"]}
     made: dict[str, Any] = {
         "name": str(facts.get("model")), "kind": "edge bundle", "family": "", "effformer": str(facts.get("effformer")),
         "size": {
             "bytes": _bytes(bundle.folder),
-            **{f"bytes as {form}": facts["files"][own["velocity"]]["bytes"] for form, own in forms.items()},
+            **{f"bytes as {form}": facts["files"][_main(own)]["bytes"] for form, own in forms.items()},
         },
-        "config": {key: facts[key] for key in ("shape", "num_classes", "null_label", "value_range", "sampler")},
+        "config": {key: facts[key] for key in _CONFIG if key in facts},
         "session": facts.get("session"),
         "trained": facts.get("trained"),
         "check": {"differs from its record by": bundle.self_test(), "runs here": bundle.which()},
@@ -165,14 +171,20 @@ def _of_bundle(bundle: Bundle, timed: bool, threads: int | None) -> dict[str, An
     if timed:
         from ..profile import machine
 
-        bundle.sample([0])
+        bundle.example()
         start = clock.perf_counter()
-        bundle.sample([0])
+        bundle.example()
         made["latency"] = {
-            "seconds of one sample": clock.perf_counter() - start, "steps": facts["sampler"]["steps"],
+            "seconds of one sample": clock.perf_counter() - start,
+            "steps": facts.get("sampler", {}).get("steps"),
             "threads": threads or facts.get("session", {}).get("threads"), "machine": str(machine()),
         }  # fmt: skip
     return made
+
+
+def _main(graphs: Mapping[str, Any]) -> str:
+    """The file of the graph that a bundle is about."""
+    return str(next(graphs[name] for name in ("velocity", "encoder", "step") if name in graphs))
 
 
 def _bytes(folder: Path) -> int:

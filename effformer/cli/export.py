@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..checks import unknown
+from .bundles import kind_of_bundle, write_bundle
 from .common import (
     FFN,
     Attn,
@@ -106,6 +107,14 @@ def export(
             metavar="POLICY",
         ),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="bundle: of a text encoder, whose runner embeds texts: the folder of the published model, its "
+            "tokenizer.json or its vocab.txt.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     attn: Attn = None,
     ffn: FFN = None,
     block: Block = None,
@@ -118,7 +127,8 @@ def export(
     """Export a model, verified against torch.
 
     A bundle is a folder that samples with numpy and onnxruntime alone: `python FOLDER/run.py`. With
-    `--target web` it also holds a page, which verifies itself and draws in a browser.
+    `--target web` it also holds a page, which verifies itself and draws in a browser. A text encoder with
+    `--tokenizer` becomes one that embeds texts, and a streaming model one that reads step by step.
 
     Examples: `effformer export runs/digits/model -o digits.onnx`,
     `effformer export runs/digits/model --quantize float32 --quantize static-int8 -o bundle`,
@@ -130,7 +140,7 @@ def export(
     site = form == "bundle" and target == "web"
     graph = {"--opset": opset, "--target": None if site else target, "--data": data}
     ignored: dict[str, object] = {
-        **(own if form == "onnx" else graph),
+        **({**own, "--tokenizer": tokenizer} if form == "onnx" else graph),
         "--runtime": None if site else runtime,
     }
     if given := [option for option, value in ignored.items() if value is not None]:
@@ -150,9 +160,17 @@ def export(
             options["sampler"] = "euler" if sampler is None else sampler
             options["cache"] = None if cache is None else named(cache)
             options |= {"quantize": quantize or None, "max_error": max_error, "verify": verify}
-            found, size = (
-                _web(network, place, options, runtime) if site else _bundle(network, place, options)
-            )
+            others = {
+                "--quantize": quantize, "--max-error": max_error, "--report": report,
+                "--target": target, "--no-verify": not verify,
+            }  # fmt: skip
+            kind = kind_of_bundle(network, tokenizer, own | others)
+            if kind != "pictures":
+                found, size = write_bundle(kind, network, place, tokenizer, options)
+            elif site:
+                found, size = _web(network, place, options, runtime)
+            else:
+                found, size = _bundle(network, place, options)
         else:
             options = {
                 "opset": opset,
@@ -175,7 +193,10 @@ def _lines(place: Path, kind: str, found: dict[str, Any], size: int) -> list[str
     """What was written, in words."""
     parity = found["parity"]
     lines = [f"{place}: {kind}, {size / 1e6:.2f} MB"]
-    lines.append(_verified(parity) if parity else "not verified")
+    if "error" in found:  # of texts or streams, whose runner was compared as a whole
+        lines.append(f"verified: the runner differs by {found['error']:.1e} from torch")
+    else:
+        lines.append(_verified(parity) if parity else "not verified")
     lines += _held(found if "ranges" in found else parity or {})
     if packed := found.get("quantized"):
         left = f", {len(packed['left'])} left in floating point" if packed["left"] else ""

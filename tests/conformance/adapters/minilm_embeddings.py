@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from closeness import assert_close
-from minilm import embeddings, encoder, tokenized
+from effformer.export.text_bundle import read_tokenizer
+from effformer.export.wordpiece import WordPiece
+from minilm import embeddings, encoder, folder, tokenized
 
 TOKENS = {"rtol": 2e-5, "atol": 2e-5}
 POOLED = {"rtol": 1e-5, "atol": 1e-5}
@@ -28,6 +30,11 @@ def check(golden: Any) -> None:
         assert_close(alone, unit[row : row + 1], **POOLED)
     packed = model(tokens, mask=mask, packed=True).hidden
     assert_close(packed[mask], hidden[mask], **TOKENS)
+    rules, vocabulary, told = read_tokenizer(folder())
+    assert told == {"pooling": "mean", "normalise": True, "longest": 256}
+    for row, text in enumerate(golden.config["sentences"]):
+        own = WordPiece(vocabulary, rules)(text, 256)
+        assert own == tokens[row][mask[row]].tolist()
     made = tokenized(golden.config["sentences"])
     assert (made["tokens"] == tokens).all()
     assert (made["mask"] == mask).all()
