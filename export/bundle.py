@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from effformer.arguments import checked
 from effformer.cache import cached
-from effformer.calls import evaluating
+from effformer.calls import evaluating, takes
 from effformer.checks import FormatError, unknown
 from effformer.config import Config, Spec, resolve
 from effformer.files import atomic_folder, read_json
@@ -37,7 +37,7 @@ from effformer.wrapped import unwrapping
 
 from . import choice, opened, pictures, run
 from . import facts as checks
-from .quantize import FORMS, QuantizeReport
+from .quantize import QuantizeReport, named_form
 from .record import record_forms, record_graphs
 from .velocity import (
     Carrying,
@@ -53,6 +53,8 @@ from .work import multiply_adds
 
 __all__ = ["FOLDER", "BundleReport", "export_bundle", "session_options"]
 
+Form = str | Mapping[str, Any]
+"""A form of a graph by its name, or with its options."""
 SESSION = {"threads": None, "spinning": False, "denormals_to_zero": True, "arena": True}
 """How the graphs of a bundle run where nothing else is said."""
 
@@ -133,7 +135,7 @@ def export_bundle(
     guidance_channels: Count | None = None,
     convention: FlowConvention | str | None = None,
     cache: Spec | None = None,
-    quantize: str | Sequence[str] | None = None,
+    quantize: Form | Sequence[Form] | None = None,
     max_error: NonNegative | None = None,
     session: Mapping[str, int | bool | None] | None = None,
     verify: bool = True,
@@ -171,7 +173,7 @@ def export_bundle(
             Static ones are calibrated on what the sampler of the bundle asks. Models quantized by
             `effformer.compress` are exported as they are. Of several, such as ``("float32",
             "static-int8", "static-int7")``, the bundle holds a graph each, and the runner takes the one
-            that is fastest on its machine.
+            that is fastest on its machine. With options, ``{"name": "int4", "block": 64}``.
         max_error: with ``quantize``: products go back into floating point, those first that regain most,
             until the relative error of the velocity at times of the sampler is at most this. Measures
             as often as there are products.
@@ -198,7 +200,8 @@ def export_bundle(
         VerificationError: the graph does not compute what the model computes.
         FormatError: the folder holds something else or cannot be written.
     """
-    forms = _forms(quantize, max_error)
+    knobs = _forms(quantize, max_error)
+    forms = [*knobs]
     _check_draws(model, shape, num_classes)
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
@@ -229,7 +232,7 @@ def export_bundle(
         told = network if policy is None else Carrying(model, record.convention, given=False)
         given = None if policy is None else Carrying(model, record.convention, given=True)
         inputs, data = examples(size, classes), _data(network, facts, forms, max_error)
-        written = Graphs(temporary, max_error, verify)
+        written = Graphs(temporary, max_error, verify, knobs)
         parity, quantized = written.forms(told, "velocity", inputs, data, forms)
         if given is not None:
             inputs, data = _with_change(told, inputs), [_with_change(told, one) for one in data]
@@ -259,23 +262,27 @@ def export_bundle(
     )  # fmt: skip
 
 
-def _forms(quantize: str | Sequence[str] | None, max_error: float | None) -> list[str]:
-    """The forms of a bundle. Its runner is exact and fast where signs make a difference, so that
-    signed weights suit every CPU.
+def _forms(
+    quantize: Form | Sequence[Form] | None, max_error: float | None
+) -> dict[str, dict[str, Any]]:
+    """The forms of a bundle, and their options. Its runner is exact and fast where signs make a
+    difference, so that signed weights suit every CPU.
 
     Raises:
         ValueError: none, an unknown one, one twice, or an error of what is not quantized.
     """
-    given = [quantize or "float32"] if isinstance(quantize, str | None) else [*quantize]
-    for form in given:
-        if form not in FORMS:
-            raise unknown("form", form, FORMS, where="export_bundle: quantize")
-    forms = [f"{form}-int8" if form in ("dynamic", "static") else form for form in given]
-    if not forms or len({*forms}) < len(forms):
+    one = isinstance(quantize, str | Mapping | None)
+    given: list[Any] = [quantize or "float32"] if one else [*quantize]  # type: ignore[misc]
+    named = [named_form(form, where="export_bundle: quantize") for form in given]
+    forms = {
+        f"{form}-int8" if form in ("dynamic", "static") else form: options
+        for form, options in named
+    }
+    if not forms or len(forms) < len(given):
         raise ValueError(
             f"export_bundle: quantize: expected one form or several, each once, got {given}"
         )
-    if max_error is not None and forms == ["float32"]:
+    if max_error is not None and [*forms] == ["float32"]:
         raise ValueError(
             "export_bundle: max_error is that of a quantized graph; give quantize, too"
         )
@@ -322,10 +329,18 @@ def _check_draws(model: nn.Module, shape: Sequence[int] | None, num_classes: int
     """Refuse a model of ours that does something else than a bundle.
 
     Raises:
-        ValueError: its config has no size of pictures, or no number of classes.
+        ValueError: its config has no size of pictures, or no number of classes, or it takes no times.
     """
     config = getattr(model, "config", None)
-    if not isinstance(config, Config) or (shape is not None and num_classes is not None):
+    if not isinstance(config, Config):
+        return
+    if hasattr(config, "input_size") and not takes(model, "t"):
+        raise ValueError(
+            f"export_bundle: a bundle integrates a velocity of samples and times, and "
+            f"{getattr(model, 'name', 'the model')} has no times; effformer.flow.invert draws with a normalizing flow, and export_onnx "
+            "(-o NAME.onnx on the command line) writes its graph"
+        )
+    if shape is not None and num_classes is not None:
         return
     if not all(hasattr(config, name) for name in ("input_size", "channels", "num_classes")):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 
 from effformer.arguments import checked
 from effformer.calls import Inputs
-from effformer.checks import need
+from effformer.checks import need, unknown
 from effformer.files import check_file, workspace
 from effformer.notebook import Shown
 from effformer.profile import machine
@@ -27,7 +27,7 @@ from .verify import VerifyReport, verify_onnx
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["FORMS", "QUANTIZED", "QuantizeReport", "quantize_onnx"]
+__all__ = ["FORMS", "QUANTIZED", "QuantizeReport", "named_form", "quantize_onnx"]
 
 QuantScheme = Literal[
     "dynamic", "dynamic-uint8", "dynamic-int8", "static", "static-uint8", "static-int8", "matmul-nbits"
@@ -42,6 +42,11 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 """Short names of what `export_bundle` and ``effformer export`` do, as options of `quantize_onnx`."""
 FORMS = ("float32", *QUANTIZED)
 """Forms of a graph in a bundle: as the model is, and quantized."""
+_KNOBS = {
+    "matmul": ("block", "symmetric", "accuracy_level"), "dynamic": ("per_channel", "reduce_range"),
+    "static": ("per_channel", "reduce_range"),
+}  # fmt: skip
+"""Options of a form, by the beginning of its scheme."""
 WIDE = ("avx512_vnni", "avx_vnni", "asimddp")
 """Flags of processors that add products of unsigned and signed bytes in 32 bits."""
 
@@ -81,6 +86,25 @@ class QuantizeReport(Shown):
             "bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "ratio": self.ratio,
             "parity": None if self.parity is None else self.parity.to_dict(),
         }  # fmt: skip
+
+
+def named_form(given: str | Mapping[str, Any], *, where: str) -> tuple[str, dict[str, Any]]:
+    """A form and its options: ``"int4"``, or ``{"name": "int4", "block": 64}``.
+
+    Raises:
+        ValueError: an unknown form, or an option that it has not.
+    """
+    options = {"name": given} if isinstance(given, str) else dict(given)
+    name = options.pop("name", None)
+    if name not in FORMS:
+        raise unknown("form", str(name), FORMS, where=where)
+    kind = "" if name == "float32" else QUANTIZED[name]["scheme"].partition("-")[0]
+    if options and not kind:
+        raise ValueError(f"{where}: {name!r} has no options, got {', '.join(map(str, options))}")
+    for option in options:
+        if option not in _KNOBS.get(kind, ()):
+            raise unknown(f"option of {name!r}", str(option), _KNOBS.get(kind, ()), where=where)
+    return name, options
 
 
 @checked

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effformer.arguments import checked
 from effformer.calls import device_of, evaluating, outputs, takes
-from effformer.checks import FormatError, unknown
+from effformer.checks import FormatError
 from effformer.files import atomic_folder, read_json, workspace
 from effformer.notebook import Shown
 from effformer.values import Count
@@ -25,7 +25,7 @@ from . import facts as checks
 from .bundle import FOLDER, session_options
 from .onnx import export_onnx
 from .packed import step_of
-from .quantize import FORMS, QuantizeReport
+from .quantize import FORMS, QuantizeReport, named_form
 from .record import ROUNDED, error_of, finish
 from .verify import VerificationError, VerifyReport
 from .within import quantize_form
@@ -115,7 +115,7 @@ def export_text_bundle(
     pooling: Pooling | None = None,
     normalise: bool | None = None,
     longest: Count | None = None,
-    quantize: str | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
     session: Mapping[str, int | bool | None] | None = None,
     verify: bool = True,
     force: bool = False,
@@ -152,7 +152,7 @@ def export_text_bundle(
         VerificationError: the graph or the runner does not compute what the model computes.
         FormatError: the tokenizer cannot be read; the folder holds something else or cannot be written.
     """
-    form = _form(quantize)
+    form, knobs = _form(quantize)
     name = str(getattr(model, "name", type(model).__name__))
     if not takes(model, "tokens") or not takes(model, "mask"):
         raise ValueError(
@@ -185,7 +185,9 @@ def export_text_bundle(
     }  # fmt: skip
     with atomic_folder(folder, **FOLDER, force=force) as place, evaluating(network):
         (place / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-        parity, quantized = _graph(network, place / "encoder.onnx", form, rows, verify=verify)
+        parity, quantized = _graph(
+            network, place / "encoder.onnx", form, knobs, rows, verify=verify
+        )
         for source in (wordpiece, opened, pictures, checks, choice):
             shutil.copyfile(str(source.__file__), place / Path(str(source.__file__)).name)
         shutil.copyfile(str(texts.__file__), place / "run.py")
@@ -202,15 +204,13 @@ def export_text_bundle(
     )  # fmt: skip
 
 
-def _form(quantize: str | None) -> str:
-    form = quantize or "float32"
-    if form not in FORMS:
-        raise unknown("form", form, FORMS, where="export_text_bundle: quantize")
+def _form(quantize: str | Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    form, options = named_form(quantize or "float32", where="export_text_bundle: quantize")
     if form.startswith("static"):
-        raise ValueError(
-            f"export_text_bundle: quantize: {form!r} takes data; choices: {', '.join(f for f in FORMS if 'static' not in f)}"
-        )
-    return "dynamic-int8" if form == "dynamic" else form
+        able = ", ".join(name for name in FORMS if "static" not in name)
+        raise ValueError(f"export_text_bundle: quantize: {form!r} takes data; choices: {able}")
+    form = "dynamic-int8" if form == "dynamic" else form
+    return form, {"reduce_range": False, **options} if form == "dynamic-int8" else options
 
 
 def _example(rows: int) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ def _example(rows: int) -> dict[str, Tensor]:
 
 
 def _graph(
-    network: Embedding, path: Path, form: str, rows: int, *, verify: bool
+    network: Embedding, path: Path, form: str, knobs: dict[str, Any], rows: int, *, verify: bool
 ) -> tuple[VerifyReport | None, QuantizeReport | None]:
     """Write the graph, quantized if asked."""
     inputs = {n: x.to(device_of(network)) for n, x in _example(rows).items()}
@@ -236,7 +236,7 @@ def _graph(
         parity = export_onnx(network, dense, inputs, **how).parity
         made = quantize_form(
             dense, path, form, compared=(network, inputs) if verify else None,
-            more={"reduce_range": False} if form.endswith("-int8") else None,
+            more=knobs,
         )  # fmt: skip
     return made.parity if verify else parity, made
 

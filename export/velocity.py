@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ class Graphs:
     folder: Path
     max_error: float | None
     verify: bool
+    knobs: Mapping[str, Mapping[str, Any]]
     files: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def of(self, form: str) -> dict[str, str]:
@@ -185,5 +186,5 @@ class Graphs:
         return quantize_form(
             dense, self.folder / self.files[form][name], form, data=data, max_error=self.max_error,
             compared=(network, inputs) if self.verify else None,
-            more={"reduce_range": False} if form.endswith("-int8") else None,
+            more={**({"reduce_range": False} if form.endswith("-int8") else {}), **self.knobs[form]},
         )  # fmt: skip

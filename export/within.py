@@ -155,8 +155,16 @@ def quantize_form(
         compared: see `quantize_onnx`.
         more: further options of `quantize_onnx`.
         force: replace any file.
+
+    Raises:
+        ValueError: there is nothing to quantize.
     """
     options, keep = {**QUANTIZED[name], **(more or {})}, []
+    if not products(path):
+        raise ValueError(
+            f"quantize: {name!r} finds no product with a floating-point weight in the graph of this model; leave it "
+            "out, for packed layers are exported as they are, or give the model that was not packed"
+        )
     if options["scheme"].startswith("static"):
         options["data"] = calibrate_onnx(path, data)
     if max_error is not None:

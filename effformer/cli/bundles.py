@@ -48,7 +48,7 @@ def write_bundle(
         report = export_stream_bundle(model, place, force=options["force"])
         return {"parity": None, "kind": kind, **report.to_dict()}, report.bytes
     assert tokenizer is not None
-    form = (options["quantize"] or [None])[0]
+    form = options["quantize"][0]
     made = export_text_bundle(
         model, place, tokenizer, quantize=form, verify=options["verify"], force=options["force"]
     )

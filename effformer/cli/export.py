@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..checks import unknown
 from .bundles import kind_of_bundle, write_bundle
 from .common import (
     FFN,
@@ -44,9 +43,9 @@ def export(
         typer.Option(
             help="Quantize the graph by ONNX Runtime: dynamic or static, with weights that suit the CPU here or "
             "as named (static-int8, ...-int7, ...-uint8); int8 and int4, weights alone. static takes ranges of "
-            "activations from --data. Bundles: may be repeated, also with float32; the runner takes the form "
+            "activations from --data. With options int4:block=64. Bundles: may be repeated, also with float32; the runner takes the form "
             "that is fastest on its machine.",
-            metavar="FORM",
+            metavar="FORM[:KEY=VALUE,...]",
         ),
     ] = None,
     max_error: Annotated[
@@ -151,7 +150,8 @@ def export(
             f"export: {', '.join(given)} means nothing to --format {form}; leave it out{other}"
         )
     check_place(report, force=force)
-    _check_forms(quantize or ["float32"], max_error)
+    forms = [named(form) for form in quantize or ["float32"]]
+    _check_forms(forms, max_error)
     network = load(model, overrides(attn, ffn, block, pairs))
     with stages() as stage:
         stage(f"exporting {network.name}")
@@ -159,7 +159,7 @@ def export(
             options: dict[str, Any] = {"steps": steps, "guidance": guidance, "force": force}
             options["sampler"] = "euler" if sampler is None else sampler
             options["cache"] = None if cache is None else named(cache)
-            options |= {"quantize": quantize or None, "max_error": max_error, "verify": verify}
+            options |= {"quantize": forms, "max_error": max_error, "verify": verify}
             others = {
                 "--quantize": quantize, "--max-error": max_error, "--report": report,
                 "--target": target, "--no-verify": not verify,
@@ -178,7 +178,7 @@ def export(
                 "tolerance": tolerance,
                 "verify": verify,
             }
-            how = _how(network, quantize or ["float32"], max_error, data, samples)
+            how = _how(network, forms, max_error, data, samples)
             found, size = _onnx(network, place, how, options, batch, force=force)
         if report is not None:
             stage("measuring modules")
@@ -214,12 +214,11 @@ def _lines(place: Path, kind: str, found: dict[str, Any], size: int) -> list[str
     return lines
 
 
-def _check_forms(forms: list[str], max_error: float | None) -> None:
-    from ..export.quantize import FORMS
+def _check_forms(forms: list[str | dict[str, Any]], max_error: float | None) -> None:
+    from ..export.quantize import named_form
 
-    for name in forms:
-        if name not in FORMS:
-            raise unknown("form", name, FORMS, where="export: --quantize")
+    for form in forms:
+        named_form(form, where="export: --quantize")
     if max_error is not None and forms == ["float32"]:
         raise ValueError("export: --max-error is that of a quantized graph; add --quantize")
 
@@ -286,20 +285,25 @@ def _boxes(model: Model, place: Path, form: str, batch: int, *, cached: bool) ->
 
 
 def _how(
-    model: Model, forms: list[str], max_error: float | None, data: str | None, samples: int
+    model: Model,
+    forms: list[str | dict[str, Any]],
+    max_error: float | None,
+    data: str | None,
+    samples: int,
 ) -> dict[str, Any]:
     """Options of `quantize_form`, none for a graph as the model is.
 
     Raises:
         ValueError: several forms; data are needed and none are given, or the other way round.
     """
+    from ..export.quantize import named_form
     from ..flow import trained_of
 
     if len(forms) > 1:
         raise ValueError(
             "export: --quantize: a file holds one form; several go into a --format bundle"
         )
-    quantize = forms[0]
+    quantize, knobs = named_form(forms[0], where="export: --quantize")
     wanted = quantize.startswith("static") or max_error is not None
     if data is None and wanted and trained_of(model) is not None:
         data = "sampler"
@@ -313,7 +317,7 @@ def _how(
     if quantize == "float32":
         return {}
     found = None if data is None else calibration(model, data, samples, "export")
-    return {"name": quantize, "max_error": max_error, "data": found}
+    return {"name": quantize, "more": knobs, "max_error": max_error, "data": found}
 
 
 def _onnx(

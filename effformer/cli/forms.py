@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["FORMS", "GRAPHS", "TORCH", "candidate", "graph_of", "keep_inputs", "write_graph"]
 
 TORCH = ("eager", "optimized", "compiled")
-GRAPHS = {"onnx": None, "onnx-uint8": "dynamic-uint8", "onnx-int8": "int8", "onnx-int4": "int4"}
+GRAPHS = {
+    "onnx": None, "onnx-uint8": "dynamic-uint8", "onnx-static": "static", "onnx-int8": "int8",
+    "onnx-int4": "int4",
+}  # fmt: skip
 """Form -> how `effformer export --quantize` calls it."""
 FORMS = (*TORCH, *GRAPHS)
 
@@ -99,15 +102,17 @@ def keep_inputs(inputs: Mapping[str, Tensor], path: Path) -> Path:
 
 
 def write_graph(model: Model, form: str, path: Path, inputs: Mapping[str, Tensor]) -> Path:
-    """Export a model, quantized as the form says; it is compared by whoever times it."""
-    from ..export import export_onnx, quantize_onnx
-    from ..export.quantize import QUANTIZED
+    """Export a model, quantized as the form says, static ones on the inputs; it is compared by whoever times
+    it.
+    """
+    from ..export import export_onnx
+    from ..export.within import quantize_form
 
     scheme = GRAPHS[form]
     dense = path if scheme is None else path.with_suffix(".dense.onnx")
     export_onnx(model, dense, dict(inputs), verify=False)
     if scheme is not None:
-        quantize_onnx(dense, path, **QUANTIZED[scheme])
+        quantize_form(dense, path, scheme, data=[dict(inputs)] if scheme == "static" else None)
     return path
 
 

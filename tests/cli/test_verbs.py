@@ -197,6 +197,7 @@ def test_forms_of_a_model(tmp_path: Path) -> None:
     assert max(rows[form]["error"] for form in ("optimized", "compiled", "onnx")) < 1e-4
     assert 1e-4 < rows["onnx-int8"]["error"] < rows["onnx-int4"]["error"] < 1
     assert rows["onnx-int8"]["bytes"] < rows["onnx"]["bytes"]
+    assert 1e-4 < rows["onnx-static"]["error"] < 1
     assert "Side by side" in page.read_text()
     text = invoke("bench", str(saved), str(graph), *few, "--threads", "1").stdout
     for words in ("fastest with 1 thread: ", "smallest: ", "next: effformer "):

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from effformer.compress import quantize
 from effformer.export import BundleReport, VerificationError, export_bundle
+from effformer.export.quantize import named_form
 from effformer.export.run import Bundle, BundleError
 from torch import Tensor, nn
 
@@ -166,3 +168,43 @@ def test_a_self_test_that_fails(bundle: BundleReport) -> None:
     edge.facts["self_test"]["t"] = 0.9
     with pytest.raises(BundleError, match=r"differs by .* from the recorded one"):
         edge.self_test()
+
+
+def test_what_cannot_be_quantized_or_integrated_is_said_in_one_sentence(tmp_path: Path) -> None:
+    """No file of ours that is gone by then, and something that works."""
+    torch.manual_seed(0)
+    sizes = {"depth": 1, "dim": 32, "heads": 2, "input_size": 8, "channels": 1, "num_classes": 3}
+    packed, _ = quantize(effformer.build_model("sit-nano", **sizes).eval(), "int8")
+    with pytest.raises(ValueError, match="'static-int8' finds no product with a floating") as told:
+        export_bundle(packed, tmp_path / "b", quantize="static-int8", steps=1, verify=False)
+    assert str(tmp_path) not in str(told.value)
+    assert "packed layers are exported as they are" in str(told.value)
+    flow = effformer.build_model("tarflow-tiny").eval()
+    for more in ({}, {"convention": "effformer"}):
+        with pytest.raises(ValueError, match=r"tarflow-tiny has no times; effformer\.flow\.invert"):
+            export_bundle(flow, tmp_path / "b", **more)  # type: ignore[arg-type]
+    assert not (tmp_path / "b").exists()
+
+
+def test_options_of_a_form() -> None:
+    where = {"where": "here"}
+    assert named_form("int4", **where) == ("int4", {})
+    given = {"name": "int4", "block": 64}
+    assert named_form(given, **where) == ("int4", {"block": 64})
+    for wrong, said in (
+        ({"name": "int4", "blok": 64}, "unknown option of 'int4' 'blok'; did you mean 'block'"),
+        ({"name": "dynamic-int8", "block": 64}, "unknown option of 'dynamic-int8' 'block'"),
+        ({"name": "float32", "block": 64}, "'float32' has no options, got block"),
+        ({"block": 64}, "unknown form 'None'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            named_form(wrong, **where)
+
+
+@pytest.mark.slow
+def test_a_form_with_options_in_a_bundle(flow: Flow, tmp_path: Path) -> None:
+    wide, narrow = (
+        export_bundle(flow, tmp_path / str(block), quantize={"name": "int8", "block": block}, steps=2, **SIZES)  # type: ignore[arg-type]
+        for block in (128, 16)
+    )  # fmt: skip
+    assert wide.quantized.bytes_after < narrow.quantized.bytes_after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ def trials(place: Place, kind: str) -> Iterator[Trial]:
     facts = read(place.original)
     free = UNUSED | ({"inputs", "outputs"} if kind == "texts" else {"shape"})
     for trial in (*of_fields(facts, free), *of_files(facts, place.folder)):
+        if re.match(r"(in|out)puts\.([12]|0\.name)", trial.what) and "inputs.0" not in trial.what:
+            trial = trial._replace(wrong=False)  # told to readers, not to the runner
         if trial.words == WORDS:
             own = trial.what.startswith(
                 ("opened.py", "run.py", "choice.py", "facts.py", "wordpiece.py")

@@ -180,7 +180,7 @@ def of_files(facts: Any, other: Path) -> Iterator[Trial]:
             for kind, put in PLACES.items():
                 yield Trial(f"{name}: {kind}", placed(name, put), given, True)
         for kind in ("self_test.npy", "run.py", "pictures.py", "velocity.onnx"):
-            if kind != name != "bundle.json":
+            if kind != name != "bundle.json" and kind in facts["files"]:
                 yield Trial(f"{name}: {kind}", swapped(name, kind), words[0], False)
 
 
