@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
@@ -23,7 +23,7 @@ from effformer import registry
 from effformer.build import list_attention
 from effformer.profile import machine
 
-AIM, RUNS, SECONDS = 1.1, 7, 1.5
+AIM, RUNS, SECONDS = 1.1, 7, 1.0
 TOKENS = {"n": 4096, "n log n": 4096}
 QUADRATIC = 1024
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -34,34 +34,39 @@ def names() -> list[str]:
     return [n for n in list_attention() if registry.attention.get(n).caps.causal != "always"]
 
 
-def once(name: str, threads: int) -> float:
-    """Median time in this process."""
-    torch.set_num_threads(threads)
+def once(name: str) -> tuple[float, float, float]:
+    """Medians with one and with two threads, which take turns in this process, and of their ratio."""
     tokens = TOKENS.get(registry.attention.get(name).caps.cost, QUADRATIC)
     run = call(build(name, False, tokens), tokens)
-    times = []
+    rounds: list[tuple[float, float]] = []
     with torch.inference_mode():
         run()
         start = time.perf_counter()
-        while len(times) < RUNS and (len(times) < 3 or time.perf_counter() - start < SECONDS):
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-    return median(times)
+        while len(rounds) < RUNS and (len(rounds) < 2 or time.perf_counter() - start < SECONDS):
+            rounds.append((timed(run, 1), timed(run, 2)))
+    one, two = (median(column) for column in zip(*rounds, strict=True))
+    return one, two, median(b / a for a, b in rounds)
 
 
-def times(names: list[str], threads: int, environment: dict[str, str]) -> dict[str, float]:
-    """Medians of a process of its own."""
+def timed(run: Callable[[], object], threads: int) -> float:
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def times(names: list[str], environment: dict[str, str]) -> dict[str, list[float]]:
+    """What a process of its own finds for every mixer."""
     code = (
         "import json, sys, shared_threads as s\n"
-        "print(json.dumps({n: s.once(n, int(sys.argv[1])) for n in sys.argv[2:]}))"
+        "print(json.dumps({n: s.once(n) for n in sys.argv[1:]}))"
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(threads), *names], check=True, capture_output=True, text=True,
+        [sys.executable, "-c", code, *names], check=True, capture_output=True, text=True,
         cwd=os.path.dirname(os.path.abspath(__file__)), env=kept | environment,
     )  # fmt: skip
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -80,20 +85,18 @@ def main() -> None:
     chosen = [word for word in sys.argv[1:] if not word.startswith("--")] or names()
     rows = []
     with neighbour():
-        one = times(chosen, 1, {})
-        spinning = times(chosen, 2, {})
-        sleeping = times(chosen, 2, SLEEPING)
+        sleeping = times(chosen, SLEEPING)
+        spinning = times(chosen, {})
     for name in chosen:
         for how, found in (("spin", spinning), ("sleep", sleeping)):
-            aim = AIM if how == "sleep" else None
+            one, two, ratio = found[name]
             rows.append(
                 Row(
                     what=f"{name}, two threads that {how}",
-                    value=f"{1e3 * one[name]:.1f} to {1e3 * found[name]:.1f} ms",
-                    ratio=found[name] / one[name], target=aim,
+                    value=f"{1e3 * one:.1f} to {1e3 * two:.1f} ms",
+                    ratio=ratio, target=AIM if how == "sleep" else None,
                 )
             )  # fmt: skip
-            print(f"{name:<24} {how:<6} {found[name] / one[name]:.2f}", flush=True)
     notes = [
         "one busy program beside it; 4 heads of 64, batch 1, 4,096 tokens, 1,024 where the work is quadratic; "
         "the core alone of multi-head attentions; value: one thread, then two; ratio: two over one",

@@ -68,7 +68,7 @@ def over_heads(
     """``function(q, k, v, heads)`` on slices of the heads, joined again.
 
     Heads do not see each other, so the result does not depend on the slices; temporaries of about
-    1 MiB stay in cache and are not paged in anew by every operator. A graph for every length is not
+    1 MiB for each thread stay in cache and are not paged in anew by every operator. A graph for every length is not
     cut.
 
     Args:
@@ -94,10 +94,13 @@ def over_heads(
 
 
 def _elements(device: torch.device) -> int:
-    """Elements of a temporary: on a CPU what stays in cache, elsewhere what memory bears, because
-    every slice there costs its launches.
+    """Elements of a temporary: on a CPU what stays in the cache of each thread, elsewhere what memory
+    bears, because every slice there costs its launches. The fewer slices, the fewer operators at whose
+    end threads wait for each other.
     """
-    return _ELEMENTS if device.type == "cpu" else 512 * _ELEMENTS
+    if device.type != "cpu":
+        return 512 * _ELEMENTS
+    return _ELEMENTS if torch.compiler.is_compiling() else _ELEMENTS * torch.get_num_threads()
 
 
 def token_slices(tokens: int, width: int, *, device: torch.device, least: int = 64) -> list[slice]:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import Tensor
 
 from effformer.attention import Core, Efficient, Flow, Linear, Sana, Softmax
 from effformer.attention.flow import FLOW_PRESETS
 from effformer.attention.reference import flow_reference, linear_reference, softmax_reference
+from effformer.attention.slices import token_slices
 from effformer.context import Context
 from effformer.site import Site
 
@@ -158,3 +160,16 @@ def test_bad_options_are_refused() -> None:
         Flow.Config(clamp=-1.0)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         Flow.Config(chunk=0)
+
+
+def test_slices_grow_with_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice fills the cache of every thread: more threads wait for each other after fewer operators."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    one = token_slices(4096, 768, device=torch.device("cpu"))
+    q, k, v = torch.randn(3, 1, 4, 700, 16).unbind(0)
+    core = Flow(Flow.Config(), Site(dim=64, heads=4))
+    alone = core(q, k, v)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    four = token_slices(4096, 768, device=torch.device("cpu"))
+    assert 3 * len(four) < len(one) <= 4 * len(four)
+    assert_close(core(q, k, v), alone, rtol=1e-5, atol=1e-6)
