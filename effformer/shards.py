@@ -4,12 +4,13 @@ with an index.
 
 from __future__ import annotations
 
-import functools
-import io
 import json
 import math
+import os
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _TYPES = {
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _LONGEST = 100_000_000  # bytes of a header
 _PIECE = 1 << 30  # bytes that the system reads at a time
+_WRITTEN = 1 << 20  # and writes
 
 
 class _File:
@@ -48,7 +50,7 @@ class _File:
 
     def __init__(self, path: Path, last: dict[tuple[Path, int], Tensor]) -> None:
         self.path, self.last = path, last
-        self.raw = io.FileIO(path)
+        self.raw = FileIO(path)
         weakref.finalize(self, self.raw.close)
 
     def read(self, start: int, like: Tensor) -> Tensor:
@@ -82,6 +84,36 @@ class _File:
         return json.loads(self.raw.read(length)), 8 + length
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where a tensor stands in a file; called, it is read."""
+
+    file: _File
+    start: int
+    like: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.file.read(self.start, self.like)
+
+    def copied(self, target: FileIO) -> bool:
+        """Let the system append the bytes to another file, which takes a fraction of the time; False if it
+        cannot.
+        """
+        done, count = 0, _bytes(self.like)
+        while done < count:
+            try:
+                made = os.copy_file_range(
+                    self.file.raw.fileno(), target.fileno(), count - done, self.start + done
+                )
+            except (AttributeError, OSError):  # other systems, and between some file systems
+                made = 0
+            if not made:
+                target.seek(-done, os.SEEK_CUR)
+                return False
+            done += made
+        return True
+
+
 def lazy_file(
     path: Path, last: dict[tuple[Path, int], Tensor] | None = None
 ) -> tuple[StateDict, dict[str, str]]:
@@ -104,7 +136,7 @@ def lazy_file(
             whole = type(first) is type(stop) is int
             if not whole or first < 0 or stop - first != _bytes(like):
                 raise ValueError(f"{name} has {stop - first} bytes")
-            found[name] = LazyTensor(like, functools.partial(file.read, begin + first, like))
+            found[name] = LazyTensor(like, _Place(file, begin + first, like))
             end = max(end, stop)
         if begin + end != (size := path.stat().st_size):
             raise ValueError(f"{size:,} bytes instead of {begin + end:,}")
@@ -140,11 +172,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with FileIO(path, "wb") as file:
+        _write(file, len(text).to_bytes(8, "little") + text)
         for x in tensors.values():
+            if isinstance(x, LazyTensor) and isinstance(x.make, _Place) and x.make.copied(file):
+                continue
             flat = values(x).detach().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            _write(file, flat.view(torch.uint8).numpy())
+
+
+def _write(file: FileIO, data: Any) -> None:
+    """All of it, in pieces that stay in the processor's cache."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left[:_WRITTEN]) :]
 
 
 def shards_of(tensors: Mapping[str, Tensor], limit: int) -> list[StateDict]:
