@@ -94,7 +94,7 @@ NEW = (
     "new.md",
     "new.safetensors",
 )
-PATIENT = {("minutes", "1.5"), ("train_pairs", "steps=100000")}
+PATIENT = {("minutes", "1.5"), ("train_pairs", "steps=100000"), ("pairs", "steps=100000")}
 """Right words that take as long as they say."""
 READ = {"weights", "data", "recipe", "quality"}
 """Options that name what is read, as arguments do."""
