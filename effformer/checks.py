@@ -173,7 +173,14 @@ def check_shape(x: Tensor, expected: str, sizes: Sequence[int | None], *, where:
         want is None or have == want for have, want in zip(x.shape, sizes, strict=True)
     )
     if not fits:
-        raise ValueError(f"{where}: expected shape {expected}, got {tuple(x.shape)}")
+        letters = expected.partition(")")[0].lstrip("(").removesuffix(",").split(", ")
+        known = [
+            f"{letter} is {want}"
+            for letter, have, want in zip(letters, x.shape, sizes, strict=False)
+            if want not in (None, have) and letter != str(want)
+        ]
+        said = f": {', '.join(known)}" if known and len(letters) == len(sizes) == x.dim() else ""
+        raise ValueError(f"{where}: expected shape {expected}, got {tuple(x.shape)}{said}")
 
 
 def check_batch(batch: Any, *, where: str) -> None:

@@ -239,3 +239,10 @@ def test_check_shape() -> None:
         check_shape(torch.zeros(2, 4), "(B, 3)", (None, 3), where="f: x")
     with pytest.raises(TypeError, match=r"f: x: expected a tensor \(B, 3\), got list"):
         check_shape([[1]], "(B, 3)", (None, 3), where="f: x")  # type: ignore[arg-type]
+
+
+def test_a_size_that_others_fix_is_told() -> None:
+    with pytest.raises(ValueError, match=r"expected shape \(B, L, 3\), got \(2, 5, 3\): B is 4$"):
+        check_shape(torch.zeros(2, 5, 3), "(B, L, 3)", (4, None, 3), where="f: x")
+    with pytest.raises(ValueError, match=r"expected shape \(B, L, 3\), got \(4, 5, 2\)$"):
+        check_shape(torch.zeros(4, 5, 2), "(B, L, 3)", (4, None, 3), where="f: x")

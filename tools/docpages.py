@@ -110,7 +110,7 @@ def command_line() -> str:
 
 def _verb(name: str, command: Any) -> Iterator[str]:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option"]
+    options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
     words = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
     yield f"```text\neffformer {' '.join([name, *words])}{' [OPTIONS]' if options else ''}\n```\n"
     for piece in inspect.cleandoc(command.help or "").split("\n\n"):

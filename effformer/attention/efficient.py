@@ -13,7 +13,7 @@ from effformer.context import EMPTY, Context, Rope
 from effformer.registry import Caps, core
 
 from .base import Core, CoreConfig
-from .slices import Rows, pieces, slices_of
+from .slices import Rows, known_length, pieces, slices_of
 
 __all__ = ["Efficient"]
 
@@ -50,6 +50,10 @@ class Efficient(Core):
     rotates = "inside"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context = EMPTY) -> Tensor:
+        if (
+            known_length(k) and not k.shape[2]
+        ):  # no key has the largest value; all hidden give as much
+            return q.new_zeros(*q.shape[:3], v.shape[3])
         if ctx.rope is None:
             summaries = self._summaries(k, v, ctx.mask).to(q.dtype)
         else:

@@ -54,7 +54,6 @@ def task_of(model: str, loss: str | None, label_drop: float | None) -> Task:
     Raises:
         ValueError: the model is of neither kind, or an option that belongs to the other one.
     """
-    from ..registry import model as registry
     from ..train import Classification, Generation
 
     if _has(model, DRAWN):
@@ -62,8 +61,10 @@ def task_of(model: str, loss: str | None, label_drop: float | None) -> Task:
         given = {"loss": named(loss or "flow-matching"), "label_drop": share}
         return Task(True, Generation.from_dict(given, where="train"), 0.0)
     if not _has(model, SEEN):
-        names = [e.name for e in registry if _has(e.name, DRAWN) or _has(e.name, SEEN)]
-        raise unknown("model of images and classes", model, names, where="train")
+        raise ValueError(
+            f"train: {model} neither draws images of classes nor tells them, as sit-tiny and vit-tiny do; "
+            "in Python effformer.train.train takes any model and objective"
+        )
     made = named(loss or CROSS_ENTROPY)
     name, options = (made, {}) if isinstance(made, str) else (made.pop("name"), made)
     if label_drop is not None or name != CROSS_ENTROPY:

@@ -9,10 +9,12 @@ import torch
 from closeness import assert_close
 from torch import Tensor
 
+from effformer import list_attention
 from effformer.attention import Core, Efficient, Flow, Linear, Sana, Softmax
 from effformer.attention.flow import FLOW_PRESETS
 from effformer.attention.reference import flow_reference, linear_reference, softmax_reference
 from effformer.attention.slices import token_slices
+from effformer.config import resolve
 from effformer.context import Context
 from effformer.site import Site
 
@@ -173,3 +175,16 @@ def test_slices_grow_with_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     four = token_slices(4096, 768, device=torch.device("cpu"))
     assert 3 * len(four) < len(one) <= 4 * len(four)
     assert_close(core(q, k, v), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list_attention(cross=True))
+def test_an_empty_memory_gives_what_a_hidden_one_does(name: str) -> None:
+    tokens = {"tokens": 4} if name == "linformer" else {}
+    part = resolve("attention", {"name": name, **tokens}).build(
+        Site(dim=16, heads=2, memory_dim=12)
+    )
+    x, memory = torch.randn(2, 5, 16), torch.randn(2, 1, 12)
+    hidden = Context(memory=memory, memory_mask=torch.zeros(2, 1, dtype=torch.bool))
+    assert_close(
+        part.eval()(x, Context(memory=memory[:, :0])), part(x, hidden), rtol=1e-5, atol=1e-6
+    )

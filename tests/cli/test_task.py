@@ -80,4 +80,4 @@ def test_options_of_the_other_kind(words: list[str], said: str, tmp_path: Path) 
 
 def test_models_of_other_things_are_refused(tmp_path: Path) -> None:
     said = refusal("train", "bert-tiny", "-o", str(tmp_path / "run"))
-    assert "unknown model of images and classes" in said
+    assert "bert-tiny neither draws images of classes nor tells them" in said
