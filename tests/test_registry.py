@@ -72,7 +72,7 @@ def test_filters(parts: Registry) -> None:
 def test_describe_says_what_a_part_can_do(parts: Registry) -> None:
     text = parts.describe("simple")
     assert text.startswith("gadget plain: Does little")
-    assert "can: mask key, onnx, cost n" in text
+    assert "can: mask key, cost n" in text
     assert "paper: 1234.5678" in text
     assert "also: Simple" in text
     assert "causal" not in text

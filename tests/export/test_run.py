@@ -110,7 +110,7 @@ def _damage(folder: Path) -> None:
         (lambda folder: (folder / "bundle.json").write_text("{"), "is not readable JSON"),
         (lambda folder: (folder / "bundle.json").write_text("[1]"), "not the description of a"),
         (_edit(shape=5), "shape is 5; copy the folder again"),
-        (_edit(format=99), "has format 99, this runner reads up to 1"),
+        (_edit(format=99), "has format 99, this runner reads up to 2"),
         (_damage, "is damaged"),
         (
             _edit(graphs={"velocity": "other.onnx"}),

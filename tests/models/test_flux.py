@@ -290,7 +290,7 @@ def test_what_was_not_built_is_refused() -> None:
     ("options", "error", "match"),
     [
         ({"attn": "longformer"}, CapabilityError, r"blocks\[0:1\]\.attn: .*; choices: .*flow"),
-        ({"block": "adaln-zero"}, CapabilityError, "has one stream; choices: joint"),
+        ({"block": "adaln-zero"}, CapabilityError, "has one stream; choices: expert-adaln, joint"),
         ({"single": "joint"}, CapabilityError, r"blocks\[1:3\]\.block: .*; choices: .*parallel"),
         ({"tokens": "dynamic"}, CapabilityError, "run side by side"),
         ({"doubles": 4}, ValueError, "doubles=4 .* depth=3"),

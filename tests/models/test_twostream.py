@@ -121,7 +121,7 @@ def test_every_order_free_core_runs_masked_and_packed(core: str, options: dict[s
 def test_mixers_that_know_an_order_are_refused_with_choices(attn: str) -> None:
     with pytest.raises(CapabilityError, match=r"attn: .*; choices: .*flow.*softmax"):
         effformer.build_model("joint-dit-nano", attn=attn)
-    with pytest.raises(CapabilityError, match=r"has one stream; choices: joint"):
+    with pytest.raises(CapabilityError, match=r"has one stream; choices: expert-adaln, joint"):
         effformer.build_model("joint-dit-nano", block="adaln-zero")
 
 
