@@ -22,13 +22,13 @@ NAMED = (
 )
 SUBJECTS = [subject for kind, name in NAMED for subject in subjects(kind, name)]
 ALONE = [check for check in CHECKS if check not in pairs.CHECKS]  # a test for each of those beside
-EXPORTS = "one-graph-serves-every-length"
-EXPORTED = ("softmax", "gated-delta")
-"""Mixers of two forms whose graphs are made in the quick tier, too."""
+EXPORTS = ("one-graph-serves-every-length", "its-graph-agrees")
+EXPORTED = ("softmax", "mlp", "moe", "prenorm", "adaln-zero", "joint")
+"""Parts whose graphs are made in the quick tier, too."""
 
 
 def _case(check: Check, subject: Subject) -> Any:
-    rare = check.name == EXPORTS and subject.kind == "attention" and subject.name not in EXPORTED
+    rare = check.name in EXPORTS and subject.name not in EXPORTED
     marks = [pytest.mark.slow] if rare else []
     return pytest.param(check, subject, id=f"{check.name}-{subject}", marks=marks)
 

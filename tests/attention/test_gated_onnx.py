@@ -90,6 +90,7 @@ def test_a_causal_layer_is_one_node_for_any_length(layer: dict[str, Any], tmp_pa
     assert report.graph.operators.get(CONV, 0) == (1 if part.config.short_conv else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "direction"), [
     (RETENTION, "both"), pytest.param(CHANNELS, "both", marks=pytest.mark.slow),
     pytest.param(GROUPED, "both-exclusive", marks=pytest.mark.slow),
@@ -123,6 +124,7 @@ def test_step_by_step_the_graph_gives_the_whole(layer: dict[str, Any], tmp_path:
     same(torch.cat(outputs, dim=1), part(x).detach(), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_language_model_has_one_node_a_layer(tmp_path: Path) -> None:
     model = build_model(
         "flowformer-gpt-nano",

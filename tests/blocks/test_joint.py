@@ -408,7 +408,11 @@ def test_stacks_of_two_streams_end_the_second() -> None:
     ("joint", "parts", "match"),
     [
         (False, {}, r"'joint' has two streams, and this model one; choices: .*adaln-zero"),
-        (True, {"block": "adaln-zero"}, r"'adaln-zero' has one stream; choices: expert-adaln, joint"),
+        (
+            True,
+            {"block": "adaln-zero"},
+            r"'adaln-zero' has one stream; choices: expert-adaln, joint",
+        ),
         (True, {"attn": "lmu"}, r"choices: .*flow.*softmax"),
         (True, {"attn": "longformer"}, r"two streams.*; choices: .*flow"),
         (True, {"axes": "hw"}, "axes"),

@@ -121,7 +121,10 @@ def test_blocks_of_two_kinds_share_their_parts() -> None:
     ("options", "match"),
     [
         ({"attn": "longformer"}, r"blocks\[0:1\]\.attn: 'longformer' .*; choices: .*flow"),
-        ({"layers": {"0": {"block": "prenorm"}}}, r"blocks\[0:1\]\.block: .*; choices: expert-adaln, joint$"),
+        (
+            {"layers": {"0": {"block": "prenorm"}}},
+            r"blocks\[0:1\]\.block: .*; choices: expert-adaln, joint$",
+        ),
         ({"block": "joint"}, r"blocks\[1:4\]\.block: .*; choices: .*macaron.*prenorm"),
         ({"axes": "hw"}, "axes"),
     ],

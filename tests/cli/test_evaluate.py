@@ -89,6 +89,7 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path) -> None:
     assert "must end in .json, .html or .txt" in refusal("evaluate", str(run), "-o", "q.png")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("judged")
 def test_bench_draws_times_against_quality(run: Path, tmp_path: Path) -> None:
     said = refusal("bench", "sit-nano", "--quality", "digits")

@@ -161,6 +161,7 @@ def test_position_table() -> None:
             assert abs(table[k, i] - expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_changed_table_is_exported_and_not_the_formula(tmp_path: Path) -> None:
     model, x = awake(), clip()
     with torch.no_grad():

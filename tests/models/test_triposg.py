@@ -184,6 +184,7 @@ def test_exports_for_other_numbers_of_latents(name: str, tmp_path: Path) -> None
     assert len({c.shapes["x"][1] for c in report.parity.cases}) > 1
 
 
+@pytest.mark.slow
 def test_it_is_exported_with_packed_weights(tmp_path: Path) -> None:
     """The token of the time asks its layer for a width, whatever stands in its place."""
     model = awake()

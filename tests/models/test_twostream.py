@@ -153,6 +153,7 @@ def test_it_learns_what_the_text_says() -> None:
     assert told < 0.35 * silent < misled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
