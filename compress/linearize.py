@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effformer import registry
 from effformer.arguments import checked
 from effformer.attention import Mixer
-from effformer.blocks import BackboneConfig
+from effformer.blocks import BackboneConfig, Joint
 from effformer.calls import check_parts, evaluating
 from effformer.checks import CapabilityError
 from effformer.config import Config, resolve
@@ -28,7 +28,6 @@ from effformer.values import Count, Natural, NonNegative, Positive, Seed
 from effformer.wrapped import bare, unwrapping
 
 from .distill import Distillation
-from .rebuild import simplified
 from .samples import Data
 from .stages import (
     Asking,
@@ -258,25 +257,51 @@ def _replaced(model: Any, scheme: LinearizeScheme, where: Where) -> tuple[Any, t
     name, config = getattr(model, "name", type(model).__name__), described(model, "linearize")
     able = {path: block for path, block in _mixers(model) if _place(config, block) is not None}
     if not able:
-        raise CapabilityError(f"linearize: {name} has no softmax attention in its blocks")
+        raise CapabilityError(f"linearize: {name} has no {_missing(model)}")
     check(
         where, dict(model.named_modules()), able=able, what="softmax attention",
         where="linearize: where",
     )  # fmt: skip
+    _check_alone(model, able, where)
     for block in sorted({able[path] for path in able if covers(where, path)}):
         config = config.put(str(_place(config, block)), scheme.attn)
-    student, _ = transferred(model, simplified(config), scheme.seed)
+    student, _ = transferred(model, config, scheme.seed)
     return student, tuple(path for path in able if covers(where, path))
 
 
 def _mixers(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Paths of the token mixers of the blocks, the outermost, and the blocks."""
+    """Paths of what mixes the tokens of the blocks with each other, the outermost, and the blocks."""
     taken = ""
     for path, module in model.named_modules():
         found = re.match(r"blocks\.(\d+)\.", path)
-        if found and isinstance(module, Mixer) and not (taken and path.startswith(f"{taken}.")):
+        if not found or not isinstance(module, Mixer) or module.site.memories:
+            continue
+        if not (taken and path.startswith(f"{taken}.")):
             taken = path
             yield path, int(found[1])
+
+
+def _missing(model: nn.Module) -> str:
+    """What a model lacks without an attention to replace."""
+    if hasattr(model, "blocks"):
+        return "softmax attention in its blocks"
+    stacks = {p.partition(".")[0]: 0 for p, m in model.named_modules() if isinstance(m, Mixer)}
+    return (
+        "single stack of blocks, whose attentions could be replaced: its own stand in "
+        f"{', '.join(stacks)}; build it with another attention"
+    )
+
+
+def _check_alone(model: nn.Module, able: Mapping[str, int], where: Where) -> None:
+    """Refuse blocks whose streams meet in one attention: none has one that could be fitted alone."""
+    joint = {b for b in able.values() if isinstance(model.get_submodule(f"blocks.{b}"), Joint)}
+    if covered := sorted(joint & {block for path, block in able.items() if covers(where, path)}):
+        others = [f"blocks.{b}" for b in sorted({*able.values()} - joint)]
+        can = f"where={others} leaves them out" if others else "build it with another attention"
+        raise CapabilityError(
+            f"linearize: {getattr(model, 'name', type(model).__name__)}: two streams meet in the attention of "
+            f"{', '.join(f'blocks.{b}' for b in covered)}, which cannot be fitted to one of them; {can}"
+        )
 
 
 def _place(config: BackboneConfig, block: int) -> str | None:

@@ -25,6 +25,7 @@ __all__ = [
     "rebuilt",
     "removable",
     "resized",
+    "shortened",
     "simplified",
     "width_group",
 ]
@@ -76,6 +77,20 @@ def simplified(config: Any) -> Any:
         if resolve_layers(plain.replace(layers=fewer), config.depth, name="") == layers:
             config, changes = plain, fewer
     return config.replace(layers={key: value for key, value in changes.items() if value})
+
+
+def shortened(model: Any, config: Any) -> Any:
+    """`simplified`, unless parts outside of the blocks, which follow the same slots, would change."""
+    short = simplified(config)
+    if short == config or _parts(_on_meta(model, short)) == _parts(_on_meta(model, config)):
+        return short
+    return config
+
+
+def _parts(model: nn.Module) -> list[tuple[Any, ...]]:
+    """What a model is made of."""
+    shapes = [(name, tensor.shape) for name, tensor in model.state_dict().items()]
+    return [*((path, type(module)) for path, module in model.named_modules()), *shapes]
 
 
 # -- width

@@ -19,6 +19,7 @@ from effformer.config import Config
 from effformer.context import Ledger
 from effformer.train import Dataset, Objective, TrainConfig, train
 
+from .rebuild import shortened
 from .report import relative_error
 from .samples import Data, calls, listed
 
@@ -57,10 +58,11 @@ def described(model: nn.Module, verb: str) -> BackboneConfig:
 
 
 def transferred(model: Any, config: Config, seed: int) -> tuple[Any, int]:
-    """The model of another config with all tensors of the old one that fit, in its mode, and how many
-    those are; the rest is drawn from the seed.
+    """The model of another config, which is written short, with all tensors of the old one that fit, in
+    its mode, and how many those are; the rest is drawn from the seed.
     """
     with torch.random.fork_rng(devices=[]):
+        config = shortened(model, config)
         torch.manual_seed(seed)
         # what `Model` promises: its class, config and name rebuild it
         student = type(model)(config, model.name)

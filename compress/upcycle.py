@@ -18,7 +18,6 @@ from effformer.notebook import Shown
 from effformer.values import Count, Natural, NonNegative, Seed
 from effformer.wrapped import unwrapping
 
-from .rebuild import simplified
 from .stages import described, transferred
 from .where import Where, check, covers
 
@@ -45,11 +44,11 @@ class ExpertScheme(Config):
     balance: NonNegative = 0.01
     seed: Seed = 0
 
-    def mixture(self, old: MLP.Config, dim: int) -> Config:
+    def mixture(self, old: MLP.Config) -> Config:
         """The mixture in the place of a network."""
         return MoE.Config(
-            hidden=old.width(dim), bias=old.bias, act=old.act, experts=self.experts, top_k=self.top_k,
-            shared=self.shared, balance=self.balance, renormalise=True,
+            ratio=old.ratio, hidden=old.hidden, bias=old.bias, act=old.act, experts=self.experts,
+            top_k=self.top_k, shared=self.shared, balance=self.balance, renormalise=True,
         )  # fmt: skip
 
 
@@ -130,8 +129,8 @@ def upcycle(
                 f"upcycle: {path} is {old.title!r}; copies of an 'mlp' become experts: leave others out "
                 "with where="
             )
-        config = config.put(path, scheme.mixture(old, config.dim))
-    student, _ = transferred(model, simplified(config), scheme.seed)
+        config = config.put(path, scheme.mixture(old))
+    student, _ = transferred(model, config, scheme.seed)
     dense, places = dict(model.named_modules()), []
     for path, module in student.named_modules():
         if isinstance(module, MoE) and isinstance(old := dense[path], MLP):

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "profile": BASE,
     "cache": BASE | PARTS | {"flow", "profile"},
     "train": TOP | {"flow", "profile", "nn"},
-    "compress": TOP | PARTS | {"profile", "train"},
+    "compress": TOP | PARTS | {"flow", "profile", "train"},
     "export": TOP | PARTS | {"cache", "flow", "profile", "compress.quant", "compress.samples"},
     "testing": TOP | PARTS | {"profile", "export"},
     "cli": TOP

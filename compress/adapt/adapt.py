@@ -18,6 +18,7 @@ from effformer.blocks import Block
 from effformer.calls import check_parts
 from effformer.checks import CapabilityError, FormatError
 from effformer.config import Config
+from effformer.flow import trained_of
 from effformer.notebook import Shown
 from effformer.values import Chance, Count, Positive, Real, checker
 from effformer.wrapped import unwrapping
@@ -233,7 +234,8 @@ def merge(model: M, time: Real | None = None) -> M:
         time: of changes that follow the time, the one for which the copy is meant, as the model counts it.
 
     Raises:
-        ValueError: nothing in the model is adapted; a time, and no change follows it.
+        ValueError: nothing in the model is adapted; a time, and no change follows it, or it is none that the
+            model is told.
         CapabilityError: a changed weight is packed; dequantize first. Changes follow the time, and none is
             given.
     """
@@ -243,6 +245,7 @@ def merge(model: M, time: Real | None = None) -> M:
     if time is not None:
         if not follow:
             raise ValueError(f"merge: time={time:g}, but no change of this model follows the time")
+        _check_time(model, time)
         weight = next(model.parameters())
         embed: Any = getattr(model, "time_embed", None)
         if embed is None:
@@ -255,6 +258,19 @@ def merge(model: M, time: Real | None = None) -> M:
         model, "merge",
         {path: layers[path].change() if one is None else one for path, one in changes.items()},
     )  # fmt: skip
+
+
+def _check_time(model: nn.Module, time: float) -> None:
+    """Refuse a time that a model is never told, if it says how it counts."""
+    if (record := trained_of(model)) is None:
+        return
+    ends = record.convention.label(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    low, high = float(ends.min()), float(ends.max())
+    if not low <= time <= high:
+        name = getattr(model, "name", type(model).__name__)
+        raise ValueError(
+            f"merge: {name} counts the time from {low:g} to {high:g}, got time={time:g}"
+        )
 
 
 @checked

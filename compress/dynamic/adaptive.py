@@ -27,7 +27,6 @@ from effformer.values import Count, Natural, NonNegative, Portion, Positive, See
 from effformer.wrapped import unwrapping
 
 from ..distill import Distillation
-from ..rebuild import simplified
 from ..samples import Data
 from ..stages import (
     Asking,
@@ -252,7 +251,7 @@ def _adaptive_config(model: nn.Module, scheme: AdaptiveScheme, where: Where) -> 
             wide = path.endswith(".attn")
             new = _projected(old, scheme, own) if wide else _summed(old, config.dim, scheme, own)
             made = made.put(path, new)
-    return cast(Config, simplified(made))
+    return made
 
 
 def _projected(attn: Any, scheme: AdaptiveScheme, where: str) -> Config:

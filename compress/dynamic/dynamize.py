@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -28,7 +28,6 @@ from effformer.wrapped import unwrapping
 
 from ..adapt import LoRA, adapt
 from ..distill import Distillation
-from ..rebuild import simplified
 from ..samples import Data
 from ..stages import (
     Asking,
@@ -236,4 +235,4 @@ def _dynamic_config(model: nn.Module, scheme: DynamicScheme, where: Where) -> Ba
                     "or other blocks with where="
                 )
             config = config.put(f"{path}.{slot}", new)
-    return cast(BackboneConfig, simplified(config))
+    return config

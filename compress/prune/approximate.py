@@ -31,7 +31,6 @@ from effformer.values import Count, NonNegative
 from effformer.wrapped import unwrapping
 
 from ..plan import Group, plan
-from ..rebuild import simplified
 from ..samples import Data
 from ..stages import described, gathered, transferred
 from ..transforms import record
@@ -298,7 +297,7 @@ class _Search:
         config: BackboneConfig = self.config
         for path, count in found.keys.items():
             config = config.put(path, {"name": "topk", "keep": count})
-        small, _ = transferred(model, simplified(config), 0)
+        small, _ = transferred(model, config, 0)
         units = {
             f"{p}.part": u for p, u in self.kept(found.removed).items() if p not in found.removed
         }

@@ -12,12 +12,12 @@ from effformer.checks import FormatError, need, reason, unknown
 from effformer.files import check_finite
 from effformer.values import plain
 
-from .steps import Step, read_step
+from .steps import Acmize, Dynamize, Step, Upcycle, read_step
 
 __all__ = ["Recipe"]
 
 _KEYS = ("data", "samples", "steps")
-_REBUILD = ("linearize", "acmize", "dynamize", "approximate")
+_REBUILD = ("linearize", "acmize", "dynamize", "upcycle", "approximate")
 _UNDONE = {"adapt": "merge"}
 
 
@@ -136,3 +136,23 @@ def _check_order(steps: Sequence[Step], where: str) -> None:
             raise ValueError(
                 f"{where}: steps[{i}]: merge follows adapt, which there is none before it"
             )
+        for other in steps[:i]:
+            if why := _clash(other, step):
+                raise ValueError(f"{where}: steps[{i}]: {step.verb} after {other.verb}: {why}")
+
+
+def _clash(before: Step, step: Step) -> str | None:
+    """Why what two steps put into the same blocks cannot stand there together; None: it can."""
+    pair: dict[type[Step], Any] = {type(one): one for one in (before, step)}
+    if len({str(getattr(one, "paths", None)) for one in pair.values()}) > 1:
+        return None  # patterns that differ may mean other blocks
+    gates, acm = pair.get(Dynamize), pair.get(Acmize)
+    summed = acm is not None and acm.chosen.ffn
+    if gates is not None and summed:
+        return "FFNs with gates cannot be sums of learners; acmize with ffn=False would do"
+    if Upcycle in pair and (gates is not None or (summed and step is not acm)):
+        return "copies of plain FFNs become experts; where= can name other blocks for each"
+    width = None if gates is None else gates.chosen.width
+    if acm is not None and acm.chosen.projections and width is not None and width.over == "all":
+        return "heads with gates cannot share learners; dynamize with a width over='ffn' would do"
+    return None

@@ -34,10 +34,11 @@ from ..quant.quantize import quantize
 from ..quant.schemes import make_scheme
 from ..quant.within import quantize_within
 from ..sensitivity import sensitivity
+from ..upcycle import ExpertScheme, upcycle
 from ..where import Where
 from .quality import Quality, metric_of
 
-__all__ = ["STEPS", "Place", "Step", "read_step"]
+__all__ = ["STEPS", "Acmize", "Dynamize", "Place", "Step", "Upcycle", "read_step"]
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
@@ -139,6 +140,20 @@ class Prune(Step):
             return prune(model, self.scheme, self.paths, data=place.data)
         task = _task(model, place)
         return prune(model, self.scheme, self.paths, data=place.samples, objective=task)
+
+
+class Upcycle(Step):
+    """Mixtures of experts."""
+
+    verb = "upcycle"
+    does = "FFNs become mixtures of experts that compute the same: train or distill afterwards"
+
+    def read(self, options: dict[str, Any]) -> None:
+        self.paths: Where = options.pop("where", "*")
+        self.scheme = ExpertScheme.from_dict(options, where=self.where)
+
+    def run(self, model: nn.Module, place: Place) -> tuple[Any, Any]:
+        return upcycle(model, self.scheme, self.paths)
 
 
 class Approximate(Step):
@@ -372,7 +387,7 @@ def _task(model: nn.Module, place: Place) -> Any:
 
 
 _EVERY: tuple[type[Step], ...] = (
-    Linearize, Acmize, Dynamize, Approximate, Prune, Distill, Quantize, Sparsify, Adapt, Merge,
+    Linearize, Acmize, Dynamize, Upcycle, Approximate, Prune, Distill, Quantize, Sparsify, Adapt, Merge,
 )  # fmt: skip
 STEPS: dict[str, type[Step]] = {step.verb: step for step in _EVERY}
 """Steps by the verbs that a recipe names."""

@@ -353,9 +353,10 @@ class Heads(Mixer):
 
     def magnitudes(self) -> Tensor:
         """Norm of each head's rows in the input projections and columns in ``proj``, (heads,)."""
-        weight = torch.cat([self.q.weight, self.kv.weight]) if self.cross else self.qkv.weight  # type: ignore[list-item]
-        rows = weight.split(self._widths())
-        parts = [*(r.unflatten(0, (self.heads, -1)).square().sum(dim=(1, 2)) for r in rows)]
+        # those of a memory have its width, so that rows of both make no one matrix
+        inputs = (self.q, self.kv) if self.cross else (self.qkv,)
+        squares = torch.cat([one.weight.square().sum(dim=1) for one in inputs])  # type: ignore[operator]
+        parts = [r.unflatten(0, (self.heads, -1)).sum(dim=1) for r in squares.split(self._widths())]
         if self.closes:
             columns = self.proj.weight.unflatten(1, (self.heads, -1))  # type: ignore[operator]
             parts.append(columns.square().sum(dim=(0, 2)))

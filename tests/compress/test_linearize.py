@@ -85,6 +85,19 @@ def test_only_what_where_covers(vit: Any) -> None:
     assert other.config.at("blocks.1.attn.core").entry.name == "flow"
 
 
+@pytest.mark.parametrize(
+    ("name", "where"), [("triposg-nano", "*"), ("triflow-tiny", ["blocks.1", "blocks.2"])]
+)
+def test_what_looks_at_a_memory_or_joins_streams_stays(name: str, where: Any) -> None:
+    model: Any = effformer.build_model(name)
+    linear, report = linearize(
+        model, {"attn": "flow"} | QUICK, where, data=model.example_inputs(4), progress=False
+    )
+    assert {(one.before, one.after) for one in report.layers} == {("softmax", "flow")}
+    assert all(one.name.endswith(".attn.part") for one in report.layers)
+    assert linear.config.cross == model.config.cross
+
+
 def test_views_of_the_tokens_stay() -> None:
     torch.manual_seed(0)
     model: Any = effformer.build_model("sit-nano", attn={"name": "axes", "over": "h"})
@@ -146,6 +159,17 @@ def test_refusals(vit: Any) -> None:
         linearize(vit, "flow", data=data, objective=lambda *_: torch.zeros(()))
     with pytest.raises(CapabilityError, match="has no softmax attention"):
         linearize(effformer.build_model("vit-nano", attn="flow"), "flow", data=data)
+    for name, words in (
+        ("rectok-tiny", "no single stack of blocks, .* encoder, decoder, describer"),
+        (
+            "mmdit-nano",
+            r"streams meet in the attention of blocks\.0, blocks\.1, .* another attention",
+        ),
+        ("triflow-tiny", r"of blocks\.0, .* where=\['blocks\.1', 'blocks\.2'\] leaves them out"),
+    ):
+        model: Any = effformer.build_model(name)
+        with pytest.raises(CapabilityError, match=words):
+            linearize(model, "flow", data=model.example_inputs(2))
     for wrong in ({"x": data["x"] * torch.nan}, []):
         with pytest.raises(ValueError, match="linearize: data"):
             linearize(vit, "flow", data=wrong)

@@ -24,13 +24,21 @@ def awake(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "shared"), [("vit-nano", 0), ("triposg-nano", 1), ("mmdit-nano", 2)]
+    ("name", "shared"),
+    [
+        ("vit-nano", 0),
+        ("triposg-nano", 1),
+        ("mmdit-nano", 2),
+        ("triflow-tiny", 0),
+        ("triposg-vae-tiny", 1),
+    ],
 )
 def test_the_function_stays(name: str, shared: int, tmp_path: Path) -> None:
     model = awake(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     wide, report = upcycle(model, {"experts": 3, "top_k": 2, "shared": shared})
     assert report.params_after > report.params_before
+    assert all(place.startswith("blocks.") for place in report.places)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     inputs = model.example_inputs(2)
     with torch.no_grad():

@@ -214,6 +214,11 @@ def test_wrong_times_of_changes_are_refused(vit: Any, tmp_path: Path) -> None:
         merge(adapted)
     with pytest.raises(ValueError, match="no change of this model follows the time"):
         merge(adapt(model, {"rank": 2})[0], time=0.5)
+    for time in (9.0, -0.1):
+        with pytest.raises(ValueError, match="sit-nano counts the time from 0 to 1, got time="):
+            merge(adapted, time=time)
+    adapted.trained = {"convention": "mdt-dist"}  # 0 to 1000
+    merge(adapted, time=999.0)
     with pytest.raises(CapabilityError, match="peft has no layout"):
         save_adapter(adapted, tmp_path / "a")
     with pytest.raises(ValueError, match="reaches a layer with its block alone"):

@@ -107,6 +107,22 @@ def test_gates_and_changes_that_follow_the_time_learn_alone() -> None:
     assert at_half.config == dynamic.config
 
 
+@pytest.mark.parametrize("name", ["triposg-nano", "triflow-tiny"])
+@pytest.mark.parametrize("over", ["all", "ffn"])
+def test_blocks_with_a_memory_of_another_width(name: str, over: str) -> None:
+    torch.manual_seed(0)
+    model: Any = effformer.build_model(name).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    gates = {"width": {"name": "dynamic", "over": over, "bias": 15.0}}
+    dynamic, report = dynamize(model, gates | {"tokens": {"name": "dynamic", "bias": 35.0}})
+    assert all(place.startswith("blocks.") for place in report.places)
+    inputs = model.example_inputs(2)
+    with torch.no_grad():
+        assert_close(dynamic(**inputs), model(**inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_refusals() -> None:
     model = sit()
     with pytest.raises(ValueError, match="nothing becomes dynamic"):

@@ -92,6 +92,26 @@ def test_sorting_keeps_the_function(attn: str, ffn: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["triposg-nano", "triflow-tiny"])
+@torch.no_grad()
+def test_sorting_knows_a_memory_of_another_width(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = effformer.build_model(name).double().eval()
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * 0.1)
+    given = model.example_inputs(2)
+    before = model(**given)
+    effformer.sort_by_magnitude(model)
+    torch.testing.assert_close(model(**given), before)
+    narrow = [m for m in model.modules() if getattr(m, "cross", None) is True]
+    assert any(m.q.in_features != m.kv.in_features for m in narrow)
+    for part in narrow:
+        heads = (part.q.weight, *part.kv.weight.chunk(2), part.proj.weight.T)
+        norm = sum(w.unflatten(0, (part.heads, -1)).square().sum((1, 2)) for w in heads).sqrt()
+        torch.testing.assert_close(part.magnitudes(), norm)
+        assert bool((norm[:-1] >= norm[1:]).all())
+
+
 @torch.no_grad()
 def test_sorting_leaves_parts_alone_that_cannot_be_taken_apart() -> None:
     model = awake("dit-nano", attn={"kv_heads": 2}, ffn="acm")

@@ -179,6 +179,16 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
         run_recipe(classifier(), last, tmp_path / metric, data=data)
 
 
+def test_networks_become_experts_and_are_trained_on(tmp_path: Path) -> None:
+    steps = [{"upcycle": {"experts": 2, "top_k": 1}}, {"distill": {"steps": 1, "batch": 4}}]
+    given = {"data": "digits", "steps": steps}
+    wide, report = run_recipe(classifier(), given, tmp_path)
+    assert report.steps[0]["report"]["places"]
+    assert wide.config.ffn.experts == 2
+    loaded: Any = effformer.load_model(tmp_path / "model")
+    assert loaded.config == wide.config
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -205,6 +215,16 @@ def test_other_verbs_and_metrics(tmp_path: Path) -> None:
         ({"steps": [{"dynamize": {"width": "dynamo"}}]}, "did you mean 'dynamic'"),
         ({"steps": ["approximate", {"acmize": {}}]}, "put it before approximate"),
         ({"steps": ["adapt", {"acmize": {}}]}, "put it before adapt"),
+        ({"steps": ["adapt", {"upcycle": {}}]}, "put it before adapt"),
+        ({"steps": [{"upcycle": {"expert": 4}}]}, "did you mean 'experts'"),
+        ({"steps": ["dynamize", "acmize"]}, r"steps\[1\]: acmize after dynamize: .* ffn=False"),
+        (
+            {"steps": ["acmize", {"dynamize": {"width": None}}]},
+            "dynamize after acmize: .* ffn=False",
+        ),
+        ({"steps": [{"acmize": {"ffn": False}}, "dynamize"]}, "over='ffn'"),
+        ({"steps": ["dynamize", "upcycle"]}, "upcycle after dynamize: .* other blocks"),
+        ({"steps": ["acmize", "upcycle"]}, "upcycle after acmize: .* other blocks"),
         ({"steps": [{"quantize": {}}], "samples": 0}, "samples must be"),
         ({"steps": [{"quantize": {}}], "data": 3}, "data: expected the name"),
     ],
