@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from effformer.calls import Call, Inputs, bind, match
+from effformer.calls import Call, Inputs, bind, half_of, match
 from effformer.checks import check_values, shown
-from effformer.train.datasets import Dataset
+from effformer.train.datasets import Dataset, halved
 
 __all__ = ["Data", "batches", "calls", "check_tensors", "listed"]
 
@@ -85,14 +85,32 @@ def check_tensors(tensors: Mapping[str, Any], *, where: str) -> None:
             )
 
 
-def listed(data: Data, *, where: str) -> list[Any]:
-    """All batches, for those who look at them several times, checked.
+def suited(model: nn.Module, data: Data, *, where: str) -> Iterator[Any]:
+    """The batches of calibration data in the numbers of a model: float32 becomes half precision where the
+    weights are; recorded calls stay.
+
+    Raises:
+        ValueError: see `batches`.
+        TypeError: nothing that holds tensors.
+    """
+    half = half_of(model)
+    for batch in batches(data, where=where):
+        if isinstance(batch, Mapping):
+            yield {name: halved(x, half) for name, x in batch.items()}
+        elif isinstance(batch, (tuple, list)):
+            yield [halved(x, half) for x in batch]
+        else:
+            yield halved(batch, half)
+
+
+def listed(model: nn.Module, data: Data, *, where: str) -> list[Any]:
+    """All batches, for those who look at them several times, in the numbers of the model and checked.
 
     Raises:
         ValueError: see `batches` and `check_tensors`.
         TypeError: nothing that holds tensors.
     """
-    found = list(batches(data, where=where))
+    found = list(suited(model, data, where=where))
     for index, batch in enumerate(found):
         named: Any = getattr(batch, "tensors", batch)
         if not isinstance(named, Mapping):
@@ -109,7 +127,7 @@ def calls(model: nn.Module, data: Data, *, where: str) -> Iterator[Call]:
         ValueError: a value is NaN or infinite, or there are no samples.
         TypeError: an argument that the model needs is missing.
     """
-    for index, batch in enumerate(batches(data, where=where)):
+    for index, batch in enumerate(suited(model, data, where=where)):
         made: Any = batch
         if isinstance(made, Call):
             call = made

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from effformer.blocks import BackboneConfig
-from effformer.calls import evaluating, match, outputs, takes
+from effformer.calls import evaluating, half_of, match, outputs, takes
 from effformer.checks import CapabilityError
 from effformer.config import Config
 from effformer.context import Ledger
 from effformer.train import Dataset, Objective, TrainConfig, train
+from effformer.train.datasets import placed
 
 from .rebuild import shortened
 from .report import relative_error
@@ -90,7 +91,7 @@ def gathered(model: nn.Module, data: Data, objective: Objective | None, verb: st
     if objective is None:
         found: list[Any] = [call.tensors for call in calls(model, data, where=where)]
     else:
-        found = listed(data, where=where)
+        found = listed(model, data, where=where)
     for batch in found:
         if not isinstance(batch, Mapping):
             raise TypeError(
@@ -109,10 +110,9 @@ def _shapes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def first(model: nn.Module, data: Dataset) -> dict[str, Tensor]:
-    """The samples on which errors are measured, where the model is."""
-    device = next(model.parameters()).device
+    """The samples on which errors are measured, where the model is and in its numbers."""
     rows = data.rows(torch.arange(min(len(data), _SHOWN)))
-    return {name: x.to(device) for name, x in rows.items()}
+    return placed(rows, next(model.parameters()).device, half_of(model))
 
 
 # -- what the model is asked

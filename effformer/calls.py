@@ -33,6 +33,7 @@ __all__ = [
     "check_parts",
     "device_of",
     "evaluating",
+    "half_of",
     "match",
     "misfit",
     "outputs",
@@ -265,6 +266,13 @@ def check_parts(model: object, *, where: str) -> None:
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter; the CPU for a module without any."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def half_of(model: nn.Module) -> torch.dtype | None:
+    """The type of weights in half precision, None if there are none."""
+    return next(
+        (p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None
+    )
 
 
 def misfit(

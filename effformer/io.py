@@ -175,10 +175,13 @@ def rebuilt(facts: Mapping[str, Any], where: Path) -> Model:
 
 
 def _typed(model: M, state: StateDict) -> M:
-    """A model with the floating-point types of its weights, in which it was saved."""
-    kinds = {x.dtype for x in state.values() if x.is_floating_point()}
+    """A model with the floating-point types of its weights, in which it was saved. That of its parameters is
+    also what packed weights decode to, whose scales have a type of their own.
+    """
+    saved = [state[name] for name, _ in model.named_parameters() if name in state]
+    kinds = {x.dtype for x in saved if x.is_floating_point()}
     if len(kinds) == 1:
-        return model.to(kinds.pop())
+        model = model.to(kinds.pop())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state and tensor.is_floating_point() and state[name].is_floating_point():
             tensor.data = tensor.data.to(state[name].dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from effformer.arguments import checked
 from effformer.cache import cached
-from effformer.calls import evaluating, takes
+from effformer.calls import evaluating, half_of, takes
 from effformer.checks import FormatError, unknown
 from effformer.config import Config, Spec, resolve
 from effformer.files import atomic_folder, read_json
@@ -37,6 +37,7 @@ from effformer.wrapped import unwrapping
 
 from . import choice, opened, pictures, run
 from . import facts as checks
+from .onnx import IN_FLOATS
 from .quantize import QuantizeReport, named_form
 from .record import record_forms, record_graphs
 from .velocity import (
@@ -51,7 +52,7 @@ from .velocity import (
 from .verify import VerifyReport
 from .work import multiply_adds
 
-__all__ = ["FOLDER", "BundleReport", "export_bundle", "session_options"]
+__all__ = ["FOLDER", "BundleReport", "check_draws", "export_bundle", "session_options"]
 
 Form = str | Mapping[str, Any]
 """A form of a graph by its name, or with its options."""
@@ -202,7 +203,7 @@ def export_bundle(
     """
     knobs = _forms(quantize, max_error)
     forms = [*knobs]
-    _check_draws(model, shape, num_classes)
+    check_draws(model, shape, num_classes)
     record = _record_of(model, convention)
     size, classes, null = _describe(model, record, shape, num_classes, null_label)
     record = record.replace(null=null is not None)
@@ -325,28 +326,36 @@ def _settings(
     return steps, guidance
 
 
-def _check_draws(model: nn.Module, shape: Sequence[int] | None, num_classes: int | None) -> None:
+def check_draws(
+    model: nn.Module, shape: Sequence[int] | None = None, num_classes: int | None = None
+) -> None:
     """Refuse a model of ours that does something else than a bundle.
 
     Raises:
-        ValueError: its config has no size of pictures, or no number of classes, or it takes no times.
+        ValueError: its config has no size of pictures, or no number of classes, it takes no times, or computes in
+            half precision.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, Config):
         return
+    name = getattr(model, "name", "the model")
     if hasattr(config, "input_size") and not takes(model, "t"):
         raise ValueError(
             f"export_bundle: a bundle integrates a velocity of samples and times, and "
-            f"{getattr(model, 'name', 'the model')} has no times; effformer.flow.invert draws with a normalizing flow, and export_onnx "
+            f"{name} has no times; effformer.flow.invert draws with a normalizing flow, and export_onnx "
             "(-o NAME.onnx on the command line) writes its graph"
         )
-    if shape is not None and num_classes is not None:
-        return
-    if not all(hasattr(config, name) for name in ("input_size", "channels", "num_classes")):
+    given = shape is not None and num_classes is not None
+    if not given and not all(
+        hasattr(config, name) for name in ("input_size", "channels", "num_classes")
+    ):
         raise ValueError(
-            f"export_bundle: a bundle draws pictures of classes, which {getattr(model, 'name', 'the model')} "
-            "does not; export_text_bundle and export_stream_bundle write those of text encoders and streaming "
+            f"export_bundle: a bundle draws pictures of classes, which {name} does not; export_text_bundle and export_stream_bundle write those of text encoders and streaming "
             "models, export_onnx (-o NAME.onnx on the command line) the graph of any"
+        )
+    if (half := half_of(model)) is not None:
+        raise ValueError(
+            f"export_bundle: a bundle computes in float32, and {name} in {half}; {IN_FLOATS}"
         )
 
 

@@ -42,11 +42,15 @@ from .verify import CONDITIONS, RANGES, TRACED, VerifyReport, verify_onnx
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["ExportError", "ExportReport", "export_onnx"]
+__all__ = ["IN_FLOATS", "ExportError", "ExportReport", "export_onnx"]
 
 _CONSTANT = re.compile(
     r"marked L\['(\w+)'\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a "
     r"constant \((\d+)\)"
+)
+IN_FLOATS = (
+    "export it after model.float(), or save it so for the command line: "
+    "effformer.save_pretrained(effformer.load_model(FOLDER).float(), NEW)"
 )
 _log = logging.getLogger(__name__)
 
@@ -160,6 +164,7 @@ def export_onnx(
     check_file(path, GRAPH, force=force)
     check_parts(model, where="export_onnx")
     call = graph_call(model, inputs, where="export_onnx")
+    _check_numbers(model, call)
     axes = resolve_axes(model, call, dynamic, where="export_onnx")
     call = traceable(call, axes)
     kernels = (runtime.kernels, accuracy_level)
@@ -196,6 +201,16 @@ def export_onnx(
         path=Path(path), graph=read_graph(path), parity=parity, seconds=seconds, ranges=ranges,
         conditions=conditions,
     )  # fmt: skip
+
+
+def _check_numbers(model: nn.Module, call: Call) -> None:
+    """Refuse bfloat16, which neither the convolutions of our opsets nor ONNX Runtime on CPUs take."""
+    numbers = (*model.parameters(), *model.buffers(), *call.tensors.values())
+    if any(x.dtype == torch.bfloat16 for x in numbers):
+        raise ExportError(
+            f"export_onnx: {type(model).__name__} computes in bfloat16, which ONNX Runtime does not on CPUs; "
+            f"{IN_FLOATS}"
+        )
 
 
 def _trace_anew(

@@ -141,10 +141,12 @@ def explore(
 def _given(model: nn.Module, data: Data | str | None) -> Any:
     if data is None:
         example: Any = model
-        return listed([example.example_inputs(8)], where="explore: data")
+        return listed(model, [example.example_inputs(8)], where="explore: data")
     if isinstance(data, str):
         return load_data(data)
-    return data if isinstance(data, (Dataset, Mapping)) else listed(data, where="explore: data")
+    return (
+        data if isinstance(data, (Dataset, Mapping)) else listed(model, data, where="explore: data")
+    )
 
 
 def _candidates(

@@ -18,7 +18,7 @@ from effformer import registry
 from effformer.arguments import checked
 from effformer.attention import Attention, Mixer
 from effformer.blocks import BackboneConfig, Block, Branch
-from effformer.calls import check_parts, evaluating
+from effformer.calls import check_parts, evaluating, half_of
 from effformer.checks import CapabilityError, FormatError, shown
 from effformer.config import Config
 from effformer.context import EMPTY, Context, Ledger
@@ -27,6 +27,7 @@ from effformer.notebook import Shown
 from effformer.profile.profiler import count_parameters, profile
 from effformer.registry import Caps
 from effformer.train import Objective
+from effformer.train.datasets import placed
 from effformer.values import Count, NonNegative
 from effformer.wrapped import unwrapping
 
@@ -197,9 +198,10 @@ def _loss(
 ) -> float:
     """Mean over the samples; NaN counts as infinite."""
     total, generator = 0.0, torch.Generator().manual_seed(0)
+    half = half_of(model)
     with evaluating(model), torch.no_grad():
         for rows in torch.arange(len(data)).split(batch):
-            some = {name: x.to(device) for name, x in data.rows(rows).items()}
+            some = placed(data.rows(rows), device, half)
             value = objective(model, some, generator, Ledger())
             if not isinstance(value, Tensor) or value.dim():
                 raise TypeError(

@@ -95,7 +95,7 @@ def scores(
     if data is None and (needs or len(sliced) < len(groups)):
         why = where if needs else "prune: units 'blocks'"
         raise ValueError(f"{why} is measured on data=; give some batches, or take 'magnitude'")
-    found = [] if data is None else listed(data, where=where)
+    found = [] if data is None else listed(model, data, where=where)
     out: dict[str, Tensor] = {}
     if method == "magnitude":
         state = model.state_dict()

@@ -239,7 +239,7 @@ def _masks(
     if scheme.kind == "wanda":
         if data is None:
             raise ValueError("sparsify: 'wanda' is measured on data=; 'magnitude' needs none")
-        seen = observed(model, listed(data, where="sparsify"), weights, where="sparsify")
+        seen = observed(model, listed(model, data, where="sparsify"), weights, where="sparsify")
         return {
             path: within_rows(wanda_scores(w, seen[path].norms), scheme.sparsity)
             for path, w in weights.items()

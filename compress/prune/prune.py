@@ -79,7 +79,7 @@ def prune(
     chosen = _scheme(scheme)
     planned = plan(model, where, chosen.kinds)
     _check_plan(model, planned, chosen)
-    found = None if data is None else listed(data, where="prune: data")
+    found = None if data is None else listed(model, data, where="prune: data")
     groups = list(planned.groups)
     by = scores(model, chosen.importance, groups, data=found, objective=objective)
     call = _call(model, found, objective)

@@ -29,7 +29,7 @@ from effformer.wrapped import unwrapping
 
 from ..quant import recording
 from ..report import file_bytes, size_text
-from ..samples import Data, batches, check_tensors, listed
+from ..samples import Data, listed
 from .recipe import Recipe
 from .steps import Place
 
@@ -137,7 +137,7 @@ def run_recipe(
         )
     read = _recipe(recipe)
     folder = Path(out)
-    given = _given(read, data)
+    given = _given(model, read, data)
     identity = {"recipe": read.to_dict(), "model": _digest(model), "data": _digest(given)}
     with _begun(folder, identity, force) as finished:
         return _run(model, read, folder, given, identity, finished, told)
@@ -192,13 +192,13 @@ def _recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     return Recipe.from_dict(given) if isinstance(given, Mapping) else Recipe.read(given)
 
 
-def _given(recipe: Recipe, data: Data | None) -> Any:
+def _given(model: nn.Module, recipe: Recipe, data: Data | None) -> Any:
     """What is calibrated and trained on; streams are kept."""
     if data is None and recipe.data is not None:
         return load_data(recipe.data)
     if data is None or isinstance(data, (Dataset, Mapping)):
         return data
-    return listed(data, where="run_recipe: data")
+    return listed(model, data, where="run_recipe: data")
 
 
 def first_samples(data: Any, samples: int) -> Any:
@@ -217,9 +217,8 @@ def calibration_of(model: nn.Module, named: Any) -> Any:
         return named
     task, generator = Generation(), torch.Generator().manual_seed(0)
     with recording(model) as record, evaluating(model), torch.no_grad():
-        for batch in batches(named, where="recipe: data"):
-            check_tensors(batch, where="recipe: data")  # type: ignore[arg-type]
-            task(model, batch, generator, Ledger())  # type: ignore[arg-type]
+        for batch in listed(model, named, where="recipe: data"):
+            task(model, batch, generator, Ledger())
     return record
 
 

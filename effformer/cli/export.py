@@ -252,9 +252,11 @@ def _web(
     runtime: Path | None,
 ) -> tuple[dict[str, Any], int]:
     from ..export import export_web
+    from ..export.bundle import check_draws
     from ..export.web import check_site, find_runtime
     from ..files import workspace
 
+    check_draws(model)
     package, force = find_runtime(runtime), options["force"]
     check_site(place, force=force)
     with workspace(place) as folder:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from effformer.arguments import Shape, checked
 from effformer.values import Count, Seed
 
-from ..calls import bind, device_of, evaluating, match
-from .datasets import Dataset, half_of, load_data, placed
+from ..calls import bind, device_of, evaluating, half_of, match
+from .datasets import Dataset, load_data, placed
 from .loop import TrainConfig, train
 from .objectives import Classification, check_logits
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from effformer.arguments import Shape, checked
 from effformer.notebook import Shown, picture_grid, tables
@@ -25,9 +25,8 @@ from effformer.values import Checked, Fraction, Range, Seed
 from ..checks import check_ids, need, shown, unknown
 from .readers import Size, cut_away, find_idx, read_folder, read_idx, resize
 
-__all__ = ["Dataset", "half_of", "load_data", "placed"]
+__all__ = ["Dataset", "halved", "load_data", "placed"]
 
-HALVES = (torch.float16, torch.bfloat16)
 
 Part = Literal["train", "test"]
 Side = Annotated[int, Range(1, 16384)]
@@ -313,16 +312,13 @@ def _dataset(
     return Dataset(name, tensors, tuple(classes), value_range=(-1.0, 1.0), cut=cut)
 
 
-def half_of(model: nn.Module) -> torch.dtype | None:
-    """The type of weights in half precision, None if there are none."""
-    return next((p.dtype for p in model.parameters() if p.dtype in HALVES), None)
-
-
 def placed(
     batch: Mapping[str, Tensor], device: torch.device, half: torch.dtype | None
 ) -> dict[str, Tensor]:
     """A batch where a model is, its float32 numbers in half precision where the weights are."""
-    moved = {name: x.to(device) for name, x in batch.items()}
-    if half is None:
-        return moved
-    return {n: x.to(half) if x.dtype == torch.float32 else x for n, x in moved.items()}
+    return {name: halved(x.to(device), half) for name, x in batch.items()}
+
+
+def halved(x: Any, half: torch.dtype | None) -> Any:
+    """A tensor of float32 in half precision, if there is one; everything else as it is."""
+    return x.to(half) if half and isinstance(x, Tensor) and x.dtype == torch.float32 else x

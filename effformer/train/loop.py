@@ -30,13 +30,14 @@ from effformer.arguments import checked
 from effformer.notebook import Shown
 from effformer.values import Chance, Count, Natural, NonNegative, Positive, Seed
 
+from ..calls import half_of
 from ..checks import FormatError, shown
 from ..config import Config
 from ..context import Ledger
 from ..flow.conventions import recorded
 from ..wrapped import bare, unwrapped, unwrapping
 from .checkpoint import RunFolder, check_fit, parts
-from .datasets import Dataset, half_of, placed
+from .datasets import Dataset, placed
 from .ema import EMA
 from .objectives import Objective, trained_by
 from .optim import adamw, learning_rate, optimizer_tensors, restore_optimizer

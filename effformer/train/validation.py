@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..calls import half_of
 from ..context import Ledger
 from ..values import Checked, Count, Seed
 from .classifier import accuracy
-from .datasets import Dataset, half_of, placed
+from .datasets import Dataset, placed
 from .objectives import Classification, Objective
 
 __all__ = ["Validation"]

@@ -351,6 +351,8 @@ def test_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["sit-nano", *SMALL, "--set", "depth=1", "--target", "web", "-o", "site"]
     assert "npm install onnxruntime-web" in refusal("export", *small)
+    wan = refusal("export", "wan-tiny", "--target", "web", "-o", "site")  # whatever is installed
+    assert wan == refusal("export", "wan-tiny", "-o", "bundle")
     runtime = ["--runtime", str(package(tmp_path / "package"))]
     assert "means nothing to --format bundle" in refusal("export", "sit-nano", *runtime, "-o", "b")
     assert "means nothing to --format onnx" in refusal("export", *small[:-1], "x.onnx", *runtime)

@@ -208,3 +208,11 @@ def test_a_form_with_options_in_a_bundle(flow: Flow, tmp_path: Path) -> None:
         for block in (128, 16)
     )  # fmt: skip
     assert wide.quantized.bytes_after < narrow.quantized.bytes_after
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bundles_in_half_precision_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = effformer.build_model("sit-nano").to(dtype)
+    with pytest.raises(ValueError, match=rf"in float32, and sit-nano in {dtype}.*model\.float\(\)"):
+        export_bundle(model, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())

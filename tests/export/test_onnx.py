@@ -225,3 +225,13 @@ def test_inputs_and_names_that_no_graph_takes(tmp_path: Path, mlp: Mlp) -> None:
         with pytest.raises(ValueError, match="output_names must be words that differ"):
             export_onnx(mlp, place, torch.ones(2, 5, 32), output_names=[name], verify=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_bfloat16_is_refused_before_the_trace(tmp_path: Path, verify: bool) -> None:
+    plain, given = nn.Linear(4, 2).bfloat16(), torch.ones(2, 4, dtype=torch.bfloat16)
+    with pytest.raises(ExportError, match=r"Linear computes in bfloat16.*model\.float\(\)"):
+        export_onnx(plain, tmp_path / "m.onnx", given, verify=verify)
+    with pytest.raises(ExportError, match=r"GELU computes in bfloat16"):
+        export_onnx(nn.GELU(), tmp_path / "m.onnx", given, verify=verify)
+    assert not list(tmp_path.iterdir())

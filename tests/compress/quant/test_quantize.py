@@ -307,3 +307,13 @@ def test_memory_of_a_large_model(scheme: str) -> None:
     """At most 2.5 times the bytes of the model, the model included (benchmarks/compress_large.py)."""
     size = 48 * 1025 * 1024 * 4
     assert peak_rss(_built, scheme) <= 2.5 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_models_in_half_precision_are_loaded_so(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model: Any = effformer.build_model("vit-nano", depth=1).eval().to(dtype)
+    small, _ = quantize(model, "int8")
+    again = effformer.load_model(effformer.save_pretrained(small, tmp_path / "small"))
+    x = model.example_inputs(2)["x"]
+    assert torch.equal(again(x), small(x))
