@@ -108,7 +108,11 @@ def test_alternating_directions_are_one_node(tmp_path: Path) -> None:
     whole(Layer(part), tmp_path / "m.onnx", nodes=1, rope=False)
 
 
-@pytest.mark.parametrize("layer", [RETENTION, CHANNELS, SSD], ids=itemgetter("name"))
+@pytest.mark.parametrize(
+    "layer",
+    [RETENTION, *(pytest.param(one, marks=pytest.mark.slow) for one in (CHANNELS, SSD))],
+    ids=itemgetter("name"),
+)
 def test_step_by_step_the_graph_gives_the_whole(layer: dict[str, Any], tmp_path: Path) -> None:
     part = make(**layer)
     module, x = Step(part), torch.randn(2, 12, DIM)

@@ -313,6 +313,7 @@ def test_two_tables_of_one_size_refuse_the_same_ids(tmp_path: Path) -> None:
         Session(path).run({"ids": torch.tensor([[0, -1, 2]])})
 
 
+@pytest.mark.slow
 def test_labels_of_flows_are_refused_in_graphs(tmp_path: Path) -> None:
     model = effformer.build_model("tarflow-tiny").eval()
     export_onnx(model, tmp_path / "m.onnx")
