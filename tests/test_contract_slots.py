@@ -57,7 +57,7 @@ def _forms() -> list[tuple[str, str, str, bool]]:
 FORMS = _forms()
 # capturing takes seconds: one block of each kind of forward, the others in the slow tier
 CAPTURED = [
-    form if form[2] == "adaln-zero" else pytest.param(*form, marks=pytest.mark.slow)
+    form if form[1:3] == ("dynamic", "adaln-zero") else pytest.param(*form, marks=pytest.mark.slow)
     for form in FORMS
 ]
 # half of the tokens at most can merge, and all graphs have a fixed number of merges

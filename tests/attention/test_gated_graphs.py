@@ -81,7 +81,7 @@ def test_an_exported_program_serves_every_length(rule: str, strict: bool) -> Non
             assert_same(a, e, 1e-5)
 
 
-@pytest.mark.parametrize("rule", ["simple-gla", "kda"])
+@pytest.mark.parametrize("rule", ["simple-gla", pytest.param("kda", marks=pytest.mark.slow)])
 def test_one_graph_trains(rule: str) -> None:
     scan, inputs = Scan(rule), given(rule, 33)
     torch.compiler.reset()
@@ -101,7 +101,10 @@ def assert_one_node(report: ExportReport) -> None:
     assert report.parity.max_rel <= 1e-5
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(r, marks=() if r == "delta" else pytest.mark.slow) for r in RULES],
+)
 def test_one_node_whole_and_token_by_token(rule: str, tmp_path: Path) -> None:
     assert_one_node(exported(rule, tmp_path / "m.onnx"))
     session = Session(tmp_path / "m.onnx")

@@ -45,8 +45,8 @@ def test_pieces_equal_the_whole_also_below_its_width() -> None:
     torch.testing.assert_close(state, end)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "identity"])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activation", ["silu", pytest.param("identity", marks=pytest.mark.slow)])
 def test_is_one_operator_of_onnx_runtime(activation: str, bias: bool, tmp_path: Path) -> None:
     conv = ShortConv(6, bias=bias, activation=activation)  # type: ignore[arg-type]
     inputs = {"x": torch.randn(2, 9, 6), "state": torch.randn(2, 3, 6)}

@@ -104,7 +104,11 @@ def test_embedding_decodes_the_rows_asked_for(scheme: str | dict[str, object]) -
     assert torch.equal(program.module()(torch.arange(5)), table(torch.arange(5)))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[:4], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [SCHEMES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMES[1:4])],
+    ids=str,
+)
 def test_tables_of_row_formats_export_to_onnx(scheme: str | dict[str, object]) -> None:
     pytest.importorskip("onnxscript")
     ort = pytest.importorskip("onnxruntime")
