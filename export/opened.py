@@ -4,6 +4,7 @@ errors as one sentence. Needs numpy and onnxruntime alone; this file also lies i
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import reprlib
@@ -23,7 +24,7 @@ else:  # in a bundle, whose runner has made its folder known
     from choice import open_session
     from pictures import Array, BundleError
 
-__all__ = ["Opened", "kind_of", "refusal", "served"]
+__all__ = ["Opened", "command_line", "kind_of", "refusal", "served"]
 
 RUNNERS = {"pictures": "run", "texts": "texts", "streams": "streams"}
 """Kinds of bundles, and the module of this package that runs one."""
@@ -130,6 +131,19 @@ def refusal(error: Exception) -> str:
     """What a graph itself says when it refuses (`effformer.export.guards`), or nothing."""
     found = re.search(r"Name:'refused: ([^']+?)( #[0-9]+)?(_quant)?'", str(error))
     return found[1] if found else ""
+
+
+def command_line(does: str, recorded: str) -> argparse.ArgumentParser:
+    """What the command line of every runner takes: the folder, threads, the comparison with the record."""
+    here = Path(__file__).resolve().parent
+    inside = (here / "bundle.json").is_file()
+    parser = argparse.ArgumentParser(description=f"{does} (numpy and onnxruntime only).")
+    add = parser.add_argument
+    add("folder", nargs="?" if inside else None, default=here, type=Path, help="the bundle")
+    add("--threads", type=int, help="threads of onnxruntime")
+    add("--self-test", action="store_true", help=f"compare with the recorded {recorded} and stop")
+    add("--force", action="store_true", help="replace whatever file is at --out")
+    return parser
 
 
 def served(serve: Callable[[], Sequence[object]]) -> int:

@@ -28,12 +28,12 @@ if not __package__:  # in a bundle, from wherever it is started
 if TYPE_CHECKING or __package__:
     from . import facts as checks
     from .choice import Choice, choose, place_of
-    from .opened import Opened, served
+    from .opened import Opened, command_line, served
     from .pictures import Array, BundleError, check_place, write_image, write_samples
 else:
     import facts as checks
     from choice import Choice, choose, place_of
-    from opened import Opened, served
+    from opened import Opened, command_line, served
     from pictures import Array, BundleError, check_place, write_image, write_samples
 
 __all__ = [
@@ -385,13 +385,8 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
         argv: the words, None for those of the process.
         alone: see `Bundle`.
     """
-    here = Path(__file__).resolve().parent
-    inside = (here / "bundle.json").is_file()
-    parser = argparse.ArgumentParser(
-        description="Sample from an edge bundle (numpy and onnxruntime only)."
-    )
+    parser = command_line("Sample from an edge bundle", "velocity")
     add = parser.add_argument
-    add("folder", nargs="?" if inside else None, default=here, type=Path, help="the bundle")
     add("--labels", default="", help="class ids, 0,1,2 or 0-9, or names of classes")
     add("--out", type=Path, default=Path("samples.png"), help="samples.png or samples.npy")
     add("--steps", type=int, help="number of steps")
@@ -399,11 +394,8 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
     add("--sampler", help=", ".join(checks.SAMPLERS))
     add("--no-cache", action="store_true", help="compute all blocks at every step")
     add("--seed", type=int, default=0, help="of the noise")
-    add("--threads", type=int, help="threads of onnxruntime")
     add("--form", help="which form of the bundle runs; default: the fastest here")
     add("--which", action="store_true", help="say which form runs here, and why, and stop")
-    add("--self-test", action="store_true", help="compare with the recorded velocity and stop")
-    add("--force", action="store_true", help="replace whatever file is at --out")
     given = parser.parse_args(argv)
     return served(lambda: _serve(given, alone))
 

@@ -25,11 +25,11 @@ if not __package__:  # in a bundle, from wherever it is started
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 if TYPE_CHECKING or __package__:
     from . import facts as checks
-    from .opened import Opened, served
+    from .opened import Opened, command_line, served
     from .pictures import Array, BundleError, check_place, write_samples
 else:
     import facts as checks
-    from opened import Opened, served
+    from opened import Opened, command_line, served
     from pictures import Array, BundleError, check_place, write_samples
 
 __all__ = ["State", "StreamBundle", "main"]
@@ -218,20 +218,12 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
         argv: the words, None for those of the process.
         alone: see `run.Bundle`.
     """
-    here = Path(__file__).resolve().parent
-    inside = (here / "bundle.json").is_file()
-    parser = argparse.ArgumentParser(
-        description="Read a sequence step by step with a bundle (numpy and onnxruntime only)."
-    )
+    parser = command_line("Read a sequence step by step with a bundle", "outputs")
     add = parser.add_argument
-    add("folder", nargs="?" if inside else None, default=here, type=Path, help="the bundle")
     add("--tokens", help="ids of tokens, for instance 5,7,9")
     add("--input", type=Path, help="sequence.npy: (N,) ids, or (N, channels)")
     add("--more", type=int, default=0, help="go on with the likeliest token, so many times")
     add("--out", type=Path, help="outputs.npy; default: the likeliest outputs are printed")
-    add("--threads", type=int, help="threads of onnxruntime")
-    add("--self-test", action="store_true", help="compare with the recorded outputs and stop")
-    add("--force", action="store_true", help="replace whatever file is at --out")
     given = parser.parse_args(argv)
     return served(lambda: _serve(given, alone))
 

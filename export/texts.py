@@ -23,12 +23,12 @@ if not __package__:  # in a bundle, from wherever it is started
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 if TYPE_CHECKING or __package__:
     from . import facts as checks
-    from .opened import Opened, served
+    from .opened import Opened, command_line, served
     from .pictures import Array, BundleError, check_place, write_samples
     from .wordpiece import WordPiece, check_rules, read_vocabulary
 else:
     import facts as checks
-    from opened import Opened, served
+    from opened import Opened, command_line, served
     from pictures import Array, BundleError, check_place, write_samples
     from wordpiece import WordPiece, check_rules, read_vocabulary
 
@@ -161,19 +161,11 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
         argv: the words, None for those of the process.
         alone: see `run.Bundle`.
     """
-    here = Path(__file__).resolve().parent
-    inside = (here / "bundle.json").is_file()
-    parser = argparse.ArgumentParser(
-        description="Embed texts with a bundle (numpy and onnxruntime only)."
-    )
+    parser = command_line("Embed texts with a bundle", "embeddings")
     add = parser.add_argument
-    add("folder", nargs="?" if inside else None, default=here, type=Path, help="the bundle")
     add("--text", action="append", default=[], help="a text; may be repeated")
     add("--file", type=Path, help="a file of texts in UTF-8, one a line")
     add("--out", type=Path, help="embeddings.npy; default: cosines of all pairs are printed")
-    add("--threads", type=int, help="threads of onnxruntime")
-    add("--self-test", action="store_true", help="compare with the recorded embeddings and stop")
-    add("--force", action="store_true", help="replace whatever file is at --out")
     given = parser.parse_args(argv)
     return served(lambda: _serve(given, alone))
 
