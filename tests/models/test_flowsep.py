@@ -10,7 +10,6 @@ import torch
 from effformer.compress import plan, quantize
 from effformer.export import export_onnx
 from effformer.models import FlowSep
-from torch import Tensor
 
 import effformer
 from effformer.cache import cached
@@ -18,21 +17,14 @@ from effformer.checks import CapabilityError, FormatError
 from effformer.flow import FlowMatching, adapt, get_convention, sample
 from effformer.profile import profile
 
+from .small import inputs, woken
+
 
 def awake(**options: Any) -> FlowSep:
     """A small model with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model("flowsep-tiny", **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken("flowsep-tiny", **options)
     assert isinstance(model, FlowSep)
-    return model.eval()
-
-
-def inputs(model: FlowSep, batch: int = 2, **changes: Any) -> dict[str, Tensor]:
-    given = model.example_inputs(batch, generator=torch.Generator().manual_seed(1))
-    return given | changes
+    return model
 
 
 @torch.no_grad()

@@ -16,21 +16,14 @@ from effformer.blocks import ExpertAdaLN, Joint
 from effformer.checks import CapabilityError, FormatError
 from effformer.profile import profile
 
+from .small import inputs, woken
+
 
 def awake(**options: Any) -> GenCompositor:
     """A small model with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model("gencompositor-tiny", **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken("gencompositor-tiny", **options)
     assert isinstance(model, GenCompositor)
-    return model.eval()
-
-
-def inputs(model: GenCompositor, batch: int = 2, **changes: Any) -> dict[str, Tensor]:
-    given = model.example_inputs(batch, generator=torch.Generator().manual_seed(1))
-    return given | changes
+    return model
 
 
 @torch.no_grad()

@@ -16,16 +16,14 @@ from torch import Tensor
 import effformer
 from effformer.checks import CapabilityError
 
+from .small import woken
+
 
 def awake(**options: Any) -> RecTok:
     """A small model with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model("rectok-tiny", **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken("rectok-tiny", **options)
     assert isinstance(model, RecTok)
-    return model.eval()
+    return model
 
 
 def images(model: RecTok, batch: int = 2) -> Tensor:

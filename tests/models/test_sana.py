@@ -9,7 +9,6 @@ import pytest
 import torch
 from effformer.export import export_onnx
 from effformer.models import SANA
-from torch import Tensor
 
 import effformer
 from effformer.checks import CapabilityError, FormatError
@@ -18,23 +17,16 @@ from effformer.flow import Guidance, adapt, guided, sample
 from effformer.nn.norms import SharedModulation
 from effformer.profile import profile
 
+from .small import inputs, woken
+
 NAMES = ("sana-nano", "sana-sprint-nano")
 
 
 def awake(name: str = "sana-nano", **options: Any) -> SANA:
     """A small model with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model(name, **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken(name, **options)
     assert isinstance(model, SANA)
-    return model.eval()
-
-
-def inputs(model: SANA, batch: int = 2, **changes: Any) -> dict[str, Tensor]:
-    given = model.example_inputs(batch, generator=torch.Generator().manual_seed(1))
-    return given | changes
+    return model
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,23 +21,16 @@ from effformer.context import Context, Tap
 from effformer.flow import adapt, sample
 from effformer.profile import profile
 
+from .small import inputs, woken
+
 Weights = dict[str, Tensor]
 
 
 def awake(**options: Any) -> TriFlow:
     """A small model in double precision with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model("triflow-tiny", **options).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken("triflow-tiny", **options).double()
     assert isinstance(model, TriFlow)
-    return model.eval()
-
-
-def inputs(model: TriFlow, batch: int = 2, **changes: Any) -> dict[str, Tensor]:
-    given = model.example_inputs(batch, generator=torch.Generator().manual_seed(1))
-    return given | changes
+    return model
 
 
 # -- the obvious form: one sample, one token, one head at a time ---------------------------------------

@@ -10,7 +10,6 @@ import torch
 from effformer.compress import quantize
 from effformer.export import export_onnx
 from effformer.models import TripoSG
-from torch import Tensor
 
 import effformer
 from effformer.cache import cached
@@ -19,24 +18,17 @@ from effformer.context import Ledger, Tap
 from effformer.flow import Guidance, adapt, guided, sample
 from effformer.profile import profile
 
+from .small import inputs, woken
+
 NAMES = ("triposg-nano", "triposg-two-nano")
 EXPERTS = {"-2:": {"ffn": {"name": "moe", "experts": 4, "shared": 1}}}
 
 
 def awake(name: str = "triposg-nano", **options: Any) -> TripoSG:
     """A small model with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model(name, **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken(name, **options)
     assert isinstance(model, TripoSG)
-    return model.eval()
-
-
-def inputs(model: TripoSG, batch: int = 2, **changes: Any) -> dict[str, Tensor]:
-    given = model.example_inputs(batch, generator=torch.Generator().manual_seed(1))
-    return given | changes
+    return model
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,20 +15,14 @@ import effformer
 from effformer.context import Tap
 from effformer.nn.points import farthest_points, field_losses, octave_features
 
+from .small import inputs, woken
+
 
 def awake(**options: Any) -> TripoSGVAE:
     """A small model with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model("triposg-vae-tiny", **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken("triposg-vae-tiny", **options)
     assert isinstance(model, TripoSGVAE)
-    return model.eval()
-
-
-def inputs(model: TripoSGVAE, batch: int = 2) -> dict[str, Tensor]:
-    return model.example_inputs(batch, generator=torch.Generator().manual_seed(1))
+    return model
 
 
 @torch.no_grad()

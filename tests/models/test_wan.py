@@ -21,6 +21,8 @@ from effformer.context import Ledger, Tap
 from effformer.flow import Guidance, adapt, sample
 from effformer.profile import profile
 
+from .small import inputs, woken
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "image": {"condition_channels": 5},
@@ -34,18 +36,9 @@ TWINS = ("plain", "image", "patches")
 
 def awake(**options: Any) -> Wan:
     """A small model with nothing at zero."""
-    torch.manual_seed(0)
-    model = effformer.build_model("wan-tiny", **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
+    model = woken("wan-tiny", **options)
     assert isinstance(model, Wan)
-    return model.eval()
-
-
-def inputs(model: Wan, batch: int = 2, **changes: Any) -> dict[str, Tensor]:
-    given = model.example_inputs(batch, generator=torch.Generator().manual_seed(1))
-    return given | changes
+    return model
 
 
 def obvious(state: dict[str, Tensor], given: dict[str, Tensor], model: Wan) -> Tensor:
