@@ -21,6 +21,8 @@ import effformer
 from effformer.version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = "https://github.com/effformer/effformer/blob/main/"
+"""Where pages of the site find files that are no pages."""
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/**/*.md")]
 )
@@ -175,9 +177,10 @@ def test_links_lead_somewhere(page: Path) -> None:
     )
     missing = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http://", "https://", "#", "mailto:")):
-            path = page.parent / target.split("#")[0]
-            if not path.exists():
+        ours = target.startswith(FILES)
+        if ours or not target.startswith(("http://", "https://", "#", "mailto:")):
+            start, place = (ROOT, target.removeprefix(FILES)) if ours else (page.parent, target)
+            if not (start / place.split("#")[0]).exists():
                 missing.append(target)
     assert not missing
 
